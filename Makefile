@@ -1,0 +1,69 @@
+# Everything happens in .venv, which each target makes when it is not there. `make` alone lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := runs/demo
+PACKAGING := setup.py pyproject.toml kernels/setup.py
+unexport PYTHONDONTWRITEBYTECODE  # where it is set, each process would spend seconds on compiling torch anew
+
+.DEFAULT_GOAL := help
+.PHONY: help venv lint test test-slow demo clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/demo.stamp ## install, get Fashion-MNIST, pretrain configs/demo.yaml, evaluate (under 10 minutes on 2 cores)
+	@echo "== Fashion-MNIST: fetching it unless it is already here"
+	@$(BIN)/fastjepa data get fashion-mnist
+	@echo "== Pretraining configs/demo.yaml into $(DEMO) (continues a run that was stopped)"
+	@$(BIN)/fastjepa train --config configs/demo.yaml --output $(DEMO)
+	@echo "== Evaluating: raw pixels, random encoder, context encoder, target encoder"
+	@$(BIN)/fastjepa eval table --checkpoint $(DEMO) --data fashion-mnist
+	@echo "== Done"
+	@echo "  config and versions  $(DEMO)/config.yaml, $(DEMO)/run.json"
+	@echo "  every logged step    $(DEMO)/metrics.jsonl"
+	@echo "  weights              $(DEMO)/checkpoints/"
+	@echo "  the command          $(BIN)/fastjepa --help"
+
+test: $(VENV)/dev.stamp ## every test that needs no GPU and is not slow (under 15 minutes on 2 cores)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/dev.stamp ## the slow tests
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/dev.stamp ## style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+venv: $(VENV)/dev.stamp ## the environment with everything the tests need
+	@echo "$(VENV) is ready: . $(BIN)/activate"
+
+clean: ## remove the environment, caches and the demo's run; other runs and downloaded data stay
+	rm -rf $(VENV) $(DEMO) build dist .pytest_cache .ruff_cache .hypothesis *.egg-info kernels/*.egg-info
+	find fastjepa kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# 1: what to install. --no-compile: what is imported gets compiled and kept then, the rest (20 s of it) never.
+define install
+@echo "== Installing $(1) and the kernels into $(VENV); torch is large, so the first time takes minutes"
+@$(BIN)/python -m pip install --disable-pip-version-check --no-compile -e ./kernels -e '$(1)' || \
+	{ echo "make: pip could not install $(1); mend what its last lines name (network? 7 GB of disk?) and run make again." >&2; exit 1; }
+endef
+
+$(VENV)/demo.stamp: $(PACKAGING) | $(VENV)/python.stamp
+	$(call install,.[lightly])
+	@touch $@
+
+$(VENV)/dev.stamp: $(PACKAGING) | $(VENV)/python.stamp
+	$(call install,.[dev])
+	@touch $@ $(VENV)/demo.stamp
+
+$(VENV)/python.stamp:
+	@command -v $(PYTHON) >/dev/null || \
+		{ echo "make: there is no $(PYTHON); install Python 3.11 or newer (sudo apt-get install python3 python3-venv)." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "make: $(PYTHON) is older than 3.11; install a newer one and name it: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "make: $(PYTHON) cannot make virtual environments; sudo apt-get install python3-venv" >&2; exit 1; }
+	@echo "== Making $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@

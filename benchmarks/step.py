@@ -1,0 +1,304 @@
+"""Time one training step, alone or beside the official code: `python benchmarks/step.py --device cpu --model vit_small`.
+
+Synthetic images, real masks, and the trainer's own networks, engine and step; packing and loading are not part of it.
+With `--reference DIR` an unmodified clone of the official code trains on the same images from the same weights, its
+contexts cut to the shortest of the batch (which is what `mask.truncate: batch_min` does), interleaved with ours.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import official
+import timing
+import torch
+from timing import Ceiling, Clock, Spread
+from torch import Tensor
+
+from fastjepa import config as configs
+from fastjepa import distributed, flops, masks, packing, train
+from fastjepa.config import MODELS, Config, ConfigError
+from fastjepa.data import Batch
+from fastjepa.engine import Engine
+from fastjepa.flops import Flops
+from fastjepa.schedule import Schedule
+
+DISTINCT = 4  # batches that the rounds take turns with
+LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # relative, between the two first losses
+
+
+@dataclass(frozen=True)
+class Work:
+    """One global batch, as both contenders see it."""
+
+    images: Tensor  # (B, C, H, W) fp32
+    context_mask: np.ndarray  # (B, K, N) bool
+    target_mask: np.ndarray  # (B, R, N) bool
+
+    @classmethod
+    def draw(cls, config: Config, device: torch.device, number: int) -> "Work":
+        total, seed = config.data.batch_size, config.runtime.seed
+        generator = torch.Generator().manual_seed(seed + number)
+        images = torch.randn(total, config.data.channels, *config.image_size, generator=generator)
+        return cls(images.to(device), *masks.draw(config.mask, config.grid, seed, number, 0, total, total))
+
+    def packed(self, config: Config) -> list[Batch]:
+        """The trainer's micro-batches, on the host but for their images."""
+        starts = range(0, len(self.images), config.micro_batch)
+        parts = [slice(start, start + config.micro_batch) for start in starts]
+        return [Batch(self.images[s], *packing.pack(self.context_mask[s], self.target_mask[s], len(self.images)), bad=())
+                for s in parts]  # fmt: skip
+
+    def indices(self, mask: np.ndarray) -> list[Tensor]:
+        """(B, M, N) -> M tensors (B, length) of patch indices, each mask cut to the shortest, in raster order."""
+        shortest = int(mask.sum(axis=2).min())
+        kept = mask & (np.cumsum(mask, axis=2) <= shortest)
+        return [torch.from_numpy(np.nonzero(one)[1].reshape(len(mask), shortest)).to(self.images.device)
+                for one in kept.transpose(1, 0, 2)]  # fmt: skip
+
+    @property
+    def equal(self) -> bool:
+        """Whether cutting to the shortest changes nothing, so that both contenders do the same work."""
+        return all(len(np.unique(mask.sum(axis=2))) == 1 for mask in (self.context_mask, self.target_mask))
+
+
+class Ours:
+    """This package's step: call it with the number of a round."""
+
+    def __init__(self, config: Config, device: torch.device, works: list[Work]):
+        self.config, self.device = config, device
+        self.jepa, self.target_encoder = train.networks(config, device)
+        self.engine = Engine(self.jepa, micro_batches=config.data.batch_size // config.micro_batch)
+        packed = [work.packed(config) for work in works]
+        self.flops = [mean_total([flops.packed(config, b.context, b.target, b.blocks) for b in batches]) for batches in packed]
+        self.batches = [[batch.to(device) for batch in batches] for batches in packed]
+        self.now = Schedule(config.optimization, steps_per_epoch=1000)(0)
+
+    def __call__(self, number: int, engine: "Engine | Marked | None" = None) -> Tensor:
+        batches = self.batches[number % len(self.batches)]
+        return train.step(engine or self.engine, self.target_encoder, batches, self.now, self.config).loss
+
+    def phases(self, number: int) -> dict[str, float]:
+        """Milliseconds of each phase of one step."""
+        with Marked(self.engine, Clock(self.device), self.config.runtime.compile) as marked:
+            self(number, marked)
+            marked.clock.mark("ema")
+        return marked.clock.read()
+
+
+class Marked:
+    """An engine that marks the ends of its phases; a compiled pair is one phase."""
+
+    def __init__(self, engine: Engine, clock: Clock, compiled: bool):
+        self.engine, self.jepa, self.clock, self.compiled = engine, engine.jepa, clock, compiled
+
+    def __enter__(self) -> "Marked":
+        ends = () if self.compiled else (self.jepa.encoder,)
+        self.hooks = [module.register_forward_hook(lambda *_: self.clock.mark("context")) for module in ends]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def __call__(self, *args):
+        self.clock.mark("target")
+        result = self.engine(*args)
+        self.clock.mark("context and predictor" if self.compiled else "predictor")
+        return result
+
+    def backward(self, loss: Tensor) -> None:
+        self.clock.mark("loss")
+        self.engine.backward(loss)
+        self.clock.mark("backward")
+
+    def step(self, now) -> Tensor:
+        finite = self.engine.step(now)
+        self.clock.mark("optimizer")
+        return finite
+
+
+class Theirs:
+    """The official step on the same batches."""
+
+    def __init__(self, config: Config, device: torch.device, works: list[Work], directory: str):
+        self.official, self.device = official.Official(directory, config, device), device
+        self.works = [(w.images, w.indices(w.context_mask), w.indices(w.target_mask)) for w in works]
+        self.flops = [
+            flops.official(config, contexts[0].shape[1], blocks[0].shape[1]).total for _, contexts, blocks in self.works
+        ]
+
+    def __call__(self, number: int, mark: Callable[[str], None] = lambda phase: None) -> float:
+        return self.official.step(*self.works[number % len(self.works)], mark)
+
+    def phases(self, number: int) -> dict[str, float]:
+        clock = Clock(self.device)
+        self(number, clock.mark)
+        return clock.read()
+
+
+def mean_total(parts: list[Flops]) -> float:
+    return float(np.mean([part.total for part in parts]))
+
+
+def measure(config: Config, rounds: int, directory: str | None = None) -> dict:
+    """The result of the benchmark, with the keys that `--json` prints; see `report` for their units."""
+    if directory:
+        official.check(directory, config)
+    device = start(config)
+    peaks = {name: timing.in_fresh_process(peak, config, name, directory) for name in contenders(directory)}
+    works = [Work.draw(config, device, number) for number in range(min(rounds, DISTINCT))]
+    runs = {name: build(name, config, device, works, directory) for name in contenders(directory)}
+    if directory:
+        agree(runs, config, works)
+    dtype = torch.bfloat16 if config.runtime.dtype == "bf16" else torch.float32
+    ceiling = Ceiling([*linears(config, works[0]), timing.square(device)], dtype, device)
+    seconds = timing.interleave({"ceiling": ceiling, **runs}, rounds, device, warmup=len(works))
+    rates = [ceiling.rates[number] for number in range(rounds)]
+    results = {name: summary(run, seconds[name], rates, config, peaks[name]) for name, run in runs.items()}
+    result = results["ours"]
+    if directory:
+        result["reference"] = results["theirs"]
+        result["ratio"] = timing.ratio(seconds["ours"], seconds["theirs"])._asdict()
+    return result
+
+
+def contenders(directory: str | None) -> tuple[str, ...]:
+    return ("ours", "theirs") if directory else ("ours",)
+
+
+def start(config: Config) -> torch.device:
+    """Check the config, set the threads, and return the device."""
+    device = distributed.init(config.runtime.device).device
+    masks.check(config, config.data.batch_size)
+    train.settle(config)
+    torch.manual_seed(config.runtime.seed)
+    return device
+
+
+def build(name: str, config: Config, device: torch.device, works: list[Work], directory: str | None) -> Ours | Theirs:
+    return Ours(config, device, works) if name == "ours" else Theirs(config, device, works, directory)
+
+
+def agree(runs: dict[str, Ours | Theirs], config: Config, works: list[Work]) -> None:
+    """Start both from the same weights and, where their work is equal, insist on the same first loss."""
+    runs["theirs"].official.start_from(runs["ours"].jepa)
+    ours, theirs = float(runs["ours"](0)), runs["theirs"](0)
+    if works[0].equal and abs(ours - theirs) > LOSS_TOLERANCE[config.runtime.dtype] * abs(theirs):
+        raise ConfigError(f"the first losses differ, {ours:.6f} here and {theirs:.6f} there: is the clone unmodified?")
+
+
+def linears(config: Config, work: Work) -> list[tuple[int, int, int]]:
+    """(rows, in, out) of the largest layers of the step: the target encoder's and the predictor's mlp."""
+    dim, _, _, mlp_ratio = config.encoder_shape
+    narrow = config.meta.pred_emb_dim
+    tokens = len(work.images) * work.context_mask.shape[2]
+    blocks = work.packed(config)[0].blocks
+    return [(tokens, dim, round(dim * mlp_ratio)), (len(blocks.sequences.idx), narrow, 4 * narrow)]
+
+
+def summary(run: Ours | Theirs, seconds: list[float], rates: list[float], config: Config, peak_bytes: int) -> dict:
+    images, work = config.data.batch_size, [run.flops[number % len(run.flops)] for number in range(len(seconds))]
+    median = Spread.of(seconds).median
+    shares = [images * f / s / rate for f, s, rate in zip(work, seconds, rates, strict=True)]
+    phases = [run.phases(number) for number in range(min(len(seconds), DISTINCT))]
+    return {
+        "images_per_s": images / median,
+        "ms": 1000 * median,
+        "phases": {name: Spread.of([p[name] for p in phases]).median for name in phases[0]},
+        "gflop_per_image": float(np.mean(run.flops)) / 1e9,
+        "gemm_gflops": Spread.of(rates).median / 1e9,
+        "mfu": Spread.of(shares).median,
+        "peak_bytes": peak_bytes,
+    }
+
+
+def peak(config: Config, name: str, directory: str | None) -> int:
+    """Peak memory of one contender's networks, batches and first steps; runs in a process of its own."""
+    device = start(config)
+    return timing.peak_bytes(
+        lambda: build(name, config, device, [Work.draw(config, device, number) for number in range(2)], directory), device
+    )
+
+
+def report(result: dict, config: Config) -> Iterator[str]:
+    """The lines that are printed without `--json`."""
+    size, meta = " x ".join(map(str, config.image_size)), config.meta
+    yield f"{meta.model_name}, {size} px, batch {config.data.batch_size}, predictor {meta.pred_depth} x {meta.pred_emb_dim}"
+    yield f"{config.runtime.dtype}, mask.truncate {config.mask.truncate}, {torch.get_num_threads()} threads, {where(config)}"
+    yield from lines("fastjepa", result)
+    if "reference" in result:
+        yield from lines("official", result["reference"])
+        yield "ratio of images/s: {median:.3f} (p20 {p20:.3f}, p80 {p80:.3f})".format(**result["ratio"])
+        if config.mask.truncate != "batch_min" or config.mask.sampling != "official":
+            yield "  not equal work: the official code sees masks cut to the shortest of the batch"
+
+
+def lines(name: str, one: dict) -> Iterator[str]:
+    memory = one["peak_bytes"] / 2**20
+    yield f"{name}: {one['images_per_s']:.2f} images/s, {one['ms']:.1f} ms a step, peak memory {memory:.0f} MiB"
+    yield f"  {one['gflop_per_image']:.2f} GFLOP an image, {one['mfu']:.1%} of the {one['gemm_gflops']:.0f} GFLOP/s ceiling"
+    yield "  ms by phase: " + ", ".join(f"{phase} {ms:.1f}" for phase, ms in one["phases"].items())
+
+
+def where(config: Config) -> str:
+    device = distributed.init(config.runtime.device).device
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return f"{machine}, torch {torch.__version__}"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Time one training step on synthetic images with real masks.")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--model", default="vit_small", choices=tuple(MODELS), metavar="NAME", help=", ".join(MODELS))
+    parser.add_argument("--dtype", default="bf16", choices=("fp32", "bf16"))
+    parser.add_argument("--batch", type=int, default=16, help="images a step")
+    parser.add_argument("--size", type=int, default=224, help="side of an image in pixels")
+    parser.add_argument("--pred-depth", type=int, default=6, help="predictor blocks")
+    parser.add_argument("--truncate", default="batch_min", choices=("batch_min", "none", "fraction"))
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--rounds", type=int, default=12, help="timed steps of each contender")
+    parser.add_argument("--reference", metavar="DIR", help="clone of the official code to time beside ours")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any further key of the config")
+    return parser.parse_intermixed_args(argv)
+
+
+def to_config(options: argparse.Namespace) -> Config:
+    keys = {
+        "runtime.device": options.device,
+        "meta.model_name": options.model,
+        "runtime.dtype": options.dtype,
+        "data.batch_size": options.batch,
+        "mask.truncate_group": options.batch,
+        "data.crop_size": options.size,
+        "meta.pred_depth": options.pred_depth,
+        "mask.truncate": options.truncate,
+        "runtime.threads": "null" if options.threads is None else options.threads,
+    }
+    return configs.load(os.devnull, [*(f"{key}={value}" for key, value in keys.items()), *options.overrides])
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    try:
+        if options.rounds < 1:
+            raise ConfigError(f"--rounds {options.rounds}: time at least one round")
+        config = to_config(options)
+        with contextlib.redirect_stdout(sys.stderr):
+            result = measure(config, options.rounds, options.reference)
+    except ConfigError as error:
+        print(f"benchmarks/step.py: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(result) if options.json else "\n".join(report(result, config)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

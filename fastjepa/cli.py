@@ -1,0 +1,174 @@
+"""The `fastjepa` command: train, verify, eval, data, masks. What a command needs is imported when it runs."""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from fastjepa import config as configs
+from fastjepa.config import ConfigError
+
+EXAMPLES = {
+    "train": """examples:
+  fastjepa train --config configs/demo.yaml
+  fastjepa train --config configs/vit_small.yaml data.source=/data/imagenet runtime.micro_batch=64
+  torchrun --nproc_per_node 8 fastjepa/train.py --config configs/vit_huge14.yaml --output runs/h14
+  deepspeed fastjepa/train.py --config configs/vit_huge14.yaml""",
+    "verify": """example:
+  fastjepa verify tests/reference/*.safetensors""",
+    "masks": """examples:
+  fastjepa masks --config configs/vit_base16.yaml
+  fastjepa masks --config configs/demo.yaml --picture masks.png""",
+    "eval": """examples:
+  fastjepa eval knn --checkpoint runs/demo --data fashion-mnist
+  fastjepa eval linear --checkpoint runs/demo --data /data/flowers --encoder random --json
+  fastjepa eval table --checkpoint runs/demo --data fashion-mnist""",
+    "data": """examples:
+  fastjepa data get fashion-mnist
+  fastjepa data get cifar10 --archive cifar10-jpeg.zip""",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; bad input gives one sentence and exit code 2 (`--debug` shows the traceback)."""
+    args = parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except Exception as error:
+        if args.debug or not expected(error):
+            raise
+        print(f"fastjepa {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def expected(error: Exception) -> bool:
+    """Whether an error is the user's to mend: its message is the whole story."""
+    return isinstance(error, ConfigError | OSError) or type(error).__name__ == "RunError"
+
+
+def parser() -> argparse.ArgumentParser:
+    root = argparse.ArgumentParser(prog="fastjepa", description="Pretrain and evaluate I-JEPA.")
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train_options(add(commands, "train", train, "pretrain from images to a checkpoint"))
+    sub = add(commands, "verify", verify, "replay reference trajectories and compare every quantity")
+    sub.add_argument("files", nargs="+", metavar="FILE")
+    sub.add_argument("--json", action="store_true")
+    masks_options(add(commands, "masks", masks, "statistics and a picture of a config's masks"))
+    eval_options(add(commands, "eval", evaluate, "probe frozen features: knn, linear, or a table of both"))
+    data_options(add(commands, "data", data, "get a data set by name"))
+    return root
+
+
+def add(commands, name: str, run, about: str) -> argparse.ArgumentParser:
+    sub = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".", epilog=EXAMPLES[name],
+                              formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    sub.set_defaults(run=run)
+    return sub
+
+
+def train_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--config", required=True, type=Path, help="YAML file")
+    sub.add_argument("--output", type=Path, help="run directory (default: logging.folder, or runs/<config>-<time>)")
+    sub.add_argument("--max-steps", type=positive, metavar="N", help="save and stop after N optimizer steps in all")
+    sub.add_argument(
+        "--resume", choices=("auto", "must", "never"), default="auto", help="from the latest checkpoint in --output"
+    )
+    sub.add_argument("--init", type=Path, metavar="FILE", help="weights to start from: a .safetensors file, checkpoint or run")
+    sub.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers append it
+    sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings in place of the file's")
+
+
+def masks_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--config", required=True, type=Path, help="YAML file")
+    sub.add_argument("--groups", type=positive, default=1000, help="independently sized groups to draw (default 1000)")
+    sub.add_argument(
+        "--picture", type=Path, metavar="PNG", help="where the picture goes (default masks.png); needs the config's data"
+    )
+    sub.add_argument("--json", action="store_true", help="print the statistics as JSON and write no picture unless asked")
+    sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings in place of the file's")
+
+
+def eval_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("kind", choices=("knn", "linear", "table"))
+    sub.add_argument("--checkpoint", required=True, type=Path, help="run directory or checkpoint")
+    sub.add_argument("--data", required=True, help="data set's name, or a directory with train/ and test/ or val/")
+    sub.add_argument("--encoder", choices=("target", "context", "random"), default="target")
+    sub.add_argument("--n-train", type=positive, help="use at most this many training images")
+    sub.add_argument("--n-test", type=positive, help="use at most this many test images")
+    sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    sub.add_argument("--no-cache", action="store_true", help="extract the features anew")
+    sub.add_argument("--json", action="store_true")
+
+
+def data_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("action", choices=("get",))
+    sub.add_argument("name", help="fashion-mnist or cifar10")
+    sub.add_argument("--archive", type=Path, help="a local archive to unpack instead of a download")
+    sub.add_argument("--directory", type=Path, help="where data sets are kept (default: $FASTJEPA_DATA or ~/.cache/fastjepa)")
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return number
+
+
+def train(args: argparse.Namespace) -> None:
+    from fastjepa import distributed, train
+
+    config = configs.load(args.config, args.overrides)
+    named = args.output or (config.logging.folder and Path(config.logging.folder))
+    fresh = Path("runs") / f"{args.config.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    distributed.init(config.runtime.device)
+    output = named or Path(distributed.from_main(str(fresh)))
+    train.train(config, output, args.max_steps, args.resume, args.init)
+
+
+def verify(args: argparse.Namespace) -> int:
+    from fastjepa.verify import passes, tolerance, verify
+
+    results = [{"file": file, "max_rel_err": errors, "ok": passes(errors)} for file in args.files for errors in [verify(file)]]
+    if args.json:
+        print(json.dumps(results, indent=1))
+    for result in [] if args.json else results:
+        print(result["file"])
+        for name, error in result["max_rel_err"].items():
+            print(f"  {name:18} {error:.1e}  {'ok' if error <= tolerance(name) else f'above {tolerance(name):.0e}'}")
+    return 0 if all(result["ok"] for result in results) else 1
+
+
+def masks(args: argparse.Namespace) -> None:
+    from fastjepa import masks
+
+    config = configs.load(args.config, args.overrides)
+    masks.check(config, config.data.batch_size)
+    statistics = masks.statistics(config, args.groups)
+    if args.json:
+        print(json.dumps(statistics))
+    else:
+        for name, value in statistics.items():
+            print(f"{name:16} {' '.join(f'{v:.2f}' for v in value) if isinstance(value, list) else f'{value:.4g}'}")
+    if args.picture or not args.json:
+        path = args.picture or Path("masks.png")
+        masks.save_picture(config, path)
+        print(f"picture: {path}", file=sys.stderr)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from fastjepa.evals import table
+
+    if args.kind == "table":
+        table.demo_table(args.checkpoint, args.data, args.n_train or 20000, args.n_test or 10000)
+
+
+def data(args: argparse.Namespace) -> None:
+    from fastjepa import catalog
+
+    print(catalog.get(args.name, args.directory, args.archive))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,334 @@
+"""The configuration: YAML -> frozen dataclasses, strict about every key, type and range.
+
+The sections `data`, `mask`, `meta`, `optimization` and `logging` carry the official I-JEPA keys under their
+official names, so the official YAML files load unmodified; `loss` and `runtime` are this project's own.
+An official key either acts or raises: nothing is accepted and ignored.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the key, the file and the remedy."""
+
+
+# name -> (embed_dim, depth, num_heads, mlp_ratio)
+MODELS = {
+    "vit_tiny": (192, 12, 3, 4.0),
+    "vit_small": (384, 12, 6, 4.0),
+    "vit_base": (768, 12, 12, 4.0),
+    "vit_large": (1024, 24, 16, 4.0),
+    "vit_huge": (1280, 32, 16, 4.0),
+    "vit_giant": (1408, 40, 16, 48 / 11),
+    "vit_gigantic": (1664, 48, 16, 64 / 13),
+}
+
+Check = tuple[Callable[[Any], bool], str]
+positive: Check = (lambda v: v > 0, "greater than 0")
+not_negative: Check = (lambda v: v >= 0, "0 or greater")
+share: Check = (lambda v: 0 < v <= 1, "in (0, 1]")
+share_range: Check = (lambda v: 0 < v[0] <= v[1] <= 1, "two rising numbers in (0, 1]")
+positive_range: Check = (lambda v: 0 < v[0] <= v[1], "two rising numbers greater than 0")
+momentum_range: Check = (lambda v: 0 <= v[0] <= 1 and 0 <= v[1] <= 1, "two numbers in [0, 1]")
+
+
+def key(default: Any, doc: str, check: Check | None = None, unsupported: str = "") -> Any:
+    """A config field; `unsupported` is the sentence raised when the value differs from the default."""
+    return dataclasses.field(default=default, metadata={"doc": doc, "check": check, "unsupported": unsupported})
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: str | None = key(
+        None, "a directory, or a data set's name (fashion-mnist, cifar10); replaces root_path + image_folder"
+    )
+    root_path: str | None = key(None, "official: directory that holds image_folder")
+    image_folder: str | None = key(None, "official: image folder below root_path")
+    batch_size: int = key(64, "images per rank per optimizer step", positive)
+    crop_size: int | tuple[int, int] = key(224, "side of the square training image in pixels, or [height, width]")
+    crop_scale: tuple[float, float] = key((0.3, 1.0), "area of the random resized crop as a share of the image", share_range)
+    use_horizontal_flip: bool = key(False, "mirror every image with probability 1/2")
+    use_color_distortion: bool = key(False, "official key", unsupported="I-JEPA trains without it; set it to false")
+    use_gaussian_blur: bool = key(False, "official key", unsupported="I-JEPA trains without it; set it to false")
+    color_jitter_strength: float = key(0.0, "official key", unsupported="there is no colour distortion; set it to 0.0")
+    num_workers: int = key(8, "loader processes per rank; 0 loads in the training process", not_negative)
+    pin_mem: bool = key(True, "page-locked host memory for asynchronous copies to the GPU")
+    loader: Literal["torch"] = key("torch", "which decoder makes images of bytes")
+    max_bad: int = key(100, "undecodable files a run may meet before it stops", not_negative)
+    channels: int = key(3, "image channels: 1 (grey) or 3 (RGB)", (lambda v: v in (1, 3), "1 or 3"))
+    mean: tuple[float, ...] | None = key(None, "per-channel mean on [0, 1]; default: ImageNet's")
+    std: tuple[float, ...] | None = key(None, "per-channel standard deviation on [0, 1]; default: ImageNet's")
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    patch_size: int = key(16, "side of a patch in pixels", positive)
+    num_enc_masks: int = key(1, "context masks per image (K)", positive)
+    num_pred_masks: int = key(4, "target blocks per image (R)", positive)
+    enc_mask_scale: tuple[float, float] = key((0.85, 1.0), "area of the context block as a share of the grid", share_range)
+    pred_mask_scale: tuple[float, float] = key((0.15, 0.2), "area of a target block as a share of the grid", share_range)
+    aspect_ratio: tuple[float, float] = key((0.75, 1.5), "height / width of a target block", positive_range)
+    min_keep: int = key(10, "every mask holds more than this many patches", not_negative)
+    allow_overlap: bool = key(False, "whether a context may contain its own targets")
+    strategy: Literal["multiblock"] = key("multiblock", "how targets and context are laid out")
+    sampling: Literal["official", "uniform"] = key("official", "official: the official code's draws; uniform: the paper's")
+    truncate: Literal["batch_min", "none", "fraction"] = key("batch_min", "how contexts are cut")
+    truncate_group: int = key(128, "consecutive slots of the global batch that share one cut (batch_min)", positive)
+    context_fraction: float = key(0.25, "patches kept at random, as a share of the grid (fraction)", share)
+
+
+@dataclass(frozen=True)
+class MetaConfig:
+    model_name: str = key("vit_base", "one of " + ", ".join(MODELS), (lambda v: v in MODELS, "one of " + ", ".join(MODELS)))
+    embed_dim: int | None = key(None, "encoder width in place of model_name's", positive)
+    depth: int | None = key(None, "encoder blocks in place of model_name's", positive)
+    num_heads: int | None = key(None, "encoder heads in place of model_name's", positive)
+    pred_depth: int = key(6, "predictor blocks", positive)
+    pred_emb_dim: int = key(384, "predictor width", positive)
+    pred_num_heads: int | None = key(None, "predictor heads; default: the encoder's", positive)
+    use_bfloat16: bool | None = key(None, "official: bf16 autocast; runtime.dtype says the same")
+    load_checkpoint: bool = key(False, "official: resume, and fail when there is nothing to resume from")
+    read_checkpoint: str | None = key(None, "official: the checkpoint in the output directory to resume from")
+    copy_data: bool = key(
+        False, "official key", unsupported="copy the data yourself and point data.source at it; set it to false"
+    )
+
+
+@dataclass(frozen=True)
+class OptimizationConfig:
+    epochs: int = key(300, "passes over the data", positive)
+    warmup: float = key(40, "epochs of linear warm-up", not_negative)
+    start_lr: float = key(2e-4, "learning rate at step 0", not_negative)
+    lr: float = key(1e-3, "learning rate after the warm-up", not_negative)
+    final_lr: float = key(1e-6, "learning rate at the end", not_negative)
+    weight_decay: float = key(0.04, "weight decay at the start", not_negative)
+    final_weight_decay: float = key(0.4, "weight decay at the end", not_negative)
+    ema: tuple[float, float] = key((0.996, 1.0), "momentum of the target encoder, first and last step", momentum_range)
+    ipe_scale: float = key(1.0, "stretches the schedules beyond the run", positive)
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    folder: str | None = key(None, "official: the output directory when --output is not given")
+    write_tag: str = key("jepa", "official: prefix of checkpoint names")
+    every: int = key(10, "steps between logged lines", positive)
+    monitor_every: int = key(100, "steps between collapse readings (feature spread, effective rank); 0: never", not_negative)
+    checkpoint_every: int = key(0, "steps between checkpoints; 0: once an epoch", not_negative)
+    keep_last: int = key(2, "checkpoints kept", positive)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    kind: Literal["smooth_l1", "l2"] = key("smooth_l1", "smooth_l1 (the official code, beta 1) or l2 (the paper)")
+    regularizer: Literal["none", "vicreg"] = key("none", "variance-covariance term on the mean-pooled context features")
+    regularizer_weight: float = key(0.1, "weight of the regularizer", not_negative)
+    covariance_weight: float = key(0.04, "weight of the covariance inside the regularizer", not_negative)
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    seed: int = key(0, "seed of initial weights, masks, order and crops", not_negative)
+    dtype: Literal["fp32", "bf16"] = key("bf16", "compute dtype; parameters, moments and EMA stay fp32")
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: CUDA where there is one")
+    micro_batch: int | None = key(None, "images per forward; default: data.batch_size", positive)
+    zero: Literal[0] = key(0, "ZeRO stage; 0 is plain DDP")
+    kernels: Literal["auto", "torch"] = key("auto", "which implementation of the token ops runs")
+    attention: Literal["auto", "flash", "varlen", "xformers", "sdpa", "matmul"] = key("auto", "which attention runs")
+    compile: bool = key(False, "torch.compile of the networks")
+    checkpoint_activations: bool = key(False, "recompute activations in the backward pass")
+    max_skipped: int = key(20, "non-finite steps in a row before the run stops", positive)
+    deterministic: bool = key(False, "deterministic CUDA algorithms")
+    threads: int | None = key(None, "CPU threads; default: torch's", positive)
+
+
+@dataclass(frozen=True)
+class Config:
+    data: DataConfig = DataConfig()
+    mask: MaskConfig = MaskConfig()
+    meta: MetaConfig = MetaConfig()
+    optimization: OptimizationConfig = OptimizationConfig()
+    logging: LoggingConfig = LoggingConfig()
+    loss: LossConfig = LossConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of a training image in pixels."""
+        size = self.data.crop_size
+        return (size, size) if isinstance(size, int) else size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        height, width = self.image_size
+        return height // self.mask.patch_size, width // self.mask.patch_size
+
+    @property
+    def encoder_shape(self) -> tuple[int, int, int, float]:
+        """(embed_dim, depth, num_heads, mlp_ratio), the overrides in `meta` applied."""
+        dim, depth, heads, mlp_ratio = MODELS[self.meta.model_name]
+        return self.meta.embed_dim or dim, self.meta.depth or depth, self.meta.num_heads or heads, mlp_ratio
+
+    @property
+    def micro_batch(self) -> int:
+        return self.runtime.micro_batch or self.data.batch_size
+
+    @property
+    def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Per-channel (mean, std) on [0, 1]; ImageNet's, or their average for one channel, unless given."""
+        grey = self.data.channels == 1
+        mean = self.data.mean or ((0.449,) if grey else (0.485, 0.456, 0.406))
+        std = self.data.std or ((0.226,) if grey else (0.229, 0.224, 0.225))
+        return mean, std
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries and lists, as YAML and JSON write them; `from_dict` reads them back."""
+        return {name: {k: list(v) if isinstance(v, tuple) else v for k, v in section.items()}
+                for name, section in dataclasses.asdict(self).items()}  # fmt: skip
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides and validate; ConfigError says what is wrong."""
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the config ({error.strerror}); pass --config FILE") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a config is a mapping of sections ({', '.join(_sections())})")
+    return from_dict(_override(raw, overrides), str(path))
+
+
+def from_dict(raw: Mapping[str, Any], where: str = "config") -> Config:
+    """Build and validate a Config from nested mappings; `where` names the origin in messages."""
+    sections = _sections()
+    built = {}
+    for name, values in raw.items():
+        if name not in sections:
+            raise ConfigError(f"{where}: unknown section {name!r}{_nearest(name, sections)}")
+        if values is not None and not isinstance(values, Mapping):
+            raise ConfigError(f"{where}: section {name!r} must hold keys, not {values!r}")
+        built[name] = _section(sections[name], name, values or {}, where)
+    return _agree(Config(**built), raw, where)
+
+
+def _sections() -> dict[str, type]:
+    return typing.get_type_hints(Config)
+
+
+def _override(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    raw = {name: dict(section) if isinstance(section, Mapping) else section for name, section in raw.items()}
+    for text in overrides:
+        path, equals, value = text.partition("=")
+        section, dot, name = path.partition(".")
+        if not (equals and dot and section and name):
+            raise ConfigError(f"override {text!r}: write section.key=value")
+        raw[section] = (raw.get(section) or {}) | {name: yaml.safe_load(value)}
+    return raw
+
+
+def _section(cls: type, section: str, values: Mapping[str, Any], where: str) -> Any:
+    hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
+    built = {}
+    for name, value in values.items():
+        label = f"{where}: {section}.{name}"
+        if name not in fields:
+            raise ConfigError(f"{label}: unknown key{_nearest(str(name), fields)}")
+        built[name] = value = _coerce(hints[name], value, label)
+        check, unsupported = fields[name].metadata["check"], fields[name].metadata["unsupported"]
+        if check and value is not None and not check[0](value):
+            raise ConfigError(f"{label}: {value!r} must be {check[1]}{_nearest(value, MODELS) if name == 'model_name' else ''}")
+        if unsupported and value != fields[name].default:
+            raise ConfigError(f"{label}: {value!r} is not supported: {unsupported}")
+    return cls(**built)
+
+
+def _coerce(hint: Any, value: Any, label: str) -> Any:
+    """`value` as the annotated type; YAML reads 1e-3 as a string and (1, 2) as a list."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        for option in typing.get_args(hint):
+            try:
+                return _coerce(option, value, label)
+            except ConfigError:
+                continue
+    elif typing.get_origin(hint) is Literal:
+        if value in typing.get_args(hint) and not isinstance(value, bool):
+            return value
+        allowed = [str(option) for option in typing.get_args(hint)]
+        raise ConfigError(f"{label}: {value!r} must be {' or '.join(allowed)}{_nearest(str(value), allowed)}")
+    elif typing.get_origin(hint) is tuple:
+        items = typing.get_args(hint)
+        if isinstance(value, list | tuple) and (items[-1] is Ellipsis or len(value) == len(items)):
+            return tuple(_coerce(items[0], item, label) for item in value)
+    elif hint is types.NoneType:
+        if value is None:
+            return None
+    elif hint is float:
+        try:
+            number = math.nan if isinstance(value, bool | None) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    elif type(value) is hint:
+        return value
+    raise ConfigError(f"{label}: {value!r} must be {_type_name(hint)}")
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_type_name(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        items = typing.get_args(hint)
+        return f"a list of {_type_name(items[0])}" if items[-1] is Ellipsis else f"[{', '.join(_type_name(i) for i in items)}]"
+    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", types.NoneType: "null"}
+    return names.get(hint, str(hint))
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), list(names), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(names)}"
+
+
+def _agree(config: Config, raw: Mapping[str, Any], where: str) -> Config:
+    """Checks that span keys, and the official use_bfloat16 folded into runtime.dtype."""
+    data, mask, meta, runtime = config.data, config.mask, config.meta, config.runtime
+
+    def require(holds: bool, message: str) -> None:
+        if not holds:
+            raise ConfigError(f"{where}: {message}")
+
+    if meta.use_bfloat16 is not None:
+        official = "bf16" if meta.use_bfloat16 else "fp32"
+        require("dtype" not in (raw.get("runtime") or {}) or runtime.dtype == official,
+                f"meta.use_bfloat16: {meta.use_bfloat16} contradicts runtime.dtype: {runtime.dtype}; drop one")  # fmt: skip
+        config = dataclasses.replace(config, runtime=dataclasses.replace(runtime, dtype=official))
+    height, width = config.image_size
+    require(min(height, width) > 0 and height % mask.patch_size == 0 and width % mask.patch_size == 0,
+            f"data.crop_size: {height}x{width} must be a positive multiple of mask.patch_size: {mask.patch_size}")  # fmt: skip
+    dim, _, heads, _ = config.encoder_shape
+    for width_key, width_value, head_count in (("meta.embed_dim", dim, heads),
+                                               ("meta.pred_emb_dim", meta.pred_emb_dim, meta.pred_num_heads or heads)):  # fmt: skip
+        require(width_value % head_count == 0, f"{width_key}: {width_value} must be a multiple of its {head_count} heads")
+        require(width_value % 4 == 0, f"{width_key}: {width_value} must be a multiple of 4 (2-d sine-cosine positions)")
+    require(data.batch_size % config.micro_batch == 0,
+            f"runtime.micro_batch: {config.micro_batch} must divide data.batch_size: {data.batch_size}")  # fmt: skip
+    for name in ("mean", "std"):
+        values = getattr(data, name)
+        require(values is None or len(values) == data.channels, f"data.{name}: needs {data.channels} numbers, one a channel")
+    require(min(config.mean_std[1]) > 0, "data.std: every value must be greater than 0")
+    require(not (data.source and (data.root_path or data.image_folder)),
+            "data.source and data.root_path / image_folder are both given; keep one")  # fmt: skip
+    return config

@@ -1,0 +1,78 @@
+"""Bytes to pixels with Pillow and torch: decode a file, crop a box of it. Which file and which box is decided elsewhere."""
+
+import io
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+MAX_PIXELS = 89_478_485  # where Pillow starts to warn of decompression bombs; here they are refused
+
+Box = tuple[int, int, int, int]  # (top, left, height, width) in pixels
+
+
+class DecodeError(ValueError):
+    """Bytes that are no image this project can read; the message says why."""
+
+
+def decode(raw: bytes | np.ndarray, channels: int) -> Tensor:
+    """An image as (channels, H, W) uint8, upright.
+
+    Args:
+        raw: an encoded file, or pixels (H, W) or (H, W, 3) uint8, which need no decoding.
+        channels: 1 (luminance, ITU-R 601-2) or 3 (RGB); alpha is dropped.
+
+    EXIF rotation is applied; 16-bit grey is scaled to 8 bits (x * 255 / 65535, rounded). 16-bit colour keeps its high
+    bytes, as Pillow reads it. DecodeError for anything Pillow cannot read in full, for images above MAX_PIXELS, and for
+    32-bit integer and floating-point pixels, which have no known range.
+    """
+    pixels = raw if isinstance(raw, np.ndarray) else _pixels(raw, channels)
+    if pixels.ndim == 3 and channels == 1:
+        pixels = np.array(Image.fromarray(pixels).convert("L"))
+    image = torch.from_numpy(pixels)
+    return image.permute(2, 0, 1) if image.ndim == 3 else image.expand(channels, -1, -1)
+
+
+def crop(image: Tensor, box: Box, size: tuple[int, int], flip: bool = False) -> Tensor:
+    """`box` of a (C, H, W) uint8 image, resized to (C, *size) uint8 by antialiased bilinear interpolation.
+
+    Equal to torchvision's `resized_crop` on the same box; `flip` then mirrors it left to right.
+    """
+    top, left, height, width = box
+    patch = image.narrow(1, top, height).narrow(2, left, width)
+    if (height, width) != size:
+        patch = F.interpolate(patch[None], size=size, mode="bilinear", antialias=True)[0]
+    return patch.flip(-1) if flip else patch
+
+
+def _pixels(raw: bytes, channels: int) -> np.ndarray:
+    try:
+        with Image.open(io.BytesIO(raw)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DecodeError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS}; tile the image")
+            ImageOps.exif_transpose(image, in_place=True)
+            return np.array(_eight_bit(image, channels))
+    except (DecodeError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's readers let any exception through: SyntaxError, struct.error, zlib.error, ...
+        raise DecodeError(f"not an image Pillow can read in full ({type(error).__name__}: {error})") from error
+
+
+def _eight_bit(image: Image.Image, channels: int) -> Image.Image | np.ndarray:
+    """(H, W) for grey images or one channel, else RGB."""
+    if image.mode == "F":
+        raise DecodeError("floating-point pixels have no known range; save them as 8 or 16 bits")
+    if image.mode.startswith("I"):
+        return _scale_16_bit(np.asarray(image))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    grey = channels == 1 or image.mode in ("1", "L", "LA", "La")
+    return image.convert("L" if grey else "RGB")
+
+
+def _scale_16_bit(values: np.ndarray) -> np.ndarray:
+    if values.min() < 0 or values.max() > 65535:
+        raise DecodeError("32-bit pixels have no known range; save them as 8 or 16 bits")
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)

@@ -1,0 +1,149 @@
+"""Ranks, devices and the few reductions a run needs; one process alone never makes a process group."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastjepa.config import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands: `rank` of `size` in all, `local_rank` on its machine, and its device."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes checkpoints, metrics and the console."""
+        return self.rank == 0
+
+
+def init(device: Literal["auto", "cpu", "cuda"] = "auto", timeout: float = 1800.0) -> World:
+    """Join the processes that torchrun or deepspeed started; without a launcher, be the only one.
+
+    Reads RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT and sets none of them. Several processes
+    talk through NCCL on CUDA and gloo on a CPU; `timeout` is in seconds, for joining and for each reduction.
+
+    Raises:
+        ConfigError: a device that is not there, an incomplete environment, or ranks that did not all arrive.
+    """
+    world = _number("WORLD_SIZE", 1)
+    rank, local_rank = (_number("RANK"), _number("LOCAL_RANK")) if world > 1 else (0, 0)
+    if not 0 <= rank < world:
+        raise ConfigError(
+            f"RANK={rank} must be in 0..{world - 1} (WORLD_SIZE={world}); start the run with torchrun or deepspeed"
+        )
+    place = World(rank, local_rank, world, _device(device, local_rank))
+    if world > 1 and not dist.is_initialized():
+        _join(place, timeout)
+    return place
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def shutdown() -> None:
+    """Leave the process group, where there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def all_gather(tensor: Tensor) -> Tensor:
+    """(n, ...) on every rank -> (world * n, ...) in rank order, without gradient; the same values on one rank."""
+    if not dist.is_initialized():
+        return tensor.detach()
+    mine = tensor.detach().contiguous()
+    pieces = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(pieces, mine)
+    return torch.cat(pieces)
+
+
+def mean(tensor: Tensor) -> Tensor:
+    """The mean over ranks, as a new tensor without gradient; the same values on one rank."""
+    if not dist.is_initialized():
+        return tensor.detach()
+    total = tensor.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def highest(number: int) -> int:
+    """The largest of the ranks' numbers, agreed between hosts: no device is waited for."""
+    if not dist.is_initialized():
+        return number
+    largest = torch.tensor(number)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def from_main(text: str) -> str:
+    """The main rank's text, on every rank."""
+    if not dist.is_initialized():
+        return text
+    texts = [text]
+    dist.broadcast_object_list(texts, src=0)
+    return texts[0]
+
+
+def union(names: set[str]) -> list[str]:
+    """All ranks' names, sorted."""
+    if not dist.is_initialized():
+        return sorted(names)
+    gathered: list[set[str]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(gathered, names)
+    return sorted(set().union(*gathered))
+
+
+def _device(wanted: str, local_rank: int) -> torch.device:
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("runtime.device: cuda was asked for and torch finds no CUDA device; set runtime.device=cpu or auto")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} here); start fewer ranks"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _join(place: World, timeout: float) -> None:
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(f"WORLD_SIZE={place.size} without {' and '.join(missing)}; start the run with torchrun or deepspeed")
+    cuda = place.device.type == "cuda"
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            rank=place.rank,
+            world_size=place.size,
+            timeout=timedelta(seconds=timeout),
+            device_id=place.device if cuda else None,
+        )
+    except dist.DistError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ConfigError(
+            f"rank {place.rank} of {place.size} could not meet the others at {address} within {timeout:g} s; "
+            f"check that every rank was started and can reach that address"
+        ) from error
+
+
+def _number(name: str, default: int | None = None) -> int:
+    text = os.environ.get(name, default)
+    try:
+        return int(text)
+    except (TypeError, ValueError):
+        found = "is not set" if text is None else f"is {text!r}, not a whole number"
+        raise ConfigError(f"{name} {found}; start the run with torchrun or deepspeed, or unset WORLD_SIZE") from None

@@ -1,0 +1,13 @@
+"""Counter-based random numbers: every draw is a function of (seed, stream, step, position), never of history."""
+
+import numpy as np
+
+MASKS, ORDER, BOXES, SUBSTITUTES, SPLITS = range(1, 6)
+
+
+def generator(seed: int, stream: int, step: int, skip: int = 0) -> np.random.Generator:
+    """A Philox generator for one stream at one step, `skip` blocks of four doubles ahead of its start.
+
+    Consecutive slots that own a fixed number of blocks can be drawn in one vectorised call, and any slot alone.
+    """
+    return np.random.Generator(np.random.Philox(key=[seed, stream << 48 | step], counter=skip))

@@ -1,0 +1,1 @@
+"""Evaluations of frozen encoders on labelled images; each module runs alone."""

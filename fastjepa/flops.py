@@ -1,0 +1,164 @@
+"""Closed-form FLOPs of one training step, per image: what `model.py` computes, and what the official code does.
+
+A multiply-add is 2 FLOPs and only matrix products count: linear layers, the patch embedding and attention's two
+products; a backward pass costs twice its forward, except that images need no gradient. Recomputation (activation
+checkpointing, attention backward), norms, the loss, its regularizer, optimizer and EMA are left out, as usual for MFU.
+"""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from fastjepa import masks, packing
+from fastjepa.config import Config
+from fastjepa.packing import Blocks, Packed
+
+PREDICTOR_MLP_RATIO = 4.0
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of training on one image, by the part of the step that spends them."""
+
+    target_forward: float
+    context_forward: float
+    context_backward: float
+    predictor_forward: float
+    predictor_backward: float
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The lengths of a micro-batch's sequences, as arrays."""
+
+    images: int
+    context: np.ndarray  # (K*b,) patches of each context
+    queries: np.ndarray  # (R*K*b,) masked rows of each predictor sequence
+    sequences: np.ndarray  # (R*K*b,) all rows of each predictor sequence
+
+
+def count(
+    config: Config,
+    context_tokens: float,
+    target_block_tokens: float,
+    target_union: float,
+    images: int | None = None,
+) -> Flops:
+    """FLOPs per image of this package's step, for masks of equal (or mean) lengths; exact when they are equal.
+
+    Args:
+        config: the networks, and how many context masks and target blocks an image has.
+        context_tokens: patches in a context mask, after the cut.
+        target_block_tokens: patches in a target block.
+        target_union: patches of an image that are in any of its target blocks.
+        images: images of a forward, which share the predictor's table of positions (default: the micro-batch).
+    """
+    images = images or config.micro_batch
+    rows = _equal(config, context_tokens, target_block_tokens, images)
+    return _ours(config, rows, np.full(images, float(target_union)))
+
+
+def packed(config: Config, context: Packed, target: Packed, blocks: Blocks) -> Flops:
+    """FLOPs per image of this package's step on one packed micro-batch, exact for sequences of any lengths.
+
+    Reads the tensors of `packing.pack`; hand them over before they move to a device, or this waits for it.
+    """
+    union = _lengths(target)
+    rows = _Rows(len(union), _lengths(context), _lengths(blocks.queries), _lengths(blocks.sequences))
+    return _ours(config, rows, union)
+
+
+def of_config(config: Config, total: int | None = None, steps: int = 16) -> float:
+    """FLOPs per image of a run: the mean over the first micro-batch of `steps` steps, with the masks it will draw.
+
+    `total` is the number of images in a global batch, which decides who shares a cut (default: one rank's).
+    """
+    total = total or config.data.batch_size
+    draws = (
+        masks.draw(config.mask, config.grid, config.runtime.seed, step, 0, config.micro_batch, total) for step in range(steps)
+    )
+    return float(np.mean([packed(config, *packing.pack(*drawn)).total for drawn in draws]))
+
+
+def official(config: Config, context_tokens: float, target_block_tokens: float) -> Flops:
+    """FLOPs per image of the official code's step: all patches embedded, every block finished for every row.
+
+    Its sequences are equal by construction: all contexts have `context_tokens` patches, all blocks `target_block_tokens`.
+    """
+    dim, depth, _, mlp_ratio = config.encoder_shape
+    narrow, tokens = config.meta.pred_emb_dim, _tokens(config)
+    rows = _equal(config, context_tokens, target_block_tokens, 1)
+    context, sequences = rows.context, rows.sequences
+    encoder = depth * _block(dim, mlp_ratio, np.array([tokens]), np.array([tokens]))
+    seen = depth * _block(dim, mlp_ratio, context, context)
+    ends = _linear(context.sum() + rows.queries.sum(), dim, narrow)
+    predictor = ends + config.meta.pred_depth * _block(narrow, PREDICTOR_MLP_RATIO, sequences, sequences)
+    return _split(1, _embed(config, tokens), encoder, _embed(config, tokens), seen, predictor)
+
+
+def _ours(config: Config, rows: _Rows, union: np.ndarray) -> Flops:
+    tokens = np.full(rows.images, _tokens(config))
+    dim, depth, _, mlp_ratio = config.encoder_shape
+    every = _embed(config, tokens.sum())
+    target = (depth - 1) * _block(dim, mlp_ratio, tokens, tokens) + _block(dim, mlp_ratio, tokens, union)
+    context = depth * _block(dim, mlp_ratio, rows.context, rows.context)
+    return _split(rows.images, every, target, _embed(config, rows.context.sum()), context, _predictor(config, rows))
+
+
+def _predictor(config: Config, rows: _Rows) -> float:
+    """The first block projects a table of distinct rows, the last one finishes the queries alone; one block does both."""
+    dim, narrow, depth = config.encoder_shape[0], config.meta.pred_emb_dim, config.meta.pred_depth
+    seen, queries, sequences = rows.context.sum(), rows.queries, rows.sequences
+    ends = _linear(seen + queries.sum(), dim, narrow)  # predictor_embed and predictor_proj
+    table = 3 * _linear(seen + _tokens(config), narrow, narrow)
+    first = table + _mix(narrow, PREDICTOR_MLP_RATIO, sequences, queries if depth == 1 else sequences)
+    if depth == 1:
+        return ends + first
+    middle = (depth - 2) * _block(narrow, PREDICTOR_MLP_RATIO, sequences, sequences)
+    return ends + first + middle + _block(narrow, PREDICTOR_MLP_RATIO, sequences, queries)
+
+
+def _block(dim: int, mlp_ratio: float, keys: np.ndarray, queries: np.ndarray) -> float:
+    """A transformer block over sequences of `keys` rows that finishes `queries` rows of each."""
+    qkv = 2 * _linear(keys.sum(), dim, dim) + _linear(queries.sum(), dim, dim)
+    return qkv + _mix(dim, mlp_ratio, keys, queries)
+
+
+def _mix(dim: int, mlp_ratio: float, keys: np.ndarray, queries: np.ndarray) -> float:
+    """A block without its query, key and value projections: q k^T, attention times v, proj, mlp."""
+    attention = 2 * 2.0 * float(keys @ queries) * dim
+    return attention + _linear(queries.sum(), dim, dim) + 2 * _linear(queries.sum(), dim, round(dim * mlp_ratio))
+
+
+def _linear(rows: float, width_in: int, width_out: int) -> float:
+    return 2.0 * rows * width_in * width_out
+
+
+def _embed(config: Config, rows: float) -> float:
+    return _linear(rows, config.data.channels * config.mask.patch_size**2, config.encoder_shape[0])
+
+
+def _split(images: int, target_embed: float, target: float, embed: float, context: float, predictor: float) -> Flops:
+    """Per image, from the forward FLOPs of a micro-batch; the embedding's backward is its weight gradient alone."""
+    forward = (target_embed + target, embed + context, embed + 2 * context, predictor, 2 * predictor)
+    return Flops(*(float(part) / images for part in forward))
+
+
+def _equal(config: Config, context_tokens: float, target_block_tokens: float, images: int) -> _Rows:
+    contexts = config.mask.num_enc_masks * images
+    sequences = config.mask.num_pred_masks * contexts
+    queries = np.full(sequences, float(target_block_tokens))
+    return _Rows(images, np.full(contexts, float(context_tokens)), queries, queries + context_tokens)
+
+
+def _lengths(packed: Packed) -> np.ndarray:
+    return packed.cu_seqlens.diff().cpu().numpy().astype(np.float64)
+
+
+def _tokens(config: Config) -> int:
+    rows, columns = config.grid
+    return rows * columns

@@ -1,0 +1,330 @@
+"""What one sees of a run: metrics.jsonl, TensorBoard, the console, throughput, and signs of collapse."""
+
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
+from torch import Tensor
+
+GEMM_SHAPES = {"cpu": ((1024, 1024, 1024), (2048, 1024, 2048), (4096, 1024, 1024)), "cuda": ((4096,) * 3, (8192,) * 3)}
+RANK_ROWS = 2048
+FIRST, SPREAD_FLOOR, RANK_FLOOR = 3, 0.25, 0.5
+
+
+class Reading(NamedTuple):
+    """One look at the target features: their `spread` and `effective_rank`."""
+
+    step: int
+    spread: float
+    rank: float
+
+
+@torch.inference_mode()
+def gemm_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """Matrix-product rate in FLOP/s: the best of several large shapes in `dtype`, on one device with its current threads."""
+    best = 0.0
+    shapes = GEMM_SHAPES[device.type]
+    for m, k, n in shapes:
+        a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((m, k), (k, n)))
+        out = torch.mm(a, b)  # warms up
+        end = time.perf_counter() + seconds / len(shapes)
+        while True:
+            _synchronize(device)
+            start = time.perf_counter()
+            torch.mm(a, b, out=out)
+            _synchronize(device)
+            best = max(best, 2 * m * k * n / (time.perf_counter() - start))
+            if time.perf_counter() > end:
+                break
+    return best
+
+
+def spread(features: Tensor) -> float:
+    """(T, D) -> mean over channels of the standard deviation over tokens; 0 when every token has the same features."""
+    return float(features.float().std(dim=0, unbiased=False).mean())
+
+
+def effective_rank(features: Tensor) -> float:
+    """(T, D) -> exp of the entropy of the normalised singular values, from 1 to min(T, D).
+
+    RankMe (Garrido et al., 2023): p_k = s_k / sum(s) + 1e-7, features not centred. Of more than 2048 tokens, 2048
+    evenly spaced ones are used. 0 for all-zero features, NaN for features that are not finite.
+    """
+    rows = features.detach()
+    if len(rows) > RANK_ROWS:
+        rows = rows[torch.arange(RANK_ROWS, device=rows.device) * len(rows) // RANK_ROWS]
+    rows = rows.double()
+    # Through the smaller Gram matrix: in float64 as exact as this needs, and several times faster than an SVD.
+    gram = rows @ rows.T if rows.shape[0] < rows.shape[1] else rows.T @ rows
+    if not bool(gram.isfinite().all()):
+        return math.nan
+    singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    total = singular.sum()
+    if float(total) == 0:
+        return 0.0
+    p = singular / total + 1e-7
+    return float((-(p * p.log()).sum()).exp())
+
+
+def collapse_warning(history: Sequence[Reading]) -> str | None:
+    """A sentence when the last reading confirms a collapse, else None.
+
+    A quantity is low when it is under 1/4 (spread) or 1/2 (rank) of its baseline, the median of the first three
+    readings. It warns at the second low reading in a row and not again until the quantity has recovered, so one odd
+    batch never warns and a long collapse warns once. Readings that are not finite count as low.
+    """
+    for name, floor, meaning, remedy in (
+        ("spread", SPREAD_FLOOR, "every token is getting the same features",
+         "the target is being chased too fast: lower optimization.lr or raise optimization.ema"),
+        ("rank", RANK_FLOOR, "the features are shrinking to a few directions",
+         "set loss.regularizer to vicreg, or lower optimization.lr"),
+    ):  # fmt: skip
+        values = [getattr(reading, name) for reading in history]
+        baseline = statistics.median([value for value in values[:FIRST] if math.isfinite(value)] or [0.0])
+        low = [not value >= floor * baseline for value in values[FIRST:]]
+        if low[-2:] == [True, True] and low[-3:] != [True] * 3:
+            return (
+                f"step {history[-1].step}: collapse, {meaning} (target feature {name} {values[-1]:.3g}, "
+                f"at first {baseline:.3g}); {remedy}"
+            )
+    return None
+
+
+class Skips:
+    """Counts non-finite steps on the device and reads the counts back without waiting for it.
+
+    `poll` may be some steps behind on CUDA, and not equally on every rank: decide what all ranks must do alike, such
+    as stopping, from `sync`.
+    """
+
+    def __init__(self, device: torch.device, total: int = 0, in_row: int = 0, step: int = 0):
+        self._asynchronous = device.type == "cuda"
+        self._arrived = (total, in_row, step)
+        self._counts = torch.tensor(self._arrived, dtype=torch.int64, device=device)
+        self._host = torch.zeros(3, dtype=torch.int64, pin_memory=self._asynchronous)
+        self._copied = None  # the event of the copy under way
+
+    def update(self, finite: Tensor) -> None:
+        """Count one step; `finite` is a 0-dim bool tensor on the device, which is never read by the host here."""
+        bad = finite.logical_not().to(torch.int64)
+        total, in_row, step = self._counts.unbind()
+        total += bad
+        in_row.add_(bad).mul_(bad)
+        step += 1
+
+    def poll(self) -> tuple[int, int, int]:
+        """(skipped in all, skipped in a row, steps) as of the last copy that has reached the host."""
+        if not self._asynchronous:
+            return self.sync()
+        if self._copied is not None and self._copied.query():
+            self._arrived, self._copied = tuple(self._host.tolist()), None
+        if self._copied is None:
+            self._host.copy_(self._counts, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        return self._arrived
+
+    def sync(self) -> tuple[int, int, int]:
+        """The exact counts; waits for the device."""
+        self._arrived = tuple(self._counts.tolist())
+        return self._arrived
+
+
+class Log:
+    """Writes `output`/metrics.jsonl, TensorBoard events and the console; with `output` None it does nothing.
+
+    Call `step` after every optimizer step. Every `every` steps, and at the last, it writes one JSON object; tensors
+    among the values are read from the device only then. Rates are over the wall time since the last such step, without
+    what ran under `pause`. Lines later than `start_step`, the step resumed from, are dropped on entry.
+
+    Args:
+        flops_per_image: FLOPs of training on one image, forward and backward.
+        gemm_rate: FLOP/s of all devices of the run together (`gemm_flops` times their number).
+        console: whether to print: a progress bar on a terminal, else plain lines.
+        tensorboard: whether to write events when TensorBoard is installed.
+    """
+
+    def __init__(
+        self,
+        output: Path | None,
+        total_steps: int,
+        every: int,
+        flops_per_image: float,
+        gemm_rate: float,
+        console: bool = True,
+        tensorboard: bool = True,
+        start_step: int = 0,
+    ):
+        self.output, self.total_steps, self.every, self.start_step = output, total_steps, every, start_step
+        self.flops_per_image, self.gemm_rate = flops_per_image, gemm_rate
+        self.history: list[Reading] = []
+        self._console, self._tensorboard = console, tensorboard
+        self._held: dict[str, float] = {}
+        self._file = self._events = self._bar = None
+
+    def __enter__(self) -> "Log":
+        if self.output is not None:
+            self.output.mkdir(parents=True, exist_ok=True)
+            file = self.output / "metrics.jsonl"
+            self.history = [_reading(entry) for entry in _cut(file, self.start_step) if "effective_rank" in entry]
+            self._file = file.open("a")
+            self._events = _events(self.output, self.start_step) if self._tensorboard else None
+            self._bar = _bar(self.total_steps, self.start_step) if self._console and sys.stdout.isatty() else None
+        self._restart(self.start_step)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for sink, close in ((self._file, "close"), (self._events, "close"), (self._bar, "stop")):
+            if sink is not None:
+                getattr(sink, close)()
+        self._file = self._events = self._bar = None
+
+    def due(self, step: int) -> bool:
+        """Whether `step` (steps taken so far, from 1) is one that gets a line."""
+        return self._file is not None and (step % self.every == 0 or step == self.total_steps)
+
+    def step(self, step: int, epoch: int, values: Mapping[str, float | Tensor], images: int) -> None:
+        """Record step number `step`; `images` is how many the step used, over all ranks."""
+        self._images += images
+        if not self.due(step):
+            return
+        read = {name: value.item() if isinstance(value, Tensor) else value for name, value in values.items()}
+        seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
+        rate = self._images / seconds
+        mfu = rate * self.flops_per_image / self.gemm_rate if self.gemm_rate else None
+        record = {
+            "step": step,
+            "epoch": epoch,
+            **read,
+            "images_per_s": rate,
+            "mfu": mfu,
+            "memory_gib": memory_gib(),
+            **self._held,
+        }
+        left = (self.total_steps - step) * seconds / max(step - self._since, 1)
+        self._write(record, left)
+        self._held = {}
+        self._restart(step)
+
+    def reading(self, step: int, features: Tensor) -> None:
+        """Measure target features (T, D), warn of collapse, keep the reading for the next line; call it before `step`."""
+        if self._file is None:
+            return
+        with self.pause():
+            self.history.append(Reading(step, spread(features), effective_rank(features)))
+            self._held = {"feature_std": self.history[-1].spread, "effective_rank": self.history[-1].rank}
+            if warning := collapse_warning(self.history):
+                self.message(f"warning: {warning}")
+
+    def message(self, text: str) -> None:
+        """A line of text on the console, above the progress bar."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        elif self._file is not None and self._console:
+            print(text, flush=True)
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time that is not training: checkpoints, evaluations; it counts towards no rate. May be nested."""
+        start, before = time.perf_counter(), self._paused
+        try:
+            yield
+        finally:
+            self._paused = before + time.perf_counter() - start
+
+    def _restart(self, step: int) -> None:
+        self._start, self._paused, self._images, self._since = time.perf_counter(), 0.0, 0, step
+
+    def _write(self, record: dict[str, Any], left: float) -> None:
+        finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in record.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            for name, value in finite.items():
+                if name != "step" and value is not None:
+                    self._events.add_scalar(name, value, record["step"])
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=record["step"], description=_line(record, self.total_steps, left))
+        elif self._console:
+            print(_line(record, self.total_steps, left), flush=True)
+
+
+def memory_gib() -> float:
+    """Peak memory of this process in GiB: allocated on the GPU where CUDA is in use, else resident (workers excluded)."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB on Linux
+
+
+def _line(record: Mapping[str, Any], total: int, left: float) -> str:
+    shown = [f"step {record['step']}/{total}"]
+    for name, label, form in (
+        ("loss", "loss", ".4f"), ("lr", "lr", ".2e"), ("ema_momentum", "momentum", ".4f"), ("images_per_s", "img/s", ".1f"),
+        ("mfu", "MFU", ".1%"), ("memory_gib", "GiB", ".2f"), ("feature_std", "std", ".3f"), ("effective_rank", "rank", ".1f"),
+    ):  # fmt: skip
+        if record.get(name) is not None:
+            shown.append(f"{label} {record[name]:{form}}")
+    if record.get("skipped"):
+        shown.append(f"skipped {record['skipped']:.0f}")
+    minutes, seconds = divmod(round(left), 60)
+    return "  ".join([*shown, f"ETA {minutes // 60}:{minutes % 60:02}:{seconds:02}"])
+
+
+def _bar(total: int, start: int) -> Progress:
+    wrapped = Column(no_wrap=False)  # a narrow terminal shows two lines rather than half of one
+    progress = Progress(BarColumn(bar_width=12), TextColumn("{task.description}", markup=False, table_column=wrapped))
+    progress.add_task(f"step {start}/{total}", total=total, completed=start)
+    progress.start()
+    return progress
+
+
+def _events(output: Path, start_step: int) -> Any:
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+    return SummaryWriter(output / "tensorboard", purge_step=start_step + 1)
+
+
+def _reading(entry: Mapping[str, Any]) -> Reading:
+    spread_, rank = (math.nan if entry[name] is None else entry[name] for name in ("feature_std", "effective_rank"))
+    return Reading(entry["step"], spread_, rank)
+
+
+def _cut(file: Path, last: int) -> list[dict[str, Any]]:
+    """Drop the lines of `file` past step `last`, and a line torn by a kill, in one rename; returns the entries that stay."""
+    if not file.exists():
+        return []
+    lines, kept, entries = file.read_text().splitlines(keepends=True), [], []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+            if line.endswith("\n") and entry["step"] <= last:
+                kept.append(line)
+                entries.append(entry)
+    if len(kept) < len(lines):
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        with temporary.open("w") as stream:
+            stream.writelines(kept)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    return entries
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

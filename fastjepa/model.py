@@ -1,0 +1,241 @@
+"""The networks of I-JEPA over packed rows: Encoder, Predictor, and Jepa, the pair that is trained.
+
+Parameter names are those of the official state dicts. Work whose result nobody reads is not done: patches outside
+a context are never embedded, a last block finishes only the rows that are wanted, and what the predictor's target
+blocks share in its first block is computed once.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastjepa import attention, packing
+from fastjepa.config import Config, ConfigError
+from fastjepa.packing import Blocks, Packed
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.way = "sdpa"  # set for the whole network by `use_attention`
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, sequences: Packed, queries: Packed | None = None, shared: bool = False) -> Tensor:
+        """x: (M, D) normalised rows -> (T, D), or (Q, D) for the rows `queries.idx` alone.
+
+        With `shared`, x is a table of distinct rows and `sequences.idx` says which of them each of the T rows is.
+        """
+        dim = self.proj.in_features
+        if shared:
+            qkv = gather_rows(self.qkv(x), sequences.idx)  # (T, 3D)
+            q, kv = qkv[:, :dim], qkv[:, dim:]
+            q = q if queries is None else q.index_select(0, queries.idx)
+        elif queries is None:
+            q, kv = self.qkv(x).split((dim, 2 * dim), dim=1)
+        else:
+            q = F.linear(x.index_select(0, queries.idx), self.qkv.weight[:dim], self.qkv.bias[:dim])
+            kv = F.linear(x, self.qkv.weight[dim:], self.qkv.bias[dim:])
+        k, v = kv.view(kv.shape[0], 2, self.num_heads, -1).unbind(1)
+        q = q.view(q.shape[0], self.num_heads, -1)
+        out = attention.attention(q, k, v, queries or sequences, sequences, self.way)
+        return self.proj(out.reshape(q.shape[0], dim))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, round(dim * mlp_ratio))
+
+    def forward(self, x: Tensor, sequences: Packed, queries: Packed | None = None, shared: bool = False) -> Tensor:
+        """(M, D) -> (T, D) or, with `queries`, (Q, D); arguments as in Attention."""
+        mixed = self.attn(self.norm1(x), sequences, queries, shared)
+        if shared:
+            x = gather_rows(x, sequences.idx)
+        if queries is not None:
+            x = x.index_select(0, queries.idx)
+        x = x + mixed
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, patch_size: int, channels: int, dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor, idx: Tensor | None) -> Tensor:
+        """images: (b, C, H, W); idx: (T,) flat patch rows, or None for all of them -> (T, D)."""
+        b, c, height, width = images.shape
+        p = self.proj.kernel_size[0]
+        patches = images.view(b, c, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
+        patches = patches.reshape(-1, c * p * p)
+        if idx is not None:
+            patches = patches.index_select(0, idx)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class Encoder(nn.Module):
+    """Vision transformer without a class token, fixed 2-d sine-cosine positions (paper, appendix A)."""
+
+    def __init__(self, grid: tuple[int, int], patch_size: int, channels: int, dim: int, depth: int, num_heads: int, mlp_ratio: float):  # fmt: skip
+        super().__init__()
+        self.grid, self.embed_dim, self.checkpointed = grid, dim, False
+        self.register_buffer("pos_embed", sincos_positions(dim, grid))  # (1, N, D)
+        self.patch_embed = PatchEmbed(patch_size, channels, dim)
+        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.apply(init_weights)
+
+    def forward(self, images: Tensor, visible: Packed | None = None, wanted: Packed | None = None) -> Tensor:
+        """Features of patches after the final norm.
+
+        Args:
+            images: (b, C, H, W) normalised; any resolution that is a multiple of the patch.
+            visible: the patches that are seen, as sequences of flat rows; default: every image whole.
+            wanted: the rows (of the T that are seen) to return; default: all.
+
+        Returns:
+            (T, D), or (Q, D) for the wanted rows.
+        """
+        p = self.patch_embed.proj.kernel_size[0]
+        grid = images.shape[2] // p, images.shape[3] // p
+        positions = self.positions(grid)  # (N, D)
+        x = self.patch_embed(images, None if visible is None else visible.idx)
+        if visible is None:
+            visible = packing.full(len(images), grid[0] * grid[1]).to(images.device)
+            x = (x.view(len(images), *positions.shape) + positions).flatten(0, 1)
+        else:
+            x = x + positions.index_select(0, visible.idx % len(positions))
+        for block in self.blocks[:-1]:
+            x = run(block, self.checkpointed, x, visible)
+        return self.norm(run(self.blocks[-1], self.checkpointed, x, visible, wanted))
+
+    def features(self, images: Tensor) -> Tensor:
+        """(b, C, H, W) -> (b, N, D)"""
+        return self(images).view(len(images), -1, self.embed_dim)
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        if grid == self.grid:
+            return self.pos_embed[0]
+        return sincos_positions(self.embed_dim, grid)[0].to(self.pos_embed)
+
+
+class Predictor(nn.Module):
+    """Narrow transformer from context features and masked positions to target features (paper, section 3)."""
+
+    def __init__(self, grid: tuple[int, int], embed_dim: int, dim: int, depth: int, num_heads: int):
+        super().__init__()
+        self.checkpointed = False
+        self.predictor_embed = nn.Linear(embed_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.register_buffer("predictor_pos_embed", sincos_positions(dim, grid))  # (1, N, P)
+        self.predictor_blocks = nn.ModuleList(Block(dim, num_heads, 4.0) for _ in range(depth))
+        self.predictor_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.predictor_proj = nn.Linear(dim, embed_dim)
+        self.apply(init_weights)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def forward(self, features: Tensor, context: Packed, blocks: Blocks) -> Tensor:
+        """features: (T, D) of the context rows -> (Q, D) predictions of the target rows, official order."""
+        positions = self.predictor_pos_embed[0]
+        seen = self.predictor_embed(features) + positions.index_select(0, context.idx % len(positions))
+        table = torch.cat((seen, positions + self.mask_token[0]))  # (T + N, P): every distinct row, once
+        last = len(self.predictor_blocks) - 1
+        x = table
+        for i, block in enumerate(self.predictor_blocks):
+            queries = blocks.queries if i == last else None
+            x = run(block, self.checkpointed, x, blocks.sequences, queries, i == 0)
+        return self.predictor_proj(self.predictor_norm(x))
+
+
+class Jepa(nn.Module):
+    """What is trained: the context encoder and the predictor."""
+
+    def __init__(self, encoder: Encoder, predictor: Predictor):
+        super().__init__()
+        self.encoder, self.predictor = encoder, predictor
+
+    def forward(self, images: Tensor, context: Packed, blocks: Blocks) -> tuple[Tensor, Tensor]:
+        """(b, C, H, W) -> predictions (Q, D) and context features (T, D)."""
+        features = self.encoder(images, context)
+        return self.predictor(features, context, blocks), features
+
+
+def build(config: Config) -> tuple[Jepa, Encoder]:
+    """The trained pair and the target encoder, its copy; weights are a function of runtime.seed alone."""
+    dim, depth, heads, mlp_ratio = config.encoder_shape
+    meta = config.meta
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.runtime.seed)
+        encoder = Encoder(config.grid, config.mask.patch_size, config.data.channels, dim, depth, heads, mlp_ratio)
+        predictor = Predictor(config.grid, dim, meta.pred_emb_dim, meta.pred_depth, meta.pred_num_heads or heads)
+    for network in (encoder, predictor):
+        network.checkpointed = config.runtime.checkpoint_activations
+    return Jepa(encoder, predictor), copy.deepcopy(encoder).requires_grad_(False)
+
+
+def use_attention(network: nn.Module, way: str) -> None:
+    for module in network.modules():
+        if isinstance(module, Attention):
+            module.way = way
+
+
+def run(block: Block, checkpointed: bool, *args) -> Tensor:
+    """Call a block, recomputing its activations in the backward pass when asked to."""
+    if checkpointed and torch.is_grad_enabled():
+        return checkpoint(block, *args, use_reentrant=False)
+    return block(*args)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, idx: Tensor) -> Tensor:
+        ctx.save_for_backward(idx)
+        ctx.shape = x.shape
+        return x.index_select(0, idx)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (idx,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.shape, dtype=torch.float32).index_add_(0, idx, grad.float()).to(grad.dtype), None
+
+
+def gather_rows(x: Tensor, idx: Tensor) -> Tensor:
+    """x: (M, D), idx: (T,), rows may repeat -> (T, D); repeats' gradients are summed in fp32 whatever the dtype."""
+    return _GatherRows.apply(x, idx)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Truncated normal, 0.02, as the official code ends up with (its depth-wise rescale is overwritten)."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
+    """(1, N, dim) fp32: the first half of the channels encodes the column, the second the row, each sines then cosines."""
+    if dim % 4:
+        raise ConfigError(f"positions need a width divisible by 4, not {dim}")
+    rate = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    angles = [axis.reshape(-1, 1) * rate for axis in (columns, rows)]  # 2 x (N, dim / 4)
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)[None].float()

@@ -1,0 +1,299 @@
+"""The run: `deepspeed|torchrun|python fastjepa/train.py --config C`, or `fastjepa train --config C`."""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    del sys.path[0]  # run as a script: this directory's short names must not shadow anyone's modules
+
+import json
+import os
+import platform
+import signal
+import time
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import yaml
+from torch import Tensor
+
+import fastjepa
+from fastjepa import attention, checkpoint, distributed, ema, flops, masks, metrics, model
+from fastjepa.checkpoint import TrainState
+from fastjepa.config import Config, ConfigError
+from fastjepa.data import Batch, Loader, open_source
+from fastjepa.distributed import World
+from fastjepa.engine import Engine
+from fastjepa.loss import BatchRegularizer, jepa_loss, pool, regularizer
+from fastjepa.packing import Packed
+from fastjepa.schedule import Now, Schedule
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on; the message names the step and the last good checkpoint."""
+
+
+class Taken(NamedTuple):
+    """A step that was taken."""
+
+    loss: Tensor  # 0-dim, on the device; this rank's mean
+    finite: Tensor  # 0-dim bool, on the device
+    target: Tensor  # (U, D) target features of the last micro-batch
+    context_tokens: float  # mean length of a context mask in the last micro-batch
+    target_tokens: float  # mean length of a target block
+
+
+def train(config: Config, output: Path, max_steps: int | None = None, resume: str = "auto", init: Path | None = None) -> Path:
+    """Pretrain until the schedule ends, `max_steps` optimizer steps have been taken in all, or a signal asks to stop.
+
+    Args:
+        output: the run directory: config, versions, metrics and checkpoints.
+        resume: auto (from the latest checkpoint, if any), must, or never (earlier checkpoints are moved aside).
+        init: weights to start from when nothing is resumed.
+
+    Returns:
+        The run's latest checkpoint.
+    """
+    world = distributed.init(config.runtime.device)
+    settle(config)
+    source = open_source(config.data)
+    masks.check(config, config.data.batch_size * world.size)
+    jepa, target_encoder = networks(config, world.device)
+    engine = Engine(jepa, world.size, config.data.batch_size // config.micro_batch)
+    state = TrainState(0, {"encoder": jepa.encoder, "predictor": jepa.predictor, "target_encoder": target_encoder},
+                       engine.optimizer, record=record(config, world))  # fmt: skip
+    notes = begin(state, config, output, resume, init, world)
+    images = config.data.batch_size * world.size
+    schedule = Schedule(config.optimization, len(source) // images)
+    last = min(schedule.total_steps, max_steps or schedule.total_steps)
+    skips = metrics.Skips(world.device, state.skipped, state.skipped_in_row, state.step)
+    spread = batch_regularizer(config, world)
+    every = config.logging.checkpoint_every or schedule.steps_per_epoch
+
+    with (
+        Loader(config, source, world.rank, world.size, state.step, world.device, max(last, state.step)) as loader,
+        run_log(config, output, schedule, state, world) as log,
+        Stop() as stop,
+    ):
+        loader.bad.update(state.bad_files)
+        for note in notes:
+            log.message(note)
+        while state.step < last and not stop.agreed():
+            now = schedule(state.step)
+            taken = step(engine, target_encoder, loader.micro_batches(state.step), now, config, spread)
+            skips.update(taken.finite)
+            state.step += 1
+            watch(log, state, taken, config)
+            report(log, state.step, taken, now, skips, spread, schedule, images)
+            if skips.poll()[1] >= config.runtime.max_skipped:
+                raise RunError(too_many_skips(state.step, config, output))
+            if state.step % every == 0 and state.step < last:
+                save(state, output, config, world, loader, skips, log)
+        saved = save(state, output, config, world, loader, skips, log)
+        log.message(farewell(state.step, schedule.total_steps, stop.received, saved))
+    distributed.shutdown()
+    return saved
+
+
+def step(engine: Engine, target_encoder: model.Encoder, batches: Iterable[Batch], now: Now, config: Config,
+         spread: BatchRegularizer | None = None) -> Taken:  # fmt: skip
+    """One optimizer step over its micro-batches; nothing in it waits for the device."""
+    if spread and spread.pieces > 1:
+        batches = list(batches)
+        spread.survey([pooled(engine, batch, config) for batch in batches])
+    total = 0.0
+    for batch in batches:
+        with precision(config, batch.images.device):
+            with torch.no_grad():
+                target = target_encoder(batch.images, wanted=batch.target)
+            prediction, context = engine(batch.images, batch.context, batch.blocks)
+            loss = jepa_loss(prediction, target, batch.blocks, config.loss.kind)
+        total += loss.detach()
+        if spread:
+            loss = loss + spread(pool(context, batch.context))
+        engine.backward(loss)
+    finite = engine.step(now)
+    ema.update(target_encoder, engine.jepa.encoder, now.ema_momentum, finite)
+    return Taken(total, finite, target, mean_length(batch.context), mean_length(batch.blocks.queries))
+
+
+def precision(config: Config, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.runtime.dtype == "bf16")
+
+
+@torch.no_grad()
+def pooled(engine: Engine, batch: Batch, config: Config) -> Tensor:
+    """(S, D) pooled context features of a micro-batch, without gradient."""
+    with precision(config, batch.images.device):
+        return pool(engine.jepa.encoder(batch.images, batch.context), batch.context)
+
+
+def mean_length(sequences: Packed) -> float:
+    return len(sequences.idx) / (len(sequences.cu_seqlens) - 1)
+
+
+def settle(config: Config) -> None:
+    """Process-wide settings of a run."""
+    if config.runtime.threads:
+        torch.set_num_threads(config.runtime.threads)
+    if config.runtime.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def networks(config: Config, device: torch.device) -> tuple[model.Jepa, model.Encoder]:
+    """The trained pair and the target encoder, on the device, with the attention and compilation the config asks for."""
+    dtype = torch.bfloat16 if config.runtime.dtype == "bf16" else torch.float32
+    way = attention.choose(config.runtime.attention, device, dtype)
+    pair = model.build(config)
+    for network in pair:
+        model.use_attention(network.to(device), way)
+        if config.runtime.compile:
+            network.compile(dynamic=True)
+    return pair
+
+
+def batch_regularizer(config: Config, world: World) -> BatchRegularizer | None:
+    term = regularizer(config.loss)
+    pieces = config.data.batch_size // config.micro_batch
+    return term and BatchRegularizer(term, pieces, distributed.all_gather, world.rank, world.size)
+
+
+def record(config: Config, world: World) -> dict:
+    """What a resumed run is compared with: exactness holds on the same machine, versions and thread count."""
+    versions = {"fastjepa": fastjepa.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    machine = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.machine()
+    return {"config": config.to_dict(), "versions": versions, "machine": machine, "threads": torch.get_num_threads(), "world": world.size}  # fmt: skip
+
+
+def begin(state: TrainState, config: Config, output: Path, resume: str, init: Path | None, world: World) -> list[str]:
+    """Resume, or start from `init` or from scratch; returns what to tell the user."""
+    root, meta = output / "checkpoints", config.meta
+    resume = "must" if meta.load_checkpoint and resume == "auto" else resume
+    found = root / meta.read_checkpoint if meta.read_checkpoint else checkpoint.latest(root, config.logging.write_tag)
+    if resume == "must" and found is None:
+        raise ConfigError(f"{root}: nothing to resume from; check --output or pass --resume auto")
+    if found and resume != "never":
+        current = state.record
+        differs = checkpoint.differences(checkpoint.read_state(found)["record"], current)
+        checkpoint.restore(found, state)
+        return [f"resuming from {found}", *(f"differs from the run that wrote it: {line}" for line in differs)]
+    if world.is_main:
+        start_directory(output, state.record)
+    distributed.barrier()
+    if init is None:
+        return [f"starting a new run in {output}"]
+    return [f"starting a new run in {output} from the weights in {init} ({', '.join(start_from(state, init))})"]
+
+
+def start_directory(output: Path, about: dict) -> None:
+    """Write the resolved config and the versions; checkpoints of an earlier run are moved aside, never deleted."""
+    output.mkdir(parents=True, exist_ok=True)
+    if (output / "checkpoints").exists():
+        (output / "checkpoints").rename(output / f"checkpoints.until-{time.strftime('%Y%m%d-%H%M%S')}")
+    (output / "config.yaml").write_text(yaml.safe_dump(about["config"], sort_keys=False))
+    (output / "run.json").write_text(json.dumps(about, indent=1))
+
+
+def start_from(state: TrainState, init: Path) -> list[str]:
+    """Load the networks that `init` holds; a target encoder it lacks starts as the encoder. Returns their names."""
+    given = checkpoint.load_networks(init)
+    if "encoder" in given:
+        given.setdefault("target_encoder", given["encoder"])
+    for name in given:
+        network = state.networks[name]
+        positions = {key: value for key, value in network.state_dict().items() if key.endswith("pos_embed")}
+        try:  # positions are fixed and belong to this run's resolution
+            network.load_state_dict(given[name] | positions)
+        except RuntimeError as error:
+            reason = str(error).split("\n")[1].strip()
+            raise ConfigError(f"{init}: the weights do not fit the config's {name}: {reason}") from error
+    return sorted(given)
+
+
+def run_log(config: Config, output: Path, schedule: Schedule, state: TrainState, world: World) -> metrics.Log:
+    dtype = torch.bfloat16 if config.runtime.dtype == "bf16" else torch.float32
+    rate = metrics.gemm_flops(world.device, dtype) * world.size if world.is_main else 0.0
+    return metrics.Log(output if world.is_main else None, schedule.total_steps, config.logging.every,
+                       flops.of_config(config), rate, start_step=state.step)  # fmt: skip
+
+
+def watch(log: metrics.Log, state: TrainState, taken: Taken, config: Config) -> None:
+    every = config.logging.monitor_every
+    if every and state.step % every == 0:
+        log.reading(state.step, taken.target)
+
+
+def report(log: metrics.Log, at: int, taken: Taken, now: Now, skips: metrics.Skips, spread: BatchRegularizer | None,
+           schedule: Schedule, images: int) -> None:  # fmt: skip
+    """A line of the log where one is due; every rank takes part in the mean of the loss."""
+    due = at % log.every == 0 or at == schedule.total_steps
+    line = values(taken, now, skips, spread) if due else {}
+    log.step(at, at // schedule.steps_per_epoch, line, images)
+
+
+def values(taken: Taken, now: Now, skips: metrics.Skips, spread: BatchRegularizer | None) -> dict[str, float | Tensor]:
+    """A logged line, read from the device by the log."""
+    line = {"loss": distributed.mean(taken.loss), "lr": now.lr, "weight_decay": now.weight_decay,
+            "ema_momentum": now.ema_momentum, "context_tokens": taken.context_tokens,
+            "target_tokens": taken.target_tokens, "skipped": skips.poll()[0]}  # fmt: skip
+    return line | ({"regularizer": spread.value} if spread else {})
+
+
+def save(state: TrainState, output: Path, config: Config, world: World, loader: Loader, skips: metrics.Skips,
+         log: metrics.Log) -> Path:  # fmt: skip
+    """Write a checkpoint from the main rank while the others wait."""
+    state.skipped, state.skipped_in_row, _ = skips.sync()
+    state.bad_files = distributed.union(loader.bad)
+    root, tag = output / "checkpoints", config.logging.write_tag
+    with log.pause():
+        if world.is_main:
+            checkpoint.save(root, state, tag, config.logging.keep_last)
+        distributed.barrier()
+    return root / f"{tag}-{state.step:08d}"
+
+
+def too_many_skips(at: int, config: Config, output: Path) -> str:
+    good = checkpoint.latest(output / "checkpoints", config.logging.write_tag)
+    where = f"the last good checkpoint is {good}" if good else "no checkpoint was written yet"
+    return (
+        f"step {at}: {config.runtime.max_skipped} steps in a row had gradients that are not finite "
+        f"(runtime.max_skipped); {where}; lower optimization.lr or look at the data"
+    )
+
+
+def farewell(at: int, total: int, received: int | None, saved: Path) -> str:
+    if received:
+        return (
+            f"stopped by {signal.Signals(received).name} after step {at} of {total}; run the same command to go on from {saved}"
+        )
+    return f"{'finished' if at >= total else 'stopped'} after step {at} of {total}; the checkpoint is {saved}"
+
+
+class Stop:
+    """SIGTERM and SIGINT ask for a stop after the current step; a second one ends the process at once."""
+
+    def __enter__(self) -> "Stop":
+        self.received = None
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.received = number
+        signal.signal(number, self._before[number])
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked, so that all stop after the same step."""
+        self.received = distributed.highest(self.received or 0) or None
+        return self.received is not None
+
+
+if __name__ == "__main__":
+    from fastjepa import cli
+
+    sys.exit(cli.main(["train", *sys.argv[1:]]))

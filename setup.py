@@ -1,0 +1,51 @@
+"""The `fastjepa` distribution; the kernels are a distribution of their own, in kernels/."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "fastjepa" / "__init__.py").read_text(), re.MULTILINE).group(1)
+
+EXTRAS = {
+    "dali": ["nvidia-dali-cuda130>=2.0"],  # JPEG decoding on the GPU
+    "deepspeed": ["deepspeed>=0.18"],  # sharding (runtime.zero 1 to 3)
+    "flash": ["flash-attn>=2.8"],  # built from source: needs nvcc
+    "xformers": ["xformers>=0.0.35"],
+    "eval": [],  # the probes need nothing beyond the core
+    "lightly": ["lightly>=1.6"],  # loss.regularizer: vicreg, as the small presets use it
+    "tensorboard": ["tensorboard"],
+    "bench": ["pytest-benchmark", "timm>=1.0.20", "lightly>=1.6"],
+}
+EXTRAS["dev"] = [
+    "pytest>=8.3",
+    "pytest-timeout",
+    "hypothesis",
+    "ruff==0.17.6",  # pinned: another version formats otherwise
+    *EXTRAS["deepspeed"],
+    *EXTRAS["lightly"],
+    *EXTRAS["tensorboard"],
+    "timm>=1.0.20",  # the ViT that the packed encoder must equal
+]
+
+setup(
+    name="fastjepa",
+    version=VERSION,
+    description="A fast I-JEPA trainer, equal to the official recipe",
+    license="Apache-2.0",
+    packages=find_packages(include=["fastjepa", "fastjepa.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "fastjepa-kernels",  # kernels/ of this repository: pip install -e ./kernels -e .
+        "torch>=2.11",
+        "torchvision",
+        "numpy",
+        "pillow",
+        "pyyaml",
+        "safetensors",
+        "rich",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["fastjepa=fastjepa.cli:main"]},
+)

@@ -1,0 +1,49 @@
+"""What every test runs under: two threads, the same examples each time, and no skips but those of GPU tests."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # before torch is imported, and for the processes that tests start
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("house", derandomize=True, deadline=None, database=None, print_blob=True)
+hypothesis.settings.load_profile("house")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes more than about five seconds; `make test-slow` runs it")
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none, and the only test that may be")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    report = yield
+    if not item.get_closest_marker("gpu"):
+        _refuse_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report():
+    report = yield
+    _refuse_skip(report)
+    return report
+
+
+def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Turn a skip or an expected failure into a failure: a test that did not run shows nothing."""
+    if report.skipped or hasattr(report, "wasxfail"):
+        reason = getattr(report, "wasxfail", None) or report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"only tests marked gpu may be skipped or expected to fail: {reason}"
+        report.__dict__.pop("wasxfail", None)

@@ -1,0 +1,378 @@
+"""benchmarks/step.py and what it stands on: the timing protocol, the work both contenders get, and the official adapter.
+
+The official code is not here: a stand-in with its interface, written over dense tensors, takes its place.
+"""
+
+import json
+import logging
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fastjepa import config as configs
+from fastjepa import flops, model, packing
+from fastjepa.config import Config, ConfigError
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))  # as `python benchmarks/step.py` has it
+
+import official  # noqa: E402  (only importable from here on)
+import step  # noqa: E402
+import timing  # noqa: E402
+
+CPU = torch.device("cpu")
+SMALL = ["--device=cpu", "--model=vit_tiny", "--size=64", "--batch=4", "--pred-depth=2", "mask.patch_size=8", "mask.min_keep=4"]
+SMALL += ["meta.pred_emb_dim=48"]
+SHALLOW = [*SMALL, "meta.depth=2"]
+
+
+def config_of(*arguments: str) -> Config:
+    return step.to_config(step.parse(list(arguments)))
+
+
+# --- timing.py
+
+
+def test_spread_is_median_p20_p80():
+    assert timing.Spread.of([5.0, 1.0, 4.0, 2.0, 3.0, 0.0]) == timing.Spread(2.5, 1.0, 4.0)
+    assert timing.Spread.of([7.0]) == timing.Spread(7.0, 7.0, 7.0)
+
+
+def test_ratio_is_paired_within_rounds():
+    """A machine that slows down tenfold in the second round changes no round's ratio."""
+    assert timing.ratio([1.0, 10.0, 1.0], [2.0, 20.0, 2.0]) == timing.Spread(2.0, 2.0, 2.0)
+
+
+def test_interleave_takes_turns_and_drops_the_warmup():
+    calls = []
+
+    def slow(number: int) -> None:
+        calls.append(("slow", number))
+        time.sleep(0.02)
+
+    seconds = timing.interleave({"slow": slow, "fast": lambda number: calls.append(("fast", number))}, 3, CPU, warmup=1)
+    assert calls == [("slow", 0), ("fast", 0), ("slow", 0), ("fast", 0), ("fast", 1), ("slow", 1), ("slow", 2), ("fast", 2)]
+    assert {name: len(taken) for name, taken in seconds.items()} == {"slow": 3, "fast": 3}
+    assert min(seconds["slow"]) >= 0.02
+
+
+def test_clock_adds_up_marks_of_one_name():
+    clock = timing.Clock(CPU)
+    for name, seconds in (("a", 0.01), ("b", 0.03), ("a", 0.01)):
+        time.sleep(seconds)
+        clock.mark(name)
+    phases = clock.read()
+    assert list(phases) == ["a", "b"]
+    assert phases["a"] >= 20 and phases["b"] >= 30
+
+
+def test_ceiling_is_the_best_rate_of_its_products(monkeypatch: pytest.MonkeyPatch):
+    """With half a second for every product, the largest shape sets the rate: 2 x 64 x 32 x 16 FLOPs."""
+    monkeypatch.setattr(timing.Ceiling, "_seconds", lambda self, product: product() is None or 0.5)
+    ceiling = timing.Ceiling([(64, 32, 16), (8, 8, 8)], torch.float32, CPU)
+    ceiling(7)
+    assert ceiling.rates == {7: 2 * 64 * 32 * 16 / 0.5}
+
+
+def holds(megabytes: int) -> int:
+    """Peak of a run that holds two tensors at once and then lets them go."""
+
+    def build():
+        kept = torch.ones(megabytes * 2**18)  # 4 bytes each
+        return lambda number: float((kept + number).sum())
+
+    return timing.peak_bytes(build, CPU)
+
+
+def test_peak_is_what_was_held_at_once():
+    ballast = torch.ones(2**27)  # half a gigabyte of this process, which the fresh one does not inherit
+    grown = timing.in_fresh_process(holds, 100)
+    assert ballast[0] == 1
+    assert 200 <= grown / 2**20 < 260
+
+
+# --- the work
+
+
+@given(st.data())
+def test_indices_are_the_first_patches_of_each_mask(data: st.DataObject):
+    b, m, n = (data.draw(st.integers(1, top)) for top in (4, 3, 12))
+    mask = np.array(data.draw(st.lists(st.booleans(), min_size=b * m * n, max_size=b * m * n))).reshape(b, m, n)
+    mask[..., 0] = True
+    work = step.Work(torch.zeros(b), mask, mask)
+    found = work.indices(mask)
+    shortest = min(int(mask[i, k].sum()) for i in range(b) for k in range(m))
+    expected = [[np.flatnonzero(mask[i, k])[:shortest].tolist() for i in range(b)] for k in range(m)]
+    assert [idx.tolist() for idx in found] == expected
+    assert work.equal == (mask.sum(axis=2) == shortest).all()
+
+
+@pytest.mark.parametrize("truncate, equal", [("batch_min", True), ("none", False)])
+def test_work_is_equal_only_where_contexts_are_cut(truncate: str, equal: bool):
+    config = config_of(*SHALLOW, f"--truncate={truncate}")
+    assert [step.Work.draw(config, CPU, number).equal for number in range(3)] == [equal] * 3
+
+
+def test_micro_batches_are_the_batch_in_pieces():
+    whole, pieces = (config_of(*SHALLOW, "--dtype=fp32", f"runtime.micro_batch={size}") for size in (4, 2))
+    work = step.Work.draw(whole, CPU, 0)
+    losses = [float(step.Ours(config, CPU, [work])(0)) for config in (whole, pieces)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len(work.packed(pieces)) == 2
+
+
+# --- the benchmark
+
+
+@pytest.fixture(scope="module")
+def result() -> dict:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(timing.SQUARE, "cpu", 256)
+        return step.measure(config_of(*SHALLOW, "--dtype=fp32"), rounds=2)
+
+
+def test_result_holds_what_was_promised(result: dict):
+    assert result.keys() == {"images_per_s", "ms", "phases", "gflop_per_image", "gemm_gflops", "mfu", "peak_bytes"}
+    assert result["images_per_s"] == pytest.approx(4 / result["ms"] * 1000)
+    assert 0 < result["mfu"] < 1
+    assert 2**20 < result["peak_bytes"] < 2**30
+
+
+def test_phases_are_the_parts_of_a_step(result: dict):
+    assert list(result["phases"]) == ["target", "context", "predictor", "loss", "backward", "optimizer", "ema"]
+    assert min(result["phases"].values()) > 0
+
+
+def test_flops_are_those_of_the_batches_timed(result: dict):
+    config = config_of(*SHALLOW, "--dtype=fp32")
+    works = [step.Work.draw(config, CPU, number) for number in range(2)]
+    each = [flops.packed(config, *packing.pack(work.context_mask, work.target_mask)).total for work in works]
+    assert result["gflop_per_image"] == pytest.approx(np.mean(each) / 1e9)
+
+
+def test_report_says_what_was_measured(result: dict):
+    config = config_of(*SHALLOW, "--dtype=fp32")
+    ratio = {"median": 1.25, "p20": 1.2, "p80": 1.3}
+    text = "\n".join(step.report(result | {"reference": result, "ratio": ratio}, config))
+    assert "vit_tiny, 64 x 64 px, batch 4, predictor 2 x 48" in text
+    assert "1.250 (p20 1.200, p80 1.300)" in text
+    assert "not equal work" not in text
+    uncut = config_of(*SHALLOW, "--truncate=none")
+    assert "not equal work" in "\n".join(step.report(result | {"reference": result, "ratio": ratio}, uncut))
+
+
+def test_command_prints_json_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def measure(config: Config, rounds: int, directory: str | None) -> dict:
+        print("chatter")
+        return {"rounds": rounds, "dtype": config.runtime.dtype, "directory": directory}
+
+    monkeypatch.setattr(step, "measure", measure)
+    assert step.main([*SHALLOW, "--json", "--rounds=3", "--dtype=fp32", "--reference=there"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"rounds": 3, "dtype": "fp32", "directory": "there"}
+    assert printed.err == "chatter\n"
+
+
+@pytest.mark.slow
+def test_command_runs_as_a_script():
+    """A micro-batched run of the real thing, from any directory."""
+    command = [sys.executable, str(BENCHMARKS / "step.py"), *SHALLOW, "--rounds=1", "--threads=1", "--json"]
+    run = subprocess.run([*command, "runtime.micro_batch=2"], capture_output=True, text=True, check=True, cwd="/")
+    assert json.loads(run.stdout)["images_per_s"] > 0
+
+
+@pytest.mark.parametrize(
+    "wrong, named",
+    [
+        (["runtime.dtypo=fp32"], "dtypo"),
+        (["--rounds=0"], "--rounds 0"),
+        (["mask.min_keep=60"], "min_keep"),
+        (["--reference=nowhere", "meta.depth=null"], "nowhere: no src/helper.py"),
+    ],
+)
+def test_a_mistake_is_a_sentence(wrong: list[str], named: str, capsys: pytest.CaptureFixture[str]):
+    assert step.main([*SHALLOW, *wrong]) == 2
+    assert named in capsys.readouterr().err
+
+
+# --- the official adapter, with a stand-in
+
+
+def flat(masks: list[Tensor], tokens: int) -> Tensor:
+    """M (B, K) patch indices -> (M*B, K) flat rows, mask major."""
+    return torch.cat([mask + tokens * torch.arange(len(mask))[:, None] for mask in masks])
+
+
+def dense(sequences: int, length: int) -> packing.Packed:
+    return packing.full(sequences, length)
+
+
+class DenseEncoder(model.Encoder):
+    def forward(self, images: Tensor, masks: list[Tensor] | None = None) -> Tensor:
+        if masks is None:
+            return self.features(images)
+        rows = flat(masks, self.grid[0] * self.grid[1])
+        return super().forward(images, packing.Packed.of(rows.flatten().numpy(), np.full(*rows.shape))).unflatten(0, rows.shape)
+
+    def features(self, images: Tensor) -> Tensor:
+        return super().forward(images).unflatten(0, (len(images), -1))
+
+
+class DensePredictor(model.Predictor):
+    def forward(self, x: Tensor, masks_x: list[Tensor], masks: list[Tensor]) -> Tensor:
+        positions = self.predictor_pos_embed[0]
+        seen = self.predictor_embed(x) + positions[torch.cat(masks_x)]  # (K*B, L, P)
+        parts = [torch.cat((seen, (self.mask_token + positions[m]).repeat(len(masks_x), 1, 1)), dim=1) for m in masks]
+        x = torch.cat(parts)
+        b, length, _ = x.shape
+        x = x.flatten(0, 1)
+        for block in self.predictor_blocks:
+            x = block(x, dense(b, length))
+        return self.predictor_proj(self.predictor_norm(x)).view(b, length, -1)[:, seen.shape[1] :]
+
+
+class Paced:
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.optimizer = optimizer
+
+    def step(self) -> None:
+        self.optimizer.param_groups[0]["lr"] = 1e-3
+
+
+def init_model(device, patch_size, model_name, crop_size, pred_depth, pred_emb_dim) -> tuple[nn.Module, nn.Module]:
+    grid = (crop_size // patch_size,) * 2
+    dim, depth, heads, mlp_ratio = configs.MODELS[model_name]
+    encoder = DenseEncoder(grid, patch_size, 3, dim, depth, heads, mlp_ratio)
+    return encoder, DensePredictor(grid, dim, pred_emb_dim, pred_depth, heads)
+
+
+def init_opt(encoder, predictor, **schedule) -> tuple:
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *predictor.parameters()], lr=0.0)
+    return optimizer, None, Paced(optimizer), Paced(optimizer)
+
+
+def apply_masks(x: Tensor, masks: list[Tensor]) -> Tensor:
+    return x.flatten(0, 1)[flat(masks, x.shape[1])]
+
+
+def repeat_interleave_batch(x: Tensor, b: int, repeat: int) -> Tensor:
+    return torch.cat([part.repeat(repeat, 1, 1) for part in x.split(b)])
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A package `src` that does on import what the official one does: print, and seize the root logger."""
+    noisy = (
+        "import logging, sys\nprint('noise')\nlogging.basicConfig(stream=sys.stdout, level=logging.INFO)\nlogging.info('x')\n"
+    )
+    for name in official.MODULES:
+        path = tmp_path.joinpath(*name.split(".")).with_suffix(".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(noisy + f"name = {name!r}\n")
+    return tmp_path
+
+
+@pytest.fixture
+def stand_in(clone: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    parts = (
+        SimpleNamespace(init_model=init_model, init_opt=init_opt),
+        SimpleNamespace(apply_masks=apply_masks),
+        SimpleNamespace(repeat_interleave_batch=repeat_interleave_batch),
+        SimpleNamespace(grad_logger=lambda parameters: None),
+    )
+    monkeypatch.setattr(official, "load", lambda directory: parts)
+    monkeypatch.setitem(configs.MODELS, "vit_tiny", (48, 2, 3, 4.0))
+    return clone
+
+
+def both(directory: Path, *arguments: str) -> tuple[Config, list[step.Work], dict]:
+    config = config_of(*SMALL, "--dtype=fp32", *arguments)
+    works = [step.Work.draw(config, CPU, number) for number in range(2)]
+    return config, works, {name: step.build(name, config, CPU, works, directory) for name in step.contenders(directory)}
+
+
+@pytest.mark.parametrize("contexts", [1, 2])
+def test_both_take_the_same_step(stand_in: Path, contexts: int):
+    """Equal first losses, with one and two contexts an image, and a step that changes weights and their average."""
+    config, works, runs = both(stand_in, f"mask.num_enc_masks={contexts}")
+    step.agree(runs, config, works)
+    theirs = runs["theirs"].official
+    online, average = (network.blocks[0].mlp.fc1.weight for network in (theirs.encoder, theirs.target_encoder))
+    start = runs["ours"].jepa.encoder.blocks[0].mlp.fc1.weight
+    assert not torch.equal(online, average)
+    assert (online - start).abs().max() < 1e-2
+    assert torch.allclose(online, start, atol=2.5e-3)  # one AdamW step each, from the same weights
+
+
+def test_the_average_follows_at_the_first_momentum(stand_in: Path):
+    _, _, runs = both(stand_in)
+    theirs = runs["theirs"].official
+    before = theirs.target_encoder.norm.weight.clone()
+    runs["theirs"](0)
+    moved = theirs.target_encoder.norm.weight - before
+    assert torch.allclose(moved, (1 - 0.996) * (theirs.encoder.norm.weight - before), atol=1e-7)
+    assert moved.abs().max() > 0
+
+
+def test_different_losses_are_refused(stand_in: Path, monkeypatch: pytest.MonkeyPatch):
+    config, works, runs = both(stand_in)
+    monkeypatch.setattr(step.Theirs, "__call__", lambda self, number: 0.5)
+    with pytest.raises(ConfigError, match="first losses differ"):
+        step.agree(runs, config, works)
+
+
+def test_their_phases_are_ours_and_the_gradient_norms(stand_in: Path):
+    _, _, runs = both(stand_in)
+    assert list(runs["theirs"].phases(0)) == [
+        "target", "context", "predictor", "loss", "backward", "optimizer", "grad_norms", "ema",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "override, named",
+    [
+        ("meta.depth=2", "networks have the shapes"),
+        ("meta.pred_num_heads=4", "pred_num_heads"),
+        ("meta.model_name=vit_gigantic", "no such network"),
+        ("data.crop_size=[64, 72]", "square"),
+        ("data.channels=1", "3 channels"),
+        ("loss.kind=l2", "smooth_l1 alone"),
+        ("runtime.micro_batch=2", "whole batches"),
+    ],
+)
+def test_what_the_official_code_cannot_do_is_refused(clone: Path, override: str, named: str):
+    with pytest.raises(ConfigError, match=named):
+        official.check(clone, config_of(*SMALL, override))
+    official.check(clone, config_of(*SMALL))
+
+
+def test_loading_a_clone_leaves_no_trace(clone: Path, capsys: pytest.CaptureFixture[str]):
+    """Nothing printed, and sys.path, sys.modules (someone else's `src` included) and the root logger as they were."""
+    mine = sys.modules["src"] = SimpleNamespace()
+    root, path = logging.getLogger(), sys.path[:]
+    logger = root.handlers[:], root.level, logging.root.manager.disable
+    try:
+        loaded = official.load(clone)
+        assert [module.name for module in loaded] == list(official.MODULES)
+        assert sys.modules["src"] is mine
+        assert not any(name.startswith("src.") for name in sys.modules)
+    finally:
+        del sys.modules["src"]
+    assert (sys.path, (root.handlers[:], root.level, logging.root.manager.disable)) == (path, logger)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_clone_that_cannot_be_imported_is_named(clone: Path):
+    (clone / "src" / "helper.py").write_text("import no_such_module_anywhere\n")
+    with pytest.raises(ConfigError, match="no_such_module_anywhere"):
+        official.load(clone)
+    assert not any(name.startswith("src.") for name in sys.modules)

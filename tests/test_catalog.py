@@ -1,0 +1,232 @@
+"""Named data sets: fetched whole or not at all, checked, and every failure says what to do. Nothing here uses a network."""
+
+import gzip
+import hashlib
+import io
+import os
+import shutil
+import subprocess
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastjepa import catalog
+from fastjepa.config import ConfigError
+from fastjepa.data import open_source
+
+CONTENT = {name: f"content of {name}".encode() for name in catalog.FASHION_MNIST}
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path: Path, monkeypatch) -> Path:
+    """An empty data directory, two images a class, and no way to reach anything."""
+    monkeypatch.setenv("FASTJEPA_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(catalog, "CIFAR10_PER_CLASS", {"train": 2, "test": 1})
+    monkeypatch.setattr(catalog, "FASHION_MNIST", {n: hashlib.sha256(c).hexdigest() for n, c in CONTENT.items()})
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: pytest.fail(f"ran {command}"))
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", offline)
+    monkeypatch.setattr("torchvision.datasets.FashionMNIST", offline)
+    return tmp_path / "data"
+
+
+def offline(*_, **__):
+    raise OSError("no\nnetwork")
+
+
+def debian(monkeypatch, *, content: dict[str, bytes] = CONTENT, fail: tuple[str, ...] = (), root: bool = False) -> list[str]:
+    """A stand-in for apt-get and dpkg; returns the commands it is given. A command in `fail` fails once."""
+    commands, failing = [], list(fail)
+
+    def run(command: list[str], cwd: str, **_) -> subprocess.CompletedProcess:
+        commands.append(" ".join(command[:2]))
+        if commands[-1] in failing:
+            failing.remove(commands[-1])
+            return subprocess.CompletedProcess(command, 100, "", "W: x\nE: Unable to locate package")
+        if command[:2] == ["apt-get", "download"]:
+            Path(cwd, f"{command[2]}_1_all.deb").write_bytes(b"package")
+        if command[0] == "dpkg":
+            assert Path(cwd, command[2]).read_bytes() == b"package"
+            (Path(cwd, command[3]) / catalog.FASHION_FOLDER).mkdir(parents=True)
+            for name, raw in content.items():
+                (Path(cwd, command[3]) / catalog.FASHION_FOLDER / f"{name}.gz").write_bytes(gzip.compress(raw))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(os, "geteuid", lambda: 0 if root else 1000)
+    return commands
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_fashion_mnist_from_debian_without_root(store: Path, monkeypatch):
+    commands = debian(monkeypatch)
+    path = catalog.get("fashion-mnist")
+    assert path == store / "fashion-mnist"
+    assert names(path) == sorted(f"{name}.gz" for name in CONTENT)
+    assert names(store) == ["fashion-mnist"]
+    assert catalog.get("fashion-mnist") == path and commands == ["apt-get download", "dpkg -x"]
+
+
+def test_directory_replaces_the_default(tmp_path: Path, monkeypatch):
+    debian(monkeypatch)
+    assert catalog.get("fashion-mnist", directory=tmp_path / "mine") == tmp_path / "mine" / "fashion-mnist"
+
+
+@pytest.mark.parametrize("root", [False, True])
+def test_empty_package_lists_are_updated_by_root_only(root: bool, monkeypatch):
+    commands = debian(monkeypatch, fail=("apt-get download",), root=root)
+    if root:
+        assert catalog.get("fashion-mnist").is_dir()
+        assert commands == ["apt-get download", "apt-get update", "apt-get download", "dpkg -x"]
+    else:
+        with pytest.raises(OSError, match="no way to fetch it worked .*Unable to locate package.*no network.*copy its four"):
+            catalog.get("fashion-mnist")
+        assert commands == ["apt-get download"]
+
+
+def test_fashion_mnist_from_torchvision_where_there_is_no_apt(monkeypatch):
+    def download(root: str, download: bool) -> None:
+        raw = Path(root, "FashionMNIST", "raw")
+        raw.mkdir(parents=True)
+        for name, content in CONTENT.items():
+            (raw / f"{name}.gz").write_bytes(gzip.compress(content, compresslevel=1))
+
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr("torchvision.datasets.FashionMNIST", download)
+    assert len(names(catalog.get("fashion-mnist"))) == 4
+
+
+def test_wrong_content_never_becomes_visible(store: Path, monkeypatch):
+    debian(monkeypatch, content=CONTENT | {"t10k-labels-idx1-ubyte": b"other labels"})
+    with pytest.raises(OSError, match="not the published data set"):
+        catalog.get("fashion-mnist")
+    assert names(store) == []
+
+
+def test_damaged_files_are_named_and_left_alone(store: Path, monkeypatch):
+    debian(monkeypatch)
+    path = catalog.get("fashion-mnist")
+    (path / "train-labels-idx1-ubyte.gz").write_bytes(b"damaged")
+    with pytest.raises(OSError, match=f"{path}: incomplete or damaged; delete it and run: fastjepa data get fashion-mnist"):
+        catalog.get("fashion-mnist")
+    assert len(names(path)) == 4
+
+
+def jpeg(seed: int) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def cifar10_members() -> dict[str, bytes]:
+    """A small CIFAR-10: two train images and one test image a class."""
+    counts = {"train": 2, "test": 1}
+    places = [f"cifar10/{s}/{c}/{i:04d}.jpg" for s, n in counts.items() for c in catalog.CIFAR10_CLASSES for i in range(n)]
+    return {place: jpeg(seed) for seed, place in enumerate(places)}
+
+
+def write_archive(path: Path, members: dict[str, bytes]) -> Path:
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as opened:
+            for name, content in members.items():
+                opened.writestr(name, content)
+        return path
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as opened:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            opened.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["a.zip", "a.tar", "a.tar.gz"])
+def test_cifar10_from_an_archive(tmp_path: Path, store: Path, kind: str):
+    members = cifar10_members()
+    extra = {"cifar10/README.txt": b"x", "__MACOSX/cifar10/train/cat/._0000.jpg": b"x", "../train/elephant/0.jpg": b"x"}
+    path = catalog.get("cifar10", archive=write_archive(tmp_path / kind, members | extra))
+    assert names(store) == ["cifar10"]
+    written = {str(file.relative_to(store)): file.read_bytes() for file in path.rglob("*.*")}
+    assert written == members
+    train, test = open_source("cifar10"), open_source("cifar10", "test")
+    assert (len(train), len(test)) == (20, 10)
+    assert train.classes == test.classes == catalog.CIFAR10_CLASSES
+    assert [train.label(i) for i in range(20)] == [i // 2 for i in range(20)]
+    assert catalog.get("cifar10") == path
+
+
+def test_incomplete_archive_leaves_nothing(tmp_path: Path, store: Path):
+    members = cifar10_members()
+    del members["cifar10/train/ship/0001.jpg"]
+    message = "a.zip: holds 19 of 20 train and 10 of 10 test images of CIFAR-10; give an archive of"
+    with pytest.raises(ConfigError, match=message):
+        catalog.get("cifar10", archive=write_archive(tmp_path / "a.zip", members))
+    assert names(store) == []
+
+
+@pytest.mark.parametrize("spoil", ["missing", "truncated", "text"])
+def test_unreadable_archive_says_what_to_give(tmp_path: Path, store: Path, spoil: str):
+    archive = write_archive(tmp_path / "a.tar.gz", cifar10_members())
+    if spoil == "missing":
+        archive.unlink()
+    else:
+        archive.write_bytes(archive.read_bytes()[:3000] if spoil == "truncated" else b"text")
+    with pytest.raises(OSError, match=r"a\.tar\.gz: cannot be unpacked .*; give a whole zip or tar with --archive"):
+        catalog.get("cifar10", archive=archive)
+    assert names(store) == []
+
+
+def test_cifar10_from_its_binary_version(store: Path, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 3, 32, 32), dtype=np.uint8)
+    labels = np.arange(30) % 10
+    records = [bytes([label]) + image.tobytes() for label, image in zip(labels, pixels, strict=True)]
+
+    def download(url: str, root: str, md5: str) -> None:
+        halves = {"data_batch_1": records[:10], "data_batch_2": records[10:20], "test_batch": records[20:]}
+        members = {f"cifar-10-batches-bin/{name}.bin": b"".join(part) for name, part in halves.items()}
+        write_archive(Path(root, url.rpartition("/")[2]), members | {"cifar-10-batches-bin/readme.html": b"x"})
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", download)
+    catalog.get("cifar10")
+    test = open_source("cifar10", "test")
+    assert [test.label(i) for i in range(10)] == list(range(10))
+    decoded = np.stack([np.array(Image.open(test.name(i))) for i in range(10)])
+    assert np.array_equal(decoded, pixels[20:].transpose(0, 2, 3, 1))
+    assert len(open_source("cifar10")) == 20
+
+
+def test_offline_cifar10_asks_for_an_archive(store: Path):
+    message = r"cannot be downloaded \(no network\); run: fastjepa data get cifar10 --archive FILE"
+    with pytest.raises(OSError, match=message):
+        catalog.get("cifar10")
+    assert names(store) == []
+
+
+def test_unknown_name_names_the_nearest():
+    with pytest.raises(ConfigError, match="unknown data set 'cifar-10'; did you mean 'cifar10'"):
+        catalog.get("cifar-10")
+    with pytest.raises(ConfigError, match="unknown data set 'x'; data sets: fashion-mnist, cifar10"):
+        catalog.get("x")
+
+
+def test_archive_for_fashion_mnist_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="--archive is for cifar10"):
+        catalog.get("fashion-mnist", archive=tmp_path / "a.zip")
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError, match="cannot be written .*; set FASTJEPA_DATA"):
+        catalog.get("cifar10", directory=tmp_path / "file" / "below")
+
+
+def test_data_dir(monkeypatch):
+    monkeypatch.delenv("FASTJEPA_DATA")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert catalog.data_dir() == Path("/home/someone/.cache/fastjepa")

@@ -1,0 +1,168 @@
+"""Pixels of every kind of file; crop boxes and crops equal to torchvision's."""
+
+import io
+import math
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms.v2.functional import resized_crop
+
+from fastjepa import decode_torch
+from fastjepa.data import crop_box
+from fastjepa.decode_torch import DecodeError, crop, decode
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+class GivenNumbers:
+    """What RandomResizedCrop.get_params uses of torch, in float64, with given uniform numbers: four a try."""
+
+    log, exp = staticmethod(torch.log), staticmethod(torch.exp)
+
+    def __init__(self, uniforms: list[float]):
+        self.uniforms, self.reals, self.integers = uniforms, 0, 0
+
+    def tensor(self, values):
+        return torch.tensor(values, dtype=torch.float64)
+
+    def empty(self, _):
+        return self
+
+    def uniform_(self, low, high):
+        number = self.uniforms[4 * (self.reals // 2) + self.reals % 2]
+        self.reals += 1
+        return torch.as_tensor(low + (high - low) * number, dtype=torch.float64)
+
+    def randint(self, low, high, size):
+        number = self.uniforms[4 * (self.reals // 2 - 1) + 2 + self.integers]
+        self.integers += 1
+        return torch.tensor([low + math.floor((high - low) * number)])
+
+
+unit = st.floats(0, 1, exclude_max=True)
+
+
+@given(st.integers(1, 700), st.integers(1, 700), st.tuples(unit, unit), st.lists(unit, min_size=40, max_size=40))
+def test_crop_box_is_torchvisions(height, width, bounds, uniforms):
+    scale = (max(min(bounds), 1e-3), max(*bounds, 1e-3))
+    with mock.patch("torchvision.transforms.transforms.torch", GivenNumbers(uniforms)):
+        theirs = torchvision.transforms.RandomResizedCrop.get_params(torch.empty(3, height, width), scale, [3 / 4, 4 / 3])
+    assert crop_box(height, width, scale, uniforms) == theirs
+
+
+def test_crop_box_falls_back_to_the_centre():
+    """A whole panorama never has an allowed aspect: ten tries fail, and the widest central box remains."""
+    assert crop_box(30, 300, (1.0, 1.0), [0.5] * 40) == (0, 130, 30, 40)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "box, size",
+    [
+        ((3, 5, 60, 70), (32, 32)),
+        ((0, 0, 90, 120), (224, 160)),
+        ((10, 20, 32, 24), (32, 24)),
+        ((89, 119, 1, 1), (16, 16)),
+        ((0, 0, 90, 120), (7, 5)),
+    ],
+)
+def test_crop_is_torchvisions(channels, box, size):
+    """From one channel, from RGB as decoded (channels last) and from contiguous RGB."""
+    pixels = noise(90, 120) if channels == 1 else noise(90, 120, 3)
+    for image in (decode(pixels, channels), decode(pixels, channels).contiguous()):
+        ours = crop(image, box, size)
+        assert torch.equal(ours, resized_crop(image, *box, list(size), antialias=True))
+        assert torch.equal(crop(image, box, size, flip=True), ours.flip(-1))
+
+
+def test_grey_as_three_channels_is_cropped_like_its_copies():
+    grey = decode(noise(28, 28), 3)
+    assert torch.equal(crop(grey, (2, 3, 20, 22), (28, 28)), crop(grey.contiguous(), (2, 3, 20, 22), (28, 28)))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr"])
+def test_every_mode_becomes_grey_or_rgb(mode: str, channels: int):
+    image = Image.fromarray(noise(20, 30, 3)).convert(mode)
+    kind = "TIFF" if mode in ("CMYK", "YCbCr") else "PNG"
+    expected = np.array(Image.open(io.BytesIO(encode(image, kind))).convert("L" if channels == 1 else "RGB"))
+    decoded = decode(encode(image, kind), channels)
+    assert decoded.shape == (channels, 20, 30) and decoded.dtype == torch.uint8
+    assert np.array_equal(decoded.permute(1, 2, 0).numpy(), expected.reshape(20, 30, channels))
+
+
+def test_cmyk_jpeg_keeps_its_colours():
+    """Adobe's CMYK JPEGs store inverted ink; a red square stays red."""
+    jpeg = encode(Image.new("RGB", (16, 16), (255, 0, 0)).convert("CMYK"), "JPEG")
+    red, green, blue = decode(jpeg, 3).float().mean((1, 2)).tolist()
+    assert red > 240 and green < 15 and blue < 15
+
+
+def test_palette_with_transparent_entries_keeps_its_colours():
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    assert decode(encode(image, transparency=b"\x00\x80"), 3)[:, 0, 0].tolist() == [200, 100, 50]
+
+
+def test_exif_rotation_is_applied():
+    pixels = noise(20, 30)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise to see it upright
+    decoded = decode(encode(Image.fromarray(pixels), exif=exif), 1)
+    assert np.array_equal(decoded[0].numpy(), np.rot90(pixels, k=-1))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_16_bit_grey_is_scaled(kind: str):
+    """Rounded x * 255 / 65535: not clipped at 255, not the high byte."""
+    values = np.array([[0, 128, 129, 255, 256], [32767, 32768, 65407, 65406, 65535]], dtype=np.uint16)
+    decoded = decode(encode(Image.fromarray(values), kind), 1)
+    assert np.array_equal(decoded[0].numpy(), np.round(values * (255 / 65535)))
+
+
+def test_arrays_need_no_decoding():
+    grey, colour = noise(5, 6), noise(5, 6, 3)
+    assert np.array_equal(decode(grey, 1).numpy(), grey[None])
+    assert np.array_equal(decode(grey, 3).numpy(), np.stack([grey] * 3))
+    assert np.array_equal(decode(colour, 3).numpy(), colour.transpose(2, 0, 1))
+    assert np.array_equal(decode(colour, 1)[0].numpy(), np.array(Image.fromarray(colour).convert("L")))
+
+
+JPEG = encode(Image.fromarray(noise(40, 40, 3)), "JPEG")
+PNG = encode(Image.fromarray(noise(40, 40, 3)))
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"no image", JPEG[:-300], JPEG[:20], PNG[:-600], PNG[:100] + b"\0\0\0\0" + PNG[104:]],
+    ids=["empty", "text", "truncated jpeg", "jpeg header", "truncated png", "wrong checksum"],
+)
+def test_broken_files_raise(raw: bytes):
+    with pytest.raises(DecodeError, match="not an image Pillow can read in full"):
+        decode(raw, 3)
+
+
+@pytest.mark.parametrize("values", [np.full((4, 4), 0.5, np.float32), np.full((4, 4), 70_000, np.int32)])
+def test_pixels_without_a_known_range_are_refused(values: np.ndarray):
+    with pytest.raises(DecodeError, match="no known range; save them as 8 or 16 bits"):
+        decode(encode(Image.fromarray(values), "TIFF"), 1)
+
+
+def test_decompression_bombs_are_refused(monkeypatch):
+    monkeypatch.setattr(decode_torch, "MAX_PIXELS", 1599)
+    with pytest.raises(DecodeError, match="40x40 pixels are more than 1599"):
+        decode(PNG, 3)

@@ -1,0 +1,135 @@
+"""One process alone, and two real ones over gloo."""
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fastjepa import distributed
+from fastjepa.config import ConfigError
+
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+REDUCTIONS = """
+    import torch
+    from fastjepa import distributed
+    place = distributed.init("cpu", timeout=60)
+    rank = place.rank
+    assert (place.size, place.local_rank, place.device.type) == (2, rank, "cpu") and place.is_main == (rank == 0)
+    rows = torch.full((3, 2), float(rank), requires_grad=True)
+    gathered = distributed.all_gather(rows.t().contiguous().t())  # not contiguous
+    assert gathered.tolist() == [[0.0, 0.0]] * 3 + [[1.0, 1.0]] * 3 and not gathered.requires_grad
+    mine = torch.tensor([1.0, 10.0]) * (rank + 1)
+    assert distributed.mean(mine).tolist() == [1.5, 15.0]
+    assert mine.tolist() == [1.0 * (rank + 1), 10.0 * (rank + 1)], "mean must not change its argument"
+    assert distributed.mean(torch.tensor(rank)).item() == 0.5
+    assert distributed.from_main(["runs/a é", "b"][rank]) == "runs/a é"
+    assert distributed.union([{"b", "a"}, {"a", "longer"}][rank]) == ["a", "b", "longer"]
+    assert distributed.highest([15, 0][rank]) == 15
+    assert distributed.init("cpu") == place  # a second call joins nothing
+    distributed.barrier()
+    distributed.shutdown()
+    assert not torch.distributed.is_initialized()
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+
+
+def run_ranks(code: str, ranks: int, world: int = 2) -> list[subprocess.CompletedProcess]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(ranks):
+        environment = os.environ | dict(zip(LAUNCHER, map(str, (rank, rank, world, "127.0.0.1", port)), strict=True))
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-W", "error::FutureWarning", "-c", textwrap.dedent(code)],
+                env=environment | {"OMP_NUM_THREADS": "1"},
+                stderr=subprocess.PIPE,
+            )
+        )
+    return [subprocess.CompletedProcess(p.args, p.wait(60), stderr=p.communicate()[1].decode()) for p in started]
+
+
+def test_a_process_alone_is_the_main_rank_and_leaves_the_world_alone():
+    before = dict(os.environ)
+    place = distributed.init("cpu")
+    assert place == distributed.World(0, 0, 1, torch.device("cpu")) and place.is_main
+    assert not dist.is_initialized() and dict(os.environ) == before
+
+
+def test_a_launcher_with_one_rank_makes_no_process_group(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert distributed.init("cpu").size == 1
+    assert not dist.is_initialized()
+
+
+def test_reductions_of_one_process_are_identities():
+    rows = torch.arange(6.0).view(3, 2)
+    assert torch.equal(distributed.all_gather(rows), rows)
+    assert torch.equal(distributed.mean(rows), rows)
+    assert distributed.from_main("run") == "run" and distributed.highest(2) == 2
+    assert distributed.union({"b", "a"}) == ["a", "b"]
+    distributed.barrier()
+    distributed.shutdown()
+
+
+def test_two_ranks_gather_in_rank_order_and_average():
+    for done in run_ranks(REDUCTIONS, ranks=2):
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_rank_that_never_comes_is_one_sentence_that_names_the_address():
+    code = """
+        from fastjepa import config, distributed
+        try:
+            distributed.init("cpu", timeout=1)
+        except config.ConfigError as error:
+            assert "rank 0 of 2" in str(error) and "127.0.0.1" in str(error) and "\\n" not in str(error), error
+        else:
+            raise SystemExit("met a rank that was never started")
+    """
+    (done,) = run_ranks(code, ranks=1)
+    assert done.returncode == 0, done.stderr
+
+
+def test_cuda_without_a_gpu_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"runtime\.device: cuda .* set runtime\.device=cpu"):
+        distributed.init("cuda")
+    assert distributed.init("auto").device.type == "cpu"
+
+
+def test_more_ranks_than_gpus_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="local rank 1 has no GPU of its own"):
+        distributed.init("auto")
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', not a whole number"),
+        ({"WORLD_SIZE": "2"}, "RANK is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0"}, r"RANK=2 must be in 0\.\.1"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "without MASTER_ADDR and MASTER_PORT"),
+    ],
+)
+def test_an_incomplete_launch_names_the_variable(monkeypatch, environment, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        distributed.init("cpu")

@@ -1,0 +1,107 @@
+"""The optimizer's groups, the EMA and the engine's step: what a non-finite gradient may touch, which is nothing."""
+
+import copy
+
+import pytest
+import torch
+from test_model import masks, small
+
+from fastjepa import ema, model, optim
+from fastjepa.engine import Engine
+from fastjepa.packing import pack
+from fastjepa.schedule import Now
+
+NOW = Now(lr=1e-2, weight_decay=0.1, ema_momentum=0.9)
+
+
+def stepped(engine: Engine, poison: float | None = None) -> torch.Tensor:
+    context, _, blocks = pack(*masks())
+    prediction, _ = engine(torch.ones(3, 3, 32, 32), context, blocks)
+    engine.backward(prediction.square().mean())
+    if poison is not None:
+        engine.parameters[7].grad.view(-1)[3] = poison
+    return engine.step(NOW)
+
+
+def snapshot(engine: Engine) -> list[torch.Tensor]:
+    moments = [value for state in engine.optimizer.state.values() for value in state.values()]
+    return [tensor.detach().clone() for tensor in (*engine.parameters, *moments)]
+
+
+def test_groups_are_the_official_ones():
+    jepa, _ = model.build(small())
+    optimizer = optim.adamw(jepa.encoder, jepa.predictor)
+    optim.apply_schedule(optimizer, NOW)
+    groups = optimizer.param_groups
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.1, 0.0, 0.0]
+    assert all(group["lr"] == 1e-2 for group in groups)
+    assert [len(group["params"]) for group in groups] == [9, 11, 19, 20]
+    assert any(jepa.predictor.mask_token is p for p in groups[1]["params"]), "the mask token is decayed"
+    assert all(p.ndim <= 1 for group in groups[2:] for p in group["params"])
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+def test_a_non_finite_gradient_leaves_weights_moments_and_counts(poison):
+    engine = Engine(perturbed_pair()[0])
+    assert stepped(engine).item()
+    before = snapshot(engine)
+    assert not stepped(engine, poison).item()
+    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(engine), strict=True))
+    assert stepped(engine).item()
+    assert not torch.equal(before[0], snapshot(engine)[0])
+
+
+def test_the_step_after_a_skipped_one_is_the_one_that_would_have_been():
+    clean, skipping = (Engine(perturbed_pair()[0]) for _ in range(2))
+    stepped(clean)
+    stepped(skipping, float("nan"))
+    stepped(skipping)
+    assert all(torch.equal(a, b) for a, b in zip(snapshot(clean), snapshot(skipping), strict=True))
+
+
+def perturbed_pair():
+    torch.manual_seed(0)
+    return model.build(small())
+
+
+def test_ema_moves_the_target_only_when_the_step_was_taken():
+    jepa, target = perturbed_pair()
+    with torch.no_grad():
+        for parameter in jepa.encoder.parameters():
+            parameter.add_(1.0)
+    before = copy.deepcopy(target.state_dict())
+    ema.update(target, jepa.encoder, 0.75, torch.tensor(False))
+    assert all(torch.equal(before[name], value) for name, value in target.state_dict().items())
+    ema.update(target, jepa.encoder, 0.75, torch.tensor(True))
+    for name, value in target.named_parameters():
+        torch.testing.assert_close(value, before[name] + 0.25)
+
+
+def test_ema_keeps_small_steps_that_bf16_would_lose():
+    target, online = (torch.nn.Linear(1, 1, bias=False) for _ in range(2))
+    with torch.no_grad():
+        target.weight.fill_(1.0)
+        online.weight.fill_(1.01)
+    for _ in range(1000):
+        ema.update(target, online, 0.9999, torch.tensor(True))
+    assert target.weight.item() == pytest.approx(1.01 - 0.01 * 0.9999**1000, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_micro_batches_add_up_to_the_batch(dtype):
+    context_mask, target_mask = masks(b=4)
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for size in (4, 2, 1):
+        engine = Engine(perturbed_pair()[0], micro_batches=4 // size)
+        for start in range(0, 4, size):
+            part = slice(start, start + size)
+            context, _, blocks = pack(context_mask[part], target_mask[part], images=4)
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                prediction, _ = engine(images[part], context, blocks)
+            engine.backward((prediction.float().square().mean(dim=1) * blocks.weight).sum())
+        gradients.append([p.grad for p in engine.parameters])
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for other in gradients[1:]:
+        for whole, pieces in zip(gradients[0], other, strict=True):
+            assert (whole - pieces).abs().max() <= tolerance * whole.abs().max()

@@ -1,0 +1,457 @@
+"""Evaluations: probes that measure what they say, on the images in the order they lie, choosing without the test set."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from rich.console import Console
+from torchvision.transforms.v2 import functional as vision
+
+from fastjepa import checkpoint, config, model, optim
+from fastjepa.config import ConfigError
+from fastjepa.data import open_source
+from fastjepa.evals import features, knn, linear, table
+from fastjepa.evals.result import TEST_IMAGES, TRAIN_IMAGES, Features, subset, validation_split, wilson
+
+GREY = ((0.5,), (0.25,))
+SMALL = {
+    "data": {"crop_size": 16, "channels": 1, "mean": [0.5], "std": [0.25]},
+    "mask": {"patch_size": 4},
+    "meta": {"model_name": "vit_tiny", "embed_dim": 32, "depth": 2, "num_heads": 2, "pred_depth": 1, "pred_emb_dim": 32},
+}
+
+
+def blobs(n: int, spread: float = 0.3, classes: int = 4, dim: int = 8, seed: int = 0) -> Features:
+    """Gaussian clusters around fixed centres; another seed gives other samples of the same classes."""
+    centres = torch.randn(classes, dim, generator=torch.Generator().manual_seed(99))
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % classes
+    return Features(centres[y] + spread * torch.randn(n, dim, generator=generator), y)
+
+
+def shuffled(data: Features, seed: int = 5) -> Features:
+    return Features(data.x, data.y[torch.randperm(len(data.y), generator=torch.Generator().manual_seed(seed))])
+
+
+def write_images(root: Path, train: int = 40, test: int = 20, size: tuple[int, int] = (16, 16), classes: int = 2) -> Path:
+    """A folder of grey PNGs, train/ and test/, whose class c has mean brightness 60 + 100 c."""
+    noise = np.random.default_rng(0)
+    for split, count in (("train", train), ("test", test)):
+        for i in range(count):
+            folder = root / split / f"class{i % classes}"
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = np.clip(noise.normal(60 + 100 * (i % classes), 25, size), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i:04d}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+def write_run(root: Path, change: float = 0.5, step: int = 3) -> Path:
+    """A run directory with one checkpoint whose target encoder differs from its context encoder by `change`."""
+    small = config.from_dict(SMALL, "test")
+    jepa, target = model.build(small)
+    for parameter in target.parameters():
+        parameter.mul_(1 + change)
+    networks = {"encoder": jepa.encoder, "predictor": jepa.predictor, "target_encoder": target}
+    state = checkpoint.TrainState(step, networks, optim.adamw(jepa.encoder, jepa.predictor), record={"config": small.to_dict()})
+    checkpoint.save(root / "checkpoints", state)
+    (root / "config.yaml").write_text(json.dumps(small.to_dict()))  # JSON is YAML
+    return root
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "run")
+
+
+# --- statistics
+
+
+@pytest.mark.parametrize(
+    "hits, n, low, high",
+    [(8, 10, 0.49016, 0.94331), (0, 10, 0.0, 0.27753), (10, 10, 0.72247, 1.0), (8400, 10000, 0.83268, 0.84706)],
+)
+def test_wilson_interval_has_its_known_values(hits: int, n: int, low: float, high: float):
+    """scipy.stats.binomtest(hits, n).proportion_ci(method="wilson")."""
+    assert wilson(hits, n) == pytest.approx([low, high], abs=1e-5)
+
+
+@given(st.integers(1, 10**6).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_interval_holds_the_share_and_stays_in_bounds(pair: tuple[int, int]):
+    hits, n = pair
+    low, high = wilson(hits, n)
+    assert 0 <= low <= hits / n <= high <= 1
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=200), st.integers(2, 10), st.integers(0, 3))
+def test_validation_split_parts_every_class(labels: list[int], every: int, seed: int):
+    y, counts = torch.tensor(labels), np.bincount(labels)
+    if counts.max() < every:
+        with pytest.raises(ConfigError, match="more training images"):
+            validation_split(y, every, seed)
+        return
+    fit, held = validation_split(y, every, seed)
+    assert sorted([*fit.tolist(), *held.tolist()]) == list(range(len(labels)))
+    assert np.bincount(y[held], minlength=len(counts)).tolist() == (counts // every).tolist()
+
+
+@given(st.integers(1, 300), st.integers(1, 400), st.integers(0, 3))
+def test_subset_takes_at_most_that_many_and_keeps_the_order(total: int, count: int, seed: int):
+    rows = subset(count, total, seed, TRAIN_IMAGES)
+    assert len(rows) == min(count, total) and np.all(np.diff(rows) > 0) and rows[-1] < total
+    assert np.array_equal(subset(None, total, seed, TRAIN_IMAGES), np.arange(total))
+
+
+def test_subset_does_not_take_the_first_images():
+    """Folders are sorted by class: the first thousand images may all be of one class."""
+    rows = subset(100, 1000, 0, TRAIN_IMAGES)
+    assert 300 < rows.mean() < 700 and not np.array_equal(rows, subset(100, 1000, 0, TEST_IMAGES))
+
+
+@pytest.mark.parametrize(
+    "train, test, classes, message",
+    [
+        ([1, 1, 1], [1], 2, "at least two"),
+        ([0, 1], [2], 3, "test class 2 has no training image"),
+        ([0, 3], [0], 2, "label 3 in data of 2 classes"),
+        ([], [0], 2, "needs both"),
+    ],
+)
+def test_labels_that_cannot_be_compared_are_refused(train: list[int], test: list[int], classes: int, message: str):
+    sets = [Features(torch.zeros(len(y), 2), torch.tensor(y, dtype=torch.int64)) for y in (train, test)]
+    for probe in (knn.knn, linear.linear):
+        with pytest.raises(ConfigError, match=message):
+            probe(*sets, classes)
+
+
+# --- k-NN
+
+
+def vote(train: Features, query: torch.Tensor, classes: int, k: int) -> int:
+    """Weighted k-NN of one sample, in float64 and in words."""
+    cosine = lambda a, b: float(a @ b) / (float(a.norm()) * float(b.norm()))  # noqa: E731
+    scored = sorted(((cosine(x, query), int(y)) for x, y in zip(train.x.double(), train.y, strict=True)), reverse=True)
+    votes = [0.0] * classes
+    for similarity, label in scored[:k]:
+        votes[label] += math.exp(similarity / 0.1)
+    return votes.index(max(votes))
+
+
+@pytest.mark.parametrize("k", [1, 7, 60])
+def test_knn_equals_a_loop_over_samples(monkeypatch: pytest.MonkeyPatch, k: int):
+    monkeypatch.setattr(knn, "QUERIES", 16)
+    monkeypatch.setattr(knn, "BANK", 23)  # several uneven blocks, k on either side of one
+    train, test = blobs(100, spread=1.5), blobs(50, spread=1.5, seed=1)
+    expected = [vote(train, query.double(), 4, k) for query in test.x]
+    assert knn.classify(train, test.x, 4, (k,))[0].tolist() == expected
+    hits = sum(a == b for a, b in zip(expected, test.y.tolist(), strict=True))
+    result = knn.knn(train, test, 4, k=k)
+    assert result.accuracy == hits / 50 and result.ci95 == wilson(hits, 50) and result.chosen["k"] == k
+
+
+def test_knn_answers_for_several_k_at_once_as_for_each_alone():
+    train, test = blobs(300, spread=2.0), blobs(80, spread=2.0, seed=1)
+    together = knn.classify(train, test.x, 4, (1, 10, 200))
+    alone = torch.cat([knn.classify(train, test.x, 4, (k,)) for k in (1, 10, 200)])
+    assert torch.equal(together, alone) and not torch.equal(alone[0], alone[2])
+
+
+def test_knn_does_not_see_the_length_of_features():
+    train, test = blobs(200, spread=1.0), blobs(50, spread=1.0, seed=1)
+    longer = Features(train.x * torch.linspace(0.1, 50, 200)[:, None], train.y)
+    assert torch.equal(knn.classify(train, test.x, 4, (10,)), knn.classify(longer, test.x, 4, (10,)))
+
+
+def test_knn_refuses_more_neighbours_than_images():
+    with pytest.raises(ConfigError, match="k = 41 neighbours among 40"):
+        knn.knn(blobs(40), blobs(8), 4, k=41)
+    assert knn.knn(blobs(40), blobs(8), 4).chosen["k"] <= 32  # the grid shrinks to what the fitting images allow
+
+
+# --- linear probe
+
+
+def test_linear_probe_separates_what_is_separable():
+    result = linear.linear(blobs(600), blobs(300, seed=1), 4)
+    assert result.accuracy > 0.99 and result.n_train == 600 and result.n_test == 300
+
+
+@pytest.mark.parametrize("probe", [knn.knn, linear.linear])
+def test_permuted_labels_leave_chance(probe):
+    """Chance is 0.25; 0.06 is four standard deviations at 800 test images."""
+    result = probe(shuffled(blobs(800)), blobs(800, seed=1), 4)
+    assert abs(result.accuracy - 0.25) < 0.08
+
+
+@pytest.mark.parametrize("name", ["tiny", "huge", "collapsed", "one dead dimension"])
+def test_linear_probe_does_not_depend_on_the_scale_of_features(name: str):
+    change = {
+        "tiny": lambda x: x * 1e-9,
+        "huge": lambda x: x * 1e6,
+        "collapsed": lambda x: x * 1e-3 + 10,  # all but constant, as the features of a network that is sinking
+        "one dead dimension": lambda x: torch.cat([x, torch.full_like(x[:, :1], 0.1)], dim=1),
+    }[name]
+    train, test = blobs(600, spread=1.0), blobs(300, spread=1.0, seed=1)
+    healthy = linear.linear(train, test, 4)
+    changed = linear.linear(Features(change(train.x), train.y), Features(change(test.x), test.y), 4)
+    assert abs(changed.accuracy - healthy.accuracy) < 0.01 and healthy.accuracy > 0.7
+
+
+def test_standardise_uses_training_statistics_and_silences_rounding():
+    train, other = blobs(500).x * 7 + 3, blobs(100, seed=1).x
+    dead = torch.full((1,), 0.1)
+    x, y = linear.standardise(torch.cat([train, dead.expand(500, 1)], 1), torch.cat([other, dead.expand(100, 1)], 1))
+    assert torch.allclose(x[:, :8].mean(0), torch.zeros(8), atol=1e-5)
+    assert torch.allclose(x[:, :8].std(0, correction=0), torch.ones(8), atol=1e-5)
+    assert torch.allclose(y[:, :8], (other - train.mean(0)) / train.std(0, correction=0), atol=1e-4)
+    assert x[:, 8].abs().max() == 0 and y[:, 8].abs().max() == 0
+
+
+def test_heads_trained_together_equal_heads_trained_alone_by_torch():
+    """The closed-form batched SGD against autograd and torch.optim.SGD, head by head, a diverging one among them."""
+    data, grid = blobs(90, spread=1.0), [(0.1, 0.0), (1e3, 1e3), (0.03, 0.1)]
+    weight, bias = linear.fit(data.x, data.y, 4, grid, seed=3)
+    total = linear.MIN_STEPS
+    assert not weight.view(8, 3, 4)[:, 1].isfinite().all()
+    for head in (0, 2):
+        lr, decay = grid[head]
+        alone = torch.nn.Linear(8, 4)
+        torch.nn.init.zeros_(alone.weight), torch.nn.init.zeros_(alone.bias)
+        groups = [{"params": [alone.weight], "weight_decay": decay}, {"params": [alone.bias], "weight_decay": 0.0}]
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=linear.MOMENTUM)
+        for step in range(total):  # 90 images are one batch
+            for group in optimizer.param_groups:
+                group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / total))
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(alone(data.x), data.y).backward()
+            optimizer.step()
+        assert torch.allclose(weight.view(8, 3, 4)[:, head], alone.weight.T, atol=1e-4)
+        assert torch.allclose(bias.view(3, 4)[head], alone.bias, atol=1e-4)
+
+
+# --- both probes
+
+
+@pytest.mark.parametrize("probe", [knn.knn, linear.linear])
+def test_test_labels_do_not_touch_the_choice(probe):
+    """Wrong test labels change the accuracy and nothing else."""
+    train, test = blobs(400, spread=1.2), blobs(200, spread=1.2, seed=1)
+    right, wrong = probe(train, test, 4), probe(train, shuffled(test), 4)
+    assert right.chosen == wrong.chosen and right.validation_accuracy == wrong.validation_accuracy
+    assert right.accuracy > wrong.accuracy + 0.2
+
+
+@pytest.mark.parametrize("probe", [knn.knn, linear.linear])
+def test_same_seed_same_result(probe):
+    train, test = blobs(300, spread=1.2), blobs(200, spread=1.2, seed=1)
+    assert probe(train, test, 4, seed=1) == probe(train, test, 4, seed=1)
+    assert set(probe(train, test, 4).to_dict()) >= {"accuracy", "ci95", "n_train", "n_test", "chosen"}
+
+
+# --- images
+
+
+@given(st.integers(8, 60), st.integers(8, 60), st.sampled_from([(16, 16), (24, 24), (32, 32)]))
+@settings(max_examples=40)
+def test_evaluation_view_equals_torchvision(height: int, width: int, size: tuple[int, int]):
+    """Resize the short side to 8/7 of the crop, then crop the centre; an image of the right size is left alone."""
+    image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(height))
+    found = features.fit_to(image, size)
+    if (height, width) == size:
+        assert torch.equal(found, image)
+    else:
+        resized = vision.resize(image, [round(size[0] * 256 / 224)], antialias=True)
+        assert torch.equal(found, vision.center_crop(resized, list(size)))
+
+
+@given(st.integers(4, 80), st.integers(4, 80), st.integers(4, 40), st.integers(4, 40))
+@settings(max_examples=40)
+def test_evaluation_view_fills_any_size(height: int, width: int, rows: int, columns: int):
+    view = features.fit_to(torch.full((1, height, width), 7, dtype=torch.uint8), (rows, columns))
+    assert view.shape == (1, rows, columns) and (view == 7).all()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_features_lie_in_source_order(images: Path, workers: int):
+    source, encoder = open_source(images), model.build(config.from_dict(SMALL, "test"))[1]
+    found = features.extract(encoder, source, (16, 16), 1, GREY, batch=7, workers=workers)
+    assert found.y.tolist() == [source.label(i) for i in range(len(source))] == [0] * 20 + [1] * 20
+    for i in (0, 13, 39):
+        pixels = torch.from_numpy(np.array(Image.open(source.name(i))))[None, None] / 255
+        expected = encoder.features((pixels - 0.5) / 0.25).mean(dim=1)[0]
+        assert torch.allclose(found.x[i], expected, atol=1e-5)
+    rows = np.array([39, 2, 13])
+    assert torch.equal(features.extract(encoder, source, (16, 16), 1, GREY, rows=rows).y, found.y[rows])
+    assert torch.allclose(features.extract(encoder, source, (16, 16), 1, GREY, rows=rows).x, found.x[rows], atol=1e-5)
+
+
+def test_raw_pixels_separate_dark_from_bright(images: Path):
+    train, test = (features.raw_pixels(open_source(images, split), (16, 16), 1, GREY) for split in ("train", "test"))
+    assert train.x.shape == (40, 256) and -2 <= float(train.x.min()) < float(train.x.max()) <= 2
+    first = np.array(Image.open(open_source(images).name(0))).reshape(-1)
+    assert torch.allclose(train.x[0], torch.from_numpy((first / 255 - 0.5) / 0.25).float())
+    assert linear.linear(train, test, 2).accuracy == 1.0
+    centred = [Features(part.x - train.x.mean(), part.y) for part in (train, test)]
+    assert knn.knn(*centred, 2).accuracy == 1.0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_is_named_in_one_sentence(tmp_path: Path, workers: int):
+    source = open_source(write_images(tmp_path))
+    Path(source.name(11)).write_bytes(b"not a png")
+    with pytest.raises(OSError, match="cannot be evaluated") as error:
+        features.raw_pixels(source, (16, 16), 1, GREY, workers=workers)
+    assert source.name(11) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "size, channels, message", [((16, 16), 3, "takes 1-channel images, not 3"), ((18, 16), 1, "18x16 pixels .* 4x4")]
+)
+def test_images_the_encoder_cannot_take_are_refused(images: Path, size: tuple[int, int], channels: int, message: str):
+    encoder = model.build(config.from_dict(SMALL, "test"))[1]
+    with pytest.raises(ConfigError, match=message):
+        features.extract(encoder, open_source(images), size, channels, ((0.5,) * channels, (0.25,) * channels))
+
+
+def test_features_that_are_not_finite_are_refused(images: Path):
+    encoder = model.build(config.from_dict(SMALL, "test"))[1]
+    encoder.norm.bias.data[0] = math.nan
+    with pytest.raises(ConfigError, match="not finite"):
+        features.extract(encoder, open_source(images), (16, 16), 1, GREY)
+
+
+def test_images_without_labels_are_refused(tmp_path: Path, run: Path):
+    for split in ("train", "test"):
+        (tmp_path / "flat" / split).mkdir(parents=True)
+        Image.new("L", (16, 16)).save(tmp_path / "flat" / split / "a.png")
+    with pytest.raises(ConfigError, match="class folders"):
+        table.run("knn", run, str(tmp_path / "flat"))
+    with pytest.raises(ConfigError, match="a.png: has no label"):
+        features.raw_pixels(open_source(tmp_path / "flat"), (16, 16), 1, GREY)
+
+
+def test_splits_with_different_classes_are_refused(tmp_path: Path, run: Path):
+    data = write_images(tmp_path / "data")
+    (data / "test" / "class0").rename(data / "test" / "class7")
+    with pytest.raises(ConfigError, match="different classes .'class0'"):
+        table.run("knn", run, str(data))
+
+
+# --- encoders and the cache
+
+
+def test_each_encoder_is_the_one_asked_for(run: Path):
+    target, context, untrained = (features.load_encoder(run, which) for which in ("target", "context", "random"))
+    stored = checkpoint.load_networks(run)
+    for encoder, name in ((target, "target_encoder"), (context, "encoder")):
+        assert all(torch.equal(tensor, stored[name][key]) for key, tensor in encoder.state_dict().items())
+    fresh = model.build(config.from_dict(SMALL, "test"))[0].encoder
+    assert features.fingerprint(untrained) == features.fingerprint(fresh)
+    assert features.fingerprint(target) != features.fingerprint(context)
+    assert not target.training and not any(p.requires_grad for p in target.parameters())
+
+
+def test_a_checkpoint_is_found_from_its_run_or_by_itself(run: Path):
+    lone = run / "checkpoints" / "jepa-00000003"
+    assert features.fingerprint(features.load_encoder(lone)) == features.fingerprint(features.load_encoder(run))
+    moved = lone.rename(run.parent / "jepa-00000003")
+    assert features.read_config(moved) == config.from_dict(SMALL, "test")
+    with pytest.raises(ConfigError, match="name the run directory"):
+        features.read_config(moved / "encoder.safetensors")
+
+
+def test_weights_of_another_shape_are_refused(run: Path):
+    other = config.from_dict(SMALL | {"meta": SMALL["meta"] | {"embed_dim": 64}}, "test")
+    with pytest.raises(ConfigError, match="target_encoder does not fit its config: size mismatch"):
+        features.load_encoder(run, "target", other)
+
+
+def test_cache_gives_the_same_bytes_and_misses_changed_weights(run: Path, images: Path, monkeypatch: pytest.MonkeyPatch):
+    made, extract = [], features.extract
+    monkeypatch.setattr(features, "extract", lambda *args, **kw: made.append(1) or extract(*args, **kw))
+    splits = table.open_splits(str(images), None, 10, 0)
+    first = table.open_subject(run).features("target", splits)
+    assert len(made) == 2 and len(list((run / "features").glob("*.safetensors"))) == 2
+    second = table.open_subject(run).features("target", splits)
+    assert len(made) == 2  # both from the cache
+    for before, after in zip(first, second, strict=True):
+        assert torch.equal(before.x, after.x) and torch.equal(before.y, after.y)
+    write_run(run, change=0.4, step=4)
+    third = table.open_subject(run).features("target", splits)
+    assert len(made) == 4 and not torch.equal(third[0].x, first[0].x)
+    table.open_subject(run).features("target", table.open_splits(str(images), None, 11, 0))
+    assert len(made) == 5  # another count of test images, the same training images
+    table.open_subject(run, cache=False).features("target", splits)
+    assert len(made) == 7
+    assert not list((run / "features").glob(".*"))
+
+
+def test_a_damaged_cache_file_is_named(run: Path, images: Path):
+    table.run("knn", run, str(images))
+    for file in (run / "features").iterdir():
+        file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(OSError, match="delete the file"):
+        table.run("knn", run, str(images))
+
+
+# --- commands
+
+
+@pytest.mark.parametrize("kind", ["knn", "linear"])
+def test_run_gives_what_its_json_promises(run: Path, images: Path, kind: str):
+    result = json.loads(json.dumps(table.run(kind, run, str(images), "context", n_train=30)))
+    assert result["encoder"] == "context" and result["data"] == str(images)
+    assert (result["n_train"], result["n_test"]) == (30, 20)
+    assert 0 <= result["ci95"][0] <= result["accuracy"] <= result["ci95"][1] <= 1
+
+
+def test_an_unknown_probe_is_refused(run: Path, images: Path):
+    with pytest.raises(ConfigError, match="choose knn or linear"):
+        table.run("forest", run, str(images))
+
+
+def test_table_puts_every_encoder_through_the_same_probes(run: Path, images: Path):
+    out = Console(record=True, width=140, file=open("/dev/null", "w"))  # noqa: SIM115
+    found = table.demo_table(run, str(images), out=out)
+    assert json.loads((run / "evaluation.json").read_text()) == found
+    assert list(found["rows"]) == ["raw pixels", "random encoder", "context encoder", "target encoder"]
+    for which in ("random", "context", "target"):
+        row = found["rows"][f"{which} encoder"]
+        assert row["knn"]["accuracy"] == table.run("knn", run, str(images), which)["accuracy"]
+        assert row["linear"]["chosen"] == table.run("linear", run, str(images), which)["chosen"]
+        assert row["effective_rank"] >= 1
+    assert found["rows"]["random encoder"]["knn"] == found["rows"]["context encoder"]["knn"]  # this run never trained
+    printed = out.export_text()
+    assert all(text in printed for text in ("k-NN", "effective rank", *found["rows"], *found["verdict"]))
+
+
+@pytest.mark.parametrize(
+    "knn_target, linear_target, sentence",
+    [
+        (0.70, 0.80, "Raw pixels still win: k-NN by 10.0 points."),
+        (0.70, 0.70, "Raw pixels still win: k-NN by 10.0 points, linear by 5.0 points."),
+        (0.90, 0.90, "Raw pixels win nowhere."),
+    ],
+)
+def test_verdict_says_where_raw_pixels_win(knn_target: float, linear_target: float, sentence: str):
+    def row(knn: float, linear: float) -> dict:
+        return {"knn": {"accuracy": knn}, "linear": {"accuracy": linear}}
+
+    rows = {
+        "raw pixels": row(0.8, 0.75),
+        "random encoder": row(0.5, 0.6),
+        "target encoder": row(knn_target, linear_target),
+    }
+    over_random, pixels = table.verdict(rows)
+    assert pixels == sentence
+    assert f"{100 * (knn_target - 0.5):+.1f} points k-NN" in over_random

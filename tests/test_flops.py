@@ -1,0 +1,167 @@
+"""The closed form against what torch counts, part by part, and against totals derived elsewhere for the official code."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastjepa import attention, config, flops, masks, model, packing
+from fastjepa.config import Config
+from fastjepa.packing import Packed
+
+
+def tiny(depth: int = 3, pred_depth: int = 3, images: int = 2, **mask: object) -> Config:
+    """A network of few rows, in which no width equals another, so that no product can stand for another."""
+    return config.from_dict(
+        {
+            "data": {"crop_size": [24, 32], "batch_size": images, "channels": 1},
+            "mask": {"patch_size": 4, "min_keep": 2, **mask},
+            "meta": {"embed_dim": 48, "depth": depth, "num_heads": 4, "pred_depth": pred_depth, "pred_emb_dim": 32},
+            "runtime": {"dtype": "fp32", "device": "cpu", "attention": "matmul"},
+        }
+    )
+
+
+def loop(q: Tensor, k: Tensor, v: Tensor, queries: Packed, keys: Packed, way: str) -> Tensor:
+    """Attention a sequence at a time: no row of padding is ever counted."""
+    ends = [packed.cu_seqlens.tolist() for packed in (queries, keys)]
+    parts = []
+    for q0, q1, k0, k1 in zip(ends[0], ends[0][1:], ends[1], ends[1][1:], strict=False):
+        one_q, one_k, one_v = (x.transpose(0, 1) for x in (q[q0:q1], k[k0:k1], v[k0:k1]))
+        parts.append(((one_q @ one_k.mT).softmax(-1) @ one_v).transpose(0, 1))
+    return torch.cat(parts)
+
+
+def counted(config: Config, context: Packed, target: Packed, blocks: packing.Blocks) -> flops.Flops:
+    """What FlopCounterMode sees of each part, per image."""
+    jepa, target_encoder = model.build(config)
+    for network in (jepa, target_encoder):
+        model.use_attention(network, "matmul")
+    b = len(target.cu_seqlens) - 1
+    images = torch.randn(b, config.data.channels, *config.image_size)
+    parts = []
+
+    def spent(run) -> Tensor:
+        with FlopCounterMode(display=False) as counter:
+            result = run()
+        parts.append(counter.get_total_flops() / b)
+        return result
+
+    with torch.no_grad():
+        spent(lambda: target_encoder(images, wanted=target))
+    features = spent(lambda: jepa.encoder(images, context))
+    spent(lambda: features.sum().backward())
+    features = features.detach().requires_grad_()
+    prediction = spent(lambda: jepa.predictor(features, context, blocks))
+    spent(lambda: prediction.sum().backward())
+    return flops.Flops(*parts)
+
+
+def assert_close(found: flops.Flops, expected: flops.Flops, relative: float = 0.01) -> None:
+    assert dataclasses.asdict(found) == pytest.approx(dataclasses.asdict(expected), rel=relative)
+
+
+def draw(config: Config, step: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    images = config.data.batch_size
+    return masks.draw(config.mask, config.grid, 0, step, 0, images, images)
+
+
+@pytest.mark.parametrize("depth, pred_depth", [(3, 3), (1, 3), (3, 1), (2, 2)])
+@pytest.mark.parametrize("contexts", [1, 2])
+def test_equal_lengths_match_torch(depth: int, pred_depth: int, contexts: int):
+    """The trainer's own matmul attention; equal lengths, so that nothing is padded."""
+    c = tiny(depth, pred_depth, num_enc_masks=contexts, truncate="batch_min")
+    packed = packing.pack(*draw(c))
+    assert packed[0].length and packed[2].sequences.length
+    assert_close(flops.packed(c, *packed), counted(c, *packed))
+
+
+@pytest.mark.parametrize("sampling", ["official", "uniform"])
+def test_ragged_lengths_match_torch(monkeypatch: pytest.MonkeyPatch, sampling: str):
+    """A sum of squares, not the square of a mean: in these masks the lengths differ."""
+    c = tiny(images=4, truncate="none", sampling=sampling)
+    packed = packing.pack(*draw(c))
+    assert packed[0].length is None
+    monkeypatch.setattr(attention, "attention", loop)
+    assert_close(flops.packed(c, *packed), counted(c, *packed))
+
+
+def test_wide_heads_and_mlp_ratios_match_torch():
+    """The mlp ratio of vit_giant is 48/11, while the predictor's stays 4."""
+    c = tiny(truncate="batch_min")
+    c = dataclasses.replace(c, meta=dataclasses.replace(c.meta, model_name="vit_giant", embed_dim=88))
+    packed = packing.pack(*draw(c))
+    assert_close(flops.packed(c, *packed), counted(c, *packed))
+
+
+def lengths(
+    context: int, block: int, union: int, contexts: int, blocks: int, images: int
+) -> tuple[Packed, Packed, packing.Blocks]:
+    """Masks of given lengths: a context, `blocks` blocks of one length, and an exact union of them."""
+    context_mask, target_mask = np.zeros((images, contexts, 48), bool), np.zeros((images, blocks, 48), bool)
+    context_mask[:, :, 48 - context :] = True
+    for r in range(blocks):
+        start = (union - block) * r // max(1, blocks - 1)
+        target_mask[:, r, start : start + block] = True
+    return packing.pack(context_mask, target_mask)
+
+
+@given(context=st.integers(1, 48), block=st.integers(1, 20), extra=st.integers(0, 20), contexts=st.integers(1, 2),
+       images=st.integers(1, 3), depth=st.integers(1, 3), pred_depth=st.integers(1, 3))  # fmt: skip
+def test_count_is_packed_for_equal_lengths(context, block, extra, contexts, images, depth, pred_depth):
+    c = tiny(depth, pred_depth, images, num_enc_masks=contexts, num_pred_masks=2)
+    union = block + min(extra, block)
+    exact = flops.packed(c, *lengths(context, block, union, contexts, 2, images))
+    assert_close(flops.count(c, context, block, union), exact, 1e-12)
+    assert_close(flops.count(c, context, block, union, images=images), exact, 1e-12)
+
+
+def test_the_savings_are_those_the_model_makes():
+    """Against the official code's work: the same context forward but for patches nobody sees, and less of all the rest."""
+    c = tiny(truncate="batch_min")
+    ours, theirs = flops.count(c, 12, 6, 18), flops.official(c, 12, 6)
+    patches = 2 * 48 * 16 * 48  # 2 x N x patch pixels x D
+    assert theirs.context_forward - ours.context_forward == pytest.approx(patches * (1 - 12 / 48))
+    unwanted = 2 * 48 * 30 * (2 * 48 + 2 * 48 + 2 * 4 * 48)  # 30 of 48 rows lack q, attention, proj and mlp in the last block
+    assert theirs.target_forward - ours.target_forward == pytest.approx(unwanted)
+    assert ours.predictor_forward < theirs.predictor_forward
+    assert ours.predictor_backward == pytest.approx(2 * ours.predictor_forward)
+
+
+# Mean patches of a context (after the cut) and of a block: masks.statistics, 2 seeds x 1,000 groups of 128, by patch size.
+LENGTHS = {16: (50.4, 33.3), 14: (68.7, 44.2)}
+DERIVED = {  # GFLOP an image and the shares of target, context and predictor, rounded, from another derivation
+    ("vit_small", 16, 6): (38, 0.24, 0.18, 0.58),
+    ("vit_base", 16, 6): (84, 0.42, 0.32, 0.27),
+    ("vit_large", 16, 12): (261, 0.47, 0.36, 0.17),
+    ("vit_huge", 14, 12): (654, 0.51, 0.40, 0.09),
+}
+
+
+@pytest.mark.parametrize("name, patch, pred_depth", DERIVED)
+def test_official_totals(name: str, patch: int, pred_depth: int):
+    """Within rounding and the sampling error of the lengths."""
+    c = config.from_dict({"mask": {"patch_size": patch}, "meta": {"model_name": name, "pred_depth": pred_depth}})
+    f = flops.official(c, *LENGTHS[patch])
+    gflop, target, context, predictor = DERIVED[name, patch, pred_depth]
+    assert f.total / 1e9 == pytest.approx(gflop, abs=0.5, rel=0.005)
+    shares = f.target_forward, f.context_forward + f.context_backward, f.predictor_forward + f.predictor_backward
+    assert [part / f.total for part in shares] == pytest.approx([target, context, predictor], abs=0.006)
+
+
+def test_of_config_is_the_mean_over_steps():
+    c = tiny(images=4, truncate="none")
+    steps = [flops.packed(c, *packing.pack(*draw(c, step))).total for step in range(3)]
+    assert flops.of_config(c, steps=3) == pytest.approx(np.mean(steps))
+    assert len(set(steps)) > 1
+
+
+def test_of_config_cuts_as_the_whole_batch_does():
+    """More images share a cut, so contexts get shorter."""
+    c = tiny(images=2, truncate="batch_min", sampling="uniform")
+    assert flops.of_config(c, total=64) < flops.of_config(c)

@@ -1,0 +1,248 @@
+"""The rules of the house, checked by machine: layout, imports, sizes, words, configs, README."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+from fastjepa import config
+
+pytest_plugins = ["pytester"]
+
+ROOT = Path(__file__).resolve().parent.parent
+OPS_SUPPORT = {"__init__", "dispatch", "layers", "inspect"}  # files of fastjepa_kernels that are no op
+COMMON_PACKAGES = {
+    "accelerate",
+    "datasets",
+    "evaluate",
+    "kernels",
+    "tokenizers",
+    "transformers",
+}  # met without being a dependency
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@cache
+def files(suffix: str = "") -> tuple[Path, ...]:
+    """What git tracks or would add, relative to the root."""
+    listed = subprocess.run(
+        ["git", "-c", "safe.directory=*", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.split("\n")  # fmt: skip
+    return tuple(Path(line) for line in sorted(set(listed)) if line.endswith(suffix) and (ROOT / line).is_file())
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse((ROOT / path).read_text())
+
+
+def below(folder: str) -> list[Path]:
+    return [path for path in files(".py") if Path(folder) in path.parents]
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level names of everything a file imports absolutely."""
+    names = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return (node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def body(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.stmt]:
+    """The statements of a function without its docstring."""
+    return function.body[1:] if ast.get_docstring(function) is not None else function.body
+
+
+def test_no_trainer_file_shadows_a_module():
+    """`deepspeed fastjepa/train.py` puts fastjepa/ first on sys.path: its names must be nobody else's."""
+    names = {path.parts[1].removesuffix(".py") for path in below("fastjepa")} - {"__init__", "__main__"}
+    assert {"train", "config"} <= names
+    assert not names & (sys.stdlib_module_names | packages_distributions().keys() | COMMON_PACKAGES)
+
+
+def test_kernels_is_no_package():
+    """kernels/__init__.py would shadow Hugging Face's `kernels`."""
+    assert (ROOT / "kernels" / "fastjepa_kernels" / "__init__.py").is_file()
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_only_the_engine_imports_deepspeed():
+    assert {str(path) for path in below("fastjepa") if "deepspeed" in imports(path)} <= {"fastjepa/engine.py"}
+
+
+def test_kernels_import_only_torch_and_triton():
+    allowed = sys.stdlib_module_names | {"torch", "triton"}
+    assert {str(path): extra for path in below("kernels/fastjepa_kernels") if (extra := imports(path) - allowed)} == {}
+
+
+def test_files_stay_short():
+    lengths = {str(path): (ROOT / path).read_text().count("\n") for path in files(".py")}
+    assert {path: lines for path, lines in lengths.items() if lines > 400} == {}
+
+
+def test_functions_stay_short():
+    lengths = {f"{path}:{f.name}": f.end_lineno - f.lineno + 1 for path in files(".py") for f in functions(path)}
+    assert {name: lines for name, lines in lengths.items() if lines > 60} == {}
+
+
+def test_no_error_is_swallowed():
+    """A broad `except` must do something with what it caught."""
+
+    def broad(handler: ast.ExceptHandler) -> bool:
+        return handler.type is None or bool(
+            {"Exception", "BaseException"} & {getattr(n, "id", "") for n in ast.walk(handler.type)}
+        )
+
+    def idle(statement: ast.stmt) -> bool:
+        constant = isinstance(getattr(statement, "value", None), ast.Constant | None)
+        return isinstance(statement, ast.Pass | ast.Continue) or (isinstance(statement, ast.Return | ast.Expr) and constant)
+
+    handlers = [(path, node) for path in files(".py") for node in ast.walk(tree(path)) if isinstance(node, ast.ExceptHandler)]
+    assert [f"{path}:{node.lineno}" for path, node in handlers if broad(node) and all(map(idle, node.body))] == []
+
+
+def test_no_function_is_a_stub():
+    """A body of `...` belongs to a Protocol alone."""
+
+    def stub(statement: ast.stmt) -> bool:
+        ellipsis = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+        return ellipsis or isinstance(statement, ast.Pass) or "NotImplementedError" in ast.dump(statement)
+
+    def declared(path: Path) -> set[ast.AST]:
+        classes = [node for node in ast.walk(tree(path)) if isinstance(node, ast.ClassDef)]
+        return {
+            item for node in classes if "Protocol" in {getattr(base, "id", "") for base in node.bases} for item in node.body
+        }
+
+    shipped = [path for folder in ("fastjepa", "kernels", "benchmarks") for path in below(folder)]
+    written = [(path, f) for path in shipped for f in functions(path) if f not in declared(path)]
+    assert [f"{path}:{f.name}" for path, f in written if all(map(stub, body(f)))] == []
+
+
+def test_every_op_has_a_definition_a_test_and_a_bench():
+    ops = {path.stem for path in below("kernels/fastjepa_kernels")} - OPS_SUPPORT
+    assert {path.stem.removeprefix("test_") for path in below("tests/ops") if path.stem.startswith("test_")} == ops
+    assert {path.stem.removeprefix("bench_") for path in below("benchmarks/ops") if path.stem.startswith("bench_")} == ops
+    for op in ops:
+        assert f"{op}_ref" in {f.name for f in functions(Path(f"kernels/fastjepa_kernels/{op}.py"))}
+
+
+def test_import_is_instant():
+    """`import fastjepa` costs no torch: under 0.3 s, the best of three."""
+    code = "import sys, time; t = time.perf_counter(); import fastjepa; print(time.perf_counter() - t, 'torch' in sys.modules)"
+    runs = [
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True) for _ in range(3)
+    ]
+    seconds, torch_loaded = zip(*(run.stdout.split() for run in runs), strict=True)
+    assert set(torch_loaded) == {"False"}
+    assert min(map(float, seconds)) < 0.3
+
+
+@pytest.mark.parametrize("folder, package", [(".", "fastjepa"), ("kernels", "kernels/fastjepa_kernels")])
+def test_setup_takes_the_version_from_the_package(folder: str, package: str):
+    printed = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "--version"], cwd=ROOT / folder, capture_output=True, text=True, check=True
+    )
+    assert f'\n__version__ = "{printed.stdout.strip()}"\n' in (ROOT / package / "__init__.py").read_text()
+
+
+def test_nothing_private_is_tracked():
+    """No path of one machine, no note to oneself: built from pieces, so that this file does not name them."""
+    words = ["TO" + "DO", "FIX" + "ME", "cl" + "aude", "FACTS" + r"\.md", "(?:agent|this|previous) ses" + "sion"]
+    pattern = re.compile(r"(?<![\w.)}>])/(?:work|root|shared)(?![\w-])|\b(?:" + "|".join(words) + r")\b", re.IGNORECASE)
+    text = [path for path in files() if path.suffix not in (".safetensors", ".png", ".jpg", ".gz")]
+    found = [(str(path), match.group()) for path in text for match in pattern.finditer((ROOT / path).read_text())]
+    assert found == []
+
+
+def test_every_preset_is_there():
+    official = {"vit_base16", "vit_large16", "vit_huge14", "vit_huge16_448", "vit_giant16"}
+    assert {path.stem for path in CONFIGS} >= official | {"demo", "cifar10"}
+
+
+def test_every_config_that_is_named_exists():
+    named = {
+        match for path in files(".py") + files(".md") for match in re.findall(r"configs/\w+\.yaml", (ROOT / path).read_text())
+    }
+    assert {name for name in named if not (ROOT / name).is_file()} == set()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_loads_and_says_what_it_costs(path: Path):
+    config.load(path)
+    header = path.read_text().partition("\n\n")[0]
+    assert all(line.startswith("#") for line in header.splitlines())
+    stated = dict(re.findall(r"^# (Command|Card|Hours|Accuracy): +(.+(?:\n#  .+)*)", header, re.MULTILINE))
+    assert stated.keys() == {"Command", "Card", "Hours", "Accuracy"}
+    assert f"--config configs/{path.name}" in stated["Command"]
+    for number in ("Hours", "Accuracy"):
+        assert re.search("published|estimate|measured", stated[number]), f"{number}: say where the number comes from"
+
+
+def readme_commands() -> list[list[str]]:
+    """The command lines of README.md's shell blocks, prompts, comments and continuations removed."""
+    blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line.removeprefix("$ "), comments=True))]
+
+
+def test_readme_opens_with_its_two_commands():
+    names = [words[:2] for words in readme_commands() if words[0] == "make"]
+    assert names[:2] == [["make", "demo"], ["make", "test"]]
+
+
+def test_readme_names_only_what_exists():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    commands = readme_commands()
+    assert {words[1] for words in commands if words[0] == "make"} <= targets
+    named = {
+        word for words in commands for word in words if word.startswith(("fastjepa/", "benchmarks/", "configs/", "tests/"))
+    }
+    assert {word for word in named if not (ROOT / word).exists()} == set()
+
+
+def test_readme_subcommands_exist():
+    used = {words[1] for words in readme_commands() if Path(words[0]).name == "fastjepa" and not words[1].startswith("-")}
+    for name in sorted(used):
+        shown = subprocess.run([sys.executable, "-m", "fastjepa.cli", name, "--help"], cwd=ROOT, capture_output=True, text=True)
+        assert shown.returncode == 0, f"README.md shows `fastjepa {name}`: {shown.stderr}"
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        "def test_x(): pytest.skip('no reason')",
+        "@pytest.mark.skip\ndef test_x(): pass",
+        "@pytest.mark.xfail\ndef test_x(): assert False",
+        "@pytest.mark.xfail\ndef test_x(): pass",
+        "pytest.importorskip('no_such_module')\ndef test_x(): pass",
+    ],
+)
+def test_a_skip_is_a_failure(pytester: pytest.Pytester, test: str):
+    pytester.makeconftest((ROOT / "tests" / "conftest.py").read_text())
+    pytester.makepyfile("import pytest\n" + test)
+    result = pytester.runpytest_inprocess("-p", "no:cacheprovider")
+    assert result.ret != pytest.ExitCode.OK
+    assert {"skipped", "xfailed", "xpassed", "passed"}.isdisjoint(result.parseoutcomes())
+    assert "only tests marked gpu may be skipped" in result.stdout.str()
+
+
+def test_a_gpu_test_may_be_skipped(pytester: pytest.Pytester):
+    pytester.makeconftest((ROOT / "tests" / "conftest.py").read_text())
+    pytester.makepyfile("import pytest\n@pytest.mark.gpu\ndef test_x(): pytest.skip('needs two devices')")
+    pytester.runpytest_inprocess("-p", "no:cacheprovider").assert_outcomes(skipped=1)

@@ -1,0 +1,328 @@
+"""Logs that survive a resume, rates that are arithmetic, and collapse seen early."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastjepa import metrics
+from fastjepa.metrics import Log, Reading, Skips, collapse_warning, effective_rank, gemm_flops, spread
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still unless told: clock.now += seconds."""
+
+    class Clock:
+        now = 100.0
+
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: Clock.now)
+    return Clock
+
+
+def open_log(output, **changes) -> Log:
+    settings = {
+        "total_steps": 100,
+        "every": 1,
+        "flops_per_image": 2e9,
+        "gemm_rate": 1e11,
+        "console": False,
+        "tensorboard": False,
+    }
+    return Log(output, **settings | changes)
+
+
+def lines(output) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def values(**changes) -> dict:
+    return {"loss": 0.5, "lr": 1e-3, "weight_decay": 0.04, "ema_momentum": 0.996, "context_tokens": 68.0,
+            "target_tokens": 116.0, "skipped": 0} | changes  # fmt: skip
+
+
+def test_a_line_has_every_promised_field(tmp_path):
+    with open_log(tmp_path) as log:
+        log.step(1, 0, values(loss=torch.tensor(0.25)), images=8)
+    (entry,) = lines(tmp_path)
+    computed = {"step", "epoch", "images_per_s", "mfu", "memory_gib"}
+    assert computed | set(values()) == set(entry)
+    assert entry["step"] == 1 and entry["loss"] == 0.25 and entry["memory_gib"] > 0
+
+
+def test_rate_and_mfu_are_over_the_steps_since_the_last_line_without_pauses(tmp_path, clock):
+    with open_log(tmp_path, every=2) as log:
+        for step in (1, 2, 3, 4):
+            clock.now += 2.0
+            if step == 3:
+                with log.pause():
+                    clock.now += 50.0
+                    with log.pause():  # an evaluation inside a checkpoint
+                        clock.now += 50.0
+            log.step(step, 0, values(), images=20 if step > 2 else 10)
+    first, second = lines(tmp_path)
+    assert (first["step"], second["step"]) == (2, 4)
+    assert first["images_per_s"] == pytest.approx(20 / 4) and second["images_per_s"] == pytest.approx(40 / 4)
+    assert second["mfu"] == pytest.approx(10 * 2e9 / 1e11)
+
+
+def test_values_on_the_device_are_read_only_when_a_line_is_due(tmp_path, monkeypatch, clock):
+    reads = []
+    read = torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: reads.append(1) or read(self))
+    with open_log(tmp_path, every=3, total_steps=4) as log:
+        for step in range(1, 5):
+            clock.now += 0.5
+            log.step(step, 0, {"loss": torch.tensor(1.0)}, images=1)
+    written = lines(tmp_path)
+    assert [entry["step"] for entry in written] == [3, 4] and len(reads) == 2
+    assert written[0]["images_per_s"] == pytest.approx(3 / 1.5)
+
+
+def test_numbers_that_json_does_not_know_become_null(tmp_path):
+    with open_log(tmp_path, gemm_rate=0.0) as log:
+        log.step(1, 0, values(loss=torch.tensor(math.nan), lr=math.inf), images=1)
+    (entry,) = lines(tmp_path)
+    assert entry["loss"] is None and entry["lr"] is None and entry["mfu"] is None
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_resume_drops_later_and_torn_lines_and_goes_on(tmp_path):
+    with open_log(tmp_path) as log:
+        for step in range(1, 8):
+            log.step(step, 0, values(loss=float(step)), images=1)
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 8, "lo')
+    with open_log(tmp_path, start_step=4) as log:
+        for step in range(5, 7):
+            log.step(step, 0, values(loss=-1.0), images=1)
+    assert [(entry["step"], entry["loss"]) for entry in lines(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 4), (5, -1), (6, -1)]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_cut_that_is_interrupted_leaves_the_old_file(tmp_path, monkeypatch):
+    with open_log(tmp_path) as log:
+        for step in range(1, 4):
+            log.step(step, 0, values(), images=1)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(metrics.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), open_log(tmp_path, start_step=1):
+        pass
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_collapse_readings_reach_the_next_line_survive_a_resume_and_warn(tmp_path, capsys):
+    healthy = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    with open_log(tmp_path, console=True, every=2) as log:
+        for step in range(1, 7):
+            log.reading(step, healthy)
+            log.step(step, 0, values(), images=1)
+    assert lines(tmp_path)[-1]["feature_std"] == pytest.approx(spread(healthy))
+    assert "warning" not in capsys.readouterr().out
+    with open_log(tmp_path, console=True, every=2, start_step=6) as log:
+        assert [reading.step for reading in log.history] == [2, 4, 6]
+        for step in (7, 8, 9):
+            log.reading(step, healthy * 0.1)
+    assert capsys.readouterr().out.count("warning: step 8: collapse") == 1
+
+
+def test_plain_lines_without_a_terminal(tmp_path, capsys, clock):
+    with open_log(tmp_path, console=True, every=2) as log:
+        for step in (1, 2, 3):
+            clock.now += 1.0
+            log.step(step, 0, values(skipped=3), images=4)
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 1
+    for part in (
+        "step 2/100",
+        "loss 0.5000",
+        "lr 1.00e-03",
+        "momentum 0.9960",
+        "img/s 4.0",
+        "MFU 8.0%",
+        "GiB",
+        "skipped 3",
+        "ETA 0:01:38",
+    ):
+        assert part in out[0]
+
+
+def test_a_terminal_gets_one_line_that_moves(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "60")
+    with open_log(tmp_path, console=True, every=1) as log:
+        log.message("checkpoint [saved]")  # no markup: brackets are text
+        log.step(7, 0, values(), images=4)
+    out = capsys.readouterr().out
+    assert "checkpoint [saved]" in out
+    assert all(part in out for part in ("step 7/100", "loss 0.5000", "GiB", "ETA")) and "…" not in out
+
+
+def test_a_log_without_output_does_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with open_log(None, console=True, tensorboard=True) as log:
+        log.reading(1, torch.randn(4, 4))
+        log.step(1, 0, values(), images=1)
+        log.message("unseen")
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == "" and not log.due(1)
+
+
+def test_tensorboard_events_where_it_is_installed(tmp_path, monkeypatch):
+    written = []
+
+    class Writer:
+        def __init__(self, directory, purge_step):
+            written.append((directory.name, purge_step))
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+        def close(self):
+            written.append("closed")
+
+    tensorboard = type(sys)("torch.utils.tensorboard")
+    tensorboard.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: object())
+    with open_log(tmp_path, tensorboard=True, start_step=4) as log:
+        log.step(5, 0, values(lr=math.nan), images=1)
+    assert written[0] == ("tensorboard", 5) and written[-1] == "closed"
+    assert ("loss", 0.5, 5) in written and not any(entry[0] == "lr" for entry in written)
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    written.clear()
+    with open_log(tmp_path, tensorboard=True) as log:
+        log.step(1, 0, values(), images=1)
+    assert written == []
+
+
+def test_gemm_rate_is_flops_over_seconds(monkeypatch):
+    monkeypatch.setitem(metrics.GEMM_SHAPES, "cpu", ((64, 32, 128),))
+    ticks = iter([0.0, 1.0, 1.5, 9.0])  # deadline, start, end, stop
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(ticks))
+    assert gemm_flops(torch.device("cpu"), torch.float32) == 2 * 64 * 32 * 128 / 0.5
+
+
+@given(st.integers(1, 8))
+def test_effective_rank_of_equal_directions_is_their_number(k):
+    features = torch.eye(8)[torch.arange(840) % k] * 3.0  # 840: a multiple of every k
+    assert effective_rank(features) == pytest.approx(k, rel=1e-3)
+    assert effective_rank(features.T) == pytest.approx(effective_rank(features), rel=1e-6)
+
+
+def test_effective_rank_is_the_entropy_of_the_singular_values():
+    s = torch.tensor([8.0, 4.0, 2.0, 1.0], dtype=torch.float64)
+    left, _ = torch.linalg.qr(torch.randn(50, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    p = s / s.sum()
+    assert effective_rank((left * s).float()) == pytest.approx(float((-(p * p.log()).sum()).exp()), rel=1e-5)
+
+
+def test_effective_rank_does_not_centre_and_says_what_it_cannot_measure():
+    assert effective_rank(torch.ones(30, 5)) == pytest.approx(1.0, abs=1e-3)
+    assert effective_rank(torch.zeros(30, 5)) == 0.0
+    assert math.isnan(effective_rank(torch.full((30, 5), math.nan)))
+
+
+def test_effective_rank_takes_evenly_spaced_rows_of_many():
+    many = torch.zeros(3 * 2048, 4)
+    many[::3, 0] = 1.0  # the rows taken
+    many[1::3] = torch.randn(2048, 4, generator=torch.Generator().manual_seed(0))
+    assert effective_rank(many) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_spread_is_over_tokens_not_channels():
+    assert spread(torch.tensor([[0.0, 5.0], [2.0, 5.0]])) == pytest.approx(0.5)
+    assert spread(torch.arange(12.0).expand(7, 12).bfloat16()) == 0.0
+
+
+def history(*pairs) -> list[Reading]:
+    return [Reading(100 * i, *pair) for i, pair in enumerate(pairs)]
+
+
+def test_collapse_warns_once_at_the_second_low_reading_and_names_a_key():
+    run = [(1.0, 40.0)] * 3 + [(1.0, 19.0)] * 4
+    warned = [collapse_warning(history(*run[:n])) for n in range(len(run) + 1)]
+    assert [w is not None for w in warned] == [False] * 5 + [True] + [False] * 2
+    assert "loss.regularizer" in warned[5] and "19" in warned[5] and "40" in warned[5] and "step 400" in warned[5]
+
+
+def test_collapse_of_the_spread_names_the_speed_of_the_target():
+    warning = collapse_warning(history(*[(0.8, 10.0)] * 3, (0.1, 10.0), (0.1, 10.0)))
+    assert "spread" in warning and "optimization.lr" in warning and "optimization.ema" in warning
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        [],
+        [(1.0, 40.0)],
+        [(1.0, 40.0), (0.01, 1.0), (0.01, 1.0)],  # still finding the baseline
+        [(1.0, 40.0)] * 3 + [(0.01, 1.0)],  # one odd batch
+        [(1.0, 40.0)] * 3 + [(0.01, 1.0), (1.0, 40.0), (0.01, 1.0)],
+        [(1.0, 40.0)] * 3 + [(0.3, 21.0)] * 5,
+        [(0.0, 0.0)] * 6,
+    ],
+)
+def test_no_false_alarm(run):
+    assert collapse_warning(history(*run)) is None
+
+
+def test_readings_that_are_not_numbers_count_as_low():
+    assert collapse_warning(history(*[(1.0, 40.0)] * 3, (math.nan, math.nan), (math.nan, math.nan)))
+
+
+@given(st.lists(st.booleans(), max_size=30), st.integers(0, 5))
+def test_skips_count_as_a_loop_would(finite, already):
+    skips = Skips(torch.device("cpu"), total=already, in_row=already, step=7)
+    total, in_row = already, already
+    for good in finite:
+        skips.update(torch.tensor(good))
+        total, in_row = total + (not good), 0 if good else in_row + 1
+    assert skips.poll() == skips.sync() == (total, in_row, 7 + len(finite))
+
+
+def test_poll_returns_the_last_count_that_has_arrived(monkeypatch):
+    class Event:
+        arrived = False
+
+        def record(self):
+            pass
+
+        def query(self):
+            return Event.arrived
+
+    skips = Skips(torch.device("cpu"))
+    skips._asynchronous = True  # the CUDA path, with an event that arrives when told to
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    skips.update(torch.tensor(False))
+    assert skips.poll() == (0, 0, 0)  # the copy has been started
+    skips.update(torch.tensor(False))
+    assert skips.poll() == (0, 0, 0)  # and is still under way
+    assert skips.sync() == (2, 2, 2)
+    Event.arrived = True
+    skips.poll()
+    assert skips.poll() == (2, 2, 2)
+
+
+@pytest.mark.gpu
+def test_skips_never_wait_for_the_gpu():
+    skips = Skips(torch.device("cuda"))
+    finite = torch.tensor(False, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            skips.update(finite)
+            skips.poll()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    skips.poll()
+    torch.cuda.synchronize()
+    assert skips.poll() == skips.sync() == (5, 5, 5)

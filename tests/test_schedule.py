@@ -1,0 +1,41 @@
+"""Schedules against the paper's description; the reference trajectories check them to the last digit."""
+
+import pytest
+
+from fastjepa.config import OptimizationConfig
+from fastjepa.schedule import Schedule, cosine
+
+PLAN = Schedule(OptimizationConfig(epochs=10, warmup=2, ema=(0.9, 1.0)), steps_per_epoch=5)
+
+
+def test_learning_rate_rises_linearly_then_falls_along_a_cosine():
+    rates = [PLAN(step).lr for step in range(PLAN.total_steps)]
+    rise = [b - a for a, b in zip(rates[:9], rates[1:9], strict=False)]
+    assert rise == pytest.approx([rise[0]] * len(rise))
+    assert rates[0] == pytest.approx(2e-4 + (1e-3 - 2e-4) / 10), "the first step already uses the schedule at 1"
+    assert max(rates) == rates[9] == pytest.approx(1e-3)
+    assert rates[29] == pytest.approx((1e-3 + 1e-6) / 2, rel=1e-6), "half-way down"
+    assert rates[-1] == pytest.approx(1e-6)
+
+
+def test_weight_decay_and_momentum_end_where_the_config_says():
+    assert PLAN(PLAN.total_steps - 1).weight_decay == pytest.approx(0.4)
+    assert PLAN(0).ema_momentum == 0.9
+    assert PLAN(25).ema_momentum == pytest.approx(0.95)
+
+
+def test_ipe_scale_stretches_every_schedule_beyond_the_run():
+    stretched = Schedule(OptimizationConfig(epochs=10, warmup=2, ema=(0.9, 1.0), ipe_scale=1.25), steps_per_epoch=5)
+    assert stretched.total_steps == PLAN.total_steps
+    last = stretched(stretched.total_steps - 1)
+    assert last.lr > 1e-4
+    assert last.weight_decay < 0.4
+    assert last.ema_momentum == pytest.approx(0.9 + 0.1 * 49 / 62.5)
+
+
+def test_no_warm_up_starts_at_the_full_rate():
+    assert Schedule(OptimizationConfig(epochs=1, warmup=0), 100)(0).lr == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_a_cosine_stays_at_its_end():
+    assert cosine(1.0, 0.0, 1.5) == 0.0
