@@ -319,8 +319,8 @@ def _agree(config: Config, raw: Mapping[str, Any], where: str) -> Config:
     require(min(height, width) > 0 and height % mask.patch_size == 0 and width % mask.patch_size == 0,
             f"data.crop_size: {height}x{width} must be a positive multiple of mask.patch_size: {mask.patch_size}")  # fmt: skip
     dim, _, heads, _ = config.encoder_shape
-    for width_key, width_value, head_count in (("meta.embed_dim", dim, heads),
-                                               ("meta.pred_emb_dim", meta.pred_emb_dim, meta.pred_num_heads or heads)):  # fmt: skip
+    widths = (("meta.embed_dim", dim, heads), ("meta.pred_emb_dim", meta.pred_emb_dim, meta.pred_num_heads or heads))
+    for width_key, width_value, head_count in widths:
         require(width_value % head_count == 0, f"{width_key}: {width_value} must be a multiple of its {head_count} heads")
         require(width_value % 4 == 0, f"{width_key}: {width_value} must be a multiple of 4 (2-d sine-cosine positions)")
     require(data.batch_size % config.micro_batch == 0,

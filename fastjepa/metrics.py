@@ -9,6 +9,7 @@ import resource
 import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,16 +106,17 @@ def collapse_warning(history: Sequence[Reading]) -> str | None:
 class Skips:
     """Counts non-finite steps on the device and reads the counts back without waiting for it.
 
-    `poll` may be some steps behind on CUDA, and not equally on every rank: decide what all ranks must do alike, such
-    as stopping, from `sync`.
+    On CUDA `poll` answers LAG steps late, by when the copy has long arrived: always the same number of steps, so that
+    ranks that counted alike also decide alike.
     """
+
+    LAG = 8
 
     def __init__(self, device: torch.device, total: int = 0, in_row: int = 0, step: int = 0):
         self._asynchronous = device.type == "cuda"
         self._arrived = (total, in_row, step)
         self._counts = torch.tensor(self._arrived, dtype=torch.int64, device=device)
-        self._host = torch.zeros(3, dtype=torch.int64, pin_memory=self._asynchronous)
-        self._copied = None  # the event of the copy under way
+        self._copies: deque[tuple[Tensor, torch.cuda.Event]] = deque()  # under way, oldest first
 
     def update(self, finite: Tensor) -> None:
         """Count one step; `finite` is a 0-dim bool tensor on the device, which is never read by the host here."""
@@ -123,23 +125,25 @@ class Skips:
         total += bad
         in_row.add_(bad).mul_(bad)
         step += 1
+        if self._asynchronous:
+            host, event = torch.empty(3, dtype=torch.int64, pin_memory=self._counts.is_cuda), torch.cuda.Event()
+            host.copy_(self._counts, non_blocking=True)
+            event.record()
+            self._copies.append((host, event))
 
     def poll(self) -> tuple[int, int, int]:
-        """(skipped in all, skipped in a row, steps) as of the last copy that has reached the host."""
+        """(skipped in all, skipped in a row, steps): now on a CPU, LAG steps ago on CUDA."""
         if not self._asynchronous:
             return self.sync()
-        if self._copied is not None and self._copied.query():
-            self._arrived, self._copied = tuple(self._host.tolist()), None
-        if self._copied is None:
-            self._host.copy_(self._counts, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+        while len(self._copies) > self.LAG:
+            host, event = self._copies.popleft()
+            event.synchronize()
+            self._arrived = tuple(host.tolist())
         return self._arrived
 
     def sync(self) -> tuple[int, int, int]:
         """The exact counts; waits for the device."""
-        self._arrived = tuple(self._counts.tolist())
-        return self._arrived
+        return tuple(self._counts.tolist())
 
 
 class Log:

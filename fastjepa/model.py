@@ -96,7 +96,9 @@ class PatchEmbed(nn.Module):
 class Encoder(nn.Module):
     """Vision transformer without a class token, fixed 2-d sine-cosine positions (paper, appendix A)."""
 
-    def __init__(self, grid: tuple[int, int], patch_size: int, channels: int, dim: int, depth: int, num_heads: int, mlp_ratio: float):  # fmt: skip
+    def __init__(
+        self, grid: tuple[int, int], patch_size: int, channels: int, dim: int, depth: int, num_heads: int, mlp_ratio: float
+    ):
         super().__init__()
         self.grid, self.embed_dim, self.checkpointed = grid, dim, False
         self.register_buffer("pos_embed", sincos_positions(dim, grid))  # (1, N, D)

@@ -164,7 +164,13 @@ def record(config: Config, world: World) -> dict:
     """What a resumed run is compared with: exactness holds on the same machine, versions and thread count."""
     versions = {"fastjepa": fastjepa.__version__, "torch": torch.__version__, "python": platform.python_version()}
     machine = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.machine()
-    return {"config": config.to_dict(), "versions": versions, "machine": machine, "threads": torch.get_num_threads(), "world": world.size}  # fmt: skip
+    return {
+        "config": config.to_dict(),
+        "versions": versions,
+        "machine": machine,
+        "threads": torch.get_num_threads(),
+        "world": world.size,
+    }
 
 
 def begin(state: TrainState, config: Config, output: Path, resume: str, init: Path | None, world: World) -> list[str]:

@@ -83,11 +83,11 @@ def test_jepa_equals_a_per_image_loop_with_two_ragged_contexts(depth, pred_depth
     context, _, blocks = pack(context_mask, target_mask)
 
     ours = jepa(images, context, blocks)
-    sum((out.square().sum() for out in ours)).backward()
+    sum(out.square().sum() for out in ours).backward()
     gradients = {name: parameter.grad for name, parameter in jepa.named_parameters()}
     jepa.zero_grad()
     plain = plain_jepa(jepa, images, context_mask, target_mask)
-    sum((out.square().sum() for out in plain)).backward()
+    sum(out.square().sum() for out in plain).backward()
 
     for mine, theirs in zip(ours, plain, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)

@@ -42,9 +42,10 @@ def config(tmp_path_factory) -> Path:
     return file
 
 
-def run(*command: object, **kwargs) -> subprocess.CompletedProcess:
+def run(*command: object) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": f"{BIN}:{os.environ['PATH']}"}
-    return subprocess.run([str(word) for word in command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, **kwargs)  # fmt: skip
+    words = [str(word) for word in command]
+    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def trained(config: Path, output: Path, *arguments: object) -> list[dict]:
