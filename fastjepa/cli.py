@@ -12,7 +12,7 @@ from fastjepa.config import ConfigError
 EXAMPLES = {
     "train": """examples:
   fastjepa train --config configs/demo.yaml
-  fastjepa train --config configs/vit_small.yaml data.source=/data/imagenet runtime.micro_batch=64
+  fastjepa train --config configs/vit_base16.yaml data.source=/data/imagenet runtime.micro_batch=64
   torchrun --nproc_per_node 8 fastjepa/train.py --config configs/vit_huge14.yaml --output runs/h14
   deepspeed fastjepa/train.py --config configs/vit_huge14.yaml""",
     "verify": """example:

@@ -235,7 +235,12 @@ def _override(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
         section, dot, name = path.partition(".")
         if not (equals and dot and section and name):
             raise ConfigError(f"override {text!r}: write section.key=value")
-        raw[section] = (raw.get(section) or {}) | {name: yaml.safe_load(value)}
+        if not isinstance(raw.get(section) or {}, Mapping):
+            continue  # from_dict refuses the section
+        try:
+            raw[section] = {**(raw.get(section) or {}), name: yaml.safe_load(value)}
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {text!r}: {value!r} is not a YAML value") from error
     return raw
 
 
@@ -278,7 +283,7 @@ def _coerce(hint: Any, value: Any, label: str) -> Any:
     elif hint is float:
         try:
             number = math.nan if isinstance(value, bool | None) else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if math.isfinite(number):
             return number
@@ -319,9 +324,11 @@ def _agree(config: Config, raw: Mapping[str, Any], where: str) -> Config:
     require(min(height, width) > 0 and height % mask.patch_size == 0 and width % mask.patch_size == 0,
             f"data.crop_size: {height}x{width} must be a positive multiple of mask.patch_size: {mask.patch_size}")  # fmt: skip
     dim, _, heads, _ = config.encoder_shape
-    widths = (("meta.embed_dim", dim, heads), ("meta.pred_emb_dim", meta.pred_emb_dim, meta.pred_num_heads or heads))
-    for width_key, width_value, head_count in widths:
-        require(width_value % head_count == 0, f"{width_key}: {width_value} must be a multiple of its {head_count} heads")
+    for width_key, width_value, heads_key, head_count in (
+        ("meta.embed_dim", dim, "meta.num_heads", heads),
+        ("meta.pred_emb_dim", meta.pred_emb_dim, "meta.pred_num_heads", meta.pred_num_heads or heads),
+    ):
+        require(width_value % head_count == 0, f"{width_key}: {width_value} must be a multiple of {heads_key}: {head_count}")
         require(width_value % 4 == 0, f"{width_key}: {width_value} must be a multiple of 4 (2-d sine-cosine positions)")
     require(data.batch_size % config.micro_batch == 0,
             f"runtime.micro_batch: {config.micro_batch} must divide data.batch_size: {data.batch_size}")  # fmt: skip

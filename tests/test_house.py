@@ -91,8 +91,9 @@ def test_kernels_import_only_torch_and_triton():
 
 
 def test_files_stay_short():
-    lengths = {str(path): (ROOT / path).read_text().count("\n") for path in files(".py")}
-    assert {path: lines for path, lines in lengths.items() if lines > 400} == {}
+    lengths = {path: (ROOT / path).read_text().count("\n") for path in files(".py")}
+    limits = {path: 500 if path.parts[0] == "tests" else 400 for path in lengths}  # a test file is a list, read in pieces
+    assert {str(path): lines for path, lines in lengths.items() if lines > limits[path]} == {}
 
 
 def test_functions_stay_short():
