@@ -12,7 +12,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import official
@@ -30,7 +30,7 @@ from fastjepa.flops import Flops
 from fastjepa.schedule import Schedule
 
 DISTINCT = 4  # batches that the rounds take turns with
-LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # relative, between the two first losses
+AGREE_STEPS, LOSS_TOLERANCE = 3, 1e-4  # relative, between the two losses of each of these steps
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,6 @@ class Work:
         kept = mask & (np.cumsum(mask, axis=2) <= shortest)
         return [torch.from_numpy(np.nonzero(one)[1].reshape(len(mask), shortest)).to(self.images.device)
                 for one in kept.transpose(1, 0, 2)]  # fmt: skip
-
-    @property
-    def equal(self) -> bool:
-        """Whether cutting to the shortest changes nothing, so that both contenders do the same work."""
-        return all(len(np.unique(mask.sum(axis=2))) == 1 for mask in (self.context_mask, self.target_mask))
 
 
 class Ours:
@@ -153,10 +148,12 @@ def measure(config: Config, rounds: int, directory: str | None = None) -> dict:
         official.check(directory, config)
     device = start(config)
     peaks = {name: timing.in_fresh_process(peak, config, name, directory) for name in contenders(directory)}
+    if directory:
+        agree(config, device, directory)
     works = [Work.draw(config, device, number) for number in range(min(rounds, DISTINCT))]
     runs = {name: build(name, config, device, works, directory) for name in contenders(directory)}
     if directory:
-        agree(runs, config, works)
+        runs["theirs"].official.start_from(runs["ours"].jepa)
     dtype = torch.bfloat16 if config.runtime.dtype == "bf16" else torch.float32
     ceiling = Ceiling([*linears(config, works[0]), timing.square(device)], dtype, device)
     seconds = timing.interleave({"ceiling": ceiling, **runs}, rounds, device, warmup=len(works))
@@ -186,12 +183,35 @@ def build(name: str, config: Config, device: torch.device, works: list[Work], di
     return Ours(config, device, works) if name == "ours" else Theirs(config, device, works, directory)
 
 
-def agree(runs: dict[str, Ours | Theirs], config: Config, works: list[Work]) -> None:
-    """Start both from the same weights and, where their work is equal, insist on the same first loss."""
-    runs["theirs"].official.start_from(runs["ours"].jepa)
-    ours, theirs = float(runs["ours"](0)), runs["theirs"](0)
-    if works[0].equal and abs(ours - theirs) > LOSS_TOLERANCE[config.runtime.dtype] * abs(theirs):
-        raise ConfigError(f"the first losses differ, {ours:.6f} here and {theirs:.6f} there: is the clone unmodified?")
+def agree(config: Config, device: torch.device, directory: str) -> None:
+    """Insist that both compute the same losses, in fp32 on two images for a few steps; ConfigError where they do not.
+
+    From perturbed weights: those that training starts from hardly look at the context, and a wrong one would pass.
+    """
+    config = replace(
+        config,
+        data=replace(config.data, batch_size=2),
+        mask=replace(config.mask, truncate="batch_min", sampling="official"),
+        runtime=replace(config.runtime, dtype="fp32", micro_batch=None, attention="auto", compile=False),
+    )
+    works = [Work.draw(config, device, number) for number in range(AGREE_STEPS)]
+    ours, theirs = Ours(config, device, works), Theirs(config, device, works, directory)
+    perturb(ours.jepa)
+    ours.target_encoder.load_state_dict(ours.jepa.encoder.state_dict())
+    theirs.official.start_from(ours.jepa)
+    for number in range(AGREE_STEPS):
+        one, other = float(ours(number)), theirs(number)
+        if not abs(one - other) <= LOSS_TOLERANCE * abs(other):
+            raise ConfigError(f"losses differ at step {number}, {one:.6f} here and {other:.6f} there: is the clone unmodified?")
+
+
+@torch.no_grad()
+def perturb(network: torch.nn.Module) -> None:
+    """Add noise that makes every layer's output about as large as its input, and every norm its own."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+        parameter.add_(noise * (0.7 * parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1))
 
 
 def linears(config: Config, work: Work) -> list[tuple[int, int, int]]:

@@ -1,6 +1,7 @@
 """The `fastjepa` command: train, verify, eval, data, masks. What a command needs is imported when it runs."""
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -86,7 +87,7 @@ def masks_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--picture", type=Path, metavar="PNG", help="where the picture goes (default masks.png); needs the config's data"
     )
-    sub.add_argument("--json", action="store_true", help="print the statistics as JSON and write no picture unless asked")
+    sub.add_argument("--json", action="store_true", help="print the statistics as JSON")
     sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings in place of the file's")
 
 
@@ -151,17 +152,45 @@ def masks(args: argparse.Namespace) -> None:
     else:
         for name, value in statistics.items():
             print(f"{name:16} {' '.join(f'{v:.2f}' for v in value) if isinstance(value, list) else f'{value:.4g}'}")
-    if args.picture or not args.json:
-        path = args.picture or Path("masks.png")
-        masks.save_picture(config, path)
-        print(f"picture: {path}", file=sys.stderr)
+    if args.picture:
+        draw_picture(config, args.picture)
+        print(f"picture: {args.picture}", file=sys.stderr)
+
+
+def draw_picture(config: configs.Config, path: Path, count: int = 8) -> None:
+    """The first images of a run as it will see them, with their masks, as a PNG."""
+    from PIL import Image
+
+    from fastjepa import masks
+    from fastjepa.data import MicroBatches, open_source
+
+    source = open_source(config.data)
+    count = min(count, len(source))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=count),
+                                 runtime=dataclasses.replace(config.runtime, micro_batch=None))  # fmt: skip
+    images = MicroBatches(config, source, rank=0, world=1)[0].images.permute(0, 2, 3, 1)
+    drawn = masks.draw(config.mask, config.grid, config.runtime.seed, 0, 0, count, count)
+    sheet = Image.fromarray(masks.picture(images.expand(-1, -1, -1, 3).numpy(), *drawn, config.mask.patch_size))
+    zoom = max(1, 1200 // sheet.width)
+    sheet.resize((sheet.width * zoom, sheet.height * zoom), Image.Resampling.NEAREST).save(path)
 
 
 def evaluate(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
     from fastjepa.evals import table
 
+    limits = {"n_train": args.n_train, "n_test": args.n_test} if args.n_train or args.n_test or args.kind != "table" else {}
+    common = limits | {"device": args.device, "cache": not args.no_cache}
     if args.kind == "table":
-        table.demo_table(args.checkpoint, args.data, args.n_train or 20000, args.n_test or 10000)
+        result = table.demo_table(args.checkpoint, args.data, **common, out=Console(stderr=args.json))
+    else:
+        result = table.run(args.kind, args.checkpoint, args.data, args.encoder, **common)
+    if args.json:
+        print(json.dumps(result))
+    elif args.kind != "table":
+        low, high = (100 * share for share in result["ci95"])
+        print(f"{args.encoder} encoder, {args.kind}: {100 * result['accuracy']:.1f} % (95 % interval {low:.1f} to {high:.1f})")
 
 
 def data(args: argparse.Namespace) -> None:

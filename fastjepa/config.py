@@ -137,7 +137,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    seed: int = key(0, "seed of initial weights, masks, order and crops", not_negative)
+    seed: int = key(0, "seed of initial weights, masks, order and crops", (lambda v: 0 <= v < 2**64, "in [0, 2**64)"))
     dtype: Literal["fp32", "bf16"] = key("bf16", "compute dtype; parameters, moments and EMA stay fp32")
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: CUDA where there is one")
     micro_batch: int | None = key(None, "images per forward; default: data.batch_size", positive)

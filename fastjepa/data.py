@@ -5,6 +5,7 @@ wherever a run was resumed. A source is a numbered set of images: `len(source)`;
 (H, W, 3) uint8; `name(i)`, where it lies; `label(i)`, an int or None; `classes`, the labels' names, () without labels.
 """
 
+import atexit
 import glob
 import gzip
 import itertools
@@ -307,8 +308,6 @@ class MicroBatches(Dataset):
         data, seed = self.config.data, self.config.runtime.seed
         unreadable: dict[int, str] = {}
         for candidate in self._candidates(epoch, sample):
-            if candidate in unreadable:
-                continue
             try:
                 image = decode(self.source.read(candidate), data.channels)
                 break
@@ -361,6 +360,7 @@ class Loader(AbstractContextManager):
             generator=torch.Generator(),  # the global one must not move
         )
         self._iterator = iter(loader)
+        atexit.register(self.close)  # before multiprocessing's own, which would wait for ever for deaf workers
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
         """The micro-batches of `step` on the device, in order; steps must be asked for one after the other."""
@@ -382,6 +382,7 @@ class Loader(AbstractContextManager):
 
     def close(self) -> None:
         """End the worker processes."""
+        atexit.unregister(self.close)
         iterator, self._iterator = self._iterator, iter(())
         if hasattr(iterator, "_shutdown_workers"):  # DataLoader has no public way to end them at a known time
             iterator._shutdown_workers()

@@ -10,4 +10,5 @@ def generator(seed: int, stream: int, step: int, skip: int = 0) -> np.random.Gen
 
     Consecutive slots that own a fixed number of blocks can be drawn in one vectorised call, and any slot alone.
     """
-    return np.random.Generator(np.random.Philox(key=[seed, stream << 48 | step], counter=skip))
+    key = np.array([seed, stream << 48 | step], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=skip))

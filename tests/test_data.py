@@ -5,6 +5,8 @@ import io
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -333,26 +335,39 @@ def test_too_few_images_names_both_numbers(folder: Path):
 
 
 def test_steps_must_follow_each_other(folder: Path):
-    with Loader(settings(folder), open_source(folder), 0, 1, 3, CPU, stop_step=4) as loader:
-        for wrong in (0, 4):
+    with Loader(settings(folder), open_source(folder), 0, 1, 3, CPU, stop_step=5) as loader:
+        for wrong in (0, 4, 5):
             with pytest.raises(AssertionError, match=f"step {wrong} asked for"):
                 list(loader.micro_batches(wrong))
-        assert len(list(loader.micro_batches(3))) == 1
-        with pytest.raises(AssertionError):
-            list(loader.micro_batches(4))
+        assert [len(list(loader.micro_batches(step))) for step in (3, 4)] == [1, 1]
+        with pytest.raises(AssertionError, match="step 5 asked for"):
+            list(loader.micro_batches(5))
 
 
 def test_workers_outlive_an_interrupt_and_die_with_the_loader(folder: Path):
     with Loader(settings(folder, num_workers=2), open_source(folder), 0, 1, 0, CPU) as loader:
-        workers = loader._iterator._workers
+        iterator = loader._iterator  # held, as a traceback would: its end must not wait for the garbage collector
         list(loader.micro_batches(0))
-        for worker in workers:
+        for worker in iterator._workers:
             os.kill(worker.pid, signal.SIGINT)
             os.kill(worker.pid, signal.SIGTERM)
         assert all(len(list(loader.micro_batches(step))) == 1 for step in range(1, 12))
-    for worker in workers:
+    for worker in iterator._workers:
         worker.join(timeout=10)
         assert not worker.is_alive()
+
+
+def test_a_forgotten_loader_does_not_keep_the_process(folder: Path):
+    code = f"""
+import torch
+from fastjepa import config, data
+setting = config.from_dict({settings(folder, num_workers=1).to_dict()})
+loader = data.Loader(setting, data.open_source(setting.data), 0, 1, 0, torch.device("cpu"))
+print(len(list(loader.micro_batches(0))))
+raise KeyError("on the way out")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ended.stdout, ended.returncode) == ("1\n", 1) and "on the way out" in ended.stderr
 
 
 def test_loading_leaves_the_global_random_numbers_alone(folder: Path):

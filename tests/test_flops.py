@@ -83,12 +83,22 @@ def test_equal_lengths_match_torch(depth: int, pred_depth: int, contexts: int):
 
 @pytest.mark.parametrize("sampling", ["official", "uniform"])
 def test_ragged_lengths_match_torch(monkeypatch: pytest.MonkeyPatch, sampling: str):
-    """A sum of squares, not the square of a mean: in these masks the lengths differ."""
     c = tiny(images=4, truncate="none", sampling=sampling)
     packed = packing.pack(*draw(c))
     assert packed[0].length is None
     monkeypatch.setattr(attention, "attention", loop)
     assert_close(flops.packed(c, *packed), counted(c, *packed))
+
+
+def test_attention_costs_the_sum_of_squares(monkeypatch: pytest.MonkeyPatch):
+    """Contexts of 2 and 46 patches, to the last FLOP: the square of their mean would be far off."""
+    c = tiny(images=2, truncate="none")
+    context_mask, target_mask = np.zeros((2, 1, 48), bool), np.zeros((2, 4, 48), bool)
+    context_mask[0, 0, :2] = context_mask[1, 0, :46] = True
+    target_mask[0, :, :20] = target_mask[1, :, -2:] = True
+    packed = packing.pack(context_mask, target_mask)
+    monkeypatch.setattr(attention, "attention", loop)
+    assert_close(flops.packed(c, *packed), counted(c, *packed), 1e-9)
 
 
 def test_wide_heads_and_mlp_ratios_match_torch():

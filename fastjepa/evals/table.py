@@ -157,8 +157,9 @@ def verdict(rows: dict[str, dict]) -> list[str]:
 
 def show(table: dict[str, Any], out: Console) -> None:
     """Print a table that `demo_table` made."""
-    title = f"{table['data']}: accuracy on {table['n_test']} test images, {table['n_train']} training images (95 % interval)"
-    grid = Table("", "k-NN", "linear", "effective rank", title=title)
+    title = f"{table['data']}: accuracy in % (95 % interval)"
+    counts = f"{table['n_train']} training and {table['n_test']} test images"
+    grid = Table("", "k-NN", "linear", "effective rank", title=title, caption=counts)
     for name, row in table["rows"].items():
         grid.add_row(name, *(_percent(row[p]) for p in PROBES), f"{row['effective_rank']:.1f}")
     out.print(grid)

@@ -1,0 +1,203 @@
+"""Probes that measure what they say, and choose without the test set; the statistics they share."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastjepa.config import ConfigError
+from fastjepa.evals import knn, linear
+from fastjepa.evals.result import TEST_IMAGES, TRAIN_IMAGES, Features, subset, validation_split, wilson
+
+
+def blobs(n: int, spread: float = 0.3, classes: int = 4, dim: int = 8, seed: int = 0) -> Features:
+    """Gaussian clusters around fixed centres; another seed gives other samples of the same classes."""
+    centres = torch.randn(classes, dim, generator=torch.Generator().manual_seed(99))
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % classes
+    return Features(centres[y] + spread * torch.randn(n, dim, generator=generator), y)
+
+
+def shuffled(data: Features, seed: int = 5) -> Features:
+    return Features(data.x, data.y[torch.randperm(len(data.y), generator=torch.Generator().manual_seed(seed))])
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fifth of the probe's steps, where a test compares probes with each other."""
+    monkeypatch.setattr(linear, "MIN_STEPS", 200)
+
+
+@pytest.mark.parametrize(
+    "hits, n, low, high",
+    [(8, 10, 0.49016, 0.94331), (0, 10, 0.0, 0.27753), (10, 10, 0.72247, 1.0), (8400, 10000, 0.83268, 0.84706)],
+)
+def test_wilson_interval_has_its_known_values(hits: int, n: int, low: float, high: float):
+    """scipy.stats.binomtest(hits, n).proportion_ci(method="wilson")."""
+    assert wilson(hits, n) == pytest.approx([low, high], abs=1e-5)
+
+
+@given(st.integers(1, 10**6).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_interval_holds_the_share_and_stays_in_bounds(pair: tuple[int, int]):
+    hits, n = pair
+    low, high = wilson(hits, n)
+    assert 0 <= low <= hits / n <= high <= 1
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=200), st.integers(2, 10), st.integers(0, 3))
+def test_validation_split_parts_every_class(labels: list[int], every: int, seed: int):
+    y, counts = torch.tensor(labels), np.bincount(labels)
+    if counts.max() < every:
+        with pytest.raises(ConfigError, match="more training images"):
+            validation_split(y, every, seed)
+        return
+    fit, held = validation_split(y, every, seed)
+    assert sorted([*fit.tolist(), *held.tolist()]) == list(range(len(labels)))
+    assert np.bincount(y[held], minlength=len(counts)).tolist() == (counts // every).tolist()
+
+
+@given(st.integers(1, 300), st.integers(1, 400), st.integers(0, 3))
+def test_subset_takes_at_most_that_many_and_keeps_the_order(total: int, count: int, seed: int):
+    rows = subset(count, total, seed, TRAIN_IMAGES)
+    assert len(rows) == min(count, total) and np.all(np.diff(rows) > 0) and rows[-1] < total
+    assert np.array_equal(subset(None, total, seed, TRAIN_IMAGES), np.arange(total))
+
+
+def test_subset_does_not_take_the_first_images():
+    """Folders are sorted by class: the first thousand images may all be of one class."""
+    rows = subset(100, 1000, 0, TRAIN_IMAGES)
+    assert 300 < rows.mean() < 700 and not np.array_equal(rows, subset(100, 1000, 0, TEST_IMAGES))
+
+
+@pytest.mark.parametrize(
+    "train, test, classes, message",
+    [
+        ([1, 1, 1], [1], 2, "at least two"),
+        ([0, 1], [2], 3, "test class 2 has no training image"),
+        ([0, 3], [0], 2, "label 3 in data of 2 classes"),
+        ([], [0], 2, "needs both"),
+    ],
+)
+def test_labels_that_cannot_be_compared_are_refused(train: list[int], test: list[int], classes: int, message: str):
+    sets = [Features(torch.zeros(len(y), 2), torch.tensor(y, dtype=torch.int64)) for y in (train, test)]
+    for probe in (knn.knn, linear.linear):
+        with pytest.raises(ConfigError, match=message):
+            probe(*sets, classes)
+
+
+def vote(train: Features, query: torch.Tensor, classes: int, k: int) -> int:
+    """Weighted k-NN of one sample, in float64 and in words."""
+    cosine = lambda a, b: float(a @ b) / (float(a.norm()) * float(b.norm()))  # noqa: E731
+    scored = sorted(((cosine(x, query), int(y)) for x, y in zip(train.x.double(), train.y, strict=True)), reverse=True)
+    votes = [0.0] * classes
+    for similarity, label in scored[:k]:
+        votes[label] += math.exp(similarity / 0.1)
+    return votes.index(max(votes))
+
+
+@pytest.mark.parametrize("k", [1, 7, 60])
+def test_knn_equals_a_loop_over_samples(monkeypatch: pytest.MonkeyPatch, k: int):
+    monkeypatch.setattr(knn, "QUERIES", 16)
+    monkeypatch.setattr(knn, "BANK", 23)  # several uneven blocks, k on either side of one
+    train, test = blobs(100, spread=1.5), blobs(50, spread=1.5, seed=1)
+    expected = [vote(train, query.double(), 4, k) for query in test.x]
+    assert knn.classify(train, test.x, 4, (k,))[0].tolist() == expected
+    hits = sum(a == b for a, b in zip(expected, test.y.tolist(), strict=True))
+    result = knn.knn(train, test, 4, k=k)
+    assert result.accuracy == hits / 50 and result.ci95 == wilson(hits, 50) and result.chosen["k"] == k
+
+
+def test_knn_answers_for_several_k_at_once_as_for_each_alone():
+    train, test = blobs(300, spread=2.0), blobs(80, spread=2.0, seed=1)
+    together = knn.classify(train, test.x, 4, (1, 10, 200))
+    alone = torch.cat([knn.classify(train, test.x, 4, (k,)) for k in (1, 10, 200)])
+    assert torch.equal(together, alone) and not torch.equal(alone[0], alone[2])
+
+
+def test_knn_does_not_see_the_length_of_features():
+    train, test = blobs(200, spread=1.0), blobs(50, spread=1.0, seed=1)
+    longer = Features(train.x * torch.linspace(0.1, 50, 200)[:, None], train.y)
+    assert torch.equal(knn.classify(train, test.x, 4, (10,)), knn.classify(longer, test.x, 4, (10,)))
+
+
+def test_knn_refuses_more_neighbours_than_images():
+    with pytest.raises(ConfigError, match="k = 41 neighbours among 40"):
+        knn.knn(blobs(40), blobs(8), 4, k=41)
+    assert knn.knn(blobs(40), blobs(8), 4).chosen["k"] <= 32  # the grid shrinks to what the fitting images allow
+
+
+def test_linear_probe_separates_what_is_separable():
+    result = linear.linear(blobs(600), blobs(300, seed=1), 4)
+    assert result.accuracy > 0.99 and result.n_train == 600 and result.n_test == 300
+
+
+@pytest.mark.parametrize("probe", [knn.knn, linear.linear])
+def test_permuted_labels_leave_chance(probe, quick: None):
+    """Chance is 0.25; the bound is five standard deviations at 800 test images."""
+    result = probe(shuffled(blobs(800)), blobs(800, seed=1), 4)
+    assert abs(result.accuracy - 0.25) < 0.08
+
+
+@pytest.mark.parametrize("name", ["tiny", "huge", "collapsed", "one dead dimension"])
+def test_linear_probe_does_not_depend_on_the_scale_of_features(name: str, quick: None):
+    change = {
+        "tiny": lambda x: x * 1e-9,
+        "huge": lambda x: x * 1e6,
+        "collapsed": lambda x: x * 1e-3 + 10,  # all but constant, as the features of a network that is sinking
+        "one dead dimension": lambda x: torch.cat([x, torch.full_like(x[:, :1], 0.1)], dim=1),
+    }[name]
+    train, test = blobs(600, spread=1.0), blobs(300, spread=1.0, seed=1)
+    healthy = linear.linear(train, test, 4)
+    changed = linear.linear(Features(change(train.x), train.y), Features(change(test.x), test.y), 4)
+    assert abs(changed.accuracy - healthy.accuracy) < 0.01 and healthy.accuracy > 0.7
+
+
+def test_standardise_uses_training_statistics_and_silences_rounding():
+    train, other = blobs(500).x * 7 + 3, blobs(100, seed=1).x
+    dead = torch.full((1,), 0.1)
+    x, y = linear.standardise(torch.cat([train, dead.expand(500, 1)], 1), torch.cat([other, dead.expand(100, 1)], 1))
+    assert torch.allclose(x[:, :8].mean(0), torch.zeros(8), atol=1e-5)
+    assert torch.allclose(x[:, :8].std(0, correction=0), torch.ones(8), atol=1e-5)
+    assert torch.allclose(y[:, :8], (other - train.mean(0)) / train.std(0, correction=0), atol=1e-4)
+    assert x[:, 8].abs().max() == 0 and y[:, 8].abs().max() == 0
+
+
+def test_heads_trained_together_equal_heads_trained_alone_by_torch():
+    """The closed-form batched SGD against autograd and torch.optim.SGD, head by head, a diverging one among them."""
+    data, grid = blobs(90, spread=1.0), [(0.1, 0.0), (1e3, 1e3), (0.03, 0.1)]
+    weight, bias = linear.fit(data.x, data.y, 4, grid, seed=3)
+    total = linear.MIN_STEPS
+    assert not weight.view(8, 3, 4)[:, 1].isfinite().all()
+    for head in (0, 2):
+        lr, decay = grid[head]
+        alone = torch.nn.Linear(8, 4)
+        torch.nn.init.zeros_(alone.weight), torch.nn.init.zeros_(alone.bias)
+        groups = [{"params": [alone.weight], "weight_decay": decay}, {"params": [alone.bias], "weight_decay": 0.0}]
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=linear.MOMENTUM)
+        for step in range(total):  # 90 images are one batch
+            for group in optimizer.param_groups:
+                group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / total))
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(alone(data.x), data.y).backward()
+            optimizer.step()
+        assert torch.allclose(weight.view(8, 3, 4)[:, head], alone.weight.T, atol=1e-4)
+        assert torch.allclose(bias.view(3, 4)[head], alone.bias, atol=1e-4)
+
+
+@pytest.mark.parametrize("probe", [knn.knn, linear.linear])
+def test_test_labels_do_not_touch_the_choice(probe, quick: None):
+    """Wrong test labels change the accuracy and nothing else."""
+    train, test = blobs(400, spread=1.2), blobs(200, spread=1.2, seed=1)
+    right, wrong = probe(train, test, 4), probe(train, shuffled(test), 4)
+    assert right.chosen == wrong.chosen and right.validation_accuracy == wrong.validation_accuracy
+    assert right.accuracy > wrong.accuracy + 0.2
+
+
+@pytest.mark.parametrize("probe", [knn.knn, linear.linear])
+def test_same_seed_same_result(probe, quick: None):
+    train, test = blobs(300, spread=1.2), blobs(200, spread=1.2, seed=1)
+    assert probe(train, test, 4, seed=1) == probe(train, test, 4, seed=1)
+    assert set(probe(train, test, 4).to_dict()) >= {"accuracy", "ci95", "n_train", "n_test", "chosen"}
