@@ -33,7 +33,13 @@ EXAMPLES = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; bad input gives one sentence and exit code 2 (`--debug` shows the traceback)."""
-    args = parser().parse_args(argv)
+    root = parser()
+    args, rest = root.parse_known_args(argv)  # overrides may stand between options, which argparse cannot say
+    unknown = [word for word in rest if word.startswith("-") or "overrides" not in args]
+    if unknown:
+        root.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        args.overrides += rest
     try:
         return args.run(args) or 0
     except Exception as error:
@@ -87,7 +93,7 @@ def masks_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--picture", type=Path, metavar="PNG", help="where the picture goes (default masks.png); needs the config's data"
     )
-    sub.add_argument("--json", action="store_true", help="print the statistics as JSON")
+    sub.add_argument("--json", action="store_true", help="print the statistics as JSON; no picture unless --picture")
     sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings in place of the file's")
 
 
@@ -152,9 +158,12 @@ def masks(args: argparse.Namespace) -> None:
     else:
         for name, value in statistics.items():
             print(f"{name:16} {' '.join(f'{v:.2f}' for v in value) if isinstance(value, list) else f'{value:.4g}'}")
-    if args.picture:
-        draw_picture(config, args.picture)
-        print(f"picture: {args.picture}", file=sys.stderr)
+    named = config.data.source or config.data.root_path
+    if args.picture or (named and not args.json):
+        draw_picture(config, args.picture or Path("masks.png"))
+        print(f"picture: {args.picture or 'masks.png'}", file=sys.stderr)
+    elif not args.json:
+        print("no picture: the config names no images; add data.source=DIR", file=sys.stderr)
 
 
 def draw_picture(config: configs.Config, path: Path, count: int = 8) -> None:

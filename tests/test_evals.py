@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from fastjepa.config import ConfigError
 from fastjepa.data import open_source
 from fastjepa.evals import features, knn, linear, table
 from fastjepa.evals.result import Features
+from fastjepa.metrics import effective_rank
 
 GREY = ((0.5,), (0.25,))
 SMALL = {
@@ -45,11 +47,13 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_run(root: Path, change: float = 0.5, step: int = 3) -> Path:
-    """A run directory with one checkpoint whose target encoder differs from its context encoder by `change`."""
+    """A run directory with one checkpoint whose encoders differ from each other and, by `change`, from untrained ones."""
     small = config.from_dict(SMALL, "test")
     jepa, target = model.build(small)
-    for parameter in target.parameters():
-        parameter.mul_(1 + change)
+    with torch.no_grad():
+        for factor, encoder in ((1 + change, target), (1 - change, jepa.encoder)):
+            for parameter in encoder.parameters():
+                parameter.mul_(factor)
     networks = {"encoder": jepa.encoder, "predictor": jepa.predictor, "target_encoder": target}
     state = checkpoint.TrainState(step, networks, optim.adamw(jepa.encoder, jepa.predictor), record={"config": small.to_dict()})
     checkpoint.save(root / "checkpoints", state)
@@ -137,7 +141,7 @@ def test_features_that_are_not_finite_are_refused(images: Path):
         features.extract(encoder, open_source(images), (16, 16), 1, GREY)
 
 
-def test_images_without_labels_are_refused(tmp_path: Path, run: Path):
+def test_images_without_labels_are_refused(tmp_path: Path, run: Path, images: Path, monkeypatch: pytest.MonkeyPatch):
     for split in ("train", "test"):
         (tmp_path / "flat" / split).mkdir(parents=True)
         Image.new("L", (16, 16)).save(tmp_path / "flat" / split / "a.png")
@@ -145,6 +149,10 @@ def test_images_without_labels_are_refused(tmp_path: Path, run: Path):
         table.run("knn", run, str(tmp_path / "flat"))
     with pytest.raises(ConfigError, match="a.png: has no label"):
         features.raw_pixels(open_source(tmp_path / "flat"), (16, 16), 1, GREY)
+    partly = open_source(images)
+    monkeypatch.setattr(partly, "label", lambda i: None if i == 5 else 0)
+    with pytest.raises(ConfigError, match=re.escape(partly.name(5))):
+        features.raw_pixels(partly, (16, 16), 1, GREY)
 
 
 def test_splits_with_different_classes_are_refused(tmp_path: Path, run: Path):
@@ -200,6 +208,16 @@ def test_cache_gives_the_same_bytes_and_misses_changed_weights(run: Path, images
     assert not list((run / "features").glob(".*"))
 
 
+def test_cache_misses_when_an_image_is_exchanged_for_another(run: Path, tmp_path: Path):
+    data = write_images(tmp_path / "data")
+    before = table.open_subject(run).features("target", table.open_splits(str(data), None, None, 0))
+    Image.new("L", (16, 16)).save(data / "test" / "class1" / "0001b.png")
+    (data / "test" / "class1" / "0001.png").unlink()
+    after = table.open_subject(run).features("target", table.open_splits(str(data), None, None, 0))
+    assert torch.equal(before[0].x, after[0].x) and torch.equal(before[1].y, after[1].y)
+    assert torch.equal(before[1].x[:10], after[1].x[:10]) and not torch.equal(before[1].x[10], after[1].x[10])
+
+
 def test_a_damaged_cache_file_is_named(run: Path, images: Path):
     table.run("knn", run, str(images))
     for file in (run / "features").iterdir():
@@ -228,10 +246,11 @@ def test_table_puts_every_encoder_through_the_same_probes(run: Path, images: Pat
     assert list(found["rows"]) == ["raw pixels", "random encoder", "context encoder", "target encoder"]
     for which in ("random", "context", "target"):
         row = found["rows"][f"{which} encoder"]
+        test = features.extract(features.load_encoder(run, which), open_source(images, "test"), (16, 16), 1, GREY)
+        assert row["effective_rank"] == pytest.approx(effective_rank(test.x), rel=1e-5)
         assert row["knn"]["accuracy"] == table.run("knn", run, str(images), which)["accuracy"]
         assert row["linear"]["chosen"] == table.run("linear", run, str(images), which)["chosen"]
-        assert row["effective_rank"] >= 1
-    assert found["rows"]["random encoder"]["knn"] == found["rows"]["context encoder"]["knn"]  # this run never trained
+    assert len({row["effective_rank"] for row in found["rows"].values()}) == 4
     printed = out.export_text()
     assert all(text in printed for text in ("k-NN", "effective rank", *found["rows"], *found["verdict"]))
 

@@ -248,3 +248,11 @@ def test_two_ranks_stop_together_on_a_signal_to_one(config, tmp_path):
     assert process.returncode == 0
     assert "stopped by SIGTERM" in out
     assert len(list((tmp_path / "checkpoints").glob("jepa-*"))) >= 1
+
+
+def test_overrides_may_stand_anywhere(config, tmp_path):
+    command = ["train", "--config", config, "logging.every=2", "--max-steps", 4, "optimization.epochs=1", "--output", tmp_path]
+    assert cli.main([str(word) for word in command]) == 0
+    assert [entry["step"] for entry in lines(tmp_path)] == [2, 4]
+    with pytest.raises(SystemExit):
+        cli.main([*map(str, command), "--no-such-option"])

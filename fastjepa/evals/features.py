@@ -45,18 +45,17 @@ def read_config(path: Path) -> Config:
     )
 
 
-def load_encoder(path: Path, which: Which = "target", config: Config | None = None) -> nn.Module:
+def load_encoder(path: str | Path, which: Which = "target", config: Config | None = None) -> nn.Module:
     """An encoder of a checkpoint or run directory (its latest), frozen, on the CPU.
 
     Args:
         which: the target encoder (what the paper evaluates), the context encoder, or one with the run's seed, untrained.
         config: default: the one the checkpoint was trained with.
     """
+    path = Path(path)
     config = config or read_config(path)
-    jepa, encoder = model.build(config)
-    if which == "random":
-        encoder = jepa.encoder
-    else:
+    _, encoder = model.build(config)
+    if which != "random":
         try:
             encoder.load_state_dict(checkpoint.load_networks(path)[NETWORK[which]])
         except RuntimeError as error:

@@ -52,7 +52,7 @@ def standardise(train: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     centred = train - mean
     std = torch.linalg.vector_norm(centred, dim=0, dtype=torch.float64) / len(train) ** 0.5
     scale = torch.where(std > 1e-7 * train.abs().amax(dim=0), 1 / std, 0).float()
-    return centred * scale, (other - other.mean(dim=0)) * scale
+    return centred * scale, (other - mean) * scale
 
 
 def fit(x: Tensor, y: Tensor, classes: int, grid: list[tuple[float, float]], seed: int) -> tuple[Tensor, Tensor]:
