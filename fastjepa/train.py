@@ -3,8 +3,12 @@
 import sys
 from pathlib import Path
 
-if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
-    del sys.path[0]  # run as a script: this directory's short names must not shadow anyone's modules
+if __name__ == "__main__":
+    # Python put this directory first, where its short names would shadow anyone's modules.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from fastjepa import cli
+
+    sys.exit(cli.main(["train", *sys.argv[1:]]))
 
 import json
 import os
@@ -297,9 +301,3 @@ class Stop:
         """Whether any rank was asked, so that all stop after the same step."""
         self.received = distributed.highest(self.received or 0) or None
         return self.received is not None
-
-
-if __name__ == "__main__":
-    from fastjepa import cli
-
-    sys.exit(cli.main(["train", *sys.argv[1:]]))
