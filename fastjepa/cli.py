@@ -103,7 +103,9 @@ def masks_options(sub: argparse.ArgumentParser) -> None:
 
 
 def eval_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("kind", choices=("knn", "linear", "table"))
+    sub.add_argument(
+        "kind", choices=("knn", "linear", "linear_bn", "table"), help="linear_bn: batch norm before the linear layer"
+    )
     sub.add_argument("--checkpoint", required=True, type=Path, help="run directory or checkpoint")
     sub.add_argument("--data", required=True, help="data set's name, or a directory with train/ and test/ or val/")
     sub.add_argument("--encoder", choices=("target", "context", "random"), default="target")

@@ -226,7 +226,7 @@ def test_a_damaged_cache_file_is_named(run: Path, images: Path):
         table.run("knn", run, str(images))
 
 
-@pytest.mark.parametrize("kind", ["knn", "linear"])
+@pytest.mark.parametrize("kind", ["knn", "linear", "linear_bn"])
 def test_run_gives_what_its_json_promises(run: Path, images: Path, kind: str, quick: None):
     result = json.loads(json.dumps(table.run(kind, run, str(images), "context", n_train=30)))
     assert result["encoder"] == "context" and result["data"] == str(images)
@@ -259,13 +259,13 @@ def test_table_puts_every_encoder_through_the_same_probes(run: Path, images: Pat
     "knn_target, linear_target, sentence",
     [
         (0.70, 0.80, "Raw pixels still win: k-NN by 10.0 points."),
-        (0.70, 0.70, "Raw pixels still win: k-NN by 10.0 points, linear by 5.0 points."),
+        (0.70, 0.70, "Raw pixels still win: k-NN by 10.0 points, linear by 5.0 points, BN + linear by 5.0 points."),
         (0.90, 0.90, "Raw pixels win nowhere."),
     ],
 )
 def test_verdict_says_where_raw_pixels_win(knn_target: float, linear_target: float, sentence: str):
     def row(knn: float, linear: float) -> dict:
-        return {"knn": {"accuracy": knn}, "linear": {"accuracy": linear}}
+        return {"knn": {"accuracy": knn}, "linear": {"accuracy": linear}, "linear_bn": {"accuracy": linear}}
 
     rows = {
         "raw pixels": row(0.8, 0.75),

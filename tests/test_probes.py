@@ -137,7 +137,7 @@ def test_linear_probe_separates_what_is_separable():
 @pytest.mark.parametrize("probe", [knn.knn, linear.linear])
 def test_permuted_labels_leave_chance(probe, quick: None):
     """Chance is 0.25; the bound is five standard deviations at 800 test images."""
-    result = probe(shuffled(blobs(800)), blobs(800, seed=1), 4)
+    result = probe(shuffled(blobs(800, spread=100.0)), blobs(800, spread=100.0, seed=1), 4)  # no clusters: images err alone
     assert abs(result.accuracy - 0.25) < 0.08
 
 
@@ -155,14 +155,25 @@ def test_linear_probe_does_not_depend_on_the_scale_of_features(name: str, quick:
     assert abs(changed.accuracy - healthy.accuracy) < 0.01 and healthy.accuracy > 0.7
 
 
-def test_standardise_uses_training_statistics_and_silences_rounding():
-    train, other = blobs(500).x * 7 + 3, blobs(100, seed=1).x
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_standardise_uses_training_statistics_and_silences_rounding(batch_norm: bool):
+    train, other = blobs(500).x * torch.arange(1, 9) + 3, blobs(100, seed=1).x
     dead = torch.full((1,), 0.1)
-    x, y = linear.standardise(torch.cat([train, dead.expand(500, 1)], 1), torch.cat([other, dead.expand(100, 1)], 1))
-    assert torch.allclose(x[:, :8].mean(0), torch.zeros(8), atol=1e-5)
-    assert torch.allclose(x[:, :8].std(0, correction=0), torch.ones(8), atol=1e-5)
-    assert torch.allclose(y[:, :8], (other - train.mean(0)) / train.std(0, correction=0), atol=1e-4)
+    pair = (torch.cat([x, dead.expand(len(x), 1)], 1) for x in (train, other))
+    x, y = linear.standardise(*pair, batch_norm)
+    spread = train.std(0, correction=0)
+    scale = spread if batch_norm else (spread.square().sum() / 9).sqrt()
+    assert torch.allclose(x[:, :8], (train - train.mean(0)) / scale, atol=1e-4)
+    assert torch.allclose(y[:, :8], (other - train.mean(0)) / scale, atol=1e-4)
     assert x[:, 8].abs().max() == 0 and y[:, 8].abs().max() == 0
+
+
+def test_batch_norm_mends_features_of_unequal_scale(quick: None):
+    train, test = blobs(600, spread=1.0), blobs(300, spread=1.0, seed=1)
+    noise = 1e4 * torch.randn(900, 1, generator=torch.Generator().manual_seed(0))
+    noisy = [Features(torch.cat((f.x, n), 1), f.y) for f, n in ((train, noise[:600]), (test, noise[600:]))]
+    plain, mended = (linear.linear(*noisy, 4, batch_norm=flag).accuracy for flag in (False, True))
+    assert mended > 0.7 > plain
 
 
 def test_heads_trained_together_equal_heads_trained_alone_by_torch():

@@ -1,4 +1,8 @@
-"""Linear probes: every head of a learning rate x weight decay grid trained at once on cached features."""
+"""Linear probes: every head of a learning rate x weight decay grid trained at once on cached features.
+
+The paper's two heads: linear, which takes the features with the scales they come in, and batch norm + linear, which gives
+every dimension the same. The second mends ill-conditioned features, an untrained encoder's most of all.
+"""
 
 import math
 
@@ -15,26 +19,30 @@ BATCH, MOMENTUM = 256, 0.9
 EPOCHS, MIN_STEPS = 40, 1000
 
 
-def linear(train: Features, test: Features, classes: int, seed: int = 0, device: str | torch.device = "cpu") -> Result:
+def linear(
+    train: Features, test: Features, classes: int, seed: int = 0, device: str | torch.device = "cpu", batch_norm: bool = False
+) -> Result:
     """Accuracy of the best linear head on `test`.
 
     The grid LRS x WEIGHT_DECAYS is fitted on five sixths of the training images and compared on the rest; the winner's
     setting is then fitted anew on all training images and meets the test images once.
     """
     check_labels(train, test, classes)
-    chosen, validation_accuracy = choose(train, classes, seed, device)
+    chosen, validation_accuracy = choose(train, classes, seed, device, batch_norm)
     setting = [(chosen["lr"], chosen["weight_decay"])]
-    x, x_test = standardise(train.x, test.x)
+    x, x_test = standardise(train.x, test.x, batch_norm)
     heads = fit(x.to(device), train.y.to(device), classes, setting, seed)
     predicted = classify(heads, x_test.to(device), 1)[0].cpu()
     return score(predicted, train, test, chosen, validation_accuracy)
 
 
-def choose(train: Features, classes: int, seed: int = 0, device: str | torch.device = "cpu") -> tuple[dict[str, float], float]:
+def choose(
+    train: Features, classes: int, seed: int = 0, device: str | torch.device = "cpu", batch_norm: bool = False
+) -> tuple[dict[str, float], float]:
     """The setting that does best on a sixth of the training images, and its accuracy there."""
     rows, held = validation_split(train.y, 6, seed)
     grid = [(lr, decay) for lr in LRS for decay in WEIGHT_DECAYS]
-    x, x_held = standardise(train.x[rows], train.x[held])
+    x, x_held = standardise(train.x[rows], train.x[held], batch_norm)
     heads = fit(x.to(device), train.y[rows].to(device), classes, grid, seed)
     predicted = classify(heads, x_held.to(device), len(grid)).cpu()
     accuracy = (predicted == train.y[held]).double().mean(dim=1)
@@ -42,8 +50,8 @@ def choose(train: Features, classes: int, seed: int = 0, device: str | torch.dev
     return {"lr": grid[best][0], "weight_decay": grid[best][1]}, float(accuracy[best])
 
 
-def standardise(train: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Both (n, D) sets with the training mean and standard deviation taken out, as a batch norm without affine does.
+def standardise(train: Tensor, other: Tensor, batch_norm: bool) -> tuple[Tensor, Tensor]:
+    """Both (n, D) sets, the training mean taken out, divided by one number, or with `batch_norm` by one a dimension.
 
     The scale is relative, so features of any size are equal to a probe; a dimension that only holds fp32 rounding
     becomes 0 instead of noise of size 1.
@@ -51,7 +59,9 @@ def standardise(train: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     mean = train.mean(dim=0, dtype=torch.float64).float()
     centred = train - mean
     std = torch.linalg.vector_norm(centred, dim=0, dtype=torch.float64) / len(train) ** 0.5
-    scale = torch.where(std > 1e-7 * train.abs().amax(dim=0), 1 / std, 0).float()
+    alive = std > 1e-7 * train.abs().amax(dim=0)
+    common = std if batch_norm else torch.where(alive, std, 0).square().mean().sqrt()
+    scale = torch.where(alive, 1 / common, 0).float()
     return centred * scale, (other - mean) * scale
 
 

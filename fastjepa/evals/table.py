@@ -1,5 +1,6 @@
 """The evaluation commands: one probe of one encoder, or the table that shows whether a run has learned."""
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ from fastjepa.evals.linear import linear
 from fastjepa.evals.result import TEST_IMAGES, TRAIN_IMAGES, Features, subset
 from fastjepa.metrics import effective_rank
 
-PROBES = {"knn": knn, "linear": linear}
+PROBES = {"knn": knn, "linear": linear, "linear_bn": functools.partial(linear, batch_norm=True)}
+NAMES = {"knn": "k-NN", "linear": "linear", "linear_bn": "BN + linear"}
 ROWS = ("raw pixels", "random encoder", "context encoder", "target encoder")
 SMALL, TINY = 64, (32, 32)  # raw pixels of images above SMALL a side are taken at TINY: a probe cannot hold 150,000 of them
 
@@ -86,10 +88,10 @@ def run(
     cache: bool = True,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Probe the features of one encoder: what `fastjepa eval knn|linear` prints.
+    """Probe the features of one encoder: what `fastjepa eval knn|linear|linear_bn` prints.
 
     Args:
-        kind: "knn" or "linear".
+        kind: "knn", "linear" or "linear_bn" (batch norm before the linear layer).
         checkpoint: a run directory (its latest checkpoint) or a checkpoint.
         data: a data set's name or path, with a train split and a val or test split.
         n_train, n_test: use at most this many images, drawn at random by `seed`; default: all.
@@ -120,7 +122,7 @@ def demo_table(
     """Raw pixels, random, context and target encoder under the same two probes and sweeps; arguments as in `run`.
 
     Prints the table on `out` (default: standard output), writes it to evaluation.json in the run directory and returns it:
-    data, n_train, n_test, rows {name: {knn, linear: Result, effective_rank of the test features}}, verdict [sentences].
+    data, n_train, n_test, rows {name: {knn, linear, linear_bn: Result, effective_rank of test features}}, verdict [sentences].
     """
     splits = open_splits(data, n_train, n_test, seed)
     subject = open_subject(run_dir, device, cache)
@@ -144,10 +146,10 @@ def probe(train: Features, test: Features, classes: int, seed: int, device: torc
 
 def verdict(rows: dict[str, dict]) -> list[str]:
     """What the table says of the target encoder against an untrained one and against raw pixels, one sentence each."""
-    target, names = rows["target encoder"], {"knn": "k-NN", "linear": "linear"}
+    target = rows["target encoder"]
 
     def gains(other: str) -> dict[str, float]:
-        return {names[p]: 100 * (target[p]["accuracy"] - rows[other][p]["accuracy"]) for p in PROBES}
+        return {NAMES[p]: 100 * (target[p]["accuracy"] - rows[other][p]["accuracy"]) for p in PROBES}
 
     over_random = ", ".join(f"{gain:+.1f} points {name}" for name, gain in gains("random encoder").items())
     lost = [f"{name} by {-gain:.1f} points" for name, gain in gains("raw pixels").items() if gain < 0]
@@ -159,7 +161,7 @@ def show(table: dict[str, Any], out: Console) -> None:
     """Print a table that `demo_table` made."""
     title = f"{table['data']}: accuracy in % (95 % interval)"
     counts = f"{table['n_train']} training and {table['n_test']} test images"
-    grid = Table("", "k-NN", "linear", "effective rank", title=title, caption=counts)
+    grid = Table("", *NAMES.values(), "effective rank", title=title, caption=counts)
     for name, row in table["rows"].items():
         grid.add_row(name, *(_percent(row[p]) for p in PROBES), f"{row['effective_rank']:.1f}")
     out.print(grid)
