@@ -188,7 +188,8 @@ def begin(state: TrainState, config: Config, output: Path, resume: str, init: Pa
         current = state.record
         differs = checkpoint.differences(checkpoint.read_state(found)["record"], current)
         checkpoint.restore(found, state)
-        return [f"resuming from {found}", *(f"differs from the run that wrote it: {line}" for line in differs)]
+        unused = [f"--init {init} is not used: it is for runs that start"] if init else []
+        return [f"resuming from {found}", *unused, *(f"differs from the run that wrote it: {line}" for line in differs)]
     if world.is_main:
         start_directory(output, state.record)
     distributed.barrier()
