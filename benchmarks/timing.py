@@ -9,6 +9,8 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,9 +124,15 @@ def square(device: torch.device) -> tuple[int, int, int]:
 
 
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args) in a process of its own, which has allocated nothing yet; both must pickle."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, args)
+    """function(*args) in a process of its own, which has allocated nothing yet; both must pickle.
+
+    ConfigError when that process dies (a multiprocessing.Pool would wait for it for ever).
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *args).result()
+        except BrokenProcessPool as error:
+            raise ConfigError("a measuring process was killed, perhaps for want of memory; try a smaller --batch") from error
 
 
 def peak_bytes(build: Callable[[], Callable[[int], object]], device: torch.device, rounds: int = 2) -> int:

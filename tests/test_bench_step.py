@@ -5,6 +5,7 @@ The official code is not here: a stand-in with its interface, written over dense
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -99,6 +100,11 @@ def test_peak_is_what_was_held_at_once():
     grown = timing.in_fresh_process(holds, 100)
     assert ballast[0] == 1
     assert 200 <= grown / 2**20 < 260
+
+
+def test_a_killed_process_is_an_error():
+    with pytest.raises(ConfigError, match="was killed"):
+        timing.in_fresh_process(os._exit, 1)
 
 
 # --- the work
@@ -206,10 +212,6 @@ def flat(masks: list[Tensor], tokens: int) -> Tensor:
     return torch.cat([mask + tokens * torch.arange(len(mask))[:, None] for mask in masks])
 
 
-def dense(sequences: int, length: int) -> packing.Packed:
-    return packing.full(sequences, length)
-
-
 class DenseEncoder(model.Encoder):
     def forward(self, images: Tensor, masks: list[Tensor] | None = None) -> Tensor:
         if masks is None:
@@ -230,7 +232,7 @@ class DensePredictor(model.Predictor):
         b, length, _ = x.shape
         x = x.flatten(0, 1)
         for block in self.predictor_blocks:
-            x = block(x, dense(b, length))
+            x = block(x, packing.full(b, length))
         return self.predictor_proj(self.predictor_norm(x)).view(b, length, -1)[:, seen.shape[1] :]
 
 
