@@ -18,7 +18,7 @@ demo: $(VENV)/demo.stamp ## install, get Fashion-MNIST, pretrain configs/demo.ya
 	@echo "== Pretraining configs/demo.yaml into $(DEMO) (continues a run that was stopped)"
 	@$(BIN)/fastjepa train --config configs/demo.yaml --output $(DEMO)
 	@echo "== Evaluating: raw pixels, random encoder, context encoder, target encoder"
-	@$(BIN)/fastjepa eval table --checkpoint $(DEMO) --data fashion-mnist
+	@$(BIN)/fastjepa eval table --checkpoint $(DEMO) --data fashion-mnist --n-train 10000
 	@echo "== Done"
 	@echo "  config and versions  $(DEMO)/config.yaml, $(DEMO)/run.json"
 	@echo "  every logged step    $(DEMO)/metrics.jsonl"
