@@ -24,7 +24,8 @@ def jepa_loss(prediction: Tensor, target: Tensor, blocks: Blocks, kind: str = "s
     """
     target = F.layer_norm(target.float(), target.shape[-1:]).index_select(0, blocks.target_rows)
     distance = F.smooth_l1_loss if kind == "smooth_l1" else F.mse_loss
-    return distance(prediction.float(), target, reduction="none").mean(dim=1) @ blocks.weight
+    rows = distance(prediction.float(), target, reduction="none").mean(dim=1)
+    return (rows * blocks.weight).sum()  # not a matrix product: autocast would take that to bf16
 
 
 def pool(features: Tensor, sequences: Packed) -> Tensor:

@@ -41,9 +41,6 @@ def config_of(*arguments: str) -> Config:
     return step.to_config(step.parse(list(arguments)))
 
 
-# --- timing.py
-
-
 def test_spread_is_median_p20_p80():
     assert timing.Spread.of([5.0, 1.0, 4.0, 2.0, 3.0, 0.0]) == timing.Spread(2.5, 1.0, 4.0)
     assert timing.Spread.of([7.0]) == timing.Spread(7.0, 7.0, 7.0)
@@ -107,9 +104,6 @@ def test_a_killed_process_is_an_error():
         timing.in_fresh_process(os._exit, 1)
 
 
-# --- the work
-
-
 @given(st.data())
 def test_indices_are_the_first_patches_of_each_mask(data: st.DataObject):
     b, m, n = (data.draw(st.integers(1, top)) for top in (4, 3, 12))
@@ -128,9 +122,6 @@ def test_micro_batches_are_the_batch_in_pieces():
     losses = [float(step.Ours(config, CPU, [work])(0)) for config in (whole, pieces)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert len(work.packed(pieces)) == 2
-
-
-# --- the benchmark
 
 
 @pytest.fixture(scope="module")
@@ -202,9 +193,6 @@ def test_command_runs_as_a_script():
 def test_a_mistake_is_a_sentence(wrong: list[str], named: str, capsys: pytest.CaptureFixture[str]):
     assert step.main([*SHALLOW, *wrong]) == 2
     assert named in capsys.readouterr().err
-
-
-# --- the official adapter, with a stand-in
 
 
 def flat(masks: list[Tensor], tokens: int) -> Tensor:

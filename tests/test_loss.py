@@ -29,6 +29,15 @@ def test_mean_over_images_of_the_mean_over_blocks_of_unequal_size(kind, distance
     torch.testing.assert_close(jepa_loss(prediction, features[target.idx.long()], blocks, kind), expected)
 
 
+def test_autocast_leaves_the_loss_in_fp32():
+    mask = np.ones((4, 1, 9), dtype=bool)
+    _, _, blocks = pack(mask, mask)
+    prediction, features = torch.randn(36, 6), torch.randn(36, 6)
+    exact = jepa_loss(prediction, features, blocks)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(jepa_loss(prediction, features, blocks), exact)
+
+
 def test_pool_is_the_mean_of_each_sequence():
     x = torch.randn(5, 3)
     pooled = pool(x, Packed.of(np.arange(5), np.array([2, 3])))
