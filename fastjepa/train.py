@@ -227,7 +227,7 @@ def run_log(config: Config, output: Path, schedule: Schedule, state: TrainState,
     dtype = torch.bfloat16 if config.runtime.dtype == "bf16" else torch.float32
     rate = metrics.gemm_flops(world.device, dtype) * world.size if world.is_main else 0.0
     return metrics.Log(output if world.is_main else None, schedule.total_steps, config.logging.every,
-                       flops.of_config(config), rate, start_step=state.step)  # fmt: skip
+                       flops.of_config(config, config.data.batch_size * world.size), rate, start_step=state.step)  # fmt: skip
 
 
 def watch(log: metrics.Log, state: TrainState, taken: Taken, config: Config) -> None:

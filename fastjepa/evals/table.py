@@ -159,7 +159,7 @@ def verdict(rows: dict[str, dict]) -> list[str]:
 
 def show(table: dict[str, Any], out: Console) -> None:
     """Print a table that `demo_table` made."""
-    title = f"{table['data']}: accuracy in % (95 % interval)"
+    title = f"{table['data']}: accuracy in % ± half the 95 % interval"
     counts = f"{table['n_train']} training and {table['n_test']} test images"
     grid = Table("", *NAMES.values(), "effective rank", title=title, caption=counts)
     for name, row in table["rows"].items():
@@ -171,7 +171,7 @@ def show(table: dict[str, Any], out: Console) -> None:
 
 def _percent(result: dict[str, Any]) -> str:
     low, high = result["ci95"]
-    return f"{100 * result['accuracy']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+    return f"{100 * result['accuracy']:.1f} ± {50 * (high - low):.1f}"
 
 
 def open_splits(data: str, n_train: int | None, n_test: int | None, seed: int) -> tuple[Split, Split]:
