@@ -289,7 +289,7 @@ def test_a_wrong_type_is_refused_in_words(tmp_path, section, name, value, wanted
         ("optimization", "ema", [0.996, 1.1], "two numbers in [0, 1]"),
         ("logging", "every", 0, "greater than 0"),
         ("loss", "regularizer_weight", -0.1, "0 or greater"),
-        ("runtime", "seed", -1, "0 or greater"),
+        ("runtime", "seed", -1, "in [0, 2**64)"),
         ("runtime", "micro_batch", 0, "greater than 0"),
         ("runtime", "max_skipped", 0, "greater than 0"),
     ],
