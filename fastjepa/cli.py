@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 # Before torch is imported. By default its CPU threads spin while they wait for each other, and a loader process, or any
-# other, then halts them for whole time slices: measured at 20 times slower on 2 busy cores.
+# other, then halts them for whole time slices: steps were measured up to 12 times slower on 2 busy cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from fastjepa import config as configs  # noqa: E402
