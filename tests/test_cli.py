@@ -67,14 +67,15 @@ def test_train_then_eval(config, images, tmp_path, capsys):
         (["train", "--config", "CONFIG", "mask.patchsize=4"], "did you mean 'patch_size'"),
         (["train", "--config", "CONFIG", "data.source=/no/such/folder"], "/no/such/folder"),
         (["train", "--config", "CONFIG", "data.batch_size=4096"], "fewer than one global batch"),
-        (["eval", "knn", "--checkpoint", "/no/run", "--data", "fashion-mnist"], "/no/run"),
+        (["eval", "knn", "--checkpoint", "/no/run", "--data", "IMAGES"], "/no/run"),
         (["data", "get", "fashion-mnis"], "fashion-mnist"),
         (["masks", "--config", "CONFIG", "mask.min_keep=60"], "min_keep"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_exit_code_2(command, sentence, config, tmp_path, capsys, monkeypatch):
+def test_a_mistake_is_one_sentence_and_exit_code_2(command, sentence, config, images, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cli.main([str(config) if word == "CONFIG" else word for word in command]) == 2
+    named = {"CONFIG": str(config), "IMAGES": str(images)}
+    assert cli.main([named.get(word, word) for word in command]) == 2
     message = capsys.readouterr().err.strip()
     assert sentence in message
     assert "Traceback" not in message
