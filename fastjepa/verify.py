@@ -92,7 +92,7 @@ def make_batch(images: Tensor, context_mask: np.ndarray, target_mask: np.ndarray
 
 
 def verify(path: str | Path) -> dict[str, float]:
-    """Largest error per quantity, max|a - b| / max|b| over its tensors; a test of it all against TOLERANCE."""
+    """Largest error per quantity: max|a - b| / max|b|, the worst of its tensors; `passes` judges them."""
     reference = Reference(path)
     errors = features_and_gradients(reference)
     errors |= trajectory(reference)

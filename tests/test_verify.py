@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -74,4 +73,4 @@ def test_the_command_exits_with_1_on_a_difference_and_2_on_another_file(tmp_path
 
 
 def test_nan_never_passes():
-    assert not passes({"loss": float("nan") if torch.tensor(float("nan")).isnan() else 0.0})
+    assert not passes({"loss": float("nan")})
