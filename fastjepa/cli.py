@@ -178,7 +178,8 @@ def draw_picture(config: configs.Config, path: Path, count: int = 8) -> None:
     from PIL import Image
 
     from fastjepa import masks
-    from fastjepa.data import MicroBatches, open_source
+    from fastjepa.data import MicroBatches
+    from fastjepa.sources import open_source
 
     source = open_source(config.data)
     count = min(count, len(source))

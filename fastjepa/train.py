@@ -23,15 +23,16 @@ import yaml
 from torch import Tensor
 
 import fastjepa
-from fastjepa import attention, checkpoint, distributed, ema, flops, masks, metrics, model
+from fastjepa import attention, checkpoint, data, distributed, ema, flops, masks, metrics, model
 from fastjepa.checkpoint import TrainState
 from fastjepa.config import Config, ConfigError
-from fastjepa.data import Batch, Loader, open_source
+from fastjepa.data import Batch, Loader
 from fastjepa.distributed import World
 from fastjepa.engine import Engine
 from fastjepa.loss import BatchRegularizer, jepa_loss, pool, regularizer
 from fastjepa.packing import Packed
 from fastjepa.schedule import Now, Schedule
+from fastjepa.sources import open_source
 
 
 class RunError(RuntimeError):
@@ -63,6 +64,7 @@ def train(config: Config, output: Path, max_steps: int | None = None, resume: st
     settle(config)
     source = open_source(config.data)
     masks.check(config, config.data.batch_size * world.size)
+    data.check(config, source, world.size)
     jepa, target_encoder = networks(config, world.device)
     engine = Engine(jepa, world.size, config.data.batch_size // config.micro_batch)
     state = TrainState(0, {"encoder": jepa.encoder, "predictor": jepa.predictor, "target_encoder": target_encoder},

@@ -16,7 +16,7 @@ from PIL import Image
 
 from fastjepa import catalog
 from fastjepa.config import ConfigError
-from fastjepa.data import open_source
+from fastjepa.sources import open_source
 
 CONTENT = {name: f"content of {name}".encode() for name in catalog.FASHION_MNIST}
 

@@ -18,8 +18,9 @@ from PIL import Image
 from torchvision.transforms.v2.functional import resized_crop
 
 from fastjepa import config, data, draws
-from fastjepa.data import Batch, Loader, MicroBatches, crop_box, open_source
+from fastjepa.data import Batch, Loader, MicroBatches, crop_box
 from fastjepa.decode_torch import decode
+from fastjepa.sources import open_source
 
 CPU = torch.device("cpu")
 
@@ -360,9 +361,9 @@ def test_workers_outlive_an_interrupt_and_die_with_the_loader(folder: Path):
 def test_a_forgotten_loader_does_not_keep_the_process(folder: Path):
     code = f"""
 import torch
-from fastjepa import config, data
+from fastjepa import config, data, sources
 setting = config.from_dict({settings(folder, num_workers=1).to_dict()})
-loader = data.Loader(setting, data.open_source(setting.data), 0, 1, 0, torch.device("cpu"))
+loader = data.Loader(setting, sources.open_source(setting.data), 0, 1, 0, torch.device("cpu"))
 print(len(list(loader.micro_batches(0))))
 raise KeyError("on the way out")
 """

@@ -16,10 +16,10 @@ from torchvision.transforms.v2 import functional as vision
 
 from fastjepa import checkpoint, config, model, optim
 from fastjepa.config import ConfigError
-from fastjepa.data import open_source
 from fastjepa.evals import features, knn, linear, table
 from fastjepa.evals.result import Features
 from fastjepa.metrics import effective_rank
+from fastjepa.sources import open_source
 
 GREY = ((0.5,), (0.25,))
 SMALL = {

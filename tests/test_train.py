@@ -131,6 +131,13 @@ def test_weights_of_another_size_are_refused(config, tmp_path, capsys):
     assert "do not fit the config's encoder" in capsys.readouterr().err
 
 
+def test_a_refused_run_leaves_nothing_behind(config, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert cli.main(["train", "--config", str(config), "--output", str(output), "data.batch_size=64"]) == 2
+    assert "fewer than one global batch of 64" in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_resume_must_and_never(config, tmp_path, capsys):
     command = ["train", "--config", str(config), "--output", str(tmp_path), "--max-steps", "1"]
     assert cli.main([*command, "--resume", "must"]) == 2

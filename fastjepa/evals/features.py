@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastjepa import attention, checkpoint, model
 from fastjepa.config import Config, ConfigError, from_dict, load
-from fastjepa.data import Source
 from fastjepa.decode_torch import DecodeError, decode
 from fastjepa.evals.result import Features
+from fastjepa.sources import Source
 
 Which = Literal["target", "context", "random"]
 MeanStd = tuple[tuple[float, ...], tuple[float, ...]]

@@ -13,13 +13,13 @@ from rich.table import Table
 
 from fastjepa import catalog, distributed
 from fastjepa.config import Config, ConfigError
-from fastjepa.data import Source, open_source
 from fastjepa.evals import features
 from fastjepa.evals.features import Which
 from fastjepa.evals.knn import knn
 from fastjepa.evals.linear import linear
 from fastjepa.evals.result import TEST_IMAGES, TRAIN_IMAGES, Features, subset
 from fastjepa.metrics import effective_rank
+from fastjepa.sources import Source, open_source
 
 PROBES = {"knn": knn, "linear": linear, "linear_bn": functools.partial(linear, batch_norm=True)}
 NAMES = {"knn": "k-NN", "linear": "linear", "linear_bn": "BN + linear"}
