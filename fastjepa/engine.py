@@ -1,5 +1,7 @@
 """The engine runs the trained pair: forward, backward, step. This is the plain torch one: one process, or DDP."""
 
+from inspect import signature
+
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -10,6 +12,9 @@ from fastjepa.model import Jepa
 from fastjepa.packing import Blocks, Packed
 from fastjepa.schedule import Now
 
+# Torch 2.14 renamed the option.
+SYNC_BUFFERS = max({"forward_sync_buffers", "broadcast_buffers"} & signature(DistributedDataParallel).parameters.keys())
+
 
 class Engine:
     """Accumulates `micro_batches` gradients between steps; ranks exchange them during the last backward only."""
@@ -18,9 +23,8 @@ class Engine:
         self.jepa, self.micro_batches, self.seen = jepa, micro_batches, 0
         self.optimizer = optim.adamw(jepa.encoder, jepa.predictor)
         self.parameters = list(jepa.parameters())
-        self.network = (
-            jepa if world == 1 else DistributedDataParallel(jepa, gradient_as_bucket_view=True, broadcast_buffers=False)
-        )
+        fixed = {SYNC_BUFFERS: False}  # positions: no forward needs to exchange them
+        self.network = jepa if world == 1 else DistributedDataParallel(jepa, gradient_as_bucket_view=True, **fixed)
 
     def __call__(self, images: Tensor, context: Packed, blocks: Blocks) -> tuple[Tensor, Tensor]:
         """As Jepa.forward."""
