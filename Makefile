@@ -9,7 +9,7 @@ PACKAGING := setup.py pyproject.toml kernels/setup.py
 unexport PYTHONDONTWRITEBYTECODE  # where it is set, each process would spend seconds on compiling torch anew
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint test test-slow demo clean
+.PHONY: help venv lint test test-slow gpu-check demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,9 +30,14 @@ demo: $(VENV)/demo.stamp ## install, get Fashion-MNIST, pretrain configs/demo.ya
 
 test: $(VENV)/dev.stamp ## every test that needs no GPU and is not slow (under 15 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not slow"
+	@echo "== The ops, on Triton's interpreter where there is no GPU"
+	$(BIN)/python -m pytest tests/ops
 
 test-slow: $(VENV)/dev.stamp ## the slow tests
 	$(BIN)/python -m pytest -m slow
+
+gpu-check: ## the kernels on a card: tests, compiled and graph paths, benches (any PYTHON with torch; under 10 minutes)
+	PYTHONPATH=kernels:. $(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
 lint: $(VENV)/dev.stamp ## style and format
 	$(BIN)/ruff check .

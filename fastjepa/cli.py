@@ -1,4 +1,4 @@
-"""The `fastjepa` command: train, verify, eval, data, masks. What a command needs is imported when it runs."""
+"""The `fastjepa` command: train, verify, eval, data, masks, doctor. What a command needs is imported when it runs."""
 
 import argparse
 import dataclasses
@@ -33,6 +33,8 @@ EXAMPLES = {
     "data": """examples:
   fastjepa data get fashion-mnist
   fastjepa data get cifar10 --archive cifar10-jpeg.zip""",
+    "doctor": """example:
+  fastjepa doctor""",
 }
 
 
@@ -69,6 +71,8 @@ def parser() -> argparse.ArgumentParser:
     masks_options(add(commands, "masks", masks, "statistics and a picture of a config's masks"))
     eval_options(add(commands, "eval", evaluate, "probe frozen features: knn, linear, or a table of both"))
     data_options(add(commands, "data", data, "get a data set by name"))
+    sub = add(commands, "doctor", doctor, "what would run on this machine, and what is missing")
+    sub.add_argument("--json", action="store_true")
     return root
 
 
@@ -214,6 +218,24 @@ def data(args: argparse.Namespace) -> None:
     from fastjepa import catalog
 
     print(catalog.get(args.name, args.directory, args.archive))
+
+
+def doctor(args: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from fastjepa.doctor import survey
+
+    found = survey()
+    if args.json:
+        print(json.dumps(found))
+        return
+    table = Table("", "what", "state", "why", box=None)
+    for topic, rows in found.items():
+        for number, row in enumerate(rows):
+            table.add_row(topic if number == 0 else "", *map(escape, row), end_section=number == len(rows) - 1)
+    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -55,24 +54,11 @@ def crop_box(height: int, width: int, scale: tuple[float, float], uniforms: Sequ
 class Batch(Movable):
     """A micro-batch of b images and their masks."""
 
-    images: Tensor  # (b, C, H, W): uint8 as loaded, fp32 and normalised once on the device
+    images: Tensor  # (b, C, H, W) uint8
     context: Packed  # K*b sequences of context patches
     target: Packed  # b sequences, the union of each image's target blocks
     blocks: Blocks
     bad: tuple[str, ...]  # files replaced in this micro-batch
-
-    def to_device(self, device: torch.device, mean_std: tuple[tuple[float, ...], tuple[float, ...]]) -> "Batch":
-        """On the device, images as (x / 255 - mean) / std in fp32; asynchronous from pinned memory."""
-        moved = self.to(device, non_blocking=True)
-        scale, shift = _affine(mean_std, device)
-        return replace(moved, images=moved.images.float().mul_(scale).add_(shift))
-
-
-@lru_cache
-def _affine(mean_std: tuple[tuple[float, ...], tuple[float, ...]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(C, 1, 1) scale and shift, made once a device: making them each step would wait for the device."""
-    mean, std = (np.array(values)[:, None, None] for values in mean_std)
-    return tuple(torch.tensor(v, dtype=torch.float32, device=device) for v in (1 / (255 * std), -mean / std))
 
 
 class MicroBatches(Dataset):
@@ -164,7 +150,7 @@ class Loader(AbstractContextManager):
         dataset = MicroBatches(config, source, rank, world)
         self.bad: set[str] = set()
         self.steps_per_epoch, self._n_micro, self._max_bad = dataset.steps_per_epoch, dataset.n_micro, dataset.max_bad
-        self._config, self._device = config, torch.device(device)
+        self._device = torch.device(device)
         self._steps = range(start_step, sys.maxsize // self._n_micro if stop_step is None else stop_step)
         loader = DataLoader(
             dataset,
@@ -184,7 +170,7 @@ class Loader(AbstractContextManager):
         self._steps = self._steps[1:]
         for batch in itertools.islice(self._iterator, self._n_micro):
             self._count(batch.bad)
-            yield batch.to_device(self._device, self._config.mean_std)
+            yield batch.to(self._device, non_blocking=True)
 
     def _count(self, paths: tuple[str, ...]) -> None:
         for path in [path for path in paths if path not in self.bad]:

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastjepa.config import ConfigError, LossConfig
 from fastjepa.packing import Blocks, Packed
+from fastjepa_kernels import target_loss
 
 
 def jepa_loss(prediction: Tensor, target: Tensor, blocks: Blocks, kind: str = "smooth_l1") -> Tensor:
@@ -22,10 +22,7 @@ def jepa_loss(prediction: Tensor, target: Tensor, blocks: Blocks, kind: str = "s
     Returns:
         fp32 scalar.
     """
-    target = F.layer_norm(target.float(), target.shape[-1:]).index_select(0, blocks.target_rows)
-    distance = F.smooth_l1_loss if kind == "smooth_l1" else F.mse_loss
-    rows = distance(prediction.float(), target, reduction="none").mean(dim=1)
-    return (rows * blocks.weight).sum()  # not a matrix product: autocast would take that to bf16
+    return target_loss(prediction, target, blocks.target_rows, blocks.weight, kind)
 
 
 def pool(features: Tensor, sequences: Packed) -> Tensor:

@@ -6,6 +6,7 @@ blocks share in its first block is computed once.
 """
 
 import copy
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from fastjepa import attention, packing
 from fastjepa.config import Config, ConfigError
 from fastjepa.packing import Blocks, Packed
+from fastjepa_kernels import gather_tokens, gather_tokens_repeated
+from fastjepa_kernels.layers import MaskedPatchEmbed
+
+Repeats = tuple[Tensor, Tensor]  # order and starts, as in Blocks
 
 
 class Attention(nn.Module):
@@ -25,20 +30,20 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, sequences: Packed, queries: Packed | None = None, shared: bool = False) -> Tensor:
+    def forward(self, x: Tensor, sequences: Packed, queries: Packed | None = None, repeats: Repeats | None = None) -> Tensor:
         """x: (M, D) normalised rows -> (T, D), or (Q, D) for the rows `queries.idx` alone.
 
-        With `shared`, x is a table of distinct rows and `sequences.idx` says which of them each of the T rows is.
+        With `repeats`, x is a table of distinct rows and `sequences.idx` says which of them each of the T rows is.
         """
         dim = self.proj.in_features
-        if shared:
-            qkv = gather_rows(self.qkv(x), sequences.idx)  # (T, 3D)
+        if repeats is not None:
+            qkv = gather_tokens_repeated(self.qkv(x), sequences.idx, repeats)  # (T, 3D)
             q, kv = qkv[:, :dim], qkv[:, dim:]
-            q = q if queries is None else q.index_select(0, queries.idx)
+            q = q if queries is None else gather_tokens(q, queries.idx)
         elif queries is None:
             q, kv = self.qkv(x).split((dim, 2 * dim), dim=1)
         else:
-            q = F.linear(x.index_select(0, queries.idx), self.qkv.weight[:dim], self.qkv.bias[:dim])
+            q = F.linear(gather_tokens(x, queries.idx), self.qkv.weight[:dim], self.qkv.bias[:dim])
             kv = F.linear(x, self.qkv.weight[dim:], self.qkv.bias[dim:])
         k, v = kv.view(kv.shape[0], 2, self.num_heads, -1).unbind(1)
         q = q.view(q.shape[0], self.num_heads, -1)
@@ -66,43 +71,35 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, round(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, sequences: Packed, queries: Packed | None = None, shared: bool = False) -> Tensor:
+    def forward(self, x: Tensor, sequences: Packed, queries: Packed | None = None, repeats: Repeats | None = None) -> Tensor:
         """(M, D) -> (T, D) or, with `queries`, (Q, D); arguments as in Attention."""
-        mixed = self.attn(self.norm1(x), sequences, queries, shared)
-        if shared:
-            x = gather_rows(x, sequences.idx)
+        mixed = self.attn(self.norm1(x), sequences, queries, repeats)
+        if repeats is not None:
+            x = gather_tokens_repeated(x, sequences.idx, repeats)
         if queries is not None:
-            x = x.index_select(0, queries.idx)
+            x = gather_tokens(x, queries.idx)
         x = x + mixed
         return x + self.mlp(self.norm2(x))
-
-
-class PatchEmbed(nn.Module):
-    def __init__(self, patch_size: int, channels: int, dim: int):
-        super().__init__()
-        self.proj = nn.Conv2d(channels, dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, images: Tensor, idx: Tensor | None) -> Tensor:
-        """images: (b, C, H, W); idx: (T,) flat patch rows, or None for all of them -> (T, D)."""
-        b, c, height, width = images.shape
-        p = self.proj.kernel_size[0]
-        patches = images.view(b, c, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
-        patches = patches.reshape(-1, c * p * p)
-        if idx is not None:
-            patches = patches.index_select(0, idx)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class Encoder(nn.Module):
     """Vision transformer without a class token, fixed 2-d sine-cosine positions (paper, appendix A)."""
 
     def __init__(
-        self, grid: tuple[int, int], patch_size: int, channels: int, dim: int, depth: int, num_heads: int, mlp_ratio: float
+        self,
+        grid: tuple[int, int],
+        patch_size: int,
+        channels: int,
+        mean_std: tuple[Sequence[float], Sequence[float]],
+        dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float,
     ):
         super().__init__()
         self.grid, self.embed_dim, self.checkpointed = grid, dim, False
         self.register_buffer("pos_embed", sincos_positions(dim, grid))  # (1, N, D)
-        self.patch_embed = PatchEmbed(patch_size, channels, dim)
+        self.patch_embed = MaskedPatchEmbed(patch_size, channels, dim, mean=mean_std[0], std=mean_std[1])
         self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_weights)
@@ -111,7 +108,7 @@ class Encoder(nn.Module):
         """Features of patches after the final norm.
 
         Args:
-            images: (b, C, H, W) normalised; any resolution that is a multiple of the patch.
+            images: (b, C, H, W), uint8, or floats that are normalised; any resolution that is a multiple of the patch.
             visible: the patches that are seen, as sequences of flat rows; default: every image whole.
             wanted: the rows (of the T that are seen) to return; default: all.
 
@@ -165,7 +162,8 @@ class Predictor(nn.Module):
         x = table
         for i, block in enumerate(self.predictor_blocks):
             queries = blocks.queries if i == last else None
-            x = run(block, self.checkpointed, x, blocks.sequences, queries, i == 0)
+            repeats = (blocks.order, blocks.starts) if i == 0 else None
+            x = run(block, self.checkpointed, x, blocks.sequences, queries, repeats)
         return self.predictor_proj(self.predictor_norm(x))
 
 
@@ -188,7 +186,8 @@ def build(config: Config) -> tuple[Jepa, Encoder]:
     meta = config.meta
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.runtime.seed)
-        encoder = Encoder(config.grid, config.mask.patch_size, config.data.channels, dim, depth, heads, mlp_ratio)
+        patch, channels = config.mask.patch_size, config.data.channels
+        encoder = Encoder(config.grid, patch, channels, config.mean_std, dim, depth, heads, mlp_ratio)
         predictor = Predictor(config.grid, dim, meta.pred_emb_dim, meta.pred_depth, meta.pred_num_heads or heads)
     for network in (encoder, predictor):
         network.checkpointed = config.runtime.checkpoint_activations
@@ -206,24 +205,6 @@ def run(block: Block, checkpointed: bool, *args) -> Tensor:
     if checkpointed and torch.is_grad_enabled():
         return checkpoint(block, *args, use_reentrant=False)
     return block(*args)
-
-
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, idx: Tensor) -> Tensor:
-        ctx.save_for_backward(idx)
-        ctx.shape = x.shape
-        return x.index_select(0, idx)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        (idx,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.shape, dtype=torch.float32).index_add_(0, idx, grad.float()).to(grad.dtype), None
-
-
-def gather_rows(x: Tensor, idx: Tensor) -> Tensor:
-    """x: (M, D), idx: (T,), rows may repeat -> (T, D); repeats' gradients are summed in fp32 whatever the dtype."""
-    return _GatherRows.apply(x, idx)
 
 
 def init_weights(module: nn.Module) -> None:

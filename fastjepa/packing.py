@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastjepa_kernels import occurrences
+
 
 class Movable:
     """Tensors that travel together: `to` and `pin_memory` over every tensor (or Movable) field."""
@@ -52,6 +54,8 @@ class Blocks(Movable):
     """The target blocks as the predictor sees them: R*K*b sequences of context rows followed by masked rows."""
 
     sequences: Packed  # (T,) rows: below `context rows`: that context row; above: position (idx - context rows)
+    order: Tensor  # (T,) int32 and
+    starts: Tensor  # (context rows + N + 1,) int32: where each distinct row occurs in `sequences`
     queries: Packed  # (Q,) masked rows of every sequence: their place among the T rows
     target_rows: Tensor  # (Q,) int32: the row of the packed target features that each query predicts
     weight: Tensor  # (Q,) fp32: sums to 1 / n_micro over a micro-batch, so that the loss is a mean over images
@@ -98,8 +102,11 @@ def pack(context_mask: np.ndarray, target_mask: np.ndarray, images: int | None =
     idx = np.where(is_query, 0, context_row)
     idx[is_query] = len(context) + query_flat % n
 
+    order, starts = occurrences(torch.from_numpy(idx.astype(np.int32)), len(context) + n)
     blocks = Blocks(
         sequences=Packed.of(idx, lengths),
+        order=order,
+        starts=starts,
         queries=Packed.of(np.flatnonzero(is_query), query_len),
         target_rows=torch.from_numpy(union_row[query_flat].astype(np.int32)),
         weight=torch.from_numpy(

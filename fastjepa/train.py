@@ -23,6 +23,7 @@ import yaml
 from torch import Tensor
 
 import fastjepa
+import fastjepa_kernels
 from fastjepa import attention, checkpoint, data, distributed, ema, flops, masks, metrics, model
 from fastjepa.checkpoint import TrainState
 from fastjepa.config import Config, ConfigError
@@ -143,9 +144,20 @@ def settle(config: Config) -> None:
     """Process-wide settings of a run."""
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
+    use_kernels(config.runtime.kernels)
     if config.runtime.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+
+
+def use_kernels(asked: str) -> None:
+    """Apply `runtime.kernels`: a way for all ops, then op=way for some."""
+    way, *exceptions = asked.split(",")
+    pairs = [exception.partition("=")[::2] for exception in exceptions]
+    try:
+        fastjepa_kernels.use(way, **dict(pairs))
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"runtime.kernels: {error}") from error
 
 
 def networks(config: Config, device: torch.device) -> tuple[model.Jepa, model.Encoder]:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from test_model import masks, small
 
-from fastjepa import ema, model, optim
+from fastjepa import ema, model, optim, train
+from fastjepa.data import Batch
 from fastjepa.engine import Engine
 from fastjepa.packing import pack
 from fastjepa.schedule import Now
@@ -105,3 +106,20 @@ def test_micro_batches_add_up_to_the_batch(dtype):
     for other in gradients[1:]:
         for whole, pieces in zip(gradients[0], other, strict=True):
             assert (whole - pieces).abs().max() <= tolerance * whole.abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_step_never_waits_for_the_device(dtype):
+    config = small(runtime={"dtype": dtype, "device": "cuda"})
+    device = torch.device("cuda")
+    jepa, target_encoder = train.networks(config, device)
+    engine = Engine(jepa)
+    batches = [Batch(torch.randn(3, 3, 32, 32), *pack(*masks()), bad=()).to(device)]
+    train.step(engine, target_encoder, batches, NOW, config)  # compiles kernels and makes tables
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        taken = train.step(engine, target_encoder, batches, NOW, config)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert taken.finite.item()

@@ -16,9 +16,9 @@ def test_mean_over_images_of_the_mean_over_blocks_of_unequal_size(kind, distance
     for (image, block), patches in {(0, 0): [0, 1], (0, 1): [1, 2, 3, 4], (1, 0): [5], (1, 1): [6, 7, 8]}.items():
         target_mask[image, block, patches] = True
     _, target, blocks = pack(np.ones((2, 1, 9), dtype=bool), target_mask)
-    features = torch.randn(2 * 9, 6, dtype=torch.float64) * 3
+    features = torch.randn(2 * 9, 6) * 3
     prediction = torch.randn(len(blocks.target_rows), 6)
-    normal = F.layer_norm(features.float(), (6,))
+    normal = F.layer_norm(features, (6,))
 
     expected, at = 0, 0
     for block in range(2):

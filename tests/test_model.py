@@ -222,8 +222,12 @@ def test_attention_chosen_on_a_cpu():
     assert attention.choose("auto", cpu, torch.bfloat16) == "matmul"
 
 
-def test_repeated_rows_sum_their_gradients_in_fp32():
-    x = torch.ones(1, 4, dtype=torch.bfloat16, requires_grad=True)
-    rows = model.gather_rows(x, torch.zeros(1024, dtype=torch.int32))
-    rows.backward(torch.full_like(rows, 1.0))
-    assert x.grad.tolist() == [[1024.0] * 4]  # bf16 sums stall at 256
+def test_bytes_are_normalised_where_patches_are_cut():
+    """uint8 images give what their normalised floats give, whole or in part."""
+    setting = small(data={"crop_size": 32, "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]})
+    encoder = perturbed(model.build(setting)[0].encoder)
+    pixels = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
+    mean, std = (torch.tensor(values)[:, None, None] for values in setting.mean_std)
+    context = pack(*masks())[0]
+    for visible in (None, context):
+        torch.testing.assert_close(encoder(pixels, visible), encoder((pixels / 255 - mean) / std, visible))

@@ -1,0 +1,24 @@
+"""varlen_attention: the context encoder's attention at ViT-H/14: heads of 80, contexts of 70 to 150 patches."""
+
+import pytest
+from attention import RIVALS, packed
+from protocol import DIRECTIONS, Load, Setting, compiled
+
+from fastjepa_kernels.varlen_attention import varlen_attention, varlen_attention_ref
+
+PROVIDERS = {
+    "eager": varlen_attention_ref,
+    "compiled": compiled(varlen_attention_ref)._replace(whole=False),  # it reads the lengths
+    **RIVALS,
+    "ours": varlen_attention,
+}
+
+
+def load(setting: Setting) -> Load:
+    return packed(setting, *setting.pick(cuda=(128, 70, 150, 16, 80), cpu=(32, 70, 150, 12, 64), toy=(2, 5, 9, 2, 16)))
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_varlen_attention(provider: str, direction: str, bench):
+    bench(PROVIDERS[provider], load, direction)

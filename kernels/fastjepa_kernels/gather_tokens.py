@@ -1,0 +1,228 @@
+"""gather_tokens: the rows of a table that an index names.
+
+    out[t] = x[idx[t]]                    dx[m] = dout[t] where idx[t] = m, else 0
+    repeated rows:                        dx[m] = sum of dout[t] over idx[t] = m, in rising t, in fp32
+
+Traffic, e bytes an element: forward 2 T D e; backward (T + M) D e plus 8 bytes a row for the inverse index, every row of
+dx written once, zeros included. Repeated: the same, and 8 bytes an index to group the repeats.
+"""
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .dispatch import jit, tl
+
+
+def gather_tokens_ref(x: Tensor, idx: Tensor) -> Tensor:
+    """As gather_tokens."""
+    if x.ndim == 2:
+        return x.index_select(0, idx)
+    return x.flatten(0, 1).index_select(0, flat_rows(idx, x.shape[1])).view(*idx.shape, x.shape[2])
+
+
+def gather_tokens_repeated_ref(x: Tensor, idx: Tensor) -> Tensor:
+    """As gather_tokens_repeated, gradients summed in fp32."""
+    return _GatherRepeated.apply(x, idx)
+
+
+def flat_rows(idx: Tensor, rows: int) -> Tensor:
+    """(B, K) rows of each image -> (B * K,) int64 rows of the flattened (B * rows, D) table."""
+    return (idx + torch.arange(len(idx), device=idx.device)[:, None] * rows).flatten()
+
+
+class _GatherRepeated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, idx: Tensor) -> Tensor:
+        ctx.save_for_backward(idx)
+        ctx.rows = x.shape[0]
+        return x.index_select(0, idx)
+
+    @staticmethod
+    def backward(ctx, dout: Tensor) -> tuple[Tensor, None]:
+        (idx,) = ctx.saved_tensors
+        wide = torch.promote_types(dout.dtype, torch.float32)
+        return dout.new_zeros(ctx.rows, dout.shape[1], dtype=wide).index_add_(0, idx, dout.to(wide)).to(dout.dtype), None
+
+
+@jit
+def _gather_tokens_fwd_kernel(
+    x_ptr,  # (M, D)
+    idx_ptr,  # (T,) int32
+    out_ptr,  # (T, D)
+    T,
+    D,
+    K,  # indices an image
+    N,  # rows an image
+    stride_xm,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_t = offs_t < T
+    mask = mask_t[:, None] & (offs_d < D)[None, :]
+    row = tl.load(idx_ptr + offs_t, mask=mask_t, other=0).to(tl.int64) + offs_t // K * N
+    x = tl.load(x_ptr + row[:, None] * stride_xm + offs_d[None, :], mask=mask)
+    tl.store(out_ptr + offs_t[:, None] * D + offs_d[None, :], x, mask=mask)
+
+
+@jit
+def _gather_tokens_repeated_bwd_kernel(
+    dout_ptr,  # (T, D)
+    order_ptr,  # (T,) int32: the t of each row of x, row by row, rising within a row
+    starts_ptr,  # (M + 1,) int32: row m owns order[starts[m]:starts[m + 1]]
+    dx_ptr,  # (M, D)
+    D,
+    stride_dt,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = offs_d < D
+    total = tl.zeros([BLOCK_D], dtype=tl.float32)
+    for place in range(tl.load(starts_ptr + row), tl.load(starts_ptr + row + 1)):
+        t = tl.load(order_ptr + place).to(tl.int64)
+        total += tl.load(dout_ptr + t * stride_dt + offs_d, mask=mask, other=0.0).to(tl.float32)
+    tl.store(dx_ptr + row * D + offs_d, total.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+def take(x: Tensor, idx: Tensor, per_image: int, image_rows: int, dtype: torch.dtype | None = None) -> Tensor:
+    """(M, D) rows, (T,) int32 -> (T, D) of `dtype`; index t counts from row t // per_image * image_rows."""
+    x, out = _rows(x), x.new_empty(len(idx), x.shape[1], dtype=dtype or x.dtype)
+    if out.numel():
+        width = dispatch.block_width(x.shape[1])
+        height = max(1, 4096 // width)
+        grid = (-(-len(idx) // height), -(-x.shape[1] // width))
+        _gather_tokens_fwd_kernel[grid](
+            x, idx.contiguous(), out, len(idx), x.shape[1], max(per_image, 1), image_rows, x.stride(0),
+            BLOCK_T=height, BLOCK_D=width,
+        )  # fmt: skip
+    return out
+
+
+def sum_repeats(dout: Tensor, order: Tensor, starts: Tensor, dtype: torch.dtype) -> Tensor:
+    """(T, D) -> (M, D) of `dtype`: the sum over each row's occurrences, in order, in fp32."""
+    rows, width = len(starts) - 1, dout.shape[1]
+    dx = dout.new_empty(rows, width, dtype=dtype)
+    if dx.numel():
+        block = dispatch.block_width(width)
+        grid = (rows, -(-width // block))
+        _gather_tokens_repeated_bwd_kernel[grid](dout, order, starts, dx, width, dout.stride(0), BLOCK_D=block, num_warps=2)
+    return dx
+
+
+def occurrences(idx: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Where each of `rows` rows occurs in idx: order (T,) and starts (rows + 1,), int32, without waiting for the device."""
+    ranked, order = torch.sort(idx, stable=True)
+    starts = torch.searchsorted(ranked, torch.arange(rows + 1, dtype=idx.dtype, device=idx.device), out_int32=True)
+    return order.int(), starts
+
+
+@torch.library.custom_op("fastjepa_kernels::gather_tokens_fwd", mutates_args=())
+def gather_tokens_fwd(x: Tensor, idx: Tensor, per_image: int, image_rows: int) -> Tensor:
+    return take(x, idx, per_image, image_rows)
+
+
+@gather_tokens_fwd.register_fake
+def _(x, idx, per_image, image_rows):
+    return x.new_empty(idx.shape[0], x.shape[1])
+
+
+def _save(ctx, inputs, output):
+    x, idx, ctx.per_image, ctx.image_rows = inputs
+    ctx.rows = x.shape[0]
+    ctx.save_for_backward(idx)
+
+
+def _backward(ctx, dout):
+    (idx,) = ctx.saved_tensors
+    place = torch.ops.fastjepa_kernels.scatter_tokens_fwd  # each op is the gradient of the other
+    return place(dout, idx, ctx.rows, ctx.per_image, ctx.image_rows, None, None), None, None, None
+
+
+gather_tokens_fwd.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("fastjepa_kernels::gather_tokens_repeated_fwd", mutates_args=())
+def gather_tokens_repeated_fwd(x: Tensor, idx: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+    return take(x, idx, len(idx), 0)
+
+
+@gather_tokens_repeated_fwd.register_fake
+def _(x, idx, order, starts):
+    return x.new_empty(idx.shape[0], x.shape[1])
+
+
+@torch.library.custom_op("fastjepa_kernels::gather_tokens_repeated_bwd", mutates_args=())
+def gather_tokens_repeated_bwd(dout: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+    return sum_repeats(_rows(dout), order, starts, dout.dtype)
+
+
+@gather_tokens_repeated_bwd.register_fake
+def _(dout, order, starts):
+    return dout.new_empty(starts.shape[0] - 1, dout.shape[1])
+
+
+gather_tokens_repeated_fwd.register_autograd(
+    lambda ctx, dout: (gather_tokens_repeated_bwd(dout, *ctx.saved_tensors), None, None, None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[2:]),
+)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """A (M, D) table whose rows are contiguous, whatever lies between them."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def gather_tokens(x: Tensor, idx: Tensor) -> Tensor:
+    """The rows of `x` that `idx` names, each at most once; their gradient returns in one pass.
+
+    Args:
+        x: (M, D), or (B, N, D); fp32, bf16 or fp16.
+        idx: int32, (T,), or (B, K) with indices into each image's N rows; no index twice (in an image).
+
+    Returns:
+        (T, D), or (B, K, D).
+
+    Raises:
+        ValueError, TypeError, IndexError: wrong shape, dtype or device; an index out of range (CPU and debug only).
+    """
+    _check("gather_tokens", x, idx)
+    if not dispatch.runs_triton("gather_tokens", x):
+        return gather_tokens_ref(x, idx)
+    if x.ndim == 2:
+        return gather_tokens_fwd(x, idx, idx.shape[0], 0)
+    return gather_tokens_fwd(x.flatten(0, 1), idx.flatten(), idx.shape[1], x.shape[1]).unflatten(0, idx.shape)
+
+
+def gather_tokens_repeated(x: Tensor, idx: Tensor, repeats: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """The rows of `x` that `idx` names, any of them any number of times; gradients of repeats are summed in a fixed order.
+
+    Args:
+        x: (M, D), fp32, bf16 or fp16.
+        idx: (T,) int32.
+        repeats: occurrences(idx, M) where it is known beforehand (a loader's worker can make it); else it is made here.
+
+    Returns:
+        (T, D).
+
+    Raises:
+        As gather_tokens.
+    """
+    if x.ndim != 2:
+        raise ValueError(f"gather_tokens_repeated: x must be (M, D), not {tuple(x.shape)}; flatten it")
+    _check("gather_tokens_repeated", x, idx)
+    if not dispatch.runs_triton("gather_tokens", x):
+        return gather_tokens_repeated_ref(x, idx)
+    return gather_tokens_repeated_fwd(x, idx, *(repeats or occurrences(idx, x.shape[0])))
+
+
+def _check(op: str, x: Tensor, idx: Tensor) -> None:
+    if x.ndim not in (2, 3) or idx.ndim != x.ndim - 1 or (x.ndim == 3 and idx.shape[0] != x.shape[0]):
+        raise ValueError(
+            f"{op}: x (M, D) needs idx (T,), x (B, N, D) needs idx (B, K); got {tuple(x.shape)}, {tuple(idx.shape)}"
+        )
+    dispatch.check_float(op, x=x)
+    dispatch.check_device(op, x, idx=idx)
+    dispatch.check_idx("idx", idx, x.shape[-2])

@@ -1,0 +1,34 @@
+"""predictor_layout against what the trainer's packing builds, over random masks."""
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastjepa.packing import Packed, pack
+from fastjepa_kernels import predictor_layout
+
+
+@st.composite
+def mask_pairs(draw):
+    b, k, r, n = (draw(st.integers(1, high)) for high in (4, 3, 4, 12))
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    context, target = random.random((b, k, n)) < 0.4, random.random((b, r, n)) < 0.4
+    target[:, :, 0] |= ~target.any(axis=2)  # a block is never empty
+    return context, target
+
+
+def target_blocks(target_mask: np.ndarray) -> Packed:
+    """(b, R, N) bool -> the positions of the R*b target blocks, block major."""
+    by_block = target_mask.transpose(1, 0, 2)
+    return Packed.of(np.nonzero(by_block)[2], by_block.sum(axis=2).reshape(-1))
+
+
+@given(mask_pairs())
+def test_the_layout_is_the_one_that_pack_builds(masks):
+    context_mask, target_mask = masks
+    context, _, blocks = pack(context_mask, target_mask)
+    targets = target_blocks(target_mask)
+    idx, cu_seqlens = predictor_layout(context.cu_seqlens, targets.idx, targets.cu_seqlens, len(context_mask), len(context.idx))
+    torch.testing.assert_close(idx, blocks.sequences.idx, rtol=0, atol=0)
+    torch.testing.assert_close(cu_seqlens, blocks.sequences.cu_seqlens, rtol=0, atol=0)
