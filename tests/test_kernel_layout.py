@@ -1,12 +1,12 @@
-"""predictor_layout against what the trainer's packing builds, over random masks."""
+"""Index maths of the kernels over random cases: where rows occur, and the layout that the trainer's packing builds."""
 
 import numpy as np
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastjepa.packing import Packed, pack
-from fastjepa_kernels import predictor_layout
+from fastjepa_kernels import occurrences, predictor_layout
 
 
 @st.composite
@@ -32,3 +32,17 @@ def test_the_layout_is_the_one_that_pack_builds(masks):
     idx, cu_seqlens = predictor_layout(context.cu_seqlens, targets.idx, targets.cu_seqlens, len(context_mask), len(context.idx))
     torch.testing.assert_close(idx, blocks.sequences.idx, rtol=0, atol=0)
     torch.testing.assert_close(cu_seqlens, blocks.sequences.cu_seqlens, rtol=0, atol=0)
+
+
+@settings(max_examples=50)
+@given(
+    st.integers(0, 20).flatmap(
+        lambda rows: st.tuples(st.just(rows), st.lists(st.integers(0, max(rows - 1, 0)), max_size=30 if rows else 0))
+    )
+)
+def test_occurrences_invert_the_index(case):
+    rows, values = case
+    order, starts = occurrences(torch.tensor(values, dtype=torch.int32), rows)
+    assert order.dtype == starts.dtype == torch.int32
+    for row in range(rows):
+        assert order[starts[row] : starts[row + 1]].tolist() == [t for t, value in enumerate(values) if value == row]

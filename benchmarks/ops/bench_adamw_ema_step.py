@@ -44,7 +44,7 @@ PROVIDERS = {
 
 
 def load(setting: Setting) -> Load:
-    shapes = setting.pick(cuda=vit_shapes(1280, 32, 5120, 14), cpu=vit_shapes(768, 12, 3072), toy=vit_shapes(32, 2, 64))
+    shapes = setting.pick(cuda=vit_shapes(1280, 32, 5120, 14), cpu=vit_shapes(768, 12, 3072), toy=vit_shapes(32, 1, 64))
     params, grads, moments, squares, targets = (
         [setting.randn(*shape, dtype=torch.float32) for shape in shapes] for _ in range(5)
     )

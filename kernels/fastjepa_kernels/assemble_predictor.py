@@ -183,8 +183,9 @@ def assemble_predictor_dmask(dout: Tensor, idx: Tensor, rows: int) -> Tensor:
     if partial.numel():
         block = dispatch.block_width(width, 256)
         _assemble_predictor_dmask_kernel[(len(partial), -(-width // block))](
-            dout, idx.contiguous(), partial, length, width, rows, dout.stride(0), ROWS=SUM_ROWS, BLOCK_L=16, BLOCK_P=block
-        )
+            dout, idx.contiguous(), partial, length, width, rows, dout.stride(0),
+            ROWS=SUM_ROWS, BLOCK_L=16, BLOCK_P=block, num_warps=8,
+        )  # fmt: skip
     return partial.sum(dim=0)
 
 

@@ -73,18 +73,28 @@ def _gather_tokens_repeated_bwd_kernel(
     order_ptr,  # (T,) int32: the t of each row of x, row by row, rising within a row
     starts_ptr,  # (M + 1,) int32: row m owns order[starts[m]:starts[m + 1]]
     dx_ptr,  # (M, D)
+    M,
     D,
     stride_dt,
+    UNROLL: tl.constexpr,  # occurrences whose loads are under way together
+    BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask = offs_d < D
-    total = tl.zeros([BLOCK_D], dtype=tl.float32)
-    for place in range(tl.load(starts_ptr + row), tl.load(starts_ptr + row + 1)):
-        t = tl.load(order_ptr + place).to(tl.int64)
-        total += tl.load(dout_ptr + t * stride_dt + offs_d, mask=mask, other=0.0).to(tl.float32)
-    tl.store(dx_ptr + row * D + offs_d, total.to(dx_ptr.dtype.element_ty), mask=mask)
+    mask_m, mask_d = offs_m < M, (offs_d < D)[None, :]
+    start = tl.load(starts_ptr + offs_m, mask=mask_m, other=0)
+    stop = tl.load(starts_ptr + offs_m + 1, mask=mask_m, other=0)
+    total = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    for done in range(0, tl.max(stop - start, axis=0), UNROLL):
+        for ahead in tl.static_range(UNROLL):
+            place = start + done + ahead
+            there = place < stop
+            t = tl.load(order_ptr + place, mask=there, other=0).to(tl.int64)
+            dout_row = dout_ptr + t[:, None] * stride_dt + offs_d[None, :]
+            total += tl.load(dout_row, mask=there[:, None] & mask_d, other=0.0).to(tl.float32)
+    dx_row = dx_ptr + offs_m[:, None] * D + offs_d[None, :]
+    tl.store(dx_row, total.to(dx_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_d)
 
 
 def take(x: Tensor, idx: Tensor, per_image: int, image_rows: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -107,8 +117,11 @@ def sum_repeats(dout: Tensor, order: Tensor, starts: Tensor, dtype: torch.dtype)
     dx = dout.new_empty(rows, width, dtype=dtype)
     if dx.numel():
         block = dispatch.block_width(width)
-        grid = (rows, -(-width // block))
-        _gather_tokens_repeated_bwd_kernel[grid](dout, order, starts, dx, width, dout.stride(0), BLOCK_D=block, num_warps=2)
+        height = max(1, 1024 // block)
+        grid = (-(-rows // height), -(-width // block))
+        _gather_tokens_repeated_bwd_kernel[grid](
+            dout, order, starts, dx, rows, width, dout.stride(0), UNROLL=4, BLOCK_M=height, BLOCK_D=block
+        )
     return dx
 
 

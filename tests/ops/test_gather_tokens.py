@@ -3,8 +3,6 @@
 import pytest
 import torch
 from checks import DTYPES, as_good, compiles_whole, equal, some_rows
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.library import opcheck
 
 from fastjepa_kernels import gather_tokens, gather_tokens_ref, gather_tokens_repeated, gather_tokens_repeated_ref, occurrences
@@ -78,20 +76,6 @@ def test_repeats_are_summed_in_the_order_of_the_index(device):
     x.grad = None
     gather_tokens_repeated(x, torch.zeros(3, dtype=torch.int32, device=device)).backward(dout[[0, 2, 1]])
     assert (x.grad == 1).all()
-
-
-@settings(max_examples=50)
-@given(
-    st.integers(0, 20).flatmap(
-        lambda rows: st.tuples(st.just(rows), st.lists(st.integers(0, max(rows - 1, 0)), max_size=30 if rows else 0))
-    )
-)
-def test_occurrences_invert_the_index(case):
-    rows, values = case
-    order, starts = occurrences(torch.tensor(values, dtype=torch.int32), rows)
-    assert order.dtype == starts.dtype == torch.int32
-    for row in range(rows):
-        assert order[starts[row] : starts[row + 1]].tolist() == [t for t, value in enumerate(values) if value == row]
 
 
 def test_the_definitions_have_the_gradients_of_calculus():

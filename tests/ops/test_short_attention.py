@@ -58,29 +58,42 @@ def test_takes_heads_of_any_width_to_64(heads, width, dtype, device):
     as_good(short_attention, varlen_attention_ref, *packed([19, 7], [33, 7], heads, width, dtype, device))
 
 
+VIEWS = {
+    "slices of a packed qkv": lambda x: x[:, :144].view(34, 3, 2, 24).unbind(1),
+    "q of its own, slices of a packed kv": lambda x: (x[:, :48].view(34, 2, 24), *x[:, 64:160].view(34, 2, 2, 24).unbind(1)),
+    "rows at odd places": lambda x: tuple(x[:, at : at + 48].view(34, 2, 24) for at in (1, 53, 107)),
+    "three different strides": lambda x: (
+        x[:, :96].view(34, 2, 48)[..., 3:27],
+        x.flatten()[: 34 * 48].view(34, 2, 24),
+        x[:, 90:162].view(34, 3, 24)[:, ::2],
+    ),
+    "heads that are not contiguous": lambda x: [
+        x.flatten()[at:][: 24 * 2 * 34].view(24, 2, 34).permute(2, 1, 0) for at in (0, 5, 9)
+    ],
+}
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_reads_q_k_and_v_where_they_lie(dtype, device):
-    """Slices of a packed qkv; keys and values of a packed kv, their rows longer than a row of heads; transposed memory."""
-    lengths = [13, 21]
-    cu = cu_seqlens(lengths, device)
-    qkv = torch.randn(34, 3, 2, 24, device=device).to(dtype)
-    apart = torch.randn(24, 2, 34, device=device).to(dtype).permute(2, 1, 0)
-    rows = torch.randn(34, 109, device=device).to(dtype)
-    k, v = rows[:, 5:101].view(34, 2, 2, 24).unbind(1)
-    for views in [qkv.unbind(1), (qkv[:, 0], k, v), (apart, k, apart)]:
-        given = [x.detach().requires_grad_() for x in views]
-        assert [x.stride() for x in given] == [x.stride() for x in views]
-        as_good(short_attention, varlen_attention_ref, *given, cu, cu, 21, 21)
-
-
-def test_gives_a_packed_qkv_its_gradient(device):
-    qkv = torch.randn(20, 3, 2, 24, device=device, requires_grad=True)
-    cu = cu_seqlens([11, 9], device)
+@pytest.mark.parametrize("views", VIEWS.values(), ids=VIEWS)
+def test_reads_q_k_and_v_where_they_lie(views, dtype, device):
+    """The views are made inside: a copy of an input would lose its strides."""
+    rows = torch.randn(34, 163, device=device).to(dtype).requires_grad_()
+    cu = cu_seqlens([13, 21], device)
     as_good(
-        lambda qkv: short_attention(*qkv.unbind(1), cu, cu, 11, 11),
-        lambda qkv: varlen_attention_ref(*qkv.unbind(1), cu, cu),
-        qkv,
+        lambda rows: short_attention(*views(rows), cu, cu, 21, 21),
+        lambda rows: varlen_attention_ref(*views(rows), cu, cu),
+        rows,
     )
+
+
+def test_reads_an_output_s_gradient_where_it_lies(device):
+    q, k, v, *rest = packed([9, 4], [12, 7], 2, 24, torch.float32, device)
+    wide = torch.randn(13, 2, 30, device=device)
+    for dout in (wide[..., 2:26], wide[:, :1, :1].expand(13, 2, 24), torch.randn(24, 2, 13, device=device).permute(2, 1, 0)):
+        ours, theirs = (
+            torch.autograd.grad(f(q, k, v, *rest), (q, k, v), dout) for f in (short_attention, varlen_attention_ref)
+        )
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_large_scores_neither_overflow_nor_lose_their_row(device):
@@ -90,6 +103,15 @@ def test_large_scores_neither_overflow_nor_lose_their_row(device):
     out, *grads = values_and_grads(short_attention, inputs)
     torch.testing.assert_close(out, varlen_attention_ref(*inputs), rtol=1e-3, atol=1e-3)
     assert all(torch.isfinite(grad).all() for grad in grads)
+
+
+def test_padding_s_keys_weigh_nothing_however_low_the_scores(device):
+    """Every score near -200: the padding's, 0, would be exp(200) of them."""
+    q, k, v, *rest = packed([9, 4], [20, 31], 2, 32, torch.float32, device)
+    low = [((6 + x.detach() / 8) * sign).requires_grad_() for x, sign in ((q, 1), (k, -1))]
+    inputs = [*low, v, *rest]
+    for ours, theirs in zip(*(values_and_grads(f, inputs) for f in (short_attention, varlen_attention_ref)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
 def test_looser_maxima_change_nothing(device):
