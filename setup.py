@@ -9,11 +9,12 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "fastjepa" / "__init__.py").read_text(), re.MULTILINE).group(1)
 
 EXTRAS = {
-    "dali": ["nvidia-dali-cuda130>=2.0"],  # JPEG decoding on the GPU
+    "dali": ["nvidia-dali-cuda130>=2.0"],  # decoding ahead, on CPU threads or a GPU
     "deepspeed": ["deepspeed>=0.18"],  # sharding (runtime.zero 1 to 3)
     "flash": ["flash-attn>=2.8"],  # built from source: needs nvcc
     "xformers": ["xformers>=0.0.35"],
     "eval": [],  # the probes need nothing beyond the core
+    "pyarrow": ["pyarrow>=17"],  # Parquet files
     "lightly": ["lightly>=1.6"],  # loss.regularizer: vicreg, as the small presets use it
     "tensorboard": ["tensorboard"],
     "bench": ["pytest-benchmark", "timm>=1.0.20", "lightly>=1.6"],
@@ -23,10 +24,14 @@ EXTRAS["dev"] = [
     "pytest-timeout",
     "hypothesis",
     "ruff==0.17.6",  # pinned: another version formats otherwise
+    *EXTRAS["dali"],  # decodes on CPUs as well
     *EXTRAS["deepspeed"],
     *EXTRAS["lightly"],
+    *EXTRAS["pyarrow"],
     *EXTRAS["tensorboard"],
+    "webdataset>=1.0",  # its reader must understand the shards that are written
     "timm>=1.0.20",  # the ViT that the packed encoder must equal
+    "kernels>=0.17",  # Hugging Face's: loads kernels/ in its layout
 ]
 
 setup(

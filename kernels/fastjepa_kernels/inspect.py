@@ -195,10 +195,10 @@ def _by_argument(accesses: list[tuple[int, Tensor]], pointers: dict[str, Tensor]
 
 def record(cases: str, op: str) -> list[Phase]:
     """Both directions of every case of one op; to be called in a process with TRITON_INTERPRET=1."""
-    import fastjepa_kernels
+    from . import dispatch
 
     torch.set_num_threads(1)
-    fastjepa_kernels.use("triton")
+    dispatch.use("triton")
     phases = []
     make, variants = importlib.import_module(cases).CASES[op]
     for variant in variants:
