@@ -92,3 +92,12 @@ def test_help_has_examples(command, capsys):
         cli.main([command, "--help"])
     assert stop.value.code == 0
     assert f"fastjepa {command}" in capsys.readouterr().out.partition("example")[2]
+
+
+def test_ctrl_c_is_one_word_and_code_130(monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastjepa.catalog.get", interrupted)
+    assert cli.main(["data", "get", "cifar10"]) == 130
+    assert capsys.readouterr().err == "fastjepa data: interrupted\n"

@@ -89,7 +89,9 @@ def test_kernels_import_only_torch_and_triton():
     """varlen_attention is the door to two libraries more, which it imports where they are asked for."""
     allowed = sys.stdlib_module_names | {"torch", "triton"}
     behind_the_door = {"varlen_attention.py": {"flash_attn", "xformers"}}
-    extra = {path: imports(path) - allowed - behind_the_door.get(path.name, set()) for path in below("kernels/fastjepa_kernels")}
+    extra = {
+        path: imports(path) - allowed - behind_the_door.get(path.name, set()) for path in below("kernels/fastjepa_kernels")
+    }
     assert {str(path): names for path, names in extra.items() if names} == {}
 
 

@@ -1,0 +1,164 @@
+"""WebDataset shards, read at random through an index that `fastjepa data shard` writes beside each, or through a scan."""
+
+import hashlib
+import json
+import logging
+import os
+import tarfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from fastjepa.config import ConfigError
+
+log = logging.getLogger(__name__)
+
+ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}
+MANIFEST, PLAN = "manifest.json", "unfinished-shards.json"  # in a directory of shards: when all are there, and before
+MANIFEST_FORMAT = "fastjepa shards 1"
+STALE = OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile  # what `stored_index` raises
+
+
+@dataclass(frozen=True)
+class Index:
+    """Where the n images of one tar shard lie in it."""
+
+    members: np.ndarray  # (n,) bytes, names inside the tar
+    offsets: np.ndarray  # (n,) int64, of the first byte
+    sizes: np.ndarray  # (n,) int64, bytes
+    labels: np.ndarray  # (n,) int64, -1 without a label
+
+
+def index_path(shard: str | Path) -> Path:
+    """The file that holds a shard's index."""
+    return Path(shard).with_suffix(".npz")
+
+
+def fingerprint(shard: str | Path) -> str:
+    """The size of a tar and the SHA-256 of its last 64 KiB: what tells another tar without reading all of it."""
+    with open(shard, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        tail = os.pread(file.fileno(), 1 << 16, max(0, size - (1 << 16)))
+    return f"{size}-{hashlib.sha256(tail).hexdigest()}"
+
+
+def stored_index(shard: str | Path) -> dict[str, np.ndarray]:
+    """The arrays of a tar's index file: those of `Index`, `fingerprint` and `entry`; one of STALE when not that tar's."""
+    with np.load(index_path(shard), allow_pickle=False) as arrays:
+        stored = dict(arrays)
+    if stored["fingerprint"].item() != fingerprint(shard):
+        raise ValueError("of another tar")
+    return stored
+
+
+def index_of(shard: str | Path) -> Index:
+    """The stored index of a tar, else one made by a scan: with a warning where there is one that is not that tar's."""
+    path = index_path(shard)
+    if path.is_file():
+        try:
+            stored = stored_index(shard)
+            return Index(*(stored[field.name] for field in fields(Index)))
+        except STALE as error:
+            log.warning("%s: not the index of the tar beside it (%s); delete it: each time the tar is scanned", path, error)
+    return _scan(shard)
+
+
+class TarShards:
+    """WebDataset shards: samples in the order of the shards, read at random through an index of member offsets.
+
+    The index is read from the file beside the tar (`index_path`), else made by a scan of the tar's headers. As WebDataset
+    has it, a sample's key is its path up to the first dot of the file name and the rest is the field's name: `a/001.jpg`
+    and `a/001.cls` are one sample. Labels are read from .cls when every sample has one; `classes` names them.
+    """
+
+    def __init__(self, shards: Sequence[str], where: str, classes: Sequence[str] = ()):
+        self._shards = list(shards)
+        indexes = [index_of(shard) for shard in shards]
+        counts = [len(index.members) for index in indexes]
+        if not sum(counts):
+            raise ConfigError(f"{where}: no images in its {len(shards)} tar shards; give .tar files that hold images")
+        members, offsets, sizes, labels = (np.concatenate([getattr(i, field.name) for i in indexes]) for field in fields(Index))
+        self._members = members
+        self._places = np.array([np.repeat(np.arange(len(counts)), counts), offsets, sizes]).T  # (n, 3): shard, offset, bytes
+        self._labels, self.classes = labels_and_classes(labels, classes, where)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def name(self, i: int) -> str:
+        return f"{self._shards[self._places[i, 0]]}/{os.fsdecode(self._members[i])}"
+
+    def read(self, i: int) -> bytes:
+        number, offset, size = self._places[i].tolist()
+        with open(self._shards[number], "rb", buffering=0) as file:
+            return os.pread(file.fileno(), size, offset)
+
+    def label(self, i: int) -> int | None:
+        return None if self._labels is None else int(self._labels[i])
+
+
+def _scan(shard: str | Path) -> Index:
+    """The index of a tar file from its headers; ConfigError for one that is damaged."""
+    images, labels = [], {}
+    try:
+        with tarfile.open(shard, "r:") as opened:
+            for member in opened:
+                folder, _, name = member.name.rpartition("/")
+                stem, _, field = name.partition(".")
+                if member.isfile() and f".{field.lower()}" in ENDINGS and stem:
+                    images.append(((folder, stem), member))
+                elif member.isfile() and field == "cls":
+                    labels[folder, stem] = int(opened.extractfile(member).read())
+    except (OSError, tarfile.TarError, ValueError) as error:
+        raise ConfigError(f"{shard}: not a tar shard that can be read ({error}); make it again, uncompressed") from error
+    numbers = [(member.offset_data, member.size, labels.get(key, -1)) for key, member in images]
+    offsets, sizes, label = np.array(numbers, dtype=np.int64).reshape(-1, 3).T
+    return Index(np.array([os.fsencode(member.name) for _, member in images], dtype="S"), offsets, sizes, label)
+
+
+def labels_and_classes(labels: np.ndarray, names: Sequence[str], where) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """Labels and the names of their classes, numbers where none are given; None and () when any label is negative."""
+    if labels.min() < 0:
+        return None, ()
+    names = tuple(names) or tuple(map(str, range(labels.max() + 1)))
+    if labels.max() >= len(names):
+        raise ConfigError(f"{where}: label {labels.max()} has no name among its {len(names)} classes; make it again")
+    return labels, names
+
+
+def read_manifest(folder: Path) -> dict | None:
+    """The manifest that `fastjepa data shard` wrote into a directory; None where another tool made the shards.
+
+    ConfigError for shards that are not complete yet and for a manifest that cannot be read.
+    """
+    if (folder / PLAN).exists():
+        raise ConfigError(f"{folder}: its shards are not complete; run again the `fastjepa data shard` command that makes them")
+    if not (folder / MANIFEST).is_file():
+        return None
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
+            return None
+        listed = [tuple(entry[key] for key in ("file", "images", "bytes", "sha256")) for entry in manifest["shards"]]
+        if sum(images for _, images, _, _ in listed) != manifest["images"] or not isinstance(manifest["classes"], list):
+            raise ValueError("its counts disagree")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{folder / MANIFEST}: damaged ({error}); get it again, or delete it to go without") from error
+    return manifest
+
+
+def open_shards(folder: Path) -> TarShards:
+    """The shards of a directory, which must be those its manifest lists, where it has one."""
+    shards, manifest = sorted(map(str, folder.glob("*.tar"))), read_manifest(folder)
+    if manifest is None:
+        return TarShards(shards, str(folder))
+    found = {os.path.basename(shard): os.path.getsize(shard) for shard in shards}
+    listed = {shard["file"]: shard["bytes"] for shard in manifest["shards"]}
+    for name in sorted(found.keys() | listed.keys()):
+        if found.get(name) != listed.get(name):
+            sizes = [f"{size} bytes" if size is not None else "no such file" for size in (found.get(name), listed.get(name))]
+            raise ConfigError(f"{folder / name}: {sizes[0]}, but in {MANIFEST} {sizes[1]}; run: fastjepa data check {folder}")
+    return TarShards(shards, str(folder), manifest["classes"])
