@@ -37,6 +37,7 @@ Check = tuple[Callable[[Any], bool], str]
 positive: Check = (lambda v: v > 0, "greater than 0")
 not_negative: Check = (lambda v: v >= 0, "0 or greater")
 share: Check = (lambda v: 0 < v <= 1, "in (0, 1]")
+share_or_none: Check = (lambda v: 0 <= v <= 1, "in [0, 1]")
 share_range: Check = (lambda v: 0 < v[0] <= v[1] <= 1, "two rising numbers in (0, 1]")
 positive_range: Check = (lambda v: 0 < v[0] <= v[1], "two rising numbers greater than 0")
 momentum_range: Check = (lambda v: 0 <= v[0] <= 1 and 0 <= v[1] <= 1, "two numbers in [0, 1]")
@@ -63,7 +64,17 @@ class DataConfig:
     color_jitter_strength: float = key(0.0, "official key", unsupported="there is no colour distortion; set it to 0.0")
     num_workers: int = key(8, "loader processes per rank; 0 loads in the training process", not_negative)
     pin_mem: bool = key(True, "page-locked host memory for asynchronous copies to the GPU")
-    loader: Literal["torch"] = key("torch", "which decoder makes images of bytes")
+    loader: Literal["auto", "dali", "torch"] = key(
+        "auto",
+        "which decoder makes images of files; auto: dali on a GPU where it is installed, else torch; idx files need none",
+    )
+    decode_threads: int | None = key(None, "dali: CPU threads that decode; default: as many as num_workers", positive)
+    prefetch: int = key(2, "micro-batches that each loader process, and dali, makes ahead of the training step", positive)
+    hw_decoder_load: float = key(
+        0.65,
+        "dali: share of the JPEGs given to a GPU's hardware decoder, where it has one",
+        (lambda v: 0 <= v <= 1, "in [0, 1]"),
+    )
     max_bad: int = key(100, "undecodable files a run may meet before it stops", not_negative)
     channels: int = key(3, "image channels: 1 (grey) or 3 (RGB)", (lambda v: v in (1, 3), "1 or 3"))
     mean: tuple[float, ...] | None = key(None, "per-channel mean on [0, 1]; default: ImageNet's")

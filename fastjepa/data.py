@@ -5,26 +5,29 @@ wherever a run was resumed.
 """
 
 import atexit
+import functools
 import itertools
 import logging
 import math
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastjepa import masks
+from fastjepa import decode_dali, decode_torch, masks
 from fastjepa.config import Config, ConfigError
+from fastjepa.decode_dali import Encoded, View
 from fastjepa.decode_torch import Box, DecodeError, crop, decode
 from fastjepa.draws import BOXES, ORDER, SUBSTITUTES, generator
 from fastjepa.packing import Blocks, Movable, Packed, pack
-from fastjepa.sources import Source
+from fastjepa.sources import IdxPair, Source
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +53,15 @@ def crop_box(height: int, width: int, scale: tuple[float, float], uniforms: Sequ
     return (height - h) // 2, (width - w) // 2, h, w
 
 
+T = TypeVar("T")
+CropOf = Callable[[int, int], tuple[Box, bool]]  # (height, width) of an image -> box, whether to flip
+
+
 @dataclass(frozen=True)
 class Batch(Movable):
     """A micro-batch of b images and their masks."""
 
-    images: Tensor  # (b, C, H, W) uint8
+    images: Tensor | Encoded  # (b, C, H, W) uint8, or the files it is to be made of
     context: Packed  # K*b sequences of context patches
     target: Packed  # b sequences, the union of each image's target blocks
     blocks: Blocks
@@ -74,24 +81,27 @@ class MicroBatches(Dataset):
         self._order: tuple[int, np.ndarray] | None = None
 
     def __getitem__(self, item: int) -> Batch:
+        return self._batch(item, self._decoded)
+
+    def _batch(self, item: int, images: Callable[[int, list[int]], tuple[Tensor | Encoded, list[str]]]) -> Batch:
         step, micro = divmod(item, self.n_micro)
         data, size = self.config.data, self.config.micro_batch
         start = self.rank * data.batch_size + micro * size
-        images = torch.zeros(size, data.channels, *self.config.image_size, dtype=torch.uint8)
-        bad = self._fill(images, step // self.steps_per_epoch, self.samples(step, start, start + size))
+        shown, bad = images(step // self.steps_per_epoch, self.samples(step, start, start + size).tolist())
         drawn = masks.draw(self.config.mask, self.config.grid, self.config.runtime.seed, step, start, start + size, self.total)
-        return Batch(images, *pack(*drawn, images=data.batch_size), bad=tuple(dict.fromkeys(bad)))
+        return Batch(shown, *pack(*drawn, images=data.batch_size), bad=tuple(dict.fromkeys(bad)))
 
     @torch.inference_mode()  # saves a fifth of the time at 28 pixels
-    def _fill(self, images: Tensor, epoch: int, samples: np.ndarray) -> list[str]:
+    def _decoded(self, epoch: int, samples: list[int]) -> tuple[Tensor, list[str]]:
+        images = torch.zeros(len(samples), self.config.data.channels, *self.config.image_size, dtype=torch.uint8)
         bad = []
-        for row, sample in zip(images, samples.tolist(), strict=True):
+        for row, sample in zip(images, samples, strict=True):
             image, unreadable = self.view(epoch, sample)
             bad += unreadable
             if image is None:
                 break  # past max_bad: the loader stops the run on `bad`
             row.copy_(image)
-        return bad
+        return images, bad
 
     def samples(self, step: int, start: int, stop: int) -> np.ndarray:
         """The samples shown in slots start to stop of the step's global batch; each epoch is one permutation."""
@@ -102,20 +112,34 @@ class MicroBatches(Dataset):
 
     def view(self, epoch: int, sample: int) -> tuple[Tensor | None, list[str]]:
         """(C, H, W) uint8, the sample's crop in this epoch or that of a substitute, None past max_bad; the bad files met."""
-        data, seed = self.config.data, self.config.runtime.seed
+
+        def make(raw: bytes | np.ndarray, crop_of: CropOf) -> Tensor:
+            image = decode(raw, self.config.data.channels)
+            box, flip = crop_of(*image.shape[1:])
+            return crop(image, box, self.config.image_size, flip)
+
+        return self._first_readable(epoch, sample, make)
+
+    def _first_readable(
+        self, epoch: int, sample: int, make: Callable[[bytes | np.ndarray, CropOf], T]
+    ) -> tuple[T | None, list[str]]:
+        """make(bytes or pixels, crop_of) of the first candidate that can be read; the names of those that cannot."""
+        data = self.config.data
+        uniforms = generator(self.config.runtime.seed, BOXES, epoch, sample * BLOCKS_PER_SAMPLE).random(4 * BLOCKS_PER_SAMPLE)
+        uniforms = uniforms.tolist()
+
+        def crop_of(height: int, width: int) -> tuple[Box, bool]:
+            flip = data.use_horizontal_flip and uniforms[4 * TRIES] < 0.5
+            return crop_box(height, width, data.crop_scale, uniforms), flip
+
         unreadable: dict[int, str] = {}
         for candidate in self._candidates(epoch, sample):
             try:
-                image = decode(self.source.read(candidate), data.channels)
-                break
+                return make(self.source.read(candidate), crop_of), list(unreadable.values())
             except (DecodeError, OSError):
                 unreadable[candidate] = self.source.name(candidate)
             if len(unreadable) > self.max_bad:
                 return None, list(unreadable.values())
-        uniforms = generator(seed, BOXES, epoch, sample * BLOCKS_PER_SAMPLE).random(4 * BLOCKS_PER_SAMPLE).tolist()
-        box = crop_box(image.shape[1], image.shape[2], data.crop_scale, uniforms)
-        flip = data.use_horizontal_flip and uniforms[4 * TRIES] < 0.5
-        return crop(image, box, self.config.image_size, flip), list(unreadable.values())
 
     def _candidates(self, epoch: int, sample: int) -> Iterator[int]:
         """The sample, then substitutes without end; each sample's stream is 2**64 blocks long."""
@@ -125,8 +149,62 @@ class MicroBatches(Dataset):
             yield int(draws.random() * len(self.source))
 
 
+class EncodedBatches(MicroBatches):
+    """The same micro-batches with their images still to be decoded by DALI: `images` is Encoded."""
+
+    def __getitem__(self, item: int) -> Batch:
+        return self._batch(item, functools.partial(self._views, self._file))
+
+    def pixels(self, item: int) -> Batch:
+        """Micro-batch `item` of files that Pillow can read to their end, as the pixels it reads: DALI takes any of those."""
+        return self._batch(item, functools.partial(self._views, self._pixels))
+
+    def _views(self, make: Callable[[bytes | np.ndarray, CropOf], View], epoch: int, samples: list[int]):
+        views, bad = [], []
+        for sample in samples:
+            view, unreadable = self._first_readable(epoch, sample, make)
+            bad += unreadable
+            views.append(view or NOTHING)  # past max_bad: the loader stops the run on `bad`
+            if view is None:
+                break
+        return Encoded.of(views), bad
+
+    def _file(self, raw: bytes | np.ndarray, crop_of: CropOf) -> View:
+        if isinstance(raw, bytes):
+            header = decode_torch.header(raw)
+            if decode_dali.reads(header, raw):
+                return View(raw, *crop_of(header.height, header.width))
+        return self._pixels(raw, crop_of)
+
+    def _pixels(self, raw: bytes | np.ndarray, crop_of: CropOf) -> View:
+        image = decode(raw, self.config.data.channels)
+        (top, left, height, width), flip = crop_of(*image.shape[1:])
+        return View(decode_dali.pnm(image[:, top : top + height, left : left + width]), (0, 0, height, width), flip)
+
+
+NOTHING = View(decode_dali.pnm(torch.zeros(1, 1, 1, dtype=torch.uint8)), (0, 0, 1, 1), False)
+
+
+def decodes_with_dali(config: Config, source: Source) -> bool:
+    """Whether this run's files are decoded by DALI; ConfigError where it is asked for and not installed.
+
+    `auto` takes it on a GPU alone: on CPUs Pillow in the loader's processes was measured as fast or faster.
+    """
+    loader, device = config.data.loader, config.runtime.device
+    if loader == "dali":
+        decode_dali.require()
+    elif (
+        loader == "torch"
+        or not decode_dali.installed()
+        or not (device == "cuda" or device == "auto" and torch.cuda.is_available())
+    ):
+        return False
+    return not isinstance(source, IdxPair)
+
+
 def check(config: Config, source: Source, world: int) -> None:
-    """ConfigError when the source is smaller than one global batch of data.batch_size * world images."""
+    """ConfigError when the source is smaller than a global batch of data.batch_size * world images, or DALI is missing."""
+    decodes_with_dali(config, source)
     size = config.data.batch_size
     if len(source) < size * world:
         raise ConfigError(
@@ -145,30 +223,26 @@ class Loader(AbstractContextManager):
     def __init__(
         self, config: Config, source: Source, rank: int, world: int, start_step: int, device, stop_step: int | None = None
     ):
-        data = config.data
         check(config, source, world)
-        dataset = MicroBatches(config, source, rank, world)
+        dali = decodes_with_dali(config, source)
+        dataset = (EncodedBatches if dali else MicroBatches)(config, source, rank, world)
         self.bad: set[str] = set()
         self.steps_per_epoch, self._n_micro, self._max_bad = dataset.steps_per_epoch, dataset.n_micro, dataset.max_bad
         self._device = torch.device(device)
         self._steps = range(start_step, sys.maxsize // self._n_micro if stop_step is None else stop_step)
-        loader = DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=range(start_step * self._n_micro, self._steps.stop * self._n_micro),
-            num_workers=data.num_workers,
-            pin_memory=data.pin_mem and self._device.type == "cuda",
-            worker_init_fn=_ignore_signals,
-            generator=torch.Generator(),  # the global one must not move
-        )
-        self._iterator = iter(loader)
+        items = range(start_step * self._n_micro, self._steps.stop * self._n_micro)
+        # Before DALI starts its threads: a process forks best while it has one.
+        self._workers = self._batches = iter(_data_loader(config, dataset, items, self._device))
+        if dali:
+            again = functools.partial(_again, dataset, items.start)
+            self._batches = decode_dali.Decoder(self._workers, again, _dali_settings(config, self._device))
         atexit.register(self.close)  # before multiprocessing's own, which would wait for ever for deaf workers
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
         """The micro-batches of `step` on the device, in order; steps must be asked for one after the other."""
         assert step in self._steps[:1], f"step {step} asked for, {self._steps} are next"
         self._steps = self._steps[1:]
-        for batch in itertools.islice(self._iterator, self._n_micro):
+        for batch in itertools.islice(self._batches, self._n_micro):
             self._count(batch.bad)
             yield batch.to(self._device, non_blocking=True)
 
@@ -183,16 +257,48 @@ class Loader(AbstractContextManager):
             )
 
     def close(self) -> None:
-        """End the worker processes."""
+        """End the worker processes and DALI's pipeline."""
         atexit.unregister(self.close)
-        iterator, self._iterator = self._iterator, iter(())
-        if hasattr(iterator, "_shutdown_workers"):  # DataLoader has no public way to end them at a known time
-            iterator._shutdown_workers()
-            for worker in iterator._workers:
+        if isinstance(self._batches, decode_dali.Decoder):
+            self._batches.close()
+        workers, self._workers, self._batches = self._workers, iter(()), iter(())
+        if hasattr(workers, "_shutdown_workers"):  # DataLoader has no public way to end them at a known time
+            workers._shutdown_workers()
+            for worker in workers._workers:
                 worker.kill()  # in the middle of a long micro-batch
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _data_loader(config: Config, dataset: MicroBatches, items: range, device: torch.device) -> DataLoader:
+    data = config.data
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=items,
+        num_workers=data.num_workers,
+        prefetch_factor=data.prefetch if data.num_workers else None,
+        pin_memory=data.pin_mem and device.type == "cuda",
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),  # the global one must not move
+    )
+
+
+def _dali_settings(config: Config, device: torch.device) -> decode_dali.Settings:
+    data = config.data
+    threads = data.decode_threads or max(1, data.num_workers)
+    return decode_dali.Settings(
+        config.micro_batch, data.channels, config.image_size, device, threads, data.prefetch, data.hw_decoder_load
+    )
+
+
+def _again(dataset: EncodedBatches, first: int, position: int, reason: str) -> Batch:
+    """The micro-batch that DALI failed on, decoded by Pillow, which finds the files to replace."""
+    batch = dataset.pixels(first + position)
+    if not batch.bad:
+        log.warning("DALI cannot decode an image that Pillow can (%s): Pillow decoded its micro-batch", reason)
+    return batch
 
 
 def _ignore_signals(worker: int) -> None:

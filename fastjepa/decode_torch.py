@@ -1,16 +1,39 @@
 """Bytes to pixels with Pillow and torch: decode a file, crop a box of it. Which file and which box is decided elsewhere."""
 
 import io
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 
 MAX_PIXELS = 89_478_485  # where Pillow starts to warn of decompression bombs; here they are refused
 
 Box = tuple[int, int, int, int]  # (top, left, height, width) in pixels
+
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by EXIF orientation
+
+
+class Header(NamedTuple):
+    """What a file says of its image before any pixel is decoded."""
+
+    height: int  # upright, as `width`
+    width: int
+    format: str  # Pillow's names: JPEG, PNG, ...
+    mode: str  # Pillow's: L, RGB, CMYK, ...
+    orientation: int  # EXIF's, 1 where there is none
+    animated: bool
+    info: dict  # Pillow's: exif, xmp, ...
 
 
 class DecodeError(ValueError):
@@ -47,17 +70,44 @@ def crop(image: Tensor, box: Box, size: tuple[int, int], flip: bool = False) -> 
     return patch.flip(-1) if flip else patch
 
 
-def _pixels(raw: bytes, channels: int) -> np.ndarray:
+def header(raw: bytes) -> Header:
+    """The header of an encoded file; DecodeError as `decode`, for what can be seen without decoding."""
+    return _opened(raw, _header)
+
+
+def _opened(raw: bytes, use):
+    """use(image) of the file opened by Pillow; whatever Pillow's readers raise becomes a DecodeError."""
     try:
         with Image.open(io.BytesIO(raw)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DecodeError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS}; tile the image")
-            ImageOps.exif_transpose(image, in_place=True)
-            return np.array(_eight_bit(image, channels))
+            return use(image)
     except (DecodeError, MemoryError):
         raise
-    except Exception as error:  # Pillow's readers let any exception through: SyntaxError, struct.error, zlib.error, ...
+    except Exception as error:  # they let any exception through: SyntaxError, struct.error, zlib.error, ...
         raise DecodeError(f"not an image Pillow can read in full ({type(error).__name__}: {error})") from error
+
+
+def _header(image: Image.Image) -> Header:
+    # A PNG's EXIF may follow its pixels, for which Pillow would decode them: who reads PNG headers must look for it.
+    late = image.format == "PNG" and "exif" not in image.info
+    orientation = 1 if late else _orientation(image)
+    height, width = (image.width, image.height) if orientation > 4 else (image.height, image.width)
+    return Header(height, width, image.format, image.mode, orientation, getattr(image, "is_animated", False), image.info)
+
+
+def _orientation(image: Image.Image) -> int:
+    value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return value if value in UPRIGHT else 1
+
+
+def _pixels(raw: bytes, channels: int) -> np.ndarray:
+    def pixels(image: Image.Image) -> np.ndarray:
+        image.load()  # a PNG's EXIF may follow its pixels
+        turn = UPRIGHT.get(_orientation(image))
+        return np.array(_eight_bit(image if turn is None else image.transpose(turn), channels))
+
+    return _opened(raw, pixels)
 
 
 def _eight_bit(image: Image.Image, channels: int) -> Image.Image | np.ndarray:

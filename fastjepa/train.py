@@ -33,7 +33,7 @@ from fastjepa.engine import Engine
 from fastjepa.loss import BatchRegularizer, jepa_loss, pool, regularizer
 from fastjepa.packing import Packed
 from fastjepa.schedule import Now, Schedule
-from fastjepa.sources import open_source
+from fastjepa.sources import Source, open_source
 
 
 class RunError(RuntimeError):
@@ -69,7 +69,7 @@ def train(config: Config, output: Path, max_steps: int | None = None, resume: st
     jepa, target_encoder = networks(config, world.device)
     engine = Engine(jepa, world.size, config.data.batch_size // config.micro_batch)
     state = TrainState(0, {"encoder": jepa.encoder, "predictor": jepa.predictor, "target_encoder": target_encoder},
-                       engine.optimizer, record=record(config, world))  # fmt: skip
+                       engine.optimizer, record=record(config, world, source))  # fmt: skip
     notes = begin(state, config, output, resume, init, world)
     images = config.data.batch_size * world.size
     schedule = Schedule(config.optimization, len(source) // images)
@@ -178,15 +178,17 @@ def batch_regularizer(config: Config, world: World) -> BatchRegularizer | None:
     return term and BatchRegularizer(term, pieces, distributed.all_gather, world.rank, world.size)
 
 
-def record(config: Config, world: World) -> dict:
+def record(config: Config, world: World, source: Source) -> dict:
     """What a resumed run is compared with: exactness holds on the same machine, versions and thread count."""
     versions = {"fastjepa": fastjepa.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    decoder = "dali" if data.decodes_with_dali(config, source) else "torch"
     machine = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.machine()
     return {
         "config": config.to_dict(),
         "versions": versions,
         "machine": machine,
         "threads": torch.get_num_threads(),
+        "decoder": decoder,
         "world": world.size,
     }
 

@@ -245,6 +245,8 @@ def test_keys_belong_to_one_section(tmp_path):
         ("data", "crop_size", [224], "a whole number or [a whole number, a whole number]"),
         ("data", "crop_scale", 0.5, "[a finite number, a finite number]"),
         ("data", "crop_scale", [0.3, 0.6, 1.0], "[a finite number, a finite number]"),
+        ("data", "loader", "dalli", "auto or dali or torch; did you mean 'dali'?"),
+        ("data", "decode_threads", 1.5, "a whole number or null"),
         ("data", "mean", 0.5, "a list of a finite number or null"),
         ("optimization", "lr", "fast", "a finite number"),
         ("optimization", "lr", True, "a finite number"),
@@ -273,6 +275,9 @@ def test_a_wrong_type_is_refused_in_words(tmp_path, section, name, value, wanted
     [
         ("data", "batch_size", 0, "greater than 0"),
         ("data", "num_workers", -1, "0 or greater"),
+        ("data", "prefetch", 0, "greater than 0"),
+        ("data", "decode_threads", 0, "greater than 0"),
+        ("data", "hw_decoder_load", 1.01, "in [0, 1]"),
         ("data", "channels", 2, "1 or 3"),
         ("data", "crop_scale", [0.0, 1.0], "two rising numbers in (0, 1]"),
         ("data", "crop_scale", [1.0, 0.3], "two rising numbers in (0, 1]"),
@@ -302,7 +307,14 @@ def test_a_value_out_of_range_is_refused_in_words(tmp_path, section, name, value
 
 @pytest.mark.parametrize(
     "key, value",
-    [("data.crop_scale", [1.0, 1.0]), ("mask.context_fraction", 1.0), ("optimization.warmup", 0), ("optimization.ema", [0, 1])],
+    [
+        ("data.crop_scale", [1.0, 1.0]),
+        ("data.hw_decoder_load", 0),
+        ("data.hw_decoder_load", 1),
+        ("mask.context_fraction", 1.0),
+        ("optimization.warmup", 0),
+        ("optimization.ema", [0, 1]),
+    ],
 )
 def test_the_ends_of_a_range_belong_to_it(key, value):
     section, name = key.split(".")

@@ -41,9 +41,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
+@pytest.fixture(params=["dali", "torch"])
+def loader(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 def settings(source: Path | str | None = None, micro_batch: int | None = None, seed: int = 5, **keys) -> config.Config:
     """Batches of 4 crops of 32 pixels, an 8x8 grid of patches, no worker processes."""
-    keys = {"batch_size": 4, "crop_size": 32, "num_workers": 0, "source": source and str(source)} | keys
+    keys = {"batch_size": 4, "crop_size": 32, "num_workers": 0, "loader": "torch", "source": source and str(source)} | keys
     mask = {"patch_size": 4, "min_keep": 2, "truncate_group": 4}
     return config.from_dict({"data": keys, "mask": mask, "runtime": {"micro_batch": micro_batch, "seed": seed}})
 
@@ -214,21 +219,27 @@ def test_incomplete_last_batch_is_dropped(folder: Path):
     assert samples.tolist() == order[4 + 1 : 4 + 3].tolist()
 
 
-def test_workers_change_no_byte(folder: Path):
-    alone = load(settings(folder, micro_batch=2), range(8), stop=8)
-    helped = load(settings(folder, micro_batch=2, num_workers=2), range(8), stop=8)
+def test_workers_change_no_byte(folder: Path, loader: str):
+    alone = load(settings(folder, micro_batch=2, loader=loader), range(8), stop=8)
+    helped = load(settings(folder, micro_batch=2, loader=loader, num_workers=2, prefetch=3), range(8), stop=8)
     assert [len(step) for step in helped] == [2] * 8
     assert all(same(a, b) for x, y in zip(alone, helped, strict=True) for a, b in zip(x, y, strict=True))
 
 
-def test_resume_shows_what_the_whole_run_shows(folder: Path):
-    whole, rest = load(settings(folder), range(9)), load(settings(folder), range(5, 9))
-    assert all(same(a[0], b[0]) for a, b in zip(whole[5:], rest, strict=True))
+@pytest.mark.parametrize("rank, world", [(0, 1), (0, 2), (1, 2)])
+def test_resume_shows_what_the_whole_run_shows(folder: Path, loader: str, rank: int, world: int):
+    """In the middle of an epoch and past its end, whatever was decoded ahead when the run stopped."""
+    plant(folder)
+    setting = settings(folder, micro_batch=2, loader=loader)
+    whole = load(setting, range(9), rank, world)
+    for start in (1, 5):
+        rest = load(setting, range(start, 9), rank, world)
+        assert all(same(a, b) for x, y in zip(whole[start:], rest, strict=True) for a, b in zip(x, y, strict=True))
 
 
-def test_ranks_and_micro_batches_partition_the_global_batch(folder: Path):
-    whole = load(settings(folder, batch_size=8), range(4))
-    ranks = [load(settings(folder, batch_size=4, micro_batch=2), range(4), rank, world=2) for rank in (0, 1)]
+def test_ranks_and_micro_batches_partition_the_global_batch(folder: Path, loader: str):
+    whole = load(settings(folder, batch_size=8, loader=loader), range(4))
+    ranks = [load(settings(folder, batch_size=4, micro_batch=2, loader=loader), range(4), rank, world=2) for rank in (0, 1)]
     for step in range(4):
         parts = [batch for rank in ranks for batch in rank[step]]
         assert torch.equal(torch.cat([batch.images for batch in parts]), whole[step][0].images)
@@ -301,29 +312,29 @@ def test_bad_files_are_replaced_and_no_other_sample_moves(folder: Path, caplog):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_too_many_bad_files_stop_the_run(folder: Path, workers: int):
+def test_too_many_bad_files_stop_the_run(folder: Path, loader: str, workers: int):
     plant(folder)
-    setting = settings(folder, max_bad=2, num_workers=workers)
+    setting = settings(folder, max_bad=2, num_workers=workers, loader=loader)
     message = r"3 files cannot be decoded, more than the 2 allowed, for example .*\.png; .* or raise data.max_bad"
     with pytest.raises(config.ConfigError, match=message):
         load(setting, range(8), stop=8)
-    load(settings(folder, max_bad=3), range(8))
+    load(settings(folder, max_bad=3, loader=loader), range(8))
 
 
-def test_bad_files_of_an_earlier_part_of_the_run_count(folder: Path):
+def test_bad_files_of_an_earlier_part_of_the_run_count(folder: Path, loader: str):
     plant(folder)
-    setting = settings(folder, max_bad=3)
+    setting = settings(folder, max_bad=3, loader=loader)
     with Loader(setting, open_source(folder), 0, 1, 0, CPU) as loader, pytest.raises(config.ConfigError, match="4 files"):
         loader.bad.add("met before")
         for step in range(8):
             list(loader.micro_batches(step))
 
 
-def test_a_source_without_a_readable_image_stops(folder: Path):
+def test_a_source_without_a_readable_image_stops(folder: Path, loader: str):
     for path in folder.rglob("*.png"):
         path.write_bytes(b"")
     with pytest.raises(config.ConfigError, match="26 files cannot be decoded, more than the 25 allowed"):
-        load(settings(folder, max_bad=10_000), range(1))
+        load(settings(folder, max_bad=10_000, loader=loader), range(1))
 
 
 def test_too_few_images_names_both_numbers(folder: Path):
@@ -345,7 +356,7 @@ def test_steps_must_follow_each_other(folder: Path):
 
 def test_workers_outlive_an_interrupt_and_die_with_the_loader(folder: Path):
     with Loader(settings(folder, num_workers=2), open_source(folder), 0, 1, 0, CPU) as loader:
-        iterator = loader._iterator  # held, as a traceback would: its end must not wait for the garbage collector
+        iterator = loader._workers  # held, as a traceback would: its end must not wait for the garbage collector
         list(loader.micro_batches(0))
         for worker in iterator._workers:
             os.kill(worker.pid, signal.SIGINT)
@@ -356,11 +367,11 @@ def test_workers_outlive_an_interrupt_and_die_with_the_loader(folder: Path):
         assert not worker.is_alive()
 
 
-def test_a_forgotten_loader_does_not_keep_the_process(folder: Path):
+def test_a_forgotten_loader_does_not_keep_the_process(folder: Path, loader: str):
     code = f"""
 import torch
 from fastjepa import config, data, sources
-setting = config.from_dict({settings(folder, num_workers=1).to_dict()})
+setting = config.from_dict({settings(folder, num_workers=1, loader=loader).to_dict()})
 loader = data.Loader(setting, sources.open_source(setting.data), 0, 1, 0, torch.device("cpu"))
 print(len(list(loader.micro_batches(0))))
 raise KeyError("on the way out")
@@ -369,9 +380,9 @@ raise KeyError("on the way out")
     assert (ended.stdout, ended.returncode) == ("1\n", 1) and "on the way out" in ended.stderr
 
 
-def test_loading_leaves_the_global_random_numbers_alone(folder: Path):
+def test_loading_leaves_the_global_random_numbers_alone(folder: Path, loader: str):
     before = torch.get_rng_state()
-    load(settings(folder, num_workers=1), range(2), stop=2)
+    load(settings(folder, num_workers=1, loader=loader), range(2), stop=2)
     assert torch.equal(torch.get_rng_state(), before)
 
 
