@@ -332,8 +332,9 @@ def test_workers_hand_over_one_block_of_files(tmp_path: Path):
 
 
 RUN = """
-import sys, torch
+import signal, sys, torch
 from fastjepa import config, data, sources
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background inherits a deaf one
 setting = config.from_dict({config})
 with data.Loader(setting, sources.open_source(setting.data), 0, 1, 0, torch.device("cpu")) as loader:
     for step in range(10**9):
