@@ -22,6 +22,7 @@ EXTRAS = {
 EXTRAS["dev"] = [
     "pytest>=8.3",
     "pytest-timeout",
+    "pytest-benchmark",  # gpu-check runs the benches dry
     "hypothesis",
     "ruff==0.17.6",  # pinned: another version formats otherwise
     *EXTRAS["dali"],  # decodes on CPUs as well
