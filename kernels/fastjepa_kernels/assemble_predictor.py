@@ -129,11 +129,6 @@ def _assemble_predictor_dmask_kernel(
     tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * P + offs_p, tl.sum(total, axis=0), mask=mask_p)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """A (M, P) table whose rows are contiguous, whatever lies between them."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 @torch.library.custom_op("fastjepa_kernels::assemble_predictor_fwd", mutates_args=())
 def assemble_predictor_fwd(
     context: Tensor,
@@ -144,7 +139,7 @@ def assemble_predictor_fwd(
     order: Tensor | None,
     starts: Tensor | None,
 ) -> Tensor:
-    context, positions = _rows(context), _rows(positions)
+    context, positions = dispatch.contiguous_rows(context), dispatch.contiguous_rows(positions)
     length, width = len(idx), context.shape[1]
     out = context.new_empty(length, width, dtype=torch.promote_types(context.dtype, positions.dtype))
     if out.numel():
@@ -166,7 +161,7 @@ def _(context, context_idx, positions, mask_token, idx, order, starts):
 @torch.library.custom_op("fastjepa_kernels::assemble_predictor_dcontext", mutates_args=())
 def assemble_predictor_dcontext(dout: Tensor, order: Tensor, starts: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     """(L, P) -> (rows, P) of `dtype`: the sum over each context row's repeats."""
-    return sum_repeats(_rows(dout), order, starts[: rows + 1], dtype)
+    return sum_repeats(dispatch.contiguous_rows(dout), order, starts[: rows + 1], dtype)
 
 
 @assemble_predictor_dcontext.register_fake
@@ -177,7 +172,7 @@ def _(dout, order, starts, rows, dtype):
 @torch.library.custom_op("fastjepa_kernels::assemble_predictor_dmask", mutates_args=())
 def assemble_predictor_dmask(dout: Tensor, idx: Tensor, rows: int) -> Tensor:
     """(L, P) -> (P,) fp32: the sum over the rows that are no context row, in two fixed stages."""
-    dout = _rows(dout)
+    dout = dispatch.contiguous_rows(dout)
     length, width = dout.shape
     partial = dout.new_empty(-(-length // SUM_ROWS), width, dtype=torch.float32)
     if partial.numel():

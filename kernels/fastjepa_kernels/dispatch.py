@@ -115,3 +115,8 @@ def block_width(width: int, most: int = 1024) -> int:
     """Columns a program takes: the largest power of two that divides the width, or one that covers it when that is small."""
     divisor = width & -width
     return min(divisor, most) if divisor >= 64 else min(1 << (width - 1).bit_length(), most)
+
+
+def contiguous_rows(x: Tensor) -> Tensor:
+    """x, copied only where the elements of its last dimension do not lie side by side; rows may be any distance apart."""
+    return x if x.stride(-1) == 1 else x.contiguous()

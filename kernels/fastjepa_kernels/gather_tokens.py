@@ -99,7 +99,7 @@ def _gather_tokens_repeated_bwd_kernel(
 
 def take(x: Tensor, idx: Tensor, per_image: int, image_rows: int, dtype: torch.dtype | None = None) -> Tensor:
     """(M, D) rows, (T,) int32 -> (T, D) of `dtype`; index t counts from row t // per_image * image_rows."""
-    x, out = _rows(x), x.new_empty(len(idx), x.shape[1], dtype=dtype or x.dtype)
+    x, out = dispatch.contiguous_rows(x), x.new_empty(len(idx), x.shape[1], dtype=dtype or x.dtype)
     if out.numel():
         width = dispatch.block_width(x.shape[1])
         height = max(1, 4096 // width)
@@ -169,7 +169,7 @@ def _(x, idx, order, starts):
 
 @torch.library.custom_op("fastjepa_kernels::gather_tokens_repeated_bwd", mutates_args=())
 def gather_tokens_repeated_bwd(dout: Tensor, order: Tensor, starts: Tensor) -> Tensor:
-    return sum_repeats(_rows(dout), order, starts, dout.dtype)
+    return sum_repeats(dispatch.contiguous_rows(dout), order, starts, dout.dtype)
 
 
 @gather_tokens_repeated_bwd.register_fake
@@ -181,11 +181,6 @@ gather_tokens_repeated_fwd.register_autograd(
     lambda ctx, dout: (gather_tokens_repeated_bwd(dout, *ctx.saved_tensors), None, None, None),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[2:]),
 )
-
-
-def _rows(x: Tensor) -> Tensor:
-    """A (M, D) table whose rows are contiguous, whatever lies between them."""
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def gather_tokens(x: Tensor, idx: Tensor) -> Tensor:

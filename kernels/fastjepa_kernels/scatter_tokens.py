@@ -123,7 +123,7 @@ def invert(idx: Tensor, rows: int, per_image: int, image_rows: int) -> Tensor:
 def scatter_tokens_fwd(
     x: Tensor, idx: Tensor, rows: int, per_image: int, image_rows: int, fill: Tensor | None, positions: Tensor | None
 ) -> Tensor:
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = dispatch.contiguous_rows(x)
     width = x.shape[1]
     out = x.new_empty(rows, width, dtype=result_dtype(x, positions))
     if out.numel():
@@ -157,7 +157,7 @@ def _(dout, idx, per_image, image_rows, dtype):
 @torch.library.custom_op("fastjepa_kernels::scatter_tokens_dfill", mutates_args=())
 def scatter_tokens_dfill(dout: Tensor, idx: Tensor, per_image: int, image_rows: int) -> Tensor:
     """(M, D) -> (D,) fp32: the sum over the rows that idx does not name, in two fixed stages."""
-    dout = dout if dout.stride(1) == 1 else dout.contiguous()
+    dout = dispatch.contiguous_rows(dout)
     rows, width = dout.shape
     partial = dout.new_empty(-(-rows // SUM_ROWS), width, dtype=torch.float32)
     if partial.numel():

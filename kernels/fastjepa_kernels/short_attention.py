@@ -188,16 +188,11 @@ def dot_dtype(x: Tensor):
     return tl.float32 if dispatch.INTERPRETED and x.dtype == torch.bfloat16 else getattr(tl, str(x.dtype).rpartition(".")[2])
 
 
-def packed_rows(x: Tensor) -> Tensor:
-    """(T, H, d) whose heads are contiguous, whatever lies between them."""
-    return x if x.stride(2) == 1 else x.contiguous()
-
-
 @torch.library.custom_op("fastjepa_kernels::short_attention_fwd", mutates_args=())
 def short_attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_q: int, max_k: int
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = packed_rows(q), packed_rows(k), packed_rows(v)
+    q, k, v = dispatch.contiguous_rows(q), dispatch.contiguous_rows(k), dispatch.contiguous_rows(v)
     (rows, heads, width), sequences = q.shape, len(cu_seqlens_q) - 1
     out, lse = q.new_empty(q.shape), q.new_empty(rows, heads, dtype=torch.float32)
     if out.numel():
@@ -227,7 +222,12 @@ def short_attention_bwd(
     max_q: int,
     max_k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dout, q, k, v = packed_rows(dout), packed_rows(q), packed_rows(k), packed_rows(v)
+    dout, q, k, v = (
+        dispatch.contiguous_rows(dout),
+        dispatch.contiguous_rows(q),
+        dispatch.contiguous_rows(k),
+        dispatch.contiguous_rows(v),
+    )
     heads, width, sequences = q.shape[1], q.shape[2], len(cu_seqlens_q) - 1
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     if dq.numel() or dk.numel():

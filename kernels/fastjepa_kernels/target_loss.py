@@ -107,17 +107,12 @@ def _target_loss_bwd_kernel(
     tl.store(dprediction_ptr + place, gradient.to(dprediction_ptr.dtype.element_ty), mask=mask)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """A (M, D) table whose rows are contiguous, whatever lies between them."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 @torch.library.custom_op("fastjepa_kernels::target_loss_fwd", mutates_args=())
 def target_loss_fwd(
     prediction: Tensor, features: Tensor, idx: Tensor, weight: Tensor, kind: str, wants_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """-> the loss, and the gradient of each row's distance times D: (Q, D), or (0, D) where it is not wanted."""
-    prediction, features = _rows(prediction), _rows(features)
+    prediction, features = dispatch.contiguous_rows(prediction), dispatch.contiguous_rows(features)
     queries, width = prediction.shape
     losses = prediction.new_empty(queries, dtype=torch.float32)
     direction = prediction.new_empty(queries if wants_grad else 0, width)
