@@ -15,7 +15,7 @@ import webdataset
 from PIL import Image
 from test_data import load, pack_shard, same, save_image, settings, write_idx_pairs
 
-from fastjepa import catalog, cli, shard_writer, shards
+from fastjepa import arguments, catalog, cli, shard_writer, shards
 from fastjepa.config import ConfigError
 from fastjepa.decode_torch import decode
 from fastjepa.sources import open_source
@@ -248,7 +248,7 @@ def test_odd_names_become_keys(tmp_path: Path):
 
 @pytest.mark.parametrize("text, count", [("256MB", 256_000_000), ("1.5 GiB", 1_610_612_736), ("20kb", 20_000), ("7", 7)])
 def test_sizes_are_read(text: str, count: int):
-    assert cli.byte_count(text) == count
+    assert arguments.byte_count(text) == count
 
 
 @pytest.mark.parametrize("text", ["", "MB", "0", "1.2.3MB", "-5MB", "5XB"])
