@@ -9,7 +9,7 @@ PACKAGING := setup.py pyproject.toml kernels/setup.py
 unexport PYTHONDONTWRITEBYTECODE  # where it is set, each process would spend seconds on compiling torch anew
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint test test-slow gpu-check demo clean
+.PHONY: help venv lint test test-slow gpu-check demo docs dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,11 +43,18 @@ lint: $(VENV)/dev.stamp ## style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+docs: $(VENV)/dev.stamp ## the documentation, into site/; a broken link is an error
+	$(BIN)/mkdocs build --strict
+
+dist: $(VENV)/dev.stamp ## wheels and sdists of both distributions, into dist/
+	$(BIN)/python -m build --no-isolation --outdir dist kernels
+	$(BIN)/python -m build --no-isolation --outdir dist .
+
 venv: $(VENV)/dev.stamp ## the environment with everything the tests need
 	@echo "$(VENV) is ready: . $(BIN)/activate"
 
 clean: ## remove the environment, caches and the demo's run; other runs and downloaded data stay
-	rm -rf $(VENV) $(DEMO) build dist .pytest_cache .ruff_cache .hypothesis *.egg-info kernels/*.egg-info
+	rm -rf $(VENV) $(DEMO) build dist site .pytest_cache .ruff_cache .hypothesis *.egg-info kernels/*.egg-info
 	find fastjepa kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # 1: what to install. --no-compile: what is imported gets compiled and kept then, the rest (20 s of it) never.

@@ -13,11 +13,15 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.18"],  # sharding (runtime.zero 1 to 3)
     "flash": ["flash-attn>=2.8"],  # built from source: needs nvcc
     "xformers": ["xformers>=0.0.35"],
-    "eval": [],  # the probes need nothing beyond the core
+    "eval": ["scikit-learn>=1.4", "timm>=1.0.20"],  # logistic regression and fine-tuning; k-NN and probes need neither
     "pyarrow": ["pyarrow>=17"],  # Parquet files
+    "remote": ["fsspec[http]>=2024.6", "s3fs>=2024.6", "braceexpand"],  # shards behind https:// and s3://
     "lightly": ["lightly>=1.6"],  # loss.regularizer: vicreg, as the small presets use it
     "tensorboard": ["tensorboard"],
+    "onnx": ["onnx>=1.18", "onnxscript>=0.5"],  # convert --to onnx
+    "timm": ["timm>=1.0.20"],  # to read folders that timm wrote; what is written for it needs nothing
     "bench": ["pytest-benchmark", "timm>=1.0.20", "lightly>=1.6"],
+    "docs": ["mkdocs-material>=9.6", "mkdocs>=1.6,<2"],  # mkdocs 2 knows neither this theme nor hooks
 }
 EXTRAS["dev"] = [
     "pytest>=8.3",
@@ -27,23 +31,37 @@ EXTRAS["dev"] = [
     "ruff==0.17.6",  # pinned: another version formats otherwise
     *EXTRAS["dali"],  # decodes on CPUs as well
     *EXTRAS["deepspeed"],
+    *EXTRAS["docs"],  # a test builds them
+    *EXTRAS["eval"],
     *EXTRAS["lightly"],
+    *EXTRAS["onnx"],
     *EXTRAS["pyarrow"],
+    *(needed for needed in EXTRAS["remote"] if not needed.startswith("s3fs")),  # no test has a bucket
     *EXTRAS["tensorboard"],
     "webdataset>=1.0",  # its reader must understand the shards that are written
     "timm>=1.0.20",  # the ViT that the packed encoder must equal
+    "onnxruntime",  # runs what is exported
+    "transformers>=5.0",  # IJepaModel and its files; brings huggingface_hub, which reads the folders
+    "torchmetrics",  # counts accuracy as the evaluations must
     "kernels>=0.17",  # Hugging Face's: loads kernels/ in its layout
+    "build",  # make dist
+    "setuptools>=77",  # which it builds with
 ]
 
 setup(
     name="fastjepa",
     version=VERSION,
     description="A fast I-JEPA trainer, equal to the official recipe",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
+    keywords=["i-jepa", "self-supervised learning", "vision transformer", "pytorch", "deepspeed", "dali", "triton"],
+    classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
     packages=find_packages(include=["fastjepa", "fastjepa.*"]),
+    package_data={"fastjepa": ["configs/*.yaml"]},  # fastjepa/configs is a link to configs/: --config demo
     python_requires=">=3.11",
     install_requires=[
-        "fastjepa-kernels",  # kernels/ of this repository: pip install -e ./kernels -e .
+        "fastjepa-kernels>=0.1,<0.2",  # kernels/ of this repository: pip install -e ./kernels -e .
         "torch>=2.11",
         "torchvision",
         "numpy",

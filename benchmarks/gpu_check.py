@@ -1,9 +1,10 @@
 """Everything about the kernels that only a card can tell: `make gpu-check PYTHON=python3`, in under 10 minutes.
 
 The ops' tests run natively, then each op whole under torch.compile and from a replayed CUDA graph, then compute-sanitizer
-where it is installed, then the benches. No speed is reported by a run whose tests fail. The result is a JSON file: versions,
-commit, every measurement, and what was not measured and why. It needs torch, triton, pytest, pytest-benchmark and timm,
-no installation and no network. `--dry-run` does the same at toy size on a CPU, in Triton's interpreter.
+where it is installed; then JPEGs are decoded by what is installed of DALI and torchvision, and the benches run. No speed is
+reported by a run whose tests fail. The result is a JSON file: versions, commit, every measurement, and what was not
+measured and why. It needs torch, triton, pytest, pytest-benchmark and timm, no installation and no network. `--dry-run`
+does the same at toy size on a CPU, in Triton's interpreter.
 """
 
 import argparse
@@ -23,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "triton", "pytest", "pytest-benchmark", "timm", "flash-attn", "xformers")
+DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+PACKAGES = ("torch", "triton", "pytest", "pytest-benchmark", "timm", "flash-attn", "xformers", "torchvision", *DALI)
 MARKERS = "markers=gpu: needs a CUDA device\n    slow: takes more than about five seconds"
 PLAIN = ("-c", os.devnull, "--rootdir", str(ROOT), "-p", "no:cacheprovider", "-q", "--tb=short", "-o", MARKERS)
 KEPT = 4000  # characters of a step's output
@@ -77,8 +79,25 @@ def check(run: Run) -> None:
     if not run.passed:
         run.skip("benches", "a check failed, and no speed is reported by a run whose checks fail")
         return
+    decode(run)
     for bench in sorted((ROOT / "benchmarks" / "ops").glob("bench_*.py")):
         measure(run, bench, *pytest)
+
+
+def decode(run: Run) -> None:
+    if time.monotonic() >= run.end:
+        run.skip("decode", "the time was over")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "decode.json"
+        toy = ("--toy",) if run.dry else ()
+        run.step("decode", sys.executable, str(ROOT / "benchmarks" / "decode.py"), "--output", str(file), *toy)
+        found = json.loads(file.read_text()) if file.is_file() else None
+    if found is None:
+        run.skip("decode", "it ended without results")
+        return
+    run.measurements += found["measurements"]
+    run.not_measured += found["not_measured"]
 
 
 def measure(run: Run, bench: Path, *pytest: str) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import official
+import sharded
 import timing
 import torch
 from timing import Ceiling, Clock, Spread
@@ -25,6 +26,7 @@ from fastjepa import config as configs
 from fastjepa import distributed, flops, masks, packing, train
 from fastjepa.config import MODELS, Config, ConfigError
 from fastjepa.data import Batch
+from fastjepa.ema import Average
 from fastjepa.engine import Engine
 from fastjepa.flops import Flops
 from fastjepa.schedule import Schedule
@@ -70,6 +72,7 @@ class Ours:
         self.config, self.device = config, device
         self.jepa, self.target_encoder = train.networks(config, device)
         self.engine = Engine(self.jepa, micro_batches=config.data.batch_size // config.micro_batch)
+        self.average = Average(self.target_encoder, self.jepa.encoder)
         packed = [work.packed(config) for work in works]
         self.flops = [mean_total([flops.packed(config, b.context, b.target, b.blocks) for b in batches]) for batches in packed]
         self.batches = [[batch.to(device) for batch in batches] for batches in packed]
@@ -77,7 +80,7 @@ class Ours:
 
     def __call__(self, number: int, engine: "Engine | Marked | None" = None) -> Tensor:
         batches = self.batches[number % len(self.batches)]
-        return train.step(engine or self.engine, self.target_encoder, batches, self.now, self.config).loss
+        return train.step(engine or self.engine, self.average, batches, self.now, self.config).loss
 
     def phases(self, number: int) -> dict[str, float]:
         """Milliseconds of each phase of one step."""
@@ -285,9 +288,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--rounds", type=int, default=12, help="timed steps of each contender")
     parser.add_argument("--reference", metavar="DIR", help="clone of the official code to time beside ours")
+    parser.add_argument("--zero", type=numbers, metavar="S,S", help="compare ZeRO stages (0 to 3), ranks sharing the batch")
+    parser.add_argument("--ranks", type=numbers, default=[1], metavar="N,N", help="numbers of ranks that --zero compares")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any further key of the config")
     return parser.parse_intermixed_args(argv)
+
+
+def numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
 
 
 def to_config(options: argparse.Namespace) -> Config:
@@ -312,11 +321,13 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(f"--rounds {options.rounds}: time at least one round")
         config = to_config(options)
         with contextlib.redirect_stdout(sys.stderr):
-            result = measure(config, options.rounds, options.reference)
+            result = (sharded.compare(config, options.zero, options.ranks, options.rounds) if options.zero is not None
+                      else measure(config, options.rounds, options.reference))  # fmt: skip
     except ConfigError as error:
         print(f"benchmarks/step.py: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(result) if options.json else "\n".join(report(result, config)))
+    shown = sharded.report(result) if options.zero is not None else report(result, config)
+    print(json.dumps(result) if options.json else "\n".join(shown))
     return 0
 
 

@@ -3,13 +3,16 @@
 __version__ = "0.1.0"
 
 
-def load_encoder(path, which="target"):
-    """A run's encoder for inference: `load_encoder("runs/demo").features(images)` is (b, N, D).
+def load_encoder(path, which=None):
+    """An encoder for inference: `load_encoder("runs/demo").forward_features(images)` is (b, N, D).
 
     Args:
-        path: run directory or checkpoint.
-        which: "target" (what the paper evaluates), "context" or "random".
+        path: a run or checkpoint, an official .pth.tar, a .safetensors file of weights, or a folder of `fastjepa convert`,
+            timm or transformers (IJepaModel).
+        which: "target" (what the paper evaluates) or "context"; default: target where there is a choice, else the one
+            there is. The encoder's `which` says it; its other attributes are image_size, patch_size, channels, mean_std
+            and origin.
     """
-    from fastjepa.evals.features import load_encoder
+    from fastjepa.interop import load_encoder
 
     return load_encoder(path, which)

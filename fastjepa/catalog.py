@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import functools
 import gzip
 import hashlib
 import os
@@ -21,6 +22,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from fastjepa import scenes
 from fastjepa.config import ConfigError
 
 # SHA-256 of the uncompressed content: Debian and the authors compress the same files differently.
@@ -264,7 +266,15 @@ def _cifar10_is_complete(folder: Path) -> bool:
         return False
 
 
+def _render_scenes(folder: Path, archive: Path | None, size: int) -> None:
+    if archive:
+        raise ConfigError("scenes: --archive is for cifar10; scenes are rendered here, from no file")
+    scenes.write(folder, size)
+
+
 ENTRIES = {
     "fashion-mnist": Entry(_fetch_fashion_mnist, _fashion_mnist_is_complete, FASHION_CLASSES),
     "cifar10": Entry(_fetch_cifar10, _cifar10_is_complete, CIFAR10_CLASSES),
+    "scenes": Entry(functools.partial(_render_scenes, size=64), scenes.is_complete, ()),
+    "scenes-128": Entry(functools.partial(_render_scenes, size=128), scenes.is_complete, ()),
 }

@@ -7,17 +7,15 @@
         manifest.json           size and SHA-256 of every other file
 
 Everything is written and fsynced in a hidden directory that one rename publishes, so a kill or a full disk at any
-moment leaves the earlier checkpoints as they were and nothing half-written under a checkpoint's name.
+moment leaves the earlier checkpoints as they were and nothing half-written under a checkpoint's name. Ranks that share
+a state write a file each in place of each of the four (see `pieces`), and the rename comes after every rank's fsync.
+Either kind resumes on any number of ranks, sharded or not.
 """
 
-import hashlib
 import json
-import os
-import re
 import shutil
-import socket
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,19 +25,34 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastjepa import distributed, pieces
 from fastjepa.config import ConfigError
+from fastjepa.ema import ShardedAverage
+from fastjepa.engine import ShardedEngine
+from fastjepa.manifest import (
+    MANIFEST,
+    CheckpointError,
+    complete,
+    discard,
+    find,
+    fsync,
+    hidden_name,
+    latest,
+    listing,
+    publish,
+    settle,
+    step_of,
+    sweep,
+    verify,
+)
+from fastjepa.pieces import Form, Piece, Stored
+
+__all__ = ["CheckpointError", "Shards", "TrainState", "complete", "differences", "find", "latest", "load_networks",
+           "read_state", "restore", "save", "verify"]  # fmt: skip
 
 NETWORKS = ("encoder", "predictor", "target_encoder")
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer"
-# A checkpoint on its way in or out is "<HIDDEN><name>@<host>@<pid>"; one that a rewrite has set aside keeps its place
-# among the complete ones, under "<name><REPLACED>", until its successor is there.
-HIDDEN, REPLACED = ".tmp-", ".replaced"
-FOREIGN_SECONDS = 24 * 3600  # after which an unfinished directory of another machine counts as abandoned
-
-
-class CheckpointError(OSError):
-    """A checkpoint that cannot be written, or cannot be trusted; the message names the file and the remedy."""
+STATE, OPTIMIZER = "state.json", "optimizer"
 
 
 @dataclass
@@ -53,88 +66,89 @@ class TrainState:
     skipped_in_row: int = 0
     bad_files: list[str] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)  # config, versions, threads, world: see `differences`
+    shards: "Shards | None" = None  # where ranks share the state: their parts, in place of the tensors above
+
+
+class Shards:
+    """A sharded engine and average, as checkpoints see them: this rank's part of every group of tensors."""
+
+    def __init__(self, engine: ShardedEngine, average: ShardedAverage, networks: Mapping[str, nn.Module]):
+        self.engine, self.average = engine, average
+        self.fixed = {group: _buffers(network) for group, network in networks.items()}
+
+    def pieces(self) -> dict[str, dict[str, Piece]]:
+        """{group: {name: piece}} of what this rank has."""
+        found = {group: {name: Piece.all_of(tensor) for name, tensor in fixed.items()} for group, fixed in self.fixed.items()}
+        for name, piece in self.engine.masters().items():
+            network, _, parameter = name.partition(".")
+            found[network][parameter] = piece
+        found["target_encoder"] |= self.average.pieces()
+        return found | {OPTIMIZER: self.engine.moments()}
+
+    def forms(self) -> dict[str, dict[str, Form]]:
+        """{group: {name: form}} of the whole state."""
+        found = {group: _forms(fixed) for group, fixed in self.fixed.items()} | {OPTIMIZER: {}}
+        for name, shape in self.engine.shapes.items():
+            network, _, parameter = name.partition(".")
+            found[network][parameter] = "F32", shape
+            if network == "encoder":
+                found["target_encoder"][parameter] = "F32", shape
+            found[OPTIMIZER] |= {f"{name}.{moment}": ("F32", () if moment == "step" else shape) for moment in MOMENTS}
+        return found
+
+    def refresh(self) -> None:
+        """Make the networks agree with pieces that were written from outside."""
+        self.engine.refresh()
+        self.average.publish()
+
+
+def _buffers(network: nn.Module) -> dict[str, Tensor]:
+    parameters = dict(network.named_parameters())
+    return {name: tensor for name, tensor in network.state_dict().items() if name not in parameters}
 
 
 def save(root: str | Path, state: TrainState, tag: str = "jepa", keep_last: int = 2) -> Path:
-    """Write `<root>/<tag>-<step>` and drop all but the newest `keep_last` complete ones up to it; main rank only.
+    """Write `<root>/<tag>-<step>` and drop all but the newest `keep_last` complete ones up to it; every rank takes part.
 
     A step that is already there, complete and equal, is left alone; otherwise it is replaced.
 
     Raises:
-        CheckpointError: it could not be written (a full disk); the earlier checkpoints are untouched.
+        CheckpointError: it could not be written (a full disk), on every rank; the earlier checkpoints are untouched.
     """
     if keep_last < 1:
         raise ConfigError(f"logging.keep_last: {keep_last} must be at least 1")
     if not tag or "/" in tag or tag.startswith("."):
         raise ConfigError(f"logging.write_tag: {tag!r} must be a plain file name")
-    root = Path(root)
+    root, main = Path(root), distributed.rank() == 0
     final = root / f"{tag}-{state.step:08d}"
-    files, hidden = _tensors(state), _hidden(final)
+    files = {} if state.shards or not main else _tensors(state)
+    hidden = Path(distributed.from_main(str(hidden_name(final))))
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        _sweep(root)
-        _write(hidden, files, _state_json(state))
-        _publish(hidden, final)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise CheckpointError(
-            f"{final}: could not be written ({reason}); free some space or choose another --output (earlier ones are intact)"
-        ) from error
+        _together(final, lambda: _begin(root, hidden) if main else None)
+        listed = _together(final, lambda: _write_shards(hidden, state.shards) if state.shards else _write(hidden, files))
+        _together(final, lambda: _finish(hidden, final, state, listed) if main else None)
     finally:
-        shutil.rmtree(hidden, ignore_errors=True)
-    for old in [path for path in complete(root, tag) if _step(path) <= state.step][:-keep_last]:
-        _discard(old)
+        if main:
+            shutil.rmtree(hidden, ignore_errors=True)
+    if main:
+        for old in [path for path in complete(root, tag) if step_of(path) <= state.step][:-keep_last]:
+            discard(old)
     return final
 
 
-def complete(root: str | Path, tag: str | None = "jepa") -> list[Path]:
-    """The checkpoints with a manifest whose sizes all match, by rising step; `tag` None takes any tag."""
-    pattern = re.compile(rf"({'.+' if tag is None else re.escape(tag)})-(\d{{8,}})({re.escape(REPLACED)})?")
-    found: dict[tuple[int, str], Path] = {}
-    for path in sorted(Path(root).glob("[!.]*")):  # a name sorts before the same name with a suffix
-        match = pattern.fullmatch(path.name)
-        if match and _is_complete(path):
-            found.setdefault((int(match[2]), match[1]), path)
-    return [found[key] for key in sorted(found)]
-
-
-def latest(root: str | Path, tag: str | None = "jepa") -> Path | None:
-    """The complete checkpoint of the highest step, or None."""
-    return next(reversed(complete(root, tag)), None)
-
-
-def find(path: str | Path) -> Path:
-    """The checkpoint that `path` means: itself, or the latest of a run directory or of its `checkpoints`."""
-    path = Path(path)
-    if (path / MANIFEST).is_file():
-        return path
-    for root in (path / "checkpoints", path):
-        if newest := latest(root, tag=None):
-            return newest
-    raise CheckpointError(
-        f"{path}: holds no complete checkpoint; name a run directory, a checkpoint in it or a .safetensors file"
-    )
-
-
-def verify(path: str | Path, names: Iterable[str] | None = None) -> None:
-    """Compare size and SHA-256 of the manifest's files (or of `names` among them); CheckpointError at the first difference."""
-    path = Path(path)
-    listed = _manifest(path)
-    if listed is None:
+def _together(final: Path, action: Callable[[], Any]) -> list[Any]:
+    """What each rank's action returned; where one of them failed, the same CheckpointError on all."""
+    result = reason = None
+    try:
+        result = action()
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    done = distributed.gather((result, reason))
+    if failed := next((reason for _, reason in done if reason), None):
         raise CheckpointError(
-            f"{path / MANIFEST}: missing or unreadable, so {path.name} is incomplete; use an earlier checkpoint"
+            f"{final}: could not be written ({failed}); free some space or choose another --output (earlier ones are intact)"
         )
-    for name in listed if names is None else names:
-        file = path / name
-        if name not in listed or not file.is_file():
-            raise CheckpointError(f"{file}: expected, and not there; use an earlier checkpoint")
-        expected = listed[name]
-        # The size first: it tells a truncated file without reading it.
-        for what, found in (("bytes", lambda file: file.stat().st_size), ("sha256", _sha256)):
-            if (value := found(file)) != expected[what]:
-                raise CheckpointError(
-                    f"{file}: damaged, expected {what} {expected[what]} and found {value}; remove {path} to use an earlier one"
-                )
+    return [result for result, _ in done]
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
@@ -151,14 +165,34 @@ def restore(path: str | Path, state: TrainState) -> TrainState:
         CheckpointError: damage, or a name, shape or dtype that differs; nothing has been modified then.
     """
     path = Path(path)
-    verify(path)
-    saved, parameters = read_state(path), _optimized(state)
+    _verify_together(path)
+    saved = read_state(path)
+    _fill(path, state.shards) if state.shards else _replace(path, state)
+    for name in ("step", "skipped", "skipped_in_row", "bad_files"):
+        setattr(state, name, saved[name])
+    return state
+
+
+def _verify_together(path: Path) -> None:
+    """`verify`, each rank taking its share of the files."""
+    problem = None
+    try:
+        listed = sorted(listing(path) or ())
+        verify(path, listed[distributed.rank() :: distributed.size()] if listed else None)
+    except CheckpointError as error:
+        problem = str(error)
+    if problem := next(filter(None, distributed.gather(problem)), None):
+        raise CheckpointError(problem)
+
+
+def _replace(path: Path, state: TrainState) -> None:
+    """The whole tensors of `state` from a checkpoint of either kind."""
+    parameters = _optimized(state)
     targets = {name: network.state_dict() for name, network in state.networks.items()}
-    verify(path, [f"{name}.safetensors" for name in (*targets, OPTIMIZER)])
-    stored = {name: load_file(path / f"{name}.safetensors") for name in (*targets, OPTIMIZER)}
+    stored = {name: _group(path, name) for name in (*targets, OPTIMIZER)}
     moments = _moments(state, parameters, stored[OPTIMIZER])
     for name, expected in (*targets.items(), (OPTIMIZER, moments)):
-        _agree(path / f"{name}.safetensors", stored[name], expected)
+        _agree(path / f"{name}.safetensors", _forms(stored[name]), _forms(expected))
     with torch.no_grad():
         for name, tensors in (*targets.items(), (OPTIMIZER, moments)):
             for key, tensor in tensors.items():
@@ -167,9 +201,31 @@ def restore(path: str | Path, state: TrainState) -> TrainState:
         kept = {moment: moments[f"{name}.{moment}"] for moment in MOMENTS if f"{name}.{moment}" in moments}
         # Assigned only now, so that a mismatch has changed nothing.
         state.optimizer.state[parameter].update(kept) if kept else state.optimizer.state.pop(parameter, None)
-    for name in ("step", "skipped", "skipped_in_row", "bad_files"):
-        setattr(state, name, saved[name])
-    return state
+
+
+def _fill(path: Path, shards: Shards) -> None:
+    """This rank's pieces from a checkpoint of either kind; moments that an unstepped optimizer did not have are zero."""
+    mine = shards.pieces()
+    with ExitStack() as stack:
+        stored = {group: stack.enter_context(Stored(path, group)) for group in mine}
+        for group, expected in shards.forms().items():
+            there = stored[group].forms
+            unstepped = group == OPTIMIZER and not there
+            _agree(path / f"{group}.safetensors", expected if unstepped else there, expected)
+        with torch.no_grad():
+            for group, named in mine.items():
+                for name, piece in named.items():
+                    stored[group].fill(name, piece) if name in stored[group].forms else piece.tensor.zero_()
+    shards.refresh()
+
+
+def _group(path: Path, name: str) -> dict[str, Tensor]:
+    with Stored(path, name) as stored:
+        return {key: stored.read(key) for key in stored.forms}
+
+
+def _forms(tensors: Mapping[str, Tensor]) -> dict[str, Form]:
+    return {name: Piece.all_of(tensor).form for name, tensor in tensors.items()}
 
 
 def load_networks(path: str | Path) -> dict[str, dict[str, Tensor]]:
@@ -181,8 +237,8 @@ def load_networks(path: str | Path) -> dict[str, dict[str, Tensor]]:
     path = Path(path)
     if path.is_dir():
         path = find(path)
-        verify(path, [f"{name}.safetensors" for name in NETWORKS])
-        return {name: _read(path / f"{name}.safetensors") for name in NETWORKS}
+        verify(path, [file for file in listing(path) or () if file.partition(".")[0].partition("-")[0] in NETWORKS])
+        return {name: _group(path, name) for name in NETWORKS}
     tensors = _read(path)
     if not all(name.partition(".")[0] in NETWORKS for name in tensors):
         return {path.stem if path.stem in NETWORKS else "encoder": tensors}
@@ -256,9 +312,12 @@ def _moments(state: TrainState, parameters: dict[str, nn.Parameter], stored: Map
     return moments
 
 
-def _agree(file: Path, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    def form(tensors: Mapping[str, Tensor], name: str) -> str:
-        return f"{str(tensors[name].dtype)[6:]} {tuple(tensors[name].shape)}" if name in tensors else "absent"
+def _agree(file: Path, stored: Mapping[str, Form], expected: Mapping[str, Form]) -> None:
+    def form(forms: Mapping[str, Form], name: str) -> str:
+        if name not in forms:
+            return "absent"
+        dtype, shape = forms[name]
+        return f"{str(pieces.DTYPES[dtype])[6:]} {shape}"
 
     for name in [*expected, *(name for name in stored if name not in expected)]:
         if (there := form(stored, name)) != (here := form(expected, name)):
@@ -282,109 +341,32 @@ def _state_json(state: TrainState) -> str:
     return json.dumps({name: getattr(state, name) for name in names}, indent=1)
 
 
-def _write(directory: Path, files: Mapping[str, Mapping[str, Tensor]], state: str) -> None:
-    """Every file, on disk, the manifest last."""
-    directory.mkdir()
+def _begin(root: Path, hidden: Path) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    sweep(root)
+    hidden.mkdir()
+
+
+def _write(directory: Path, files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Any]]:
+    """Every file, on disk; returns their entries in the manifest."""
     for name, tensors in files.items():
         save_file(dict(tensors), directory / f"{name}.safetensors")
-    (directory / STATE).write_text(state)
-    listed, mode = {}, (directory / STATE).stat().st_mode
-    for file in sorted(directory.iterdir()):
-        file.chmod(mode)  # safetensors makes files that only their owner can read
-        _fsync(file)
-        listed[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-    (directory / MANIFEST).write_text(json.dumps({"files": listed}, indent=1))
-    _fsync(directory / MANIFEST)
-    _fsync(directory)
+    return settle(directory / f"{name}.safetensors" for name in files)
 
 
-def _publish(hidden: Path, final: Path) -> None:
-    aside = final.with_name(final.name + REPLACED)
-    if final.exists():
-        if _same(hidden, final):
-            return
-        if _is_complete(final):
-            os.replace(final, aside)
-        else:
-            _discard(final)
-    os.replace(hidden, final)
-    _fsync(final.parent)
-    _discard(aside)
+def _write_shards(directory: Path, shards: Shards) -> dict[str, dict[str, Any]]:
+    rank, world = distributed.rank(), distributed.size()
+    files = {group: directory / pieces.shard_name(group, rank, world) for group in shards.forms()}
+    for group, mine in shards.pieces().items():
+        pieces.write(files[group], mine, rank)
+    return settle(files.values())
 
 
-def _same(new: Path, old: Path) -> bool:
-    if _manifest(new) != _manifest(old):
-        return False
-    try:
-        verify(old)
-    except CheckpointError:  # damaged since: the new one takes its place
-        return False
-    return True
-
-
-def _discard(path: Path) -> None:
-    """Out of sight by one rename, then deleted: a kill half-way leaves nothing under a checkpoint's name."""
-    if path.exists():
-        hidden = _hidden(path.with_name("old-" + path.name))
-        os.replace(path, hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _hidden(final: Path) -> Path:
-    return final.with_name(f"{HIDDEN}{final.name}@{socket.gethostname()}@{os.getpid()}")
-
-
-def _sweep(root: Path) -> None:
-    """Delete what writers that are no more have left, and set-aside checkpoints whose successor is there."""
-    for aside in root.glob(f"*{REPLACED}"):
-        if _is_complete(aside.with_name(aside.name.removesuffix(REPLACED))):
-            _discard(aside)
-    for path in root.glob(f"{HIDDEN}*@*@*"):
-        _, host, pid = path.name.rsplit("@", 2)
-        if host == socket.gethostname():
-            gone = pid == str(os.getpid()) or not _alive(int(pid))
-        else:
-            gone = time.time() - path.stat().st_mtime > FOREIGN_SECONDS
-        if gone:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def _manifest(path: Path) -> dict[str, dict[str, Any]] | None:
-    try:
-        return json.loads((path / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _is_complete(path: Path) -> bool:
-    listed = _manifest(path)
-    return listed is not None and all(
-        (path / name).is_file() and (path / name).stat().st_size == entry["bytes"] for name, entry in listed.items()
-    )
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removesuffix(REPLACED).rpartition("-")[2])
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _finish(hidden: Path, final: Path, state: TrainState, listed: list[dict[str, dict[str, Any]]]) -> None:
+    """The state and the manifest, last, and one rename."""
+    (hidden / STATE).write_text(_state_json(state))
+    entries = {name: entry for part in (*listed, settle([hidden / STATE])) for name, entry in sorted(part.items())}
+    (hidden / MANIFEST).write_text(json.dumps({"files": entries}, indent=1))
+    fsync(hidden / MANIFEST)
+    fsync(hidden)
+    publish(hidden, final)

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -14,14 +15,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Each new shape leaves a oneDNN primitive behind, and ragged steps have many: the default, 1024, was seen to hold gigabytes.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
-from fastjepa import cli_data, cli_eval  # noqa: E402
+from fastjepa import cli_convert, cli_data, cli_eval, cli_plan  # noqa: E402
 from fastjepa import config as configs  # noqa: E402
 from fastjepa.arguments import add, positive  # noqa: E402
 from fastjepa.config import ConfigError  # noqa: E402
 
+CONFIG = "YAML file, or the name of one that comes with fastjepa: demo, cifar10, vit_base16 ..."
 EXAMPLES = {
     "train": """examples:
-  fastjepa train --config configs/demo.yaml
+  fastjepa train --config demo
   fastjepa train --config configs/vit_base16.yaml data.source=/data/imagenet runtime.micro_batch=64
   torchrun --nproc_per_node 8 fastjepa/train.py --config configs/vit_huge14.yaml --output runs/h14
   deepspeed fastjepa/train.py --config configs/vit_huge14.yaml""",
@@ -52,13 +54,28 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if args.debug or not expected(error):
             raise
-        print(f"fastjepa {args.command}: {error}", file=sys.stderr)
+        print(f"fastjepa {args.command}: {memory(error, args.command) if out_of_memory(error) else error}", file=sys.stderr)
         return 2
 
 
 def expected(error: Exception) -> bool:
-    """Whether an error is the user's to mend: its message is the whole story."""
-    return isinstance(error, ConfigError | OSError) or type(error).__name__ == "RunError"
+    """Whether an error is the user's to mend: its message is the whole story, or memory ran out."""
+    return isinstance(error, ConfigError | OSError) or type(error).__name__ == "RunError" or out_of_memory(error)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Of a GPU (torch's OutOfMemoryError, or cuBLAS without a workspace) or of the host."""
+    named = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
+    return named or any(words in str(error) for words in ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"))
+
+
+def memory(error: Exception, command: str) -> str:
+    """Out of memory in one sentence: torch's own is a paragraph about its allocator."""
+    wanted = re.search(r"[Tt]ried to allocate ([0-9.]+ \w+)", str(error))
+    asked = f"out of memory{f', {wanted[1]} more were asked for' if wanted else ''}"
+    train = "lower runtime.micro_batch or set runtime.checkpoint_activations=true, which change no result; `fastjepa plan` says"
+    other = "close what else uses it, take --device cpu, or less at a time: --help says"
+    return f"{asked}; {train} what fits" if command == "train" else f"{asked}; {other} how"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -71,25 +88,29 @@ def parser() -> argparse.ArgumentParser:
     masks_options(add(commands, "masks", masks, "statistics and a picture of a config's masks", EXAMPLES["masks"]))
     cli_eval.register(commands)
     cli_data.register(commands)
+    cli_plan.register(commands)
+    cli_convert.register(commands)
     sub = add(commands, "doctor", doctor, "what would run on this machine, and what is missing", EXAMPLES["doctor"])
     sub.add_argument("--json", action="store_true")
     return root
 
 
 def train_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--config", required=True, type=Path, help="YAML file")
+    sub.add_argument("--config", required=True, type=Path, help=CONFIG)
     sub.add_argument("--output", type=Path, help="run directory (default: logging.folder, or runs/<config>-<time>)")
     sub.add_argument("--max-steps", type=positive, metavar="N", help="save and stop after N optimizer steps in all")
     sub.add_argument(
         "--resume", choices=("auto", "must", "never"), default="auto", help="from the latest checkpoint in --output"
     )
     sub.add_argument("--init", type=Path, metavar="FILE", help="weights to start from: a .safetensors file, checkpoint or run")
+    extra = "what DeepSpeed shall do beyond the config: offloading, buckets, overlap (JSON)"
+    sub.add_argument("--deepspeed_config", "--deepspeed-config", type=Path, metavar="FILE", help=extra)
     sub.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers append it
     sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings in place of the file's")
 
 
 def masks_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--config", required=True, type=Path, help="YAML file")
+    sub.add_argument("--config", required=True, type=Path, help=CONFIG)
     sub.add_argument("--groups", type=positive, default=1000, help="independently sized groups to draw (default 1000)")
     sub.add_argument(
         "--picture", type=Path, metavar="PNG", help="where the picture goes (default masks.png); needs the config's data"
@@ -104,9 +125,9 @@ def train(args: argparse.Namespace) -> None:
     config = configs.load(args.config, args.overrides)
     named = args.output or (config.logging.folder and Path(config.logging.folder))
     fresh = Path("runs") / f"{args.config.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    distributed.init(config.runtime.device)
+    distributed.init(config.runtime.device, 2 * config.runtime.timeout)
     output = named or Path(distributed.from_main(str(fresh)))
-    train.train(config, output, args.max_steps, args.resume, args.init)
+    train.train(config, output, args.max_steps, args.resume, args.init, args.deepspeed_config)
 
 
 def verify(args: argparse.Namespace) -> int:

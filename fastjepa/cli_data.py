@@ -16,7 +16,8 @@ EXAMPLES = {
   fastjepa data shard /data/imagenet /fast/imagenet/train""",
     "get": """examples:
   fastjepa data get fashion-mnist
-  fastjepa data get cifar10 --archive cifar10-jpeg.zip""",
+  fastjepa data get cifar10 --archive cifar10-jpeg.zip
+  fastjepa data get scenes""",
     "check": """examples:
   fastjepa data check /data/imagenet --workers 16
   fastjepa data check /data/imagenet --split val --output bad-val.txt
@@ -42,7 +43,7 @@ def register(commands) -> None:
 
 
 def get_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("name", help="fashion-mnist or cifar10")
+    sub.add_argument("name", help="fashion-mnist, cifar10, scenes or scenes-128 (rendered here, 64 or 128 px)")
     sub.add_argument("--archive", type=Path, help="a local archive to unpack instead of a download")
     sub.add_argument("--directory", type=Path, help="where data sets are kept (default: $FASTJEPA_DATA or ~/.cache/fastjepa)")
 
@@ -109,7 +110,8 @@ def shard(args: argparse.Namespace) -> None:
     from fastjepa.sources import open_source
 
     source = open_source(args.source, args.split)
-    named = args.source if args.source in catalog.ENTRIES else os.path.abspath(os.path.expanduser(args.source))
+    anywhere = args.source in catalog.ENTRIES or "://" in args.source
+    named = args.source if anywhere else os.path.abspath(os.path.expanduser(args.source))
     manifest = shard_writer.write(source, args.destination, {"path": named, "split": args.split}, args.shard_size,
                                   args.resize, args.keep_order, args.workers, args.max_bad)  # fmt: skip
     for name in manifest["left_out"]:

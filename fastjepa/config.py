@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 import yaml
 
+PACKAGED = Path(__file__).parent / "configs"  # in a checkout a link to the configs/ beside this package
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message names the key, the file and the remedy."""
@@ -75,6 +77,19 @@ class DataConfig:
         "dali: share of the JPEGs given to a GPU's hardware decoder, where it has one",
         (lambda v: 0 <= v <= 1, "in [0, 1]"),
     )
+    device_memory_padding: int = key(
+        16 << 20,
+        "dali on a GPU: bytes of its memory that each decoding thread sets aside at the start, so that a larger image later "
+        "need not wait for more; of no effect on a CPU, as the next three",
+        not_negative,
+    )
+    host_memory_padding: int = key(
+        8 << 20, "dali on a GPU: bytes of page-locked host memory that each decoding thread sets aside, twice", not_negative
+    )
+    preallocate_width_hint: int = key(
+        0, "dali on a GPU: width in pixels of the largest image, for the hardware decoder's memory; 0: unknown", not_negative
+    )
+    preallocate_height_hint: int = key(0, "dali on a GPU: its height in pixels; 0: unknown", not_negative)
     max_bad: int = key(100, "undecodable files a run may meet before it stops", not_negative)
     channels: int = key(3, "image channels: 1 (grey) or 3 (RGB)", (lambda v: v in (1, 3), "1 or 3"))
     mean: tuple[float, ...] | None = key(None, "per-channel mean on [0, 1]; default: ImageNet's")
@@ -134,6 +149,10 @@ class LoggingConfig:
     write_tag: str = key("jepa", "official: prefix of checkpoint names")
     every: int = key(10, "steps between logged lines", positive)
     monitor_every: int = key(100, "steps between collapse readings (feature spread, effective rank); 0: never", not_negative)
+    probe_every: int | None = key(
+        None, "steps between k-NN, RankMe and LiDAR of the target encoder; 0: never; default: by monitor_budget", not_negative
+    )
+    monitor_budget: float = key(0.01, "share of a run's time that those may take by default, as estimated from FLOPs", share)
     checkpoint_every: int = key(0, "steps between checkpoints; 0: once an epoch", not_negative)
     keep_last: int = key(2, "checkpoints kept", positive)
 
@@ -152,12 +171,16 @@ class RuntimeConfig:
     dtype: Literal["fp32", "bf16"] = key("bf16", "compute dtype; parameters, moments and EMA stay fp32")
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: CUDA where there is one")
     micro_batch: int | None = key(None, "images per forward; default: data.batch_size", positive)
-    zero: Literal[0] = key(0, "ZeRO stage; 0 is plain DDP")
+    zero: Literal["auto", 0, 1, 2, 3] = key(
+        "auto",
+        "what DeepSpeed shards: 1 optimizer state, 2 and gradients, 3 and weights; 0: plain DDP; auto: 1 for several ranks",
+    )
     kernels: str = key("auto", "which implementation of the ops runs: auto, triton or torch; by op: auto,target_loss=torch")
     attention: Literal["auto", "flash", "varlen", "xformers", "short", "sdpa", "matmul"] = key("auto", "which attention runs")
     compile: bool = key(False, "torch.compile of the networks")
     checkpoint_activations: bool = key(False, "recompute activations in the backward pass")
     max_skipped: int = key(20, "non-finite steps in a row before the run stops", positive)
+    timeout: float = key(600.0, "seconds that ranks wait for one that does not go on; more than a checkpoint takes", positive)
     deterministic: bool = key(False, "deterministic CUDA algorithms")
     threads: int | None = key(None, "CPU threads; default: torch's", positive)
 
@@ -209,17 +232,27 @@ class Config:
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Read a YAML file, apply `section.key=value` overrides and validate; ConfigError says what is wrong."""
-    path = Path(path)
+    """Read a YAML file, apply `section.key=value` overrides and validate; ConfigError says what is wrong.
+
+    `path` may also be the bare name of a config that comes with the package, such as "demo".
+    """
+    path = find(Path(path))
     try:
         raw = yaml.safe_load(path.read_text()) or {}
     except OSError as error:
-        raise ConfigError(f"{path}: cannot read the config ({error.strerror}); pass --config FILE") from error
+        remedy = f"pass a file, or a name: {', '.join(sorted(file.stem for file in PACKAGED.glob('*.yaml')))}"
+        raise ConfigError(f"{path}: cannot read the config ({error.strerror}); {remedy}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a config is a mapping of sections ({', '.join(_sections())})")
     return from_dict(_override(raw, overrides), str(path))
+
+
+def find(path: Path) -> Path:
+    """`path` itself, or the packaged config of that name where there is no such file."""
+    named = PACKAGED / f"{path}.yaml"
+    return named if len(path.parts) == 1 and named.is_file() and not path.is_file() else path
 
 
 def from_dict(raw: Mapping[str, Any], where: str = "config") -> Config:

@@ -11,7 +11,7 @@ import logging
 import math
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -27,6 +27,7 @@ from fastjepa.decode_dali import Encoded, View
 from fastjepa.decode_torch import Box, DecodeError, crop, decode
 from fastjepa.draws import BOXES, ORDER, SUBSTITUTES, generator
 from fastjepa.packing import Blocks, Movable, Packed, pack
+from fastjepa.remote_shards import RemoteShards
 from fastjepa.sources import IdxPair, Source
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,10 @@ class MicroBatches(Dataset):
         step, micro = divmod(item, self.n_micro)
         data, size = self.config.data, self.config.micro_batch
         start = self.rank * data.batch_size + micro * size
-        shown, bad = images(step // self.steps_per_epoch, self.samples(step, start, start + size).tolist())
+        samples = self.samples(step, start, start + size).tolist()
+        if isinstance(self.source, RemoteShards):
+            self.source.ahead(samples)
+        shown, bad = images(step // self.steps_per_epoch, samples)
         drawn = masks.draw(self.config.mask, self.config.grid, self.config.runtime.seed, step, start, start + size, self.total)
         return Batch(shown, *pack(*drawn, images=data.batch_size), bad=tuple(dict.fromkeys(bad)))
 
@@ -153,16 +157,22 @@ class EncodedBatches(MicroBatches):
     """The same micro-batches with their images still to be decoded by DALI: `images` is Encoded."""
 
     def __getitem__(self, item: int) -> Batch:
-        return self._batch(item, functools.partial(self._views, self._file))
+        return self.without(item, {})
 
-    def pixels(self, item: int) -> Batch:
-        """Micro-batch `item` of files that Pillow can read to their end, as the pixels it reads: DALI takes any of those."""
-        return self._batch(item, functools.partial(self._views, self._pixels))
+    def without(self, item: int, refused: Mapping[int, str]) -> Batch:
+        """Micro-batch `item` when DALI refuses the files in some rows, for the reasons given.
 
-    def _views(self, make: Callable[[bytes | np.ndarray, CropOf], View], epoch: int, samples: list[int]):
+        Those rows become the pixels that Pillow reads, of the sample or of a substitute: DALI takes any. The others do not
+        change.
+        """
+        return self._batch(item, functools.partial(self._views, refused))
+
+    def _views(self, refused: Mapping[int, str], epoch: int, samples: list[int]) -> tuple[Encoded, list[str]]:
         views, bad = [], []
-        for sample in samples:
-            view, unreadable = self._first_readable(epoch, sample, make)
+        for row, sample in enumerate(samples):
+            view, unreadable = self._first_readable(epoch, sample, self._pixels if row in refused else self._file)
+            if row in refused and not unreadable:
+                log.warning("%s: Pillow decodes it, DALI cannot (%s)", self.source.name(sample), refused[row])
             bad += unreadable
             views.append(view or NOTHING)  # past max_bad: the loader stops the run on `bad`
             if view is None:
@@ -185,21 +195,26 @@ class EncodedBatches(MicroBatches):
 NOTHING = View(decode_dali.pnm(torch.zeros(1, 1, 1, dtype=torch.uint8)), (0, 0, 1, 1), False)
 
 
-def decodes_with_dali(config: Config, source: Source) -> bool:
-    """Whether this run's files are decoded by DALI; ConfigError where it is asked for and not installed.
+def decoder(loader: str, device: str) -> tuple[str, str]:
+    """What decodes files, "dali" or "torch", by data.loader and runtime.device, and why.
 
-    `auto` takes it on a GPU alone: on CPUs Pillow in the loader's processes was measured as fast or faster.
+    ConfigError where DALI is asked for and not installed. `auto` takes it on a GPU alone: on CPUs Pillow in the loader's
+    processes was measured as fast or faster.
     """
-    loader, device = config.data.loader, config.runtime.device
-    if loader == "dali":
-        decode_dali.require()
-    elif (
-        loader == "torch"
-        or not decode_dali.installed()
-        or not (device == "cuda" or device == "auto" and torch.cuda.is_available())
-    ):
-        return False
-    return not isinstance(source, IdxPair)
+    if loader != "auto":
+        if loader == "dali":
+            decode_dali.require()
+        return loader, f"data.loader: {loader}"
+    if not (device == "cuda" or device == "auto" and torch.cuda.is_available()):
+        return "torch", "on CPUs Pillow is as fast as DALI; data.loader: dali takes it all the same"
+    if not decode_dali.installed():
+        return "torch", "DALI is not installed; it decodes on the GPU: pip install 'fastjepa[dali]'"
+    return "dali", "it decodes on the GPU"
+
+
+def decodes_with_dali(config: Config, source: Source) -> bool:
+    """Whether this run's images are decoded by DALI: never idx files, which are pixels. ConfigError as `decoder`."""
+    return decoder(config.data.loader, config.runtime.device)[0] == "dali" and not isinstance(source, IdxPair)
 
 
 def check(config: Config, source: Source, world: int) -> None:
@@ -234,8 +249,11 @@ class Loader(AbstractContextManager):
         # Before DALI starts its threads: a process forks best while it has one.
         self._workers = self._batches = iter(_data_loader(config, dataset, items, self._device))
         if dali:
-            again = functools.partial(_again, dataset, items.start)
-            self._batches = decode_dali.Decoder(self._workers, again, _dali_settings(config, self._device))
+            self._batches = decode_dali.Decoder(
+                self._workers,
+                lambda position, refused: dataset.without(items.start + position, refused),
+                _dali_settings(config, self._device),
+            )
         atexit.register(self.close)  # before multiprocessing's own, which would wait for ever for deaf workers
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
@@ -288,17 +306,8 @@ def _data_loader(config: Config, dataset: MicroBatches, items: range, device: to
 def _dali_settings(config: Config, device: torch.device) -> decode_dali.Settings:
     data = config.data
     threads = data.decode_threads or max(1, data.num_workers)
-    return decode_dali.Settings(
-        config.micro_batch, data.channels, config.image_size, device, threads, data.prefetch, data.hw_decoder_load
-    )
-
-
-def _again(dataset: EncodedBatches, first: int, position: int, reason: str) -> Batch:
-    """The micro-batch that DALI failed on, decoded by Pillow, which finds the files to replace."""
-    batch = dataset.pixels(first + position)
-    if not batch.bad:
-        log.warning("DALI cannot decode an image that Pillow can (%s): Pillow decoded its micro-batch", reason)
-    return batch
+    gpu = {name: getattr(data, name) for name in decode_dali.GPU_OPTIONS}
+    return decode_dali.Settings(config.micro_batch, data.channels, config.image_size, device, threads, data.prefetch, gpu)
 
 
 def _ignore_signals(worker: int) -> None:

@@ -7,7 +7,7 @@ does (`reads`); the pixels of any other travel to it as a PNM file, so that they
 import dataclasses
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import NamedTuple, TypeVar
@@ -21,6 +21,13 @@ from fastjepa.decode_torch import Box, Header
 
 Batch = TypeVar("Batch")  # a dataclass with a field `images`
 TAIL = 64  # bytes at whose end a whole JPEG has its end marker
+GPU_OPTIONS = (  # of DALI's image decoder, and keys of the config, by the same names
+    "hw_decoder_load",
+    "device_memory_padding",
+    "host_memory_padding",
+    "preallocate_width_hint",
+    "preallocate_height_hint",
+)
 NOT_IN_PNG = (b"eXIf", b"Raw profile type", b"adobe.xmp")  # where a PNG may hide an orientation, even behind its pixels
 
 
@@ -88,6 +95,12 @@ class Encoded:
             torch.tensor([view.flip for view in views], dtype=torch.int32),
         )
 
+    def rows(self, start: int, stop: int) -> "Encoded":
+        """The views from `start` to `stop`; no file is copied."""
+        first = int(self.ends[start - 1]) if start else 0
+        files, ends = self.files[first : int(self.ends[stop - 1])], self.ends[start:stop] - first
+        return Encoded(files, ends, self.boxes[start:stop], self.flips[start:stop])
+
     def arrays(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
         """Files, starts (b, 2), shapes (b, 2) and flips as DALI takes them, without a copy of the files."""
         files, boxes = self.files.numpy(), np.ascontiguousarray(self.boxes.numpy().reshape(-1, 2, 2).transpose(1, 0, 2))
@@ -105,7 +118,7 @@ class Settings:
     device: torch.device
     threads: int
     ahead: int  # micro-batches decoded before they are asked for
-    hw_decoder_load: float
+    gpu: Mapping[str, float]  # values of GPU_OPTIONS; of no effect on a CPU
 
 
 class Decoder(Iterator):
@@ -113,11 +126,12 @@ class Decoder(Iterator):
 
     `ahead` of them are decoded in the background while the caller works; the tensors are DALI's own memory (channels
     last, seen as channels first) and stay valid as long as they are referenced. DALI gives up a whole pipeline for one
-    file it cannot decode: the batch is then tried alone, asked for again (`again(position, reason)`, without that file)
-    if it fails alone as well, and the pipeline goes on with the batch after it.
+    file it cannot decode: the batch is then tried alone and, if it fails alone as well, in halves until the rows that DALI
+    refuses are known. The batch is asked for again with other files in those (`again(position, {row: reason})`), and the
+    pipeline goes on with the batch after it.
     """
 
-    def __init__(self, batches: Iterator[Batch], again: Callable[[int, str], Batch], settings: Settings):
+    def __init__(self, batches: Iterator[Batch], again: Callable[[int, dict[int, str]], Batch], settings: Settings):
         self._batches, self._again, self._settings = batches, again, settings
         self._waiting: deque[Batch] = deque()  # taken from `batches`, not yet returned: DALI reads their memory
         self._position = 0
@@ -153,11 +167,29 @@ class Decoder(Iterator):
 
     def _alone(self, batch: Batch) -> Batch:
         try:
-            images = _run(_pipeline(deque([batch.images]), self._settings))
-        except Exception as error:
-            batch = self._again(self._position, _reason(error))
-            images = _run(_pipeline(deque([batch.images]), self._settings))
+            images = _decoded(batch.images, self._settings)
+        except Exception:  # any class, by operator
+            batch = self._again(self._position, _refused(batch.images, self._settings))
+            images = _decoded(batch.images, self._settings)
         return dataclasses.replace(batch, images=images)
+
+
+def _decoded(images: Encoded, settings: Settings) -> Tensor:
+    """(b, C, H, W) uint8, by a pipeline of its own."""
+    return _run(_pipeline(deque([images]), settings))
+
+
+def _refused(images: Encoded, settings: Settings, start: int = 0, stop: int | None = None) -> dict[int, str]:
+    """Which rows from `start` to `stop` DALI cannot decode, and why."""
+    stop = len(images.ends) if stop is None else stop
+    try:
+        _decoded(images.rows(start, stop), settings)
+    except Exception as error:
+        if stop - start == 1:
+            return {start: _reason(error)}
+        middle = (start + stop) // 2
+        return _refused(images, settings, start, middle) | _refused(images, settings, middle, stop)
+    return {}
 
 
 def _pipeline(unfed: deque[Encoded], settings: Settings):
@@ -170,7 +202,7 @@ def _pipeline(unfed: deque[Encoded], settings: Settings):
         return unfed.popleft().arrays()
 
     cuda = settings.device.type == "cuda"
-    options = {"hw_decoder_load": settings.hw_decoder_load, "jpeg_fancy_upsampling": True} if cuda else {}
+    options = {**settings.gpu, "jpeg_fancy_upsampling": True} if cuda else {}
     pipeline = Pipeline(
         batch_size=settings.batch,
         num_threads=settings.threads,

@@ -1,15 +1,19 @@
 """Ranks, devices and the few reductions a run needs; one process alone never makes a process group."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from functools import wraps
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fastjepa.config import ConfigError
+
+GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.14 renamed it
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,25 @@ def init(device: Literal["auto", "cpu", "cuda"] = "auto", timeout: float = 1800.
     return place
 
 
+_entered = 0
+
+
+def entered() -> int:
+    """How many of this file's reductions this process has begun: how far it has come, in a program that all ranks share."""
+    return _entered
+
+
+def counted(reduction: Callable) -> Callable:
+    @wraps(reduction)
+    def entering(*arguments: Any) -> Any:
+        global _entered
+        _entered += 1
+        return reduction(*arguments)
+
+    return entering
+
+
+@counted
 def barrier() -> None:
     """Wait for every rank."""
     if dist.is_initialized():
@@ -60,16 +83,18 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
+@counted
 def all_gather(tensor: Tensor) -> Tensor:
     """(n, ...) on every rank -> (world * n, ...) in rank order, without gradient; the same values on one rank."""
     if not dist.is_initialized():
         return tensor.detach()
     mine = tensor.detach().contiguous()
-    pieces = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(pieces, mine)
-    return torch.cat(pieces)
+    everyone = mine.new_empty(dist.get_world_size() * mine.shape[0], *mine.shape[1:])
+    GATHER(everyone, mine)
+    return everyone
 
 
+@counted
 def mean(tensor: Tensor) -> Tensor:
     """The mean over ranks, as a new tensor without gradient; the same values on one rank."""
     if not dist.is_initialized():
@@ -79,6 +104,7 @@ def mean(tensor: Tensor) -> Tensor:
     return total / dist.get_world_size()
 
 
+@counted
 def highest(number: int) -> int:
     """The largest of the ranks' numbers, agreed between hosts: no device is waited for."""
     if not dist.is_initialized():
@@ -88,6 +114,7 @@ def highest(number: int) -> int:
     return int(largest)
 
 
+@counted
 def from_main(text: str) -> str:
     """The main rank's text, on every rank."""
     if not dist.is_initialized():
@@ -97,13 +124,27 @@ def from_main(text: str) -> str:
     return texts[0]
 
 
+@counted
+def gather(thing: Any) -> list[Any]:
+    """Every rank's picklable thing, in rank order, on every rank."""
+    if not dist.is_initialized():
+        return [thing]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, thing)
+    return gathered
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def union(names: set[str]) -> list[str]:
     """All ranks' names, sorted."""
-    if not dist.is_initialized():
-        return sorted(names)
-    gathered: list[set[str]] = [set()] * dist.get_world_size()
-    dist.all_gather_object(gathered, names)
-    return sorted(set().union(*gathered))
+    return sorted(set().union(*gather(names)))
 
 
 def _device(wanted: str, local_rank: int) -> torch.device:
@@ -134,6 +175,10 @@ def _join(place: World, timeout: float) -> None:
         )
     except dist.DistError as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        if "EADDRINUSE" in str(error):
+            raise ConfigError(
+                f"{address}: the port is in use; set MASTER_PORT to a free one, or on one machine use torchrun --standalone"
+            ) from error
         raise ConfigError(
             f"rank {place.rank} of {place.size} could not meet the others at {address} within {timeout:g} s; "
             f"check that every rank was started and can reach that address"

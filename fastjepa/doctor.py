@@ -1,18 +1,32 @@
 """What would run on this machine, why the rest would not, and what to install: one screen."""
 
+import importlib.util
 import platform
+import shutil
+import subprocess
 from importlib import metadata
 
 import torch
 
 import fastjepa
 import fastjepa_kernels
+from fastjepa import data, decode_dali, engine
 
 EXTRAS = {  # distributions, any of which will do -> what they are for, what installs them
     ("nvidia-dali-cuda130", "nvidia-dali-cuda120"): ("data.loader: dali", "pip install 'fastjepa[dali]'"),
     ("deepspeed",): ("runtime.zero: 1 to 3", "pip install 'fastjepa[deepspeed]'"),
     ("lightly",): ("loss.regularizer", "pip install 'fastjepa[lightly]'"),
     ("tensorboard",): ("TensorBoard beside metrics.jsonl", "pip install 'fastjepa[tensorboard]'"),
+    ("scikit-learn",): ("eval lowshot", "pip install 'fastjepa[eval]'"),
+    ("timm",): ("eval finetune, folders that timm wrote", "pip install 'fastjepa[eval]'"),
+    ("pyarrow",): ("Parquet files", "pip install 'fastjepa[pyarrow]'"),
+    ("fsspec",): ("shards behind https:// and s3://", "pip install 'fastjepa[remote]'"),
+    ("onnx",): ("convert --to onnx", "pip install 'fastjepa[onnx]'"),
+}
+OPS = {  # DeepSpeed's compiled parts -> whether a run needs them
+    "fused_adam": "no run needs it: the optimizer is torch's AdamW",
+    "cpu_adam": "no run needs it: an offloaded optimizer is torch's AdamW as well",
+    "async_io": "no run needs it: offloading to NVMe is refused",
 }
 ATTENTION = ("flash", "varlen", "xformers", "short", "sdpa", "matmul")
 
@@ -20,19 +34,53 @@ ATTENTION = ("flash", "varlen", "xformers", "short", "sdpa", "matmul")
 def survey() -> dict[str, list[tuple[str, str, str]]]:
     """{topic: [(what, state, why)]}."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return {"versions": versions(device), "attention": attention(device), "kernels": kernels(device), "packages": packages()}
+    return {
+        "versions": versions(device),
+        "decoder": decoder(),
+        "attention": attention(device),
+        "kernels": kernels(device),
+        "DeepSpeed ops": deepspeed_ops(device),
+        "packages": packages(),
+    }
 
 
 def versions(device: torch.device) -> list[tuple[str, str, str]]:
     triton = "" if fastjepa_kernels.dispatch.ABSENT else fastjepa_kernels.dispatch.triton.__version__
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else "none"
-    why = f"driver for CUDA {torch.version.cuda}" if device.type == "cuda" else f"torch was built for CUDA {torch.version.cuda}"
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     return [
         ("fastjepa", fastjepa.__version__, f"Python {platform.python_version()}"),
-        ("torch", torch.__version__, ""),
+        ("fastjepa-kernels", fastjepa_kernels.__version__, ""),
+        ("torch", torch.__version__, built),
         ("triton", triton or "none", fastjepa_kernels.dispatch.ABSENT),
-        ("GPU", gpu, why),
+        ("GPU", *gpu(device)),
+        ("driver", *driver(device)),
     ]
+
+
+def gpu(device: torch.device) -> tuple[str, str]:
+    if device.type == "cpu":
+        return "none", "torch finds none: runs take the CPU"
+    about, count = torch.cuda.get_device_properties(0), torch.cuda.device_count()
+    return about.name, f"{count} here; sm_{about.major}{about.minor}, {about.total_memory / 2**30:.0f} GiB"
+
+
+def driver(device: torch.device) -> tuple[str, str]:
+    """NVIDIA's driver as nvidia-smi states it, and what to do where torch does not reach a GPU through it."""
+    if not shutil.which("nvidia-smi"):
+        return "none", "there is no nvidia-smi; where there is a GPU, install NVIDIA's driver"
+    asked = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+                           capture_output=True, text=True, check=False)  # fmt: skip
+    said = (asked.stdout or asked.stderr).strip().splitlines() or [f"exit code {asked.returncode}"]
+    if asked.returncode:
+        return "no", f"nvidia-smi: {said[0]}"
+    hidden = "torch reaches no GPU through it: unset CUDA_VISIBLE_DEVICES, or take a torch built for this driver's CUDA"
+    return said[0], "" if device.type == "cuda" else hidden
+
+
+def decoder() -> list[tuple[str, str, str]]:
+    """Which decoder makes images of files here."""
+    dali = ("yes", "on CPU threads or a GPU") if decode_dali.installed() else ("no", "pip install 'fastjepa[dali]'")
+    return [("auto", *data.decoder("auto", "auto")), ("dali", *dali), ("torch", "yes", "Pillow, in the loader's processes")]
 
 
 def attention(device: torch.device) -> list[tuple[str, str, str]]:
@@ -51,6 +99,13 @@ def attention(device: torch.device) -> list[tuple[str, str, str]]:
 
 def kernels(device: torch.device) -> list[tuple[str, str, str]]:
     return [(op, way, why) for op, (way, why) in fastjepa_kernels.plan(device.type).items()]
+
+
+def deepspeed_ops(device: torch.device) -> list[tuple[str, str, str]]:
+    if importlib.util.find_spec("deepspeed") is None:
+        return [(op, "no", f"pip install 'fastjepa[deepspeed]'; {need}") for op, need in OPS.items()]
+    found = engine.deepspeed_ops(device.type)
+    return [(op, "usable" if usable else "no", "; ".join(filter(None, (why, OPS[op])))) for op, usable, why in found]
 
 
 def packages() -> list[tuple[str, str, str]]:

@@ -1,4 +1,4 @@
-"""What one sees of a run: metrics.jsonl, TensorBoard, the console, throughput, and signs of collapse."""
+"""What one sees of a run: metrics.jsonl, TensorBoard, the console and throughput."""
 
 import contextlib
 import importlib.util
@@ -6,13 +6,12 @@ import json
 import math
 import os
 import resource
-import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn
@@ -20,16 +19,6 @@ from rich.table import Column
 from torch import Tensor
 
 GEMM_SHAPES = {"cpu": ((1024, 1024, 1024), (2048, 1024, 2048), (4096, 1024, 1024)), "cuda": ((4096,) * 3, (8192,) * 3)}
-RANK_ROWS = 2048
-FIRST, SPREAD_FLOOR, RANK_FLOOR = 3, 0.25, 0.5
-
-
-class Reading(NamedTuple):
-    """One look at the target features: their `spread` and `effective_rank`."""
-
-    step: int
-    spread: float
-    rank: float
 
 
 @torch.inference_mode()
@@ -50,57 +39,6 @@ def gemm_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -
             if time.perf_counter() > end:
                 break
     return best
-
-
-def spread(features: Tensor) -> float:
-    """(T, D) -> mean over channels of the standard deviation over tokens; 0 when every token has the same features."""
-    return float(features.float().std(dim=0, unbiased=False).mean())
-
-
-def effective_rank(features: Tensor) -> float:
-    """(T, D) -> exp of the entropy of the normalised singular values, from 1 to min(T, D).
-
-    RankMe (Garrido et al., 2023): p_k = s_k / sum(s) + 1e-7, features not centred. Of more than 2048 tokens, 2048
-    evenly spaced ones are used. 0 for all-zero features, NaN for features that are not finite.
-    """
-    rows = features.detach()
-    if len(rows) > RANK_ROWS:
-        rows = rows[torch.arange(RANK_ROWS, device=rows.device) * len(rows) // RANK_ROWS]
-    rows = rows.double()
-    # Through the smaller Gram matrix: in float64 as exact as this needs, and several times faster than an SVD.
-    gram = rows @ rows.T if rows.shape[0] < rows.shape[1] else rows.T @ rows
-    if not bool(gram.isfinite().all()):
-        return math.nan
-    singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
-    total = singular.sum()
-    if float(total) == 0:
-        return 0.0
-    p = singular / total + 1e-7
-    return float((-(p * p.log()).sum()).exp())
-
-
-def collapse_warning(history: Sequence[Reading]) -> str | None:
-    """A sentence when the last reading confirms a collapse, else None.
-
-    A quantity is low when it is under 1/4 (spread) or 1/2 (rank) of its baseline, the median of the first three
-    readings. It warns at the second low reading in a row and not again until the quantity has recovered, so one odd
-    batch never warns and a long collapse warns once. Readings that are not finite count as low.
-    """
-    for name, floor, meaning, remedy in (
-        ("spread", SPREAD_FLOOR, "every token is getting the same features",
-         "the target is being chased too fast: lower optimization.lr or raise optimization.ema"),
-        ("rank", RANK_FLOOR, "the features are shrinking to a few directions",
-         "set loss.regularizer to vicreg, or lower optimization.lr"),
-    ):  # fmt: skip
-        values = [getattr(reading, name) for reading in history]
-        baseline = statistics.median([value for value in values[:FIRST] if math.isfinite(value)] or [0.0])
-        low = [not value >= floor * baseline for value in values[FIRST:]]
-        if low[-2:] == [True, True] and low[-3:] != [True] * 3:
-            return (
-                f"step {history[-1].step}: collapse, {meaning} (target feature {name} {values[-1]:.3g}, "
-                f"at first {baseline:.3g}); {remedy}"
-            )
-    return None
 
 
 class Skips:
@@ -173,7 +111,7 @@ class Log:
     ):
         self.output, self.total_steps, self.every, self.start_step = output, total_steps, every, start_step
         self.flops_per_image, self.gemm_rate = flops_per_image, gemm_rate
-        self.history: list[Reading] = []
+        self.kept: list[dict[str, Any]] = []  # the entries of a resumed run, oldest first
         self._console, self._tensorboard = console, tensorboard
         self._held: dict[str, float] = {}
         self._file = self._events = self._bar = None
@@ -182,7 +120,7 @@ class Log:
         if self.output is not None:
             self.output.mkdir(parents=True, exist_ok=True)
             file = self.output / "metrics.jsonl"
-            self.history = [_reading(entry) for entry in _cut(file, self.start_step) if "effective_rank" in entry]
+            self.kept = _cut(file, self.start_step)
             self._file = file.open("a")
             self._events = _events(self.output, self.start_step) if self._tensorboard else None
             self._bar = _bar(self.total_steps, self.start_step) if self._console and sys.stdout.isatty() else None
@@ -194,6 +132,11 @@ class Log:
             if sink is not None:
                 getattr(sink, close)()
         self._file = self._events = self._bar = None
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank's log is the one that is written."""
+        return self._file is not None
 
     def due(self, step: int) -> bool:
         """Whether `step` (steps taken so far, from 1) is one that gets a line."""
@@ -222,15 +165,9 @@ class Log:
         self._held = {}
         self._restart(step)
 
-    def reading(self, step: int, features: Tensor) -> None:
-        """Measure target features (T, D), warn of collapse, keep the reading for the next line; call it before `step`."""
-        if self._file is None:
-            return
-        with self.pause():
-            self.history.append(Reading(step, spread(features), effective_rank(features)))
-            self._held = {"feature_std": self.history[-1].spread, "effective_rank": self.history[-1].rank}
-            if warning := collapse_warning(self.history):
-                self.message(f"warning: {warning}")
+    def hold(self, values: Mapping[str, float]) -> None:
+        """Keep values for the next line, beside those given to `step`; a later value of the same name replaces one."""
+        self._held |= values
 
     def message(self, text: str) -> None:
         """A line of text on the console, above the progress bar."""
@@ -278,6 +215,7 @@ def _line(record: Mapping[str, Any], total: int, left: float) -> str:
     for name, label, form in (
         ("loss", "loss", ".4f"), ("lr", "lr", ".2e"), ("ema_momentum", "momentum", ".4f"), ("images_per_s", "img/s", ".1f"),
         ("mfu", "MFU", ".1%"), ("memory_gib", "GiB", ".2f"), ("feature_std", "std", ".3f"), ("effective_rank", "rank", ".1f"),
+        ("lidar", "LiDAR", ".1f"), ("knn", "k-NN", ".1%"),
     ):  # fmt: skip
         if record.get(name) is not None:
             shown.append(f"{label} {record[name]:{form}}")
@@ -301,11 +239,6 @@ def _events(output: Path, start_step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter  # slow to import
 
     return SummaryWriter(output / "tensorboard", purge_step=start_step + 1)
-
-
-def _reading(entry: Mapping[str, Any]) -> Reading:
-    spread_, rank = (math.nan if entry[name] is None else entry[name] for name in ("feature_std", "effective_rank"))
-    return Reading(entry["step"], spread_, rank)
 
 
 def _cut(file: Path, last: int) -> list[dict[str, Any]]:

@@ -110,7 +110,8 @@ def _identity(source: Source) -> str:
     """SHA-256 of every name and label, in order."""
     digest = hashlib.sha256()
     for i in range(len(source)):
-        digest.update(os.fsencode(f"{os.path.abspath(source.name(i))}\0{source.label(i)}\n"))
+        name = source.name(i)
+        digest.update(os.fsencode(f"{name if '://' in name else os.path.abspath(name)}\0{source.label(i)}\n"))
     return digest.hexdigest()
 
 

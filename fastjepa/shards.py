@@ -6,9 +6,10 @@ import logging
 import os
 import tarfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -41,17 +42,32 @@ def fingerprint(shard: str | Path) -> str:
     """The size of a tar and the SHA-256 of its last 64 KiB: what tells another tar without reading all of it."""
     with open(shard, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
-        tail = os.pread(file.fileno(), 1 << 16, max(0, size - (1 << 16)))
-    return f"{size}-{hashlib.sha256(tail).hexdigest()}"
+        return fingerprint_of(size, lambda start, length: os.pread(file.fileno(), length, start))
+
+
+def fingerprint_of(size: int, read: Callable[[int, int], bytes]) -> str:
+    """`fingerprint` of a tar of `size` bytes wherever it lies; read(offset, length) gives its bytes."""
+    length = min(size, 1 << 16)
+    return f"{size}-{hashlib.sha256(read(size - length, length)).hexdigest()}"
 
 
 def stored_index(shard: str | Path) -> dict[str, np.ndarray]:
     """The arrays of a tar's index file: those of `Index`, `fingerprint` and `entry`; one of STALE when not that tar's."""
-    with np.load(index_path(shard), allow_pickle=False) as arrays:
+    return arrays_of(index_path(shard), fingerprint(shard))
+
+
+def arrays_of(index: Path | BinaryIO, expected: str | None) -> dict[str, np.ndarray]:
+    """The arrays of an index file; one of STALE when it is damaged, or not that of the tar with the expected fingerprint."""
+    with np.load(index, allow_pickle=False) as arrays:
         stored = dict(arrays)
-    if stored["fingerprint"].item() != fingerprint(shard):
+    if expected and stored["fingerprint"].item() != expected:
         raise ValueError("of another tar")
     return stored
+
+
+def index_in(stored: dict[str, np.ndarray]) -> Index:
+    """The index among the arrays of an index file; KeyError where there is none."""
+    return Index(*(stored[field.name] for field in fields(Index)))
 
 
 def index_of(shard: str | Path) -> Index:
@@ -59,11 +75,10 @@ def index_of(shard: str | Path) -> Index:
     path = index_path(shard)
     if path.is_file():
         try:
-            stored = stored_index(shard)
-            return Index(*(stored[field.name] for field in fields(Index)))
+            return index_in(stored_index(shard))
         except STALE as error:
             log.warning("%s: not the index of the tar beside it (%s); delete it: each time the tar is scanned", path, error)
-    return _scan(shard)
+    return scan(shard)
 
 
 class TarShards:
@@ -74,9 +89,9 @@ class TarShards:
     and `a/001.cls` are one sample. Labels are read from .cls when every sample has one; `classes` names them.
     """
 
-    def __init__(self, shards: Sequence[str], where: str, classes: Sequence[str] = ()):
+    def __init__(self, shards: Sequence[str], where: str, classes: Sequence[str] = (), indexes: Sequence[Index] | None = None):
         self._shards = list(shards)
-        indexes = [index_of(shard) for shard in shards]
+        indexes = [index_of(shard) for shard in shards] if indexes is None else indexes
         counts = [len(index.members) for index in indexes]
         if not sum(counts):
             raise ConfigError(f"{where}: no images in its {len(shards)} tar shards; give .tar files that hold images")
@@ -100,11 +115,11 @@ class TarShards:
         return None if self._labels is None else int(self._labels[i])
 
 
-def _scan(shard: str | Path) -> Index:
-    """The index of a tar file from its headers; ConfigError for one that is damaged."""
+def scan(shard: str | Path, file: BinaryIO | None = None) -> Index:
+    """The index of a tar, read from `file` where it is not on a disk, from its headers; ConfigError for a damaged one."""
     images, labels = [], {}
     try:
-        with tarfile.open(shard, "r:") as opened:
+        with tarfile.open(shard, "r:", fileobj=file) as opened:
             for member in opened:
                 folder, _, name = member.name.rpartition("/")
                 stem, _, field = name.partition(".")
@@ -112,6 +127,8 @@ def _scan(shard: str | Path) -> Index:
                     images.append(((folder, stem), member))
                 elif member.isfile() and field == "cls":
                     labels[folder, stem] = int(opened.extractfile(member).read())
+    except ConfigError:  # of a remote file, which has said it
+        raise
     except (OSError, tarfile.TarError, ValueError) as error:
         raise ConfigError(f"{shard}: not a tar shard that can be read ({error}); make it again, uncompressed") from error
     numbers = [(member.offset_data, member.size, labels.get(key, -1)) for key, member in images]
@@ -138,15 +155,20 @@ def read_manifest(folder: Path) -> dict | None:
         raise ConfigError(f"{folder}: its shards are not complete; run again the `fastjepa data shard` command that makes them")
     if not (folder / MANIFEST).is_file():
         return None
+    return parse_manifest((folder / MANIFEST).read_bytes(), folder / MANIFEST)
+
+
+def parse_manifest(raw: bytes, where: str | Path) -> dict | None:
+    """The manifest in a file's bytes; None and ConfigError as `read_manifest`."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest = json.loads(raw)
         if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
             return None
         listed = [tuple(entry[key] for key in ("file", "images", "bytes", "sha256")) for entry in manifest["shards"]]
         if sum(images for _, images, _, _ in listed) != manifest["images"] or not isinstance(manifest["classes"], list):
             raise ValueError("its counts disagree")
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{folder / MANIFEST}: damaged ({error}); get it again, or delete it to go without") from error
+        raise ConfigError(f"{where}: damaged ({error}); get it again, or delete it to go without") from error
     return manifest
 
 

@@ -4,6 +4,7 @@ A source is a numbered set of images: `len(source)`; `read(i)`, an encoded file 
 where it lies; `label(i)`, an int or None; `classes`, the labels' names, () without labels.
 """
 
+import errno
 import glob
 import gzip
 import json
@@ -11,14 +12,17 @@ import logging
 import math
 import os
 import re
+import stat
 import zlib
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from fastjepa import catalog
+from fastjepa import catalog, remote_shards
 from fastjepa.config import ConfigError, DataConfig
+from fastjepa.remote import is_remote
+from fastjepa.remote_shards import RemoteShards
 from fastjepa.shards import ENDINGS, PLAN, TarShards, labels_and_classes, open_shards, read_manifest
 
 log = logging.getLogger(__name__)
@@ -52,11 +56,18 @@ class ImageFolder:
         return os.path.join(self.root, os.fsdecode(self._paths[i]))
 
     def read(self, i: int) -> bytes:
-        with open(self.name(i), "rb", buffering=0) as file:
+        with open(self.name(i), "rb", buffering=0, opener=_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "a pipe or a device, not a file", self.name(i))
             return file.read()
 
     def label(self, i: int) -> int | None:
         return None if self._labels is None else int(self._labels[i])
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a named pipe too at once, where `open` would wait for whoever writes to it."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _image_files(root: str) -> Iterator[str]:
@@ -237,14 +248,17 @@ Source = ImageFolder | TarShards | ParquetImages | IdxPair
 
 
 def open_source(source: DataConfig | str | Path, split: str = "train") -> Source:
-    """Open a data set by catalog name, directory, .tar shard, .parquet file, or a glob of either.
+    """Open a data set by catalog name, directory, .tar shard, .parquet file, a glob of either, or an address of shards.
 
     A directory holds images at any depth, with or without class folders; *.tar shards; *.parquet files, in it or in its
     data/; or MNIST-style idx files. One with train/ beside val/ or test/ (ImageNet's layout) is split by them, Parquet
     files by the split that their names begin with; any other is all train. `split` is "train", "val" or "test"; val and
-    test stand in for each other. ConfigError, naming the path and the remedy, when there is nothing to read.
+    test stand in for each other. An address, https:// or s3://, is that of a directory that `fastjepa data shard` wrote, or
+    of tars by braces, shard-{000000..000009}.tar. ConfigError, naming the path and the remedy, when there is nothing to read.
     """
     where = _where(source)
+    if is_remote(where):
+        return _open_remote(where, split)
     if where in catalog.ENTRIES:
         return _open_directory(catalog.find(where), split, catalog.ENTRIES[where].classes)
     if os.path.isdir(where):
@@ -259,12 +273,13 @@ def _where(source: DataConfig | str | Path) -> str:
         source = source.source or os.path.join(source.root_path or "", source.image_folder or "")
         if not source:
             raise ConfigError(f"data.source is not set; give a directory, or one of: {', '.join(catalog.ENTRIES)}")
-    if "://" in str(source):
-        raise ConfigError(
-            f"{source}: images are read in random order, so from a local disk; copy the shards that `fastjepa data shard` "
-            "makes into a directory (aws s3 sync, rclone copy, wget -r) and give that"
-        )
     return os.path.expanduser(source)
+
+
+def _open_remote(where: str, split: str) -> RemoteShards:
+    if where.endswith(".tar"):
+        return remote_shards.open_tars(_only_train(where, where, split))
+    return remote_shards.open_directory(where, _stand_ins(split, ("train", "val", "test")))
 
 
 def _open_files(paths: list[str], where: str, split: str) -> Source:

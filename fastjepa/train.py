@@ -20,17 +20,21 @@ from typing import NamedTuple
 
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastjepa
 import fastjepa_kernels
-from fastjepa import attention, checkpoint, data, distributed, ema, flops, masks, metrics, model
+from fastjepa import attention, checkpoint, data, distributed, flops, interop, masks, metrics, model, official
+from fastjepa import engine as engines
 from fastjepa.checkpoint import TrainState
 from fastjepa.config import Config, ConfigError
 from fastjepa.data import Batch, Loader
 from fastjepa.distributed import World
-from fastjepa.engine import Engine
+from fastjepa.ema import Average, ShardedAverage
+from fastjepa.engine import Engine, ShardedEngine
+from fastjepa.heartbeat import Heartbeat
 from fastjepa.loss import BatchRegularizer, jepa_loss, pool, regularizer
+from fastjepa.monitors import Monitor
 from fastjepa.packing import Packed
 from fastjepa.schedule import Now, Schedule
 from fastjepa.sources import Source, open_source
@@ -50,48 +54,62 @@ class Taken(NamedTuple):
     target_tokens: float  # mean length of a target block
 
 
-def train(config: Config, output: Path, max_steps: int | None = None, resume: str = "auto", init: Path | None = None) -> Path:
+class Run(NamedTuple):
+    """What steps are taken with."""
+
+    world: World
+    source: Source
+    engine: Engine | ShardedEngine
+    average: Average | ShardedAverage
+    state: TrainState
+    notes: list[str]  # what to tell the user
+
+
+def train(
+    config: Config,
+    output: Path,
+    max_steps: int | None = None,
+    resume: str = "auto",
+    init: Path | None = None,
+    deepspeed_config: Path | None = None,
+) -> Path:
     """Pretrain until the schedule ends, `max_steps` optimizer steps have been taken in all, or a signal asks to stop.
 
     Args:
         output: the run directory: config, versions, metrics and checkpoints.
         resume: auto (from the latest checkpoint, if any), must, or never (earlier checkpoints are moved aside).
         init: weights to start from when nothing is resumed.
+        deepspeed_config: a JSON file of what DeepSpeed shall do beyond what the config says.
 
     Returns:
         The run's latest checkpoint.
     """
-    world = distributed.init(config.runtime.device)
-    settle(config)
-    source = open_source(config.data)
-    masks.check(config, config.data.batch_size * world.size)
-    data.check(config, source, world.size)
-    jepa, target_encoder = networks(config, world.device)
-    engine = Engine(jepa, world.size, config.data.batch_size // config.micro_batch)
-    state = TrainState(0, {"encoder": jepa.encoder, "predictor": jepa.predictor, "target_encoder": target_encoder},
-                       engine.optimizer, record=record(config, world, source))  # fmt: skip
-    notes = begin(state, config, output, resume, init, world)
+    run = prepare(config, output, resume, init, deepspeed_config)
+    world, engine, average, state = run.world, run.engine, run.average, run.state
     images = config.data.batch_size * world.size
-    schedule = Schedule(config.optimization, len(source) // images)
+    schedule = Schedule(config.optimization, len(run.source) // images)
     last = min(schedule.total_steps, max_steps or schedule.total_steps)
     skips = metrics.Skips(world.device, state.skipped, state.skipped_in_row, state.step)
     spread = batch_regularizer(config, world)
     every = config.logging.checkpoint_every or schedule.steps_per_epoch
 
     with (
-        Loader(config, source, world.rank, world.size, state.step, world.device, max(last, state.step)) as loader,
+        Loader(config, run.source, world.rank, world.size, state.step, world.device, max(last, state.step)) as loader,
         run_log(config, output, schedule, state, world) as log,
         Stop() as stop,
+        Heartbeat(world, config.runtime.timeout, state.step) as heart,
     ):
+        monitor = Monitor(config, run.source, average.target_encoder, schedule, log.kept, log.flops_per_image)
         loader.bad.update(state.bad_files)
-        for note in notes:
+        for note in run.notes:
             log.message(note)
         while state.step < last and not stop.agreed():
             now = schedule(state.step)
-            taken = step(engine, target_encoder, loader.micro_batches(state.step), now, config, spread)
+            taken = step(engine, average, heart.batches(loader.micro_batches(state.step)), now, config, spread)
             skips.update(taken.finite)
             state.step += 1
-            watch(log, state, taken, config)
+            heart.finished(state.step)
+            watch(log, monitor, state.step, taken, now)
             report(log, state.step, taken, now, skips, spread, schedule, images)
             if skips.poll()[1] >= config.runtime.max_skipped:
                 raise RunError(too_many_skips(state.step, config, output))
@@ -103,7 +121,28 @@ def train(config: Config, output: Path, max_steps: int | None = None, resume: st
     return saved
 
 
-def step(engine: Engine, target_encoder: model.Encoder, batches: Iterable[Batch], now: Now, config: Config,
+def prepare(config: Config, output: Path, resume: str, init: Path | None, deepspeed_config: Path | None) -> Run:
+    """Everything up to the first step; arguments as in `train`."""
+    world = distributed.init(config.runtime.device, 2 * config.runtime.timeout)  # after the heartbeats, which name a rank
+    settle(config)
+    source = open_source(config.data)
+    masks.check(config, config.data.batch_size * world.size)
+    data.check(config, source, world.size)
+    about = record(config, world, source)
+    found = to_resume(config, output, resume)
+    if found and found.suffix in interop.TORCH_FILES:
+        found = official.adopt(found, output / "checkpoints", about["steps_per_epoch"], about, config.logging.write_tag)
+    jepa, target_encoder = networks(config, world.device)
+    notes = go_on(found, about, init) if found else start(jepa, target_encoder, output, about, init, world)
+    engine = engines.build(jepa, config, world, deepspeed_config)
+    average, state = averaged(engine, target_encoder, config)
+    state.record = about
+    if found:
+        checkpoint.restore(found, state)
+    return Run(world, source, engine, average, state, notes)
+
+
+def step(engine: Engine, average: Average, batches: Iterable[Batch], now: Now, config: Config,
          spread: BatchRegularizer | None = None) -> Taken:  # fmt: skip
     """One optimizer step over its micro-batches; nothing in it waits for the device."""
     if spread and spread.pieces > 1:
@@ -113,7 +152,7 @@ def step(engine: Engine, target_encoder: model.Encoder, batches: Iterable[Batch]
     for batch in batches:
         with precision(config, batch.images.device):
             with torch.no_grad():
-                target = target_encoder(batch.images, wanted=batch.target)
+                target = average.target_encoder(batch.images, wanted=batch.target)
             prediction, context = engine(batch.images, batch.context, batch.blocks)
             loss = jepa_loss(prediction, target, batch.blocks, config.loss.kind)
         total += loss.detach()
@@ -121,7 +160,7 @@ def step(engine: Engine, target_encoder: model.Encoder, batches: Iterable[Batch]
             loss = loss + spread(pool(context, batch.context))
         engine.backward(loss)
     finite = engine.step(now)
-    ema.update(target_encoder, engine.jepa.encoder, now.ema_momentum, finite)
+    average.update(now.ema_momentum, finite)
     return Taken(total, finite, target, mean_length(batch.context), mean_length(batch.blocks.queries))
 
 
@@ -129,11 +168,10 @@ def precision(config: Config, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=config.runtime.dtype == "bf16")
 
 
-@torch.no_grad()
 def pooled(engine: Engine, batch: Batch, config: Config) -> Tensor:
     """(S, D) pooled context features of a micro-batch, without gradient."""
     with precision(config, batch.images.device):
-        return pool(engine.jepa.encoder(batch.images, batch.context), batch.context)
+        return pool(engine.features(batch.images, batch.context, batch.blocks), batch.context)
 
 
 def mean_length(sequences: Packed) -> float:
@@ -190,28 +228,54 @@ def record(config: Config, world: World, source: Source) -> dict:
         "threads": torch.get_num_threads(),
         "decoder": decoder,
         "world": world.size,
+        "steps_per_epoch": len(source) // (config.data.batch_size * world.size),
     }
 
 
-def begin(state: TrainState, config: Config, output: Path, resume: str, init: Path | None, world: World) -> list[str]:
-    """Resume, or start from `init` or from scratch; returns what to tell the user."""
+def averaged(engine: Engine, target_encoder: model.Encoder, config: Config) -> tuple[Average, TrainState]:
+    """The average that follows the engine's encoder, and the state of both, at step 0."""
+    jepa = engine.jepa
+    parts = {"encoder": jepa.encoder, "predictor": jepa.predictor, "target_encoder": target_encoder}
+    if isinstance(engine, Engine):
+        return Average(target_encoder, jepa.encoder), TrainState(0, parts, engine.optimizer)
+    dtype = torch.bfloat16 if config.runtime.dtype == "bf16" else torch.float32
+    online = {name.removeprefix("encoder."): piece for name, piece in engine.masters().items() if name.startswith("encoder.")}
+    average = ShardedAverage(target_encoder, online, dtype)
+    return average, TrainState(0, parts, engine.optimizer, shards=checkpoint.Shards(engine, average, parts))
+
+
+def to_resume(config: Config, output: Path, resume: str) -> Path | None:
+    """The checkpoint that a run in `output` goes on from; an official file in `output` only while there is none of ours."""
     root, meta = output / "checkpoints", config.meta
     resume = "must" if meta.load_checkpoint and resume == "auto" else resume
-    found = root / meta.read_checkpoint if meta.read_checkpoint else checkpoint.latest(root, config.logging.write_tag)
+    if resume == "never":
+        return None
+    latest, named = checkpoint.latest(root, config.logging.write_tag), Path(meta.read_checkpoint or "")
+    theirs = named.suffix in interop.TORCH_FILES
+    found = (latest or output / named) if theirs else root / named if meta.read_checkpoint else latest
     if resume == "must" and found is None:
         raise ConfigError(f"{root}: nothing to resume from; check --output or pass --resume auto")
-    if found and resume != "never":
-        current = state.record
-        differs = checkpoint.differences(checkpoint.read_state(found)["record"], current)
-        checkpoint.restore(found, state)
-        unused = [f"--init {init} is not used: it is for runs that start"] if init else []
-        return [f"resuming from {found}", *unused, *(f"differs from the run that wrote it: {line}" for line in differs)]
+    return found
+
+
+def go_on(found: Path, about: dict, init: Path | None) -> list[str]:
+    """What to tell the user of a run that is resumed."""
+    checkpoint.verify(found, [checkpoint.STATE])
+    differs = checkpoint.differences(checkpoint.read_state(found)["record"], about)
+    unused = [f"--init {init} is not used: it is for runs that start"] if init else []
+    return [f"resuming from {found}", *unused, *(f"differs from the run that wrote it: {line}" for line in differs)]
+
+
+def start(jepa: model.Jepa, target_encoder: model.Encoder, output: Path, about: dict, init: Path | None,
+          world: World) -> list[str]:  # fmt: skip
+    """Start from `init` or from scratch; returns what to tell the user."""
     if world.is_main:
-        start_directory(output, state.record)
+        start_directory(output, about)
     distributed.barrier()
     if init is None:
         return [f"starting a new run in {output}"]
-    return [f"starting a new run in {output} from the weights in {init} ({', '.join(start_from(state, init))})"]
+    parts = {"encoder": jepa.encoder, "predictor": jepa.predictor, "target_encoder": target_encoder}
+    return [f"starting a new run in {output} from the weights in {init} ({', '.join(start_from(parts, init))})"]
 
 
 def start_directory(output: Path, about: dict) -> None:
@@ -223,13 +287,13 @@ def start_directory(output: Path, about: dict) -> None:
     (output / "run.json").write_text(json.dumps(about, indent=1))
 
 
-def start_from(state: TrainState, init: Path) -> list[str]:
+def start_from(parts: dict[str, nn.Module], init: Path) -> list[str]:
     """Load the networks that `init` holds; a target encoder it lacks starts as the encoder. Returns their names."""
-    given = checkpoint.load_networks(init)
+    given = interop.networks(init)
     if "encoder" in given:
         given.setdefault("target_encoder", given["encoder"])
     for name in given:
-        network = state.networks[name]
+        network = parts[name]
         positions = {key: value for key, value in network.state_dict().items() if key.endswith("pos_embed")}
         try:  # positions are fixed and belong to this run's resolution
             network.load_state_dict(given[name] | positions)
@@ -246,10 +310,14 @@ def run_log(config: Config, output: Path, schedule: Schedule, state: TrainState,
                        flops.of_config(config, config.data.batch_size * world.size), rate, start_step=state.step)  # fmt: skip
 
 
-def watch(log: metrics.Log, state: TrainState, taken: Taken, config: Config) -> None:
-    every = config.logging.monitor_every
-    if every and state.step % every == 0:
-        log.reading(state.step, taken.target)
+def watch(log: metrics.Log, monitor: Monitor, at: int, taken: Taken, now: Now) -> None:
+    """Readings of the target encoder where they are due; the ranks that do not write the log go on meanwhile."""
+    if log.writes and monitor.due(at):
+        with log.pause():
+            readings, notes = monitor.look(at, taken.target, taken.loss, now)
+        log.hold(readings)
+        for note in notes:
+            log.message(note)
 
 
 def report(log: metrics.Log, at: int, taken: Taken, now: Now, skips: metrics.Skips, spread: BatchRegularizer | None,
@@ -270,15 +338,12 @@ def values(taken: Taken, now: Now, skips: metrics.Skips, spread: BatchRegularize
 
 def save(state: TrainState, output: Path, config: Config, world: World, loader: Loader, skips: metrics.Skips,
          log: metrics.Log) -> Path:  # fmt: skip
-    """Write a checkpoint from the main rank while the others wait."""
+    """Write a checkpoint; every rank takes part."""
     state.skipped, state.skipped_in_row, _ = skips.sync()
     state.bad_files = distributed.union(loader.bad)
     root, tag = output / "checkpoints", config.logging.write_tag
     with log.pause():
-        if world.is_main:
-            checkpoint.save(root, state, tag, config.logging.keep_last)
-        distributed.barrier()
-    return root / f"{tag}-{state.step:08d}"
+        return checkpoint.save(root, state, tag, config.logging.keep_last)
 
 
 def too_many_skips(at: int, config: Config, output: Path) -> str:
@@ -299,10 +364,16 @@ def farewell(at: int, total: int, received: int | None, saved: Path) -> str:
 
 
 class Stop:
-    """SIGTERM and SIGINT ask for a stop after the current step; a second one ends the process at once."""
+    """SIGTERM and SIGINT ask for a stop after the current step; a second Ctrl-C ends the process at once.
+
+    A launcher passes on what the terminal or SLURM has sent to every process: only a SIGINT that comes PASSED_ON seconds
+    after the first is another one, and SIGTERM has SIGKILL to follow it.
+    """
+
+    PASSED_ON = 3.0
 
     def __enter__(self) -> "Stop":
-        self.received = None
+        self.received = self._asked = None
         self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -311,8 +382,11 @@ class Stop:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: object) -> None:
-        self.received = number
-        signal.signal(number, self._before[number])
+        now = time.monotonic()
+        self.received, self._asked = self.received or number, self._asked or now
+        if number == signal.SIGINT and now - self._asked > self.PASSED_ON:
+            signal.signal(number, self._before[number])
+            signal.raise_signal(number)
 
     def agreed(self) -> bool:
         """Whether any rank was asked, so that all stop after the same step."""

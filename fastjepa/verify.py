@@ -14,6 +14,7 @@ from fastjepa import config as configs
 from fastjepa import model, packing, train
 from fastjepa.config import Config, ConfigError
 from fastjepa.data import Batch
+from fastjepa.ema import Average
 from fastjepa.engine import Engine
 from fastjepa.loss import jepa_loss
 from fastjepa.schedule import Schedule
@@ -140,12 +141,13 @@ def features_and_gradients(reference: Reference) -> dict[str, float]:
 def trajectory(reference: Reference) -> dict[str, float]:
     """Every step of the file with the trainer's step."""
     engine, target_encoder = restored(reference)
+    average = Average(target_encoder, engine.jepa.encoder)
     schedule = Schedule(reference.config.optimization, int(reference.meta["ipe"]))
     losses, nows = [], []
     for step in range(int(reference.meta["steps"])):
         now = schedule(step)
         batch = make_batch(reference[f"step{step}.images"], *reference.masks(step))
-        taken = train.step(engine, target_encoder, [batch], now, reference.config)
+        taken = train.step(engine, average, [batch], now, reference.config)
         losses.append(taken.loss)
         nows.append([now.lr, now.weight_decay, now.ema_momentum])
     networks = zip(NETWORKS, (engine.jepa.encoder, engine.jepa.predictor, target_encoder), strict=True)

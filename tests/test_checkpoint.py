@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -466,7 +467,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_earlier_ones(tmp_path, room)
 def test_leftovers_of_dead_writers_go_and_those_of_living_ones_stay(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    host = checkpoint.socket.gethostname()
+    host = socket.gethostname()
     left = {
         "dead": f".tmp-jepa-00000001@{host}@{dead.pid}",
         "own": f".tmp-jepa-00000001@{host}@{os.getpid()}",

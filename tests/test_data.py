@@ -18,6 +18,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import resized_crop
 
 from fastjepa import config, draws
+from fastjepa.check import judge
 from fastjepa.data import Batch, Loader, MicroBatches, crop_box
 from fastjepa.decode_torch import decode
 from fastjepa.sources import open_source
@@ -309,6 +310,20 @@ def test_bad_files_are_replaced_and_no_other_sample_moves(folder: Path, caplog):
     assert sorted(record.args[0] for record in caplog.records) == sorted(loader.bad)  # logged once each
     helped = load(settings(folder, num_workers=2), range(8), stop=8)
     assert all(same(a[0], b[0]) for a, b in zip(load(settings(folder), range(8)), helped, strict=True))
+
+
+@pytest.mark.timeout(60)
+def test_what_would_be_read_for_ever_is_bad(folder: Path, loader: str):
+    """A pipe that nobody writes to, a device without an end."""
+    os.mkfifo(folder / "cat" / "pipe.png")
+    os.symlink("/dev/zero", folder / "dog" / "endless.png")
+    source = open_source(folder)
+    odd = {str(folder / "cat" / "pipe.png"), str(folder / "dog" / "endless.png")}
+    for i in (i for i in range(28) if source.name(i) in odd):
+        assert str(judge(source, i, limit=1)) == f"{source.name(i)}: unreadable (a pipe or a device, not a file)"
+    with Loader(settings(folder, loader=loader, num_workers=1), source, 0, 1, 0, CPU, 7) as made:
+        assert sum(len(batch.images) for step in range(7) for batch in made.micro_batches(step)) == 28
+        assert made.bad == odd
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,12 +1,17 @@
 """DALI shows the pictures that `decode_torch` shows, meets the same bad files, and loses nothing when it gives up."""
 
+import contextlib
+import hashlib
+import inspect
 import io
+import json
 import logging
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastjepa import config, decode_dali
+from fastjepa import config, data, decode_dali, doctor
 from fastjepa.data import Batch, EncodedBatches, Loader, MicroBatches, decodes_with_dali
 from fastjepa.decode_dali import Decoder, Encoded, View, pnm
 from fastjepa.decode_torch import crop, decode, header
@@ -52,6 +57,7 @@ PICTURE = natural(121, 90)
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf tiff:Orientation="6"/></x:xmpmeta>'
 PNG = encode(PICTURE, "PNG")
 LATE_EXIF = PNG[:-12] + encode(PICTURE, "PNG", exif=turned(6))[33:].partition(b"IDAT")[0][:-4] + PNG[-12:]
+JPEG_DAMAGED_INSIDE = encode(PICTURE, progressive=True)[:900] + b"\xff\xd8\xff\xc0" * 60 + b"\xff\xd9"
 BROKEN_CHECKSUM = PNG[:-16] + bytes([PNG[-16] ^ 1]) + PNG[-15:]  # of the last pixels: Pillow does not look
 READ = {f"jpeg {mode}": encode(PICTURE.convert(mode)) for mode in ("L", "RGB", "CMYK")}
 READ |= {f"jpeg turned {n}": encode(PICTURE, exif=turned(n)) for n in (2, 3, 5, 6, 7, 8)}
@@ -96,12 +102,12 @@ class Images:
     images: Encoded | torch.Tensor
 
 
-def refuse(position: int, reason: str) -> Images:
-    raise AssertionError(f"{position}: {reason}")
+def refuse(position: int, refused: dict[int, str]) -> Images:
+    raise AssertionError(f"{position}: {refused}")
 
 
 def decoder(batches: Iterator[Images], size=(32, 32), channels: int = 3, again=refuse, batch: int = 64, ahead: int = 2):
-    settings = decode_dali.Settings(batch, channels, size, CPU, threads=2, ahead=ahead, hw_decoder_load=0.5)
+    settings = decode_dali.Settings(batch, channels, size, CPU, threads=2, ahead=ahead, gpu={})
     return Decoder(batches, again, settings)
 
 
@@ -189,24 +195,27 @@ def test_as_many_batches_as_asked_for_are_taken_ahead():
 def test_a_pipeline_that_gives_up_goes_on_with_the_next_batch(broken: set[int]):
     views = [View(encode(natural(60, 40, seed)), (0, 0, 40, 60), False) for seed in range(6)]
     cut = View(PNG[:-600], (0, 0, 90, 121), False)
-    batches = [Images(Encoded.of([cut if number in broken else view, view])) for number, view in enumerate(views)]
+    batches = [
+        Images(Encoded.of([view, cut, view, view, cut] if number in broken else [view] * 5))
+        for number, view in enumerate(views)
+    ]
     asked = []
 
-    def again(position: int, reason: str) -> Images:
+    def again(position: int, refused: dict[int, str]) -> Images:
         asked.append(position)
-        assert "\n" not in reason and reason
-        return Images(Encoded.of([views[position]] * 2))
+        assert refused.keys() == {1, 4} and all(reason and "\n" not in reason for reason in refused.values())
+        return Images(Encoded.of([views[position]] * 5))
 
     made = [batch.images for batch in decoder(iter(batches), again=again)]
     assert asked == sorted(broken)
-    whole = [decoded([view, view], (32, 32)) for view in views]
+    whole = [decoded([view] * 5, (32, 32)) for view in views]
     assert len(made) == 6 and all(torch.equal(a, b) for a, b in zip(made, whole, strict=True))
 
 
 def test_what_fails_again_is_raised():
     cut = Images(Encoded.of([View(PNG[:-600], (0, 0, 90, 121), False)]))
     with pytest.raises(RuntimeError, match="nvImageCodec"):
-        next(decoder(iter([cut]), again=lambda position, reason: cut))
+        next(decoder(iter([cut]), again=lambda position, refused: cut))
 
 
 # Whole loaders
@@ -283,11 +292,32 @@ def test_resume_near_a_bad_file_is_byte_identical(tmp_path: Path, start: int):
 
 
 def test_an_image_that_only_dali_refuses_is_not_bad(tmp_path: Path, caplog):
-    folder = write(tmp_path / "images", {f"{n}.png": BROKEN_CHECKSUM for n in range(4)})
+    """Beside one that is: its name alone is in the list, the other's in a warning."""
+    files = {"0.png": BROKEN_CHECKSUM, "1.png": PNG, "2.png": PNG[:-600], "3.png": BROKEN_CHECKSUM}
+    folder = write(tmp_path / "images", files)
     with caplog.at_level(logging.WARNING):
         (ours,), bad = load(settings(folder, "dali"), 1)
-    assert bad == set() and "DALI cannot decode an image that Pillow can" in caplog.text
+    assert bad == {str(folder / "2.png")}
+    said = [record.args[0] for record in caplog.records if "Pillow decodes it, DALI cannot" in record.message]
+    assert sorted(said) == [str(folder / "0.png"), str(folder / "3.png")]
     assert alike(ours.images, load(settings(folder, "torch"), 1)[0][0].images)
+
+
+@pytest.mark.parametrize("bad", ["png cut", "jpeg damaged inside", "text"])
+def test_a_bad_file_changes_no_bit_of_the_other_rows(tmp_path: Path, bad: str):
+    """Its neighbours go on coming from DALI, not as Pillow's pixels."""
+    raw = {"png cut": PNG[:-600], "jpeg damaged inside": JPEG_DAMAGED_INSIDE, "text": b"no image at all"}[bad]
+    files = {f"{seed:02d}.jpg": encode(natural(160, 120, seed)) for seed in range(8)}
+    whole, spoilt = write(tmp_path / "whole", files), write(tmp_path / "spoilt", files | {"05.jpg": raw})
+    (good,), _ = load(settings(whole, "dali", batch_size=8), 1)
+    (ours,), met = load(settings(spoilt, "dali", batch_size=8), 1)
+    assert met == {str(spoilt / "05.jpg")}
+    order = MicroBatches(settings(whole, "dali", batch_size=8), open_source(whole), 0, 1).samples(0, 0, 8).tolist()
+    row = order.index(5)
+    assert (ours.images != good.images).flatten(1).any(1).nonzero().flatten().tolist() == [row]
+    dataset = EncodedBatches(settings(spoilt, "dali", batch_size=8), open_source(spoilt), 0, 1)
+    before, after = (batch.images.arrays()[0] for batch in (dataset[0], dataset.without(0, {row: "DALI refuses it"})))
+    assert [i for i in range(8) if before[i].tobytes() != after[i].tobytes()] == [row]
 
 
 @pytest.mark.parametrize("loader", ["dali", "torch"])
@@ -316,12 +346,37 @@ def test_loaders_are_chosen(tmp_path: Path, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert chosen("auto", "dali", "torch") == [False, True, False]
+    assert doctor.decoder()[0][:2] == ("auto", "torch") and "CPU" in doctor.decoder()[0][2]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert chosen("auto", "dali", "torch") == [True, True, False]
+    assert doctor.decoder()[0] == ("auto", "dali", "it decodes on the GPU")
     monkeypatch.setattr(decode_dali, "find_spec", lambda name: None)
     assert chosen("auto", "torch") == [False, False]
+    assert "pip install 'fastjepa[dali]'" in doctor.decoder()[0][2] and doctor.decoder()[1][:2] == ("dali", "no")
     with pytest.raises(config.ConfigError, match=r"dali needs NVIDIA DALI; run: pip install 'fastjepa\[dali\]'"):
         Loader(settings(folder, "dali", batch_size=1), source, 0, 1, 0, CPU)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_hints_reach_the_decoder_of_a_gpu_alone(tmp_path: Path, monkeypatch, device: str):
+    """DALI's operator checks their names; where there is no GPU the pipeline is described, not built."""
+    from nvidia.dali import fn
+
+    given, real = {}, fn.decoders.image_slice
+    monkeypatch.setattr(fn.decoders, "image_slice", lambda *files, **options: given.update(options) or real(*files, **options))
+    hints = dict(zip(decode_dali.GPU_OPTIONS, (0.25, 1 << 20, 2 << 20, 640, 480), strict=True))
+    made = data._dali_settings(settings(tmp_path, "dali", **hints), torch.device(device))
+    with contextlib.suppress(RuntimeError):
+        decode_dali._pipeline(deque(), made)
+    assert {name: given[name] for name in hints if name in given} == (hints if device == "cuda" else {})
+
+
+def test_hints_are_dalis_own_unless_set():
+    from nvidia.dali.backend import GetSchema
+
+    schema, defaults = GetSchema("decoders__ImageSlice"), config.DataConfig()
+    dalis = {name: float(schema.GetArgumentDefaultValueString(name)) for name in decode_dali.GPU_OPTIONS}
+    assert dalis == pytest.approx({name: getattr(defaults, name) for name in decode_dali.GPU_OPTIONS})
 
 
 def test_workers_hand_over_one_block_of_files(tmp_path: Path):
@@ -385,3 +440,53 @@ def test_a_thousand_batches_leak_nothing(tmp_path: Path, loader: str):
             if step == 299:
                 before = resident()
         assert resident() < 1.02 * before
+
+
+def digest(batch) -> str:
+    fields = batch.images, batch.context.idx, batch.target.idx, batch.blocks.sequences.idx
+    return hashlib.sha256(b"".join(field.contiguous().numpy().tobytes() for field in fields)).hexdigest()
+
+
+HASHED = """
+import hashlib, os, sys
+from fastjepa import cli, train
+take, hashes = train.step, open(f"{sys.argv[1]}.{os.environ['RANK']}", "w")
+
+def step(engine, target_encoder, batches, *rest):
+    batches = list(batches)
+    print(*map(digest, batches), sep="\\n", file=hashes, flush=True)
+    return take(engine, target_encoder, batches, *rest)
+
+train.step = step
+sys.exit(cli.main(["train", *sys.argv[2:]]))
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_stopped_and_resumed_see_the_batches_of_the_whole_run(tmp_path: Path):
+    """Real runs over gloo, stopped in the second epoch, around files that DALI gives up on; every byte is hashed."""
+    files = {f"{seed:02d}.png": encode(natural(60, 40, seed), "PNG") for seed in range(40)}
+    folder = write(tmp_path / "images", files | {f"{n:02d}.png": PNG[:-600] for n in (3, 14, 25)})
+    (tmp_path / "hashed.py").write_text(inspect.getsource(digest) + HASHED)
+    setting = settings(folder, "dali", num_workers=1, use_horizontal_flip=True).to_dict()
+    setting["meta"] |= {"model_name": "vit_tiny", "depth": 1, "pred_depth": 1, "pred_emb_dim": 48}
+    setting["runtime"] |= {"device": "cpu", "micro_batch": 2, "threads": 1}
+    (tmp_path / "run.yaml").write_text(json.dumps(setting))
+
+    def run(name: str, steps: int) -> list[list[str]]:
+        """The hashes that each rank saw, two a step."""
+        ranks = [Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node", 2, tmp_path / "hashed.py"]
+        command = [*ranks, tmp_path / name, "--config", tmp_path / "run.yaml", "--output", tmp_path / "run"]
+        done = subprocess.run([*map(str, command), "--max-steps", str(steps)], capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return [Path(f"{tmp_path / name}.{rank}").read_text().splitlines() for rank in (0, 1)]
+
+    whole, bad = [], []
+    for rank in (0, 1):
+        with Loader(config.from_dict(setting), open_source(folder), rank, 2, 0, CPU, 10) as loader:
+            batches = [batch for step in range(10) for batch in loader.micro_batches(step)]
+        whole.append([digest(batch) for batch in batches])
+        bad += [batch.bad for batch in batches[12:]]
+    assert run("before", 6) == [hashes[:12] for hashes in whole]
+    assert run("after", 10) == [hashes[12:] for hashes in whole]
+    assert len(set(whole[0] + whole[1])) == 40 and any(bad)

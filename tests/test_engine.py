@@ -6,8 +6,9 @@ import pytest
 import torch
 from test_model import masks, small
 
-from fastjepa import ema, model, optim, train
+from fastjepa import model, optim, train
 from fastjepa.data import Batch
+from fastjepa.ema import Average
 from fastjepa.engine import Engine
 from fastjepa.packing import pack
 from fastjepa.schedule import Now
@@ -70,10 +71,10 @@ def test_ema_moves_the_target_only_when_the_step_was_taken():
     with torch.no_grad():
         for parameter in jepa.encoder.parameters():
             parameter.add_(1.0)
-    before = copy.deepcopy(target.state_dict())
-    ema.update(target, jepa.encoder, 0.75, torch.tensor(False))
+    before, average = copy.deepcopy(target.state_dict()), Average(target, jepa.encoder)
+    average.update(0.75, torch.tensor(False))
     assert all(torch.equal(before[name], value) for name, value in target.state_dict().items())
-    ema.update(target, jepa.encoder, 0.75, torch.tensor(True))
+    average.update(0.75, torch.tensor(True))
     for name, value in target.named_parameters():
         torch.testing.assert_close(value, before[name] + 0.25)
 
@@ -83,8 +84,9 @@ def test_ema_keeps_small_steps_that_bf16_would_lose():
     with torch.no_grad():
         target.weight.fill_(1.0)
         online.weight.fill_(1.01)
+    average = Average(target, online)
     for _ in range(1000):
-        ema.update(target, online, 0.9999, torch.tensor(True))
+        average.update(0.9999, torch.tensor(True))
     assert target.weight.item() == pytest.approx(1.01 - 0.01 * 0.9999**1000, abs=1e-5)
 
 
@@ -114,12 +116,12 @@ def test_a_step_never_waits_for_the_device(dtype):
     config = small(runtime={"dtype": dtype, "device": "cuda"})
     device = torch.device("cuda")
     jepa, target_encoder = train.networks(config, device)
-    engine = Engine(jepa)
+    engine, average = Engine(jepa), Average(target_encoder, jepa.encoder)
     batches = [Batch(torch.randn(3, 3, 32, 32), *pack(*masks()), bad=()).to(device)]
-    train.step(engine, target_encoder, batches, NOW, config)  # compiles kernels and makes tables
+    train.step(engine, average, batches, NOW, config)  # compiles kernels and makes tables
     torch.cuda.set_sync_debug_mode("error")
     try:
-        taken = train.step(engine, target_encoder, batches, NOW, config)
+        taken = train.step(engine, average, batches, NOW, config)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert taken.finite.item()

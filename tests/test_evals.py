@@ -18,7 +18,7 @@ from fastjepa import checkpoint, config, model, optim
 from fastjepa.config import ConfigError
 from fastjepa.evals import features, knn, linear, table
 from fastjepa.evals.result import Features
-from fastjepa.metrics import effective_rank
+from fastjepa.monitors import effective_rank
 from fastjepa.sources import open_source
 
 GREY = ((0.5,), (0.25,))

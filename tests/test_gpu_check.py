@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import decode  # noqa: E402
 import gpu_check  # noqa: E402
 
 OPS = {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks" / "ops").glob("bench_*.py")}
@@ -27,7 +29,7 @@ def test_no_speed_is_reported_by_a_run_whose_checks_fail(monkeypatch: pytest.Mon
     monkeypatch.setattr(run, "step", step)
     gpu_check.check(run)
     assert ran[:2] == ["tests", "paths"] and not any(name.startswith("bench_") for name in ran)
-    assert not run.measurements
+    assert not run.measurements and "decode" not in ran
     assert any(entry["what"] == "benches" and "no speed" in entry["reason"] for entry in run.not_measured)
 
 
@@ -37,6 +39,69 @@ def test_a_step_that_takes_too_long_fails_and_the_rest_is_not_measured(tmp_path:
     assert "out of time" in run.steps["slow"]["output"]
     gpu_check.measure(run, tmp_path / "bench_any.py", "pytest")
     assert run.not_measured == [{"what": "bench_any", "reason": "the time was over"}]
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch):
+    """A call that measures a few images, which `eaten` estimates need not be drawn for."""
+    monkeypatch.setattr(decode, "eaten", lambda: [{"model": "toy", "utilisation": 0.5, "images_per_s_estimate": 10.0}])
+    return lambda: decode.measure(torch.device("cpu"), rounds=2, seconds=0.05, distinct=8, batch=4)
+
+
+def test_decoders_are_measured_against_what_training_eats(toy):
+    found = toy()
+    assert [one["provider"] for one in found["measurements"]] == list(decode.PROVIDERS) and found["not_measured"] == []
+    for one in found["measurements"]:
+        assert 0 < one["images_per_s"]["p20"] <= one["images_per_s"]["median"] <= one["images_per_s"]["p80"]
+        assert one["feeds"][0]["times"] == pytest.approx(one["images_per_s"]["median"] / 10)
+
+
+def test_both_decoders_show_the_boxes():
+    work, cpu = decode.Work.make(4, 4), torch.device("cpu")
+    theirs = torch.stack(next(decode.torchvision(work, cpu)))
+    ours = next(decode.dali(work, cpu))
+    assert ours.shape == theirs.shape == (4, 3, 224, 224)
+    assert (ours.int() - theirs.int()).abs().float().mean() < 0.5
+    assert [image.shape for image in next(decode.torchvision(work, cpu, cropped=False))] == [(3, 375, 500)] * 4
+
+
+def test_a_decoder_that_is_not_there_is_not_measured(toy, monkeypatch: pytest.MonkeyPatch):
+    packages = {"dali": "nvidia.daly", "torchvision": "torchvisionary", "torchvision, decode alone": "torchvision"}
+    with_typos = {name: (packages[name], opened) for name, (_, opened) in decode.PROVIDERS.items()}
+    monkeypatch.setattr(decode, "PROVIDERS", with_typos)
+    found = toy()
+    assert [one["provider"] for one in found["measurements"]] == ["torchvision, decode alone"]
+    assert found["not_measured"] == [
+        {"what": "decode, dali", "reason": "nvidia.daly is not installed"},
+        {"what": "decode, torchvision", "reason": "torchvisionary is not installed"},
+    ]
+
+
+def test_a_decoder_that_fails_says_why(toy, monkeypatch: pytest.MonkeyPatch):
+    def broken(work, device):
+        raise RuntimeError("built without\n nvJPEG")
+
+    monkeypatch.setattr(decode, "PROVIDERS", {"torchvision": ("torchvision", broken)})
+    assert toy()["not_measured"] == [{"what": "decode, torchvision", "reason": "built without nvJPEG"}]
+
+
+def test_what_training_eats_is_an_estimate_of_its_flops():
+    """Near the figures of a trainer at 35 % (ViT-S) and 60 % (ViT-H) of an H100's products: 7,000 and 770 images/s."""
+    eats = {(one["model"], one["utilisation"]): one["images_per_s_estimate"] for one in decode.eaten()}
+    assert eats["ViT-S/16", 0.35] == pytest.approx(7000, rel=0.2) and eats["ViT-H/14", 0.6] == pytest.approx(770, rel=0.2)
+    assert eats["ViT-B/16", 0.6] == pytest.approx(eats["ViT-B/16", 0.35] * 0.6 / 0.35)
+
+
+def test_decoding_needs_only_what_a_bare_machine_has():
+    """torch, and what timm brings: torchvision, numpy, pillow, pyyaml."""
+    code = "import sys, decode; decode.eaten(); next(decode.dali(decode.Work.make(1, 1), __import__('torch').device('cpu'))); "
+    code += "print(*sys.modules)"
+    path = os.pathsep.join(map(str, (ROOT / "benchmarks", ROOT / "kernels", ROOT)))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "yaml" in loaded and not loaded & {"rich", "deepspeed", "lightly", "pyarrow", "webdataset", "tensorboard"}, (
+        done.stderr
+    )
 
 
 def test_without_a_card_it_says_so():
@@ -57,6 +122,8 @@ def test_all_of_it_runs_dry(tmp_path: Path):
     report = json.loads(file.read_text())
     assert report["passed"] and report["dry_run"] and report["card"] == "cpu"
     assert {"torch", "triton", "python", "cuda"} <= report["versions"].keys()
+    decoded = [info for info in report["measurements"] if info["op"] == "decode"]
+    assert [info["provider"] for info in decoded] == list(decode.PROVIDERS) and all(len(info["feeds"]) == 6 for info in decoded)
     for op in OPS:
         mine = [info for info in report["measurements"] if info["op"] == op]
         assert {"eager", "compiled", "ours"} <= {info["provider"] for info in mine}

@@ -1,4 +1,4 @@
-"""Logs that survive a resume, rates that are arithmetic, and collapse seen early."""
+"""Logs that survive a resume and rates that are arithmetic."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastjepa import metrics
-from fastjepa.metrics import Log, Reading, Skips, collapse_warning, effective_rank, gemm_flops, spread
+from fastjepa.metrics import Log, Skips, gemm_flops
 
 
 @pytest.fixture
@@ -119,19 +119,19 @@ def test_a_cut_that_is_interrupted_leaves_the_old_file(tmp_path, monkeypatch):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
-def test_collapse_readings_reach_the_next_line_survive_a_resume_and_warn(tmp_path, capsys):
-    healthy = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+def test_held_values_reach_the_next_line_alone_and_a_resume_keeps_the_entries(tmp_path, capsys):
     with open_log(tmp_path, console=True, every=2) as log:
-        for step in range(1, 7):
-            log.reading(step, healthy)
+        assert log.kept == [] and log.writes
+        log.hold({"knn": 0.25, "feature_std": 9.0})
+        log.hold({"feature_std": 0.5})
+        for step in range(1, 5):
             log.step(step, 0, values(), images=1)
-    assert lines(tmp_path)[-1]["feature_std"] == pytest.approx(spread(healthy))
-    assert "warning" not in capsys.readouterr().out
-    with open_log(tmp_path, console=True, every=2, start_step=6) as log:
-        assert [reading.step for reading in log.history] == [2, 4, 6]
-        for step in (7, 8, 9):
-            log.reading(step, healthy * 0.1)
-    assert capsys.readouterr().out.count("warning: step 8: collapse") == 1
+    first, second = lines(tmp_path)
+    assert (first["knn"], first["feature_std"]) == (0.25, 0.5) and not {"knn", "feature_std"} & second.keys()
+    shown = capsys.readouterr().out.splitlines()
+    assert "std 0.500" in shown[0] and "k-NN 25.0%" in shown[0] and "k-NN" not in shown[1]
+    with open_log(tmp_path, start_step=3) as log:
+        assert log.kept == [first]
 
 
 def test_plain_lines_without_a_terminal(tmp_path, capsys, clock):
@@ -169,10 +169,10 @@ def test_a_terminal_gets_one_line_that_moves(tmp_path, capsys, monkeypatch):
 def test_a_log_without_output_does_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with open_log(None, console=True, tensorboard=True) as log:
-        log.reading(1, torch.randn(4, 4))
+        log.hold({"knn": 0.5})
         log.step(1, 0, values(), images=1)
         log.message("unseen")
-    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == "" and not log.due(1)
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == "" and not log.due(1) and not log.writes
 
 
 def test_tensorboard_events_where_it_is_installed(tmp_path, monkeypatch):
@@ -208,74 +208,6 @@ def test_gemm_rate_is_flops_over_seconds(monkeypatch):
     ticks = iter([0.0, 1.0, 1.5, 9.0])  # deadline, start, end, stop
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(ticks))
     assert gemm_flops(torch.device("cpu"), torch.float32) == 2 * 64 * 32 * 128 / 0.5
-
-
-@given(st.integers(1, 8))
-def test_effective_rank_of_equal_directions_is_their_number(k):
-    features = torch.eye(8)[torch.arange(840) % k] * 3.0  # 840: a multiple of every k
-    assert effective_rank(features) == pytest.approx(k, rel=1e-3)
-    assert effective_rank(features.T) == pytest.approx(effective_rank(features), rel=1e-6)
-
-
-def test_effective_rank_is_the_entropy_of_the_singular_values():
-    s = torch.tensor([8.0, 4.0, 2.0, 1.0], dtype=torch.float64)
-    left, _ = torch.linalg.qr(torch.randn(50, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
-    p = s / s.sum()
-    assert effective_rank((left * s).float()) == pytest.approx(float((-(p * p.log()).sum()).exp()), rel=1e-5)
-
-
-def test_effective_rank_does_not_centre_and_says_what_it_cannot_measure():
-    assert effective_rank(torch.ones(30, 5)) == pytest.approx(1.0, abs=1e-3)
-    assert effective_rank(torch.zeros(30, 5)) == 0.0
-    assert math.isnan(effective_rank(torch.full((30, 5), math.nan)))
-
-
-def test_effective_rank_takes_evenly_spaced_rows_of_many():
-    many = torch.zeros(3 * 2048, 4)
-    many[::3, 0] = 1.0  # the rows taken
-    many[1::3] = torch.randn(2048, 4, generator=torch.Generator().manual_seed(0))
-    assert effective_rank(many) == pytest.approx(1.0, abs=1e-3)
-
-
-def test_spread_is_over_tokens_not_channels():
-    assert spread(torch.tensor([[0.0, 5.0], [2.0, 5.0]])) == pytest.approx(0.5)
-    assert spread(torch.arange(12.0).expand(7, 12).bfloat16()) == 0.0
-
-
-def history(*pairs) -> list[Reading]:
-    return [Reading(100 * i, *pair) for i, pair in enumerate(pairs)]
-
-
-def test_collapse_warns_once_at_the_second_low_reading_and_names_a_key():
-    run = [(1.0, 40.0)] * 3 + [(1.0, 19.0)] * 4
-    warned = [collapse_warning(history(*run[:n])) for n in range(len(run) + 1)]
-    assert [w is not None for w in warned] == [False] * 5 + [True] + [False] * 2
-    assert "loss.regularizer" in warned[5] and "19" in warned[5] and "40" in warned[5] and "step 400" in warned[5]
-
-
-def test_collapse_of_the_spread_names_the_speed_of_the_target():
-    warning = collapse_warning(history(*[(0.8, 10.0)] * 3, (0.1, 10.0), (0.1, 10.0)))
-    assert "spread" in warning and "optimization.lr" in warning and "optimization.ema" in warning
-
-
-@pytest.mark.parametrize(
-    "run",
-    [
-        [],
-        [(1.0, 40.0)],
-        [(1.0, 40.0), (0.01, 1.0), (0.01, 1.0)],  # still finding the baseline
-        [(1.0, 40.0)] * 3 + [(0.01, 1.0)],  # one odd batch
-        [(1.0, 40.0)] * 3 + [(0.01, 1.0), (1.0, 40.0), (0.01, 1.0)],
-        [(1.0, 40.0)] * 3 + [(0.3, 21.0)] * 5,
-        [(0.0, 0.0)] * 6,
-    ],
-)
-def test_no_false_alarm(run):
-    assert collapse_warning(history(*run)) is None
-
-
-def test_readings_that_are_not_numbers_count_as_low():
-    assert collapse_warning(history(*[(1.0, 40.0)] * 3, (math.nan, math.nan), (math.nan, math.nan)))
 
 
 @given(st.lists(st.booleans(), max_size=30), st.integers(0, 5))

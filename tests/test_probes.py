@@ -1,5 +1,6 @@
 """Probes that measure what they say, and choose without the test set; the statistics they share."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -7,10 +8,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from timm.optim import Lars
+from torchmetrics.classification import MulticlassAccuracy
 
 from fastjepa.config import ConfigError
-from fastjepa.evals import knn, linear
-from fastjepa.evals.result import TEST_IMAGES, TRAIN_IMAGES, Features, subset, validation_split, wilson
+from fastjepa.draws import SPLITS, generator
+from fastjepa.evals import knn, linear, lowshot
+from fastjepa.evals.result import PROBE, TEST_IMAGES, TRAIN_IMAGES, Features, Result, score, subset, validation_split, wilson
 
 
 def blobs(n: int, spread: float = 0.3, classes: int = 4, dim: int = 8, seed: int = 0) -> Features:
@@ -110,6 +116,33 @@ def test_knn_equals_a_loop_over_samples(monkeypatch: pytest.MonkeyPatch, k: int)
     assert result.accuracy == hits / 50 and result.ci95 == wilson(hits, 50) and result.chosen["k"] == k
 
 
+@pytest.mark.parametrize("k, temperature", [(1, 0.1), (20, 0.1), (200, 0.1), (20, 1.0)])
+def test_knn_equals_scikit_learn(k: int, temperature: float):
+    train, test = blobs(400, spread=1.5), blobs(200, spread=1.5, seed=1)
+    votes = lambda distance: np.exp((1 - distance) / temperature)  # noqa: E731
+    other = KNeighborsClassifier(k, weights=votes, metric="cosine", algorithm="brute")
+    expected = other.fit(train.x.double().numpy(), train.y.numpy()).predict(test.x.double().numpy())
+    found = knn.classify(train, test.x, 4, (k,), temperature=temperature)[0]
+    assert found.tolist() == expected.tolist()
+    assert knn.knn(train, test, 4, k=k, temperature=temperature).accuracy == float((expected == test.y.numpy()).mean())
+
+
+def test_knn_takes_any_temperature_above_zero():
+    """exp(1 / 0.001) is beyond fp32; as the temperature falls, the nearest alone decides."""
+    train, test = blobs(200, spread=1.5), blobs(50, spread=1.5, seed=1)
+    cold = knn.classify(train, test.x, 4, (20,), temperature=1e-6)
+    assert torch.equal(cold, knn.classify(train, test.x, 4, (1,)))
+    with pytest.raises(ConfigError, match="temperature 0"):
+        knn.knn(train, test, 4, temperature=0)
+
+
+def test_accuracy_equals_torchmetrics():
+    train, test = blobs(200), blobs(150, spread=2.0, seed=1)
+    predicted = knn.classify(train, test.x, 4, (10,))[0]
+    metric = MulticlassAccuracy(num_classes=4, average="micro")
+    assert score(predicted, train, test, {}, None).accuracy == pytest.approx(float(metric(predicted, test.y)), abs=1e-7)
+
+
 def test_knn_answers_for_several_k_at_once_as_for_each_alone():
     train, test = blobs(300, spread=2.0), blobs(80, spread=2.0, seed=1)
     together = knn.classify(train, test.x, 4, (1, 10, 200))
@@ -134,7 +167,13 @@ def test_linear_probe_separates_what_is_separable():
     assert result.accuracy > 0.99 and result.n_train == 600 and result.n_test == 300
 
 
-@pytest.mark.parametrize("probe", [knn.knn, linear.linear])
+def lars(train: Features, test: Features, classes: int) -> Result:
+    """The ImageNet protocol, its batch and rates to the measure of small data."""
+    recipe = dataclasses.replace(linear.PROTOCOLS["imagenet"], batch=256, lrs=(0.1, 30.0))
+    return linear.linear(train, test, classes, recipe=recipe)
+
+
+@pytest.mark.parametrize("probe", [knn.knn, linear.linear, lars, lowshot.logistic])
 def test_permuted_labels_leave_chance(probe, quick: None):
     """Chance is 0.25; the bound is five standard deviations at 800 test images."""
     result = probe(shuffled(blobs(800, spread=100.0)), blobs(800, spread=100.0, seed=1), 4)  # no clusters: images err alone
@@ -198,13 +237,73 @@ def test_heads_trained_together_equal_heads_trained_alone_by_torch():
         assert torch.allclose(bias.view(3, 4)[head], alone.bias, atol=1e-4)
 
 
-@pytest.mark.parametrize("probe", [knn.knn, linear.linear])
+def test_linear_heads_reach_the_optimum_that_scikit_learn_finds():
+    """The same objective: mean cross-entropy + decay / 2 |w|^2 is C = 1 / (decay n) there."""
+    data, queries = blobs(250, spread=1.5), blobs(300, spread=1.5, seed=1).x
+    for decay in (0.01, 0.1):
+        weight, bias = linear.fit(data.x, data.y, 4, [(0.1, decay)], seed=0)
+        other = LogisticRegression(C=1 / (decay * 250), tol=1e-8, max_iter=1000).fit(data.x.numpy(), data.y.numpy())
+        assert np.allclose(weight.T - weight.mean(dim=1), other.coef_, atol=2e-3)
+        ours = (queries @ weight + bias).softmax(dim=1).numpy()
+        assert np.allclose(ours, other.predict_proba(queries.numpy()), atol=2e-3)
+
+
+@pytest.mark.parametrize("protocol", ["imagenet", "cifar100"])
+def test_published_heads_trained_together_equal_heads_trained_alone(protocol: str):
+    """LARS of timm and Nesterov SGD of torch, head by head, on two views in turn, with the published drops."""
+    recipe = dataclasses.replace(linear.PROTOCOLS[protocol], batch=40, epochs=8, drops=(3, 6))
+    views, y = torch.stack([blobs(90).x, blobs(90, seed=1).x]), blobs(90).y
+    grid = [(0.5, 0.0), (0.05, 0.1)] if protocol == "cifar100" else [(100.0, 0.0), (30.0, 5.0)]  # LARS: a thousandth of |w|
+    weight, bias = linear.fit(views, y, 4, grid, seed=3, recipe=recipe)
+    for head, (lr, decay) in enumerate(grid):
+        alone = torch.nn.Linear(8, 4)
+        alone.weight.data = 0.01 * torch.randn(8, 4, generator=torch.Generator().manual_seed(3)).T
+        torch.nn.init.zeros_(alone.bias)
+        groups = [{"params": [alone.weight], "weight_decay": decay}, {"params": [alone.bias], "weight_decay": 0.0}]
+        own = {"always_adapt": True} if protocol == "imagenet" else {"nesterov": True}
+        optimizer = (Lars if protocol == "imagenet" else torch.optim.SGD)(groups, lr=lr, momentum=0.9, **own)
+        for epoch in range(8):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * 40 / 256 * (1, 0.1, 0.01)[(epoch >= 3) + (epoch >= 6)]
+            for rows in torch.from_numpy(generator(3, SPLITS, PROBE + epoch).permutation(90)).split(40):
+                optimizer.zero_grad()
+                torch.nn.functional.cross_entropy(alone(views[epoch % 2, rows]), y[rows]).backward()
+                optimizer.step()
+        assert torch.allclose(weight.view(8, 2, 4)[:, head], alone.weight.T, atol=1e-5)
+        assert torch.allclose(bias.view(2, 4)[head], alone.bias, atol=1e-5)
+
+
+def test_published_linear_heads_see_features_as_they_come():
+    """And batch norm + linear does not: the paper's two heads."""
+    train, test = blobs(100), blobs(30, seed=1).x
+    recipe = linear.PROTOCOLS["places205"]
+    x, other = linear.prepare(train, test, False, recipe)
+    assert torch.equal(x[0], train.x) and torch.equal(other, test)
+    x, _ = linear.prepare(train, test, True, recipe)
+    assert torch.allclose(x[0].std(dim=0, correction=0), torch.ones(8), atol=1e-5)
+
+
+def test_a_grid_of_one_is_not_chosen_and_keeps_every_image(capsys: pytest.CaptureFixture):
+    result = linear.linear(blobs(60), blobs(40, seed=1), 4, recipe=linear.PROTOCOLS["cifar100"])
+    assert result.validation_accuracy is None and result.chosen == {"lr": 0.01, "weight_decay": 5e-4}
+    assert "60 training images make 28 steps" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("probe", [knn.knn, linear.linear, lars, lowshot.logistic])
 def test_test_labels_do_not_touch_the_choice(probe, quick: None):
     """Wrong test labels change the accuracy and nothing else."""
     train, test = blobs(400, spread=1.2), blobs(200, spread=1.2, seed=1)
     right, wrong = probe(train, test, 4), probe(train, shuffled(test), 4)
     assert right.chosen == wrong.chosen and right.validation_accuracy == wrong.validation_accuracy
     assert right.accuracy > wrong.accuracy + 0.2
+
+
+@pytest.mark.parametrize("probe", [knn.knn, linear.linear, lowshot.logistic])
+def test_images_that_choose_are_not_fitted(probe, quick: None):
+    """In 500 dimensions every probe knows by heart what it was fitted on, whatever its labels."""
+    train, test = (Features(torch.randn(n, 500, generator=torch.Generator().manual_seed(n)), blobs(n).y) for n in (300, 100))
+    assert probe(train, train, 4).accuracy > 0.9
+    assert probe(train, test, 4).validation_accuracy < 0.5  # chance is 0.25, of 50 or 60 images
 
 
 @pytest.mark.parametrize("probe", [knn.knn, linear.linear])

@@ -167,12 +167,6 @@ def test_names_with_spaces_letters_and_brackets(tmp_path: Path):
     assert {Path(open_source(root).name(i)).name for i in range(3)} == {"été à la mer.png", "雪.png", "a  b.png"}
 
 
-@pytest.mark.parametrize("where", ["https://example.org/shards/{000..009}.tar", "s3://bucket/shards"])
-def test_streams_are_refused_with_the_way_round(where: str):
-    with pytest.raises(ConfigError, match="random order, so from a local disk; copy the shards that `fastjepa data shard`"):
-        open_source(where)
-
-
 def test_an_empty_folder_names_the_formats(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"\.tar shards, \*\.parquet files .*, or MNIST-style idx files"):
         sources.open_source(tmp_path)

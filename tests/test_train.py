@@ -29,17 +29,20 @@ TINY = {
 }
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory) -> Path:
+def write_config(directory: Path) -> Path:
     """A config over 40 small images: five steps an epoch, ten in all."""
-    directory = tmp_path_factory.mktemp("images")
     random = np.random.default_rng(0)
     for i in range(40):
         pixels = random.integers(0, 256, (6, 6, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((40, 36)).save(directory / f"{i:02}.png")
-    file = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    file = directory / "tiny.yaml"
     file.write_text(yaml.safe_dump(TINY | {"data": TINY["data"] | {"source": str(directory)}}))
     return file
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    return write_config(tmp_path_factory.mktemp("images"))
 
 
 def run(*command: object) -> subprocess.CompletedProcess:

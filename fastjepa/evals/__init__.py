@@ -1,1 +1,1 @@
-"""Evaluations of frozen encoders on labelled images; each module runs alone."""
+"""Evaluations of encoders on labelled images, frozen or fine-tuned; each module runs alone."""

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,24 +17,27 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset
 
-from fastjepa import attention, checkpoint, model
+from fastjepa import attention, checkpoint, interop, model
 from fastjepa.config import Config, ConfigError, from_dict, load
 from fastjepa.decode_torch import DecodeError, decode
 from fastjepa.evals.result import Features
 from fastjepa.sources import Source
 
 Which = Literal["target", "context", "random"]
+Layers = Literal["last", "concat4"]
+Augmentation = Callable[[Tensor, int, tuple[int, int]], Tensor]  # (image, its row of the source, size) -> image of that size
 MeanStd = tuple[tuple[float, ...], tuple[float, ...]]
 NETWORK = {"target": "target_encoder", "context": "encoder"}
+FEW = 256  # images that are decoded sooner than processes start
 MARGIN = 256 / 224  # the short side before the central crop, as a share of the crop
 
 console = Console(stderr=True)  # standard output is for results
 
 
 def read_config(path: Path) -> Config:
-    """The config a checkpoint was trained with, or that of a run directory that holds no checkpoint yet."""
-    if path.is_file():
-        raise ConfigError(f"{path}: a file of weights does not say its config; name the run directory or checkpoint it lies in")
+    """The config a checkpoint was trained with, that of a run directory without one yet, or what others' weights imply."""
+    if interop.is_foreign(path):
+        return interop.read(path).form.config()
     written = path / "config.yaml"
     if written.is_file() and not checkpoint.complete(path / "checkpoints", tag=None):
         return load(written)
@@ -46,13 +49,15 @@ def read_config(path: Path) -> Config:
 
 
 def load_encoder(path: str | Path, which: Which = "target", config: Config | None = None) -> nn.Module:
-    """An encoder of a checkpoint or run directory (its latest), frozen, on the CPU.
+    """An encoder of a checkpoint or run directory (its latest), or of another's weights, frozen, on the CPU.
 
     Args:
         which: the target encoder (what the paper evaluates), the context encoder, or one with the run's seed, untrained.
         config: default: the one the checkpoint was trained with.
     """
     path = Path(path)
+    if which != "random" and interop.is_foreign(path):
+        return interop.load_encoder(path, which)
     config = config or read_config(path)
     _, encoder = model.build(config)
     if which != "random":
@@ -75,29 +80,50 @@ def extract(
     workers: int | None = None,
     rows: np.ndarray | None = None,
     dtype: torch.dtype = torch.float32,
+    layers: Layers = "last",
+    augment: Augmentation | None = None,
 ) -> Features:
-    """Features (n, D) of `source`: the mean over patches of the encoder's final-normed output, nothing on top.
+    """Features of `source`: the mean over patches of the encoder's final-normed output, nothing on top.
+
+    (n, D) of the last block or, with "concat4", (n, 4 D) of each of the last four (paper, appendix A.2).
 
     Args:
         size: (H, W) the images are brought to, a multiple of the patch.
         mean_std: per channel, on [0, 1].
-        workers: decoding processes; default: none for pixels in memory, else up to 4.
+        workers: decoding processes; default: none for few images and for pixels in memory, else up to 4.
         rows: the images to take, in this order; default: all, in the source's order.
         dtype: fp32, or bf16 for autocast.
+        augment: what brings images to `size`; default: resized and cropped as usual for evaluation.
 
     Raises ConfigError when the encoder cannot take such images, or gives features that are not finite.
     """
     check_input(encoder, size, channels)
     encoder, device = encoder.to(device), torch.device(device)
     model.use_attention(encoder, attention.choose("auto", device, dtype))
-    images, pooled = EvalImages(source, size, channels, rows), []
+    images, found = EvalImages(source, size, channels, rows, augment), []
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         for pixels in images.batches(batch, workers):
-            pooled.append(encoder.features(normalise(pixels.to(device), mean_std)).float().mean(dim=1).cpu())
-    features = Features(torch.cat(pooled), images.labels())
+            found.append(pooled(encoder, normalise(pixels.to(device), mean_std), layers).cpu())
+    features = Features(torch.cat(found), images.labels())
     if not bool(features.x.isfinite().all()):
         raise ConfigError("the encoder gives features that are not finite: its weights are broken, use an earlier checkpoint")
     return features
+
+
+def pooled(encoder: nn.Module, images: Tensor, layers: Layers = "last") -> Tensor:
+    """(b, C, H, W) -> (b, D) or, for "concat4", (b, 4 D) fp32: patches averaged, blocks side by side, the last one last."""
+    if layers == "last":
+        return encoder.features(images).float().mean(dim=1)
+    if len(encoder.blocks) < 4:
+        raise ConfigError(f"--layers concat4: the encoder has {len(encoder.blocks)} blocks; use --layers last")
+    outputs: list[Tensor] = []  # (b * N, D) each
+    hooks = [block.register_forward_hook(lambda *call: outputs.append(call[-1])) for block in encoder.blocks[-4:]]
+    try:
+        encoder.features(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.cat([encoder.norm(x).float().view(len(images), -1, x.shape[-1]).mean(dim=1) for x in outputs], dim=1)
 
 
 def raw_pixels(
@@ -128,8 +154,15 @@ def check_input(encoder: nn.Module, size: tuple[int, int], channels: int) -> Non
 class EvalImages(Dataset):
     """Images of a source as an evaluation sees them: (C, H, W) uint8, one view each."""
 
-    def __init__(self, source: Source, size: tuple[int, int], channels: int, rows: np.ndarray | None = None):
-        self.source, self.size, self.channels = source, size, channels
+    def __init__(
+        self,
+        source: Source,
+        size: tuple[int, int],
+        channels: int,
+        rows: np.ndarray | None = None,
+        augment: Augmentation | None = None,
+    ):
+        self.source, self.size, self.channels, self.augment = source, size, channels, augment
         self.rows = np.arange(len(source)) if rows is None else rows
 
     def __len__(self) -> int:
@@ -139,7 +172,8 @@ class EvalImages(Dataset):
         """The image, or what is wrong with it: an exception would arrive from a worker as its whole traceback."""
         row = int(self.rows[i])
         try:
-            return fit_to(decode(self.source.read(row), self.channels), self.size)
+            image = decode(self.source.read(row), self.channels)
+            return self.augment(image, row, self.size) if self.augment else fit_to(image, self.size)
         except (DecodeError, OSError) as error:
             return f"{self.source.name(row)}: cannot be evaluated ({error}); repair or remove it"
 
@@ -151,16 +185,21 @@ class EvalImages(Dataset):
             raise ConfigError(f"{name}: has no label, and probes need labels; put the images into one folder per class")
         return torch.tensor(found, dtype=torch.int64)
 
-    def batches(self, size: int, workers: int | None = None) -> Iterator[Tensor]:
+    def batches(self, size: int, workers: int | None = None, about: str = "features") -> Iterator[Tensor]:
         """(b, C, H, W) uint8 blocks in order, with a progress bar on a terminal; OSError names a bad file."""
         if workers is None:
-            in_memory = len(self) == 0 or isinstance(self.source.read(int(self.rows[0])), np.ndarray)
-            workers = 0 if in_memory else min(4, os.cpu_count() or 1)
+            here = len(self) < FEW or isinstance(self.source.read(int(self.rows[0])), np.ndarray)
+            workers = 0 if here else min(4, os.cpu_count() or 1)
         loader = DataLoader(self, size, num_workers=workers, collate_fn=_stack)
-        for block in track(loader, "features", console=console, transient=True, disable=not console.is_terminal):
+        for block in watched(loader, about):
             if isinstance(block, str):
                 raise OSError(block)
             yield block
+
+
+def watched(items: Iterable, about: str) -> Iterable:
+    """The same items, with a progress bar on a terminal that leaves nothing behind."""
+    return track(items, about, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _stack(items: list[Tensor | str]) -> Tensor | str:
@@ -191,8 +230,8 @@ def normalise(pixels: Tensor, mean_std: MeanStd) -> Tensor:
 
 
 def fingerprint(network: nn.Module) -> str:
-    """SHA-256 of every name, shape and value of a network's weights."""
-    digest = hashlib.sha256()
+    """SHA-256 of every name, shape and value of a network's weights, and of its norms' epsilons."""
+    digest = hashlib.sha256(str([m.eps for m in network.modules() if isinstance(m, nn.LayerNorm)]).encode())
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

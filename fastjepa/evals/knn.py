@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fastjepa.config import ConfigError
+from fastjepa.evals.features import watched
 from fastjepa.evals.result import Features, Result, check_labels, score, validation_split
 
 KS = (10, 20, 50, 100, 200)
@@ -15,7 +16,13 @@ QUERIES, BANK = 1024, 16384  # rows of one block of similarities: 64 MB
 
 
 def knn(
-    train: Features, test: Features, classes: int, k: int | None = None, seed: int = 0, device: str | torch.device = "cpu"
+    train: Features,
+    test: Features,
+    classes: int,
+    k: int | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    temperature: float = TEMPERATURE,
 ) -> Result:
     """Classify `test` by its neighbours in `train`.
 
@@ -24,28 +31,47 @@ def knn(
     check_labels(train, test, classes)
     if k is not None and not 0 < k <= len(train.y):
         raise ConfigError(f"k = {k} neighbours among {len(train.y)} training images: choose 1 to {len(train.y)}")
+    if temperature <= 0:
+        raise ConfigError(f"temperature {temperature}: choose one above 0")
     validation_accuracy = None
     if k is None:
-        k, validation_accuracy = choose_k(train, classes, seed, device)
-    predicted = classify(train, test.x, classes, (k,), device)[0]
-    return score(predicted, train, test, {"k": k, "temperature": TEMPERATURE}, validation_accuracy)
+        k, validation_accuracy = choose_k(train, classes, seed, device, temperature)
+    predicted = _watched(train, test.x, classes, (k,), device, temperature)[0]
+    return score(predicted, train, test, {"k": k, "temperature": temperature}, validation_accuracy)
 
 
-def choose_k(train: Features, classes: int, seed: int = 0, device: str | torch.device = "cpu") -> tuple[int, float]:
+def choose_k(
+    train: Features,
+    classes: int,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    temperature: float = TEMPERATURE,
+) -> tuple[int, float]:
     """The k of KS that does best on a fifth of the training images, and its accuracy there."""
     fit, held = validation_split(train.y, 5, seed)
     bank = Features(train.x[fit], train.y[fit])
     ks = tuple(k for k in KS if k <= len(fit)) or (len(fit),)
-    predicted = classify(bank, train.x[held], classes, ks, device)
+    predicted = _watched(bank, train.x[held], classes, ks, device, temperature)
     accuracy = (predicted == train.y[held]).double().mean(dim=1)
     best = int(accuracy.argmax())
     return ks[best], float(accuracy[best])
 
 
-def classify(bank: Features, queries: Tensor, classes: int, ks: tuple[int, ...], device: str | torch.device = "cpu") -> Tensor:
+def classify(
+    bank: Features,
+    queries: Tensor,
+    classes: int,
+    ks: tuple[int, ...],
+    device: str | torch.device = "cpu",
+    temperature: float = TEMPERATURE,
+) -> Tensor:
     """Classes (len(ks), n) int64 of `queries` (n, D) for every k of rising `ks`: votes weigh exp(cosine / temperature)."""
-    found = [_votes(similarity, bank.y[rows], classes, ks) for similarity, rows in nearest(bank.x, queries, ks[-1], device)]
-    return torch.cat(found, dim=1)
+    blocks = nearest(bank.x, queries, ks[-1], device)
+    return torch.cat([_votes(cosines / temperature, bank.y[rows], classes, ks) for cosines, rows in blocks], dim=1)
+
+
+def _watched(bank: Features, queries: Tensor, *args) -> Tensor:
+    return torch.cat([classify(bank, block, *args) for block in watched(queries.split(QUERIES), "neighbours")], dim=1)
 
 
 def nearest(bank: Tensor, queries: Tensor, k: int, device: str | torch.device = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
@@ -70,7 +96,7 @@ def _nearest_in(bank: Tensor, block: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _votes(similarity: Tensor, labels: Tensor, classes: int, ks: tuple[int, ...]) -> Tensor:
     """(len(ks), q) winning classes; the votes of a larger k add to those of the smaller one."""
-    weight = (similarity / TEMPERATURE).exp()
+    weight = (similarity - similarity[:, :1]).exp()  # relative to the nearest: low temperatures would overflow
     votes, start, winners = weight.new_zeros(len(weight), classes), 0, []
     for k in ks:
         votes.scatter_add_(1, labels[:, start:k], weight[:, start:k])

@@ -2,14 +2,22 @@
 
 The paper's two heads: linear, which takes the features with the scales they come in, and batch norm + linear, which gives
 every dimension the same. The second mends ill-conditioned features, an untrained encoder's most of all.
+
+The published recipes (paper, appendix A.2; VISSL's configs) train on a new augmented view of each image in every epoch, in
+bicubic crops, with a batch norm that follows the batch. Here features are cached: one view, the plain one, or `--views N`
+of which epochs take turns; crops are bilinear; batch norm is the mean and deviation of the training features, its affine
+part left to the linear layer. Published results choose the best head on the test images; here a share of the training
+images chooses.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastjepa.draws import SPLITS, generator
+from fastjepa.evals.features import console, watched
 from fastjepa.evals.result import PROBE, Features, Result, check_labels, score, validation_split
 
 LRS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -17,86 +25,184 @@ WEIGHT_DECAYS = (0.0, 1e-3, 1e-2)
 BATCH, MOMENTUM = 256, 0.9
 # Fewer epochs leave an untrained encoder's ill-conditioned features short of their optimum, which would flatter training.
 EPOCHS, MIN_STEPS = 40, 1000
+TRUST = 0.001  # of LARS (You et al. 2017)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How heads are trained; the grid is lrs x weight_decays."""
+
+    lrs: tuple[float, ...] = LRS
+    weight_decays: tuple[float, ...] = WEIGHT_DECAYS
+    batch: int = BATCH
+    epochs: int | None = None  # None: EPOCHS, or what makes MIN_STEPS steps
+    drops: tuple[int, ...] | None = None  # epochs from which the learning rate is a tenth; None: a cosine to 0
+    published: bool = False  # features as they come, heads from N(0, 0.01), lr for a batch of 256 and in proportion
+    nesterov: bool = False
+    lars: bool = False
+
+    def length(self, n: int) -> tuple[int, int, int]:
+        """(epochs, steps of an epoch, batch) for n images."""
+        batch = min(self.batch, n)
+        steps = math.ceil(n / batch)
+        return self.epochs or max(EPOCHS, math.ceil(MIN_STEPS / steps)), steps, batch
+
+    def factor(self, progress: float, epochs: int) -> float:
+        """What the learning rate is multiplied by after a share `progress` of the training."""
+        if self.drops is None:
+            return 0.5 * (1 + math.cos(math.pi * progress))
+        return 0.1 ** sum(progress >= drop / epochs for drop in self.drops)
+
+
+PROTOCOLS = {
+    "default": Recipe(),
+    # The learning rates of the paper and of VISSL's ViT-H config together.
+    "imagenet": Recipe((0.001, 0.01, 0.05, 0.1), (0.0, 5e-4), 16384, 50, (15, 30, 45), published=True, lars=True),
+    "cifar100": Recipe((0.01,), (5e-4,), 256, 28, (8, 16, 24), published=True, nesterov=True),
+    "places205": Recipe((0.01,), (5e-4,), 256, 14, (4, 8, 12), published=True, nesterov=True),
+    "inat18": Recipe((0.01,), (5e-4,), 256, 84, (24, 48, 72), published=True, nesterov=True),
+}
 
 
 def linear(
-    train: Features, test: Features, classes: int, seed: int = 0, device: str | torch.device = "cpu", batch_norm: bool = False
+    train: Features,
+    test: Features,
+    classes: int,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    batch_norm: bool = False,
+    recipe: Recipe = PROTOCOLS["default"],
 ) -> Result:
     """Accuracy of the best linear head on `test`.
 
-    The grid LRS x WEIGHT_DECAYS is fitted on five sixths of the training images and compared on the rest; the winner's
-    setting is then fitted anew on all training images and meets the test images once.
+    The recipe's grid is fitted on five sixths of the training images and compared on the rest; the winner's setting is then
+    fitted anew on all training images and meets the test images once. A grid of one needs no comparison.
     """
     check_labels(train, test, classes)
-    chosen, validation_accuracy = choose(train, classes, seed, device, batch_norm)
+    epochs, steps, _ = recipe.length(len(train.y))
+    if epochs * steps < MIN_STEPS:
+        console.print(f"{len(train.y)} training images make {epochs * steps} steps of this protocol, which was made for more: "
+                      "its heads may be far from trained")  # fmt: skip
+    chosen, validation_accuracy = choose(train, classes, seed, device, batch_norm, recipe)
     setting = [(chosen["lr"], chosen["weight_decay"])]
-    x, x_test = standardise(train.x, test.x, batch_norm)
-    heads = fit(x.to(device), train.y.to(device), classes, setting, seed)
+    x, x_test = prepare(train, test.x, batch_norm, recipe)
+    heads = fit(x.to(device), train.y.to(device), classes, setting, seed, recipe)
     predicted = classify(heads, x_test.to(device), 1)[0].cpu()
     return score(predicted, train, test, chosen, validation_accuracy)
 
 
 def choose(
-    train: Features, classes: int, seed: int = 0, device: str | torch.device = "cpu", batch_norm: bool = False
-) -> tuple[dict[str, float], float]:
+    train: Features,
+    classes: int,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    batch_norm: bool = False,
+    recipe: Recipe = PROTOCOLS["default"],
+) -> tuple[dict[str, float], float | None]:
     """The setting that does best on a sixth of the training images, and its accuracy there."""
+    grid = [(lr, decay) for lr in recipe.lrs for decay in recipe.weight_decays]
+    if len(grid) == 1:
+        return {"lr": grid[0][0], "weight_decay": grid[0][1]}, None
     rows, held = validation_split(train.y, 6, seed)
-    grid = [(lr, decay) for lr in LRS for decay in WEIGHT_DECAYS]
-    x, x_held = standardise(train.x[rows], train.x[held], batch_norm)
-    heads = fit(x.to(device), train.y[rows].to(device), classes, grid, seed)
+    fitting = Features(train.x[rows], train.y[rows], tuple(view[rows] for view in train.views))
+    x, x_held = prepare(fitting, train.x[held], batch_norm, recipe)
+    heads = fit(x.to(device), fitting.y.to(device), classes, grid, seed, recipe)
     predicted = classify(heads, x_held.to(device), len(grid)).cpu()
     accuracy = (predicted == train.y[held]).double().mean(dim=1)
     best = int(accuracy.argmax())
     return {"lr": grid[best][0], "weight_decay": grid[best][1]}, float(accuracy[best])
 
 
+def prepare(train: Features, other: Tensor, batch_norm: bool, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """What heads see of training images, (V, n, D), and of others, (m, D): standardised, but for published plain heads."""
+    several = torch.stack(train.views or (train.x,))
+    if recipe.published and not batch_norm:
+        return several, other
+    mean, scale = moments(train.x, batch_norm)
+    return (several - mean) * scale, (other - mean) * scale
+
+
 def standardise(train: Tensor, other: Tensor, batch_norm: bool) -> tuple[Tensor, Tensor]:
-    """Both (n, D) sets, the training mean taken out, divided by one number, or with `batch_norm` by one a dimension.
+    """Both (n, D) sets, the training mean taken out, divided by one number, or with `batch_norm` by one a dimension."""
+    mean, scale = moments(train, batch_norm)
+    return (train - mean) * scale, (other - mean) * scale
+
+
+def moments(train: Tensor, batch_norm: bool) -> tuple[Tensor, Tensor]:
+    """Mean and reciprocal scale (D,) of features (n, D), the scale that of all dimensions or of each.
 
     The scale is relative, so features of any size are equal to a probe; a dimension that only holds fp32 rounding
     becomes 0 instead of noise of size 1.
     """
     mean = train.mean(dim=0, dtype=torch.float64).float()
-    centred = train - mean
-    std = torch.linalg.vector_norm(centred, dim=0, dtype=torch.float64) / len(train) ** 0.5
+    std = torch.linalg.vector_norm(train - mean, dim=0, dtype=torch.float64) / len(train) ** 0.5
     alive = std > 1e-7 * train.abs().amax(dim=0)
     common = std if batch_norm else torch.where(alive, std, 0).square().mean().sqrt()
-    scale = torch.where(alive, 1 / common, 0).float()
-    return centred * scale, (other - mean) * scale
+    return mean, torch.where(alive, 1 / common, 0).float()
 
 
-def fit(x: Tensor, y: Tensor, classes: int, grid: list[tuple[float, float]], seed: int) -> tuple[Tensor, Tensor]:
+def fit(
+    x: Tensor,
+    y: Tensor,
+    classes: int,
+    grid: list[tuple[float, float]],
+    seed: int,
+    recipe: Recipe = PROTOCOLS["default"],
+) -> tuple[Tensor, Tensor]:
     """Train one softmax regression per (learning rate, weight decay) of `grid`, all on the same batches.
 
-    SGD with momentum and a cosine to 0; heads start at 0 and never meet, so one that diverges spoils no other.
+    SGD or LARS with momentum; heads never meet, so one that diverges spoils no other. Biases are not decayed.
 
     Args:
-        x: (n, D) fp32 standardised features.
+        x: (n, D) fp32 features, or (V, n, D) of V views, of which epochs take turns.
         y: (n,) int64 classes.
 
     Returns:
         Weights (D, heads * classes) and biases (heads * classes,), head major.
     """
-    heads = len(grid)
+    x = x if x.ndim == 3 else x[None]
+    heads, (_, n, dim) = len(grid), x.shape
+    epochs, steps, batch = recipe.length(n)
     lr, decay = (x.new_tensor(values).repeat_interleave(classes) for values in zip(*grid, strict=True))  # (heads * C,)
-    weight, bias = x.new_zeros(x.shape[1], heads * classes), x.new_zeros(heads * classes)
+    lr = lr * (batch / 256) if recipe.published else lr
+    weight, bias = _start(dim, classes, heads, seed, recipe).to(x), x.new_zeros(1, heads * classes)
     weight_step, bias_step = torch.zeros_like(weight), torch.zeros_like(bias)
-    steps_per_epoch = math.ceil(len(x) / BATCH)
-    epochs = max(EPOCHS, math.ceil(MIN_STEPS / steps_per_epoch))
-    for epoch in range(epochs):
-        order = torch.from_numpy(generator(seed, SPLITS, PROBE + epoch).permutation(len(x))).to(x.device)
-        for batch, rows in enumerate(order.split(BATCH)):
-            progress = (epoch * steps_per_epoch + batch) / (epochs * steps_per_epoch)
-            now = lr * (-0.5 * (1 + math.cos(math.pi * progress)))
-            inputs = x[rows]
+    for epoch in watched(range(epochs), f"{heads} linear head{'s' if heads > 1 else ''}"):
+        order = torch.from_numpy(generator(seed, SPLITS, PROBE + epoch).permutation(n)).to(x.device)
+        for number, rows in enumerate(order.split(batch)):
+            now = lr * recipe.factor((epoch * steps + number) / (epochs * steps), epochs)
+            inputs = x[epoch % len(x), rows]
             error = (inputs @ weight + bias).view(-1, heads, classes).softmax(dim=2)
             error[torch.arange(len(rows), device=x.device), :, y[rows]] -= 1
-            error = error.view(-1, heads * classes)  # the gradient at the logits, times the batch
-            weight_step.addmm_(inputs.T, error, beta=MOMENTUM, alpha=1 / len(rows)).addcmul_(weight, decay)
-            bias_step.mul_(MOMENTUM).add_(error.mean(dim=0))
-            weight.addcmul_(weight_step, now)
-            bias.addcmul_(bias_step, now)
-    return weight, bias
+            error = error.view(-1, heads * classes) / len(rows)  # the gradient at the logits
+            _move(weight, inputs.T @ error, weight_step, now, decay, heads, recipe)
+            _move(bias, error.sum(dim=0, keepdim=True), bias_step, now, torch.zeros_like(decay), heads, recipe)
+    return weight, bias[0]
+
+
+def _start(dim: int, classes: int, heads: int, seed: int, recipe: Recipe) -> Tensor:
+    """(D, heads * C): zeros, or for LARS's sake, whose steps are in proportion to the weights, the same draws for all."""
+    if not recipe.published:
+        return torch.zeros(dim, heads * classes)
+    drawn = torch.randn(dim, classes, generator=torch.Generator().manual_seed(seed))
+    return 0.01 * drawn.repeat(1, heads)
+
+
+def _move(value: Tensor, gradient: Tensor, velocity: Tensor, lr: Tensor, decay: Tensor, heads: int, recipe: Recipe) -> None:
+    """One step in place of (rows, heads * C); lr and decay are per column. `gradient` is used up."""
+    trust = _trust(value, gradient, decay, heads) if recipe.lars else None
+    gradient.addcmul_(value, decay)
+    if trust is not None:
+        gradient *= trust
+    velocity.mul_(MOMENTUM).add_(gradient)
+    value.addcmul_(gradient.add_(velocity, alpha=MOMENTUM) if recipe.nesterov else velocity, -lr)
+
+
+def _trust(value: Tensor, gradient: Tensor, decay: Tensor, heads: int) -> Tensor:
+    """(heads * C,) of LARS: TRUST |w| / (|g| + decay |w|) of each head, 1 where either is 0."""
+    size, slope = (torch.linalg.vector_norm(t.view(len(t), heads, -1), dim=(0, 2)) for t in (value, gradient))
+    ratio = TRUST * size / (slope + size * decay.view(heads, -1)[:, 0] + 1e-8)
+    return torch.where((size > 0) & (slope > 0), ratio, 1.0).repeat_interleave(len(decay) // heads)
 
 
 def classify(parameters: tuple[Tensor, Tensor], x: Tensor, heads: int) -> Tensor:

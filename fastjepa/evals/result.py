@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,15 +14,27 @@ from fastjepa.draws import SPLITS, generator
 
 Z95 = 1.959963984540054  # the 97.5 % point of the normal distribution
 
-# Steps of the SPLITS stream: each use of randomness in an evaluation has its own. Epoch e of a probe uses PROBE + e.
+# Steps of the SPLITS stream: each use of randomness in an evaluation has its own. Epoch e of a probe uses PROBE + e, view v
+# of the training images VIEWS + v.
 TRAIN_IMAGES, TEST_IMAGES, VALIDATION, PROBE = range(4)
+LABELLED, VIEWS = 1 << 32, 1 << 33
 
 
 @dataclass(frozen=True)
 class Features:
-    """Features of n images in source order: `x` (n, D) fp32 and the classes `y` (n,) int64, both on the host."""
+    """Features of n images in source order: `x` (n, D) fp32 and the classes `y` (n,) int64, both on the host.
+
+    `views`: the same of augmented views of the same images, for probes that take one in each epoch; may be none.
+    """
 
     x: Tensor
+    y: Tensor
+    views: tuple[Tensor, ...] = ()
+
+
+class Labelled(Protocol):
+    """Features, patch features or images, of which a statistic needs the classes `y` (n,) int64 alone."""
+
     y: Tensor
 
 
@@ -41,7 +53,7 @@ class Result:
         return dataclasses.asdict(self)
 
 
-def score(predicted: Tensor, train: Features, test: Features, chosen: dict, validation_accuracy: float | None) -> Result:
+def score(predicted: Tensor, train: Labelled, test: Labelled, chosen: dict, validation_accuracy: float | None) -> Result:
     """The Result of `predicted` (n_test,) int64 classes."""
     hits, n = int((predicted == test.y).sum()), len(test.y)
     return Result(hits / n, wilson(hits, n), len(train.y), n, chosen, validation_accuracy)
@@ -57,7 +69,7 @@ def wilson(hits: int, n: int) -> list[float]:
     return [0.0 if hits == 0 else centre - half, 1.0 if hits == n else centre + half]
 
 
-def check_labels(train: Features, test: Features, classes: int) -> None:
+def check_labels(train: Labelled, test: Labelled, classes: int) -> None:
     """ConfigError when the classes of the two sets cannot be compared."""
     if len(train.y) == 0 or len(test.y) == 0:
         raise ConfigError(f"{len(train.y)} training and {len(test.y)} test images: an evaluation needs both")

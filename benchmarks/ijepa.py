@@ -1,0 +1,91 @@
+"""I-JEPA on timm's ViT: dense batches, every block finished for every token, as the official code has it.
+
+The parameter names are those of `fastjepa.model`, so that weights go from one to the other.
+"""
+
+import torch
+import torch.nn.functional as F
+import vit
+from step import Work
+from torch import Tensor, nn
+
+from fastjepa import flops, masks, model
+from fastjepa.config import Config
+
+GROUP = 128  # the official batch of a GPU: that many images share a cut, however few of them are measured
+
+
+def work(config: Config, device: torch.device, number: int) -> Work:
+    """A batch whose contexts are cut to the shortest of GROUP images (more, where the batch has more)."""
+    batch = config.data.batch_size
+    total = -(-batch // GROUP) * GROUP
+    drawn = masks.draw(config.mask, config.grid, config.runtime.seed, number, 0, batch, total)
+    return Work(vit.images(config, number, batch).to(device), *drawn)
+
+
+class Predictor(nn.Module):
+    """fastjepa.model.Predictor over whole sequences, of timm's blocks."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        _, vision_transformer = vit.parts()
+        dim, _, heads, _ = config.encoder_shape
+        width, heads = config.meta.pred_emb_dim, config.meta.pred_num_heads or heads
+        self.predictor_embed = nn.Linear(dim, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.register_buffer("predictor_pos_embed", model.sincos_positions(width, config.grid))
+        self.predictor_blocks = nn.Sequential(
+            *(vision_transformer.Block(width, heads, qkv_bias=True, norm_layer=vit.NORM) for _ in range(config.meta.pred_depth))
+        )
+        self.predictor_norm = vit.NORM(width)
+        self.predictor_proj = nn.Linear(width, dim)
+        self.apply(model.init_weights)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def forward(self, features: Tensor, context: Tensor, blocks: Tensor) -> Tensor:
+        """features: (B, L, D) of the patches context (B, L); blocks: (R, B, K) -> (R * B, K, D), block major."""
+        positions = self.predictor_pos_embed[0]
+        seen = self.predictor_embed(features) + positions[context]
+        asked = (self.mask_token + positions[blocks.flatten(0, 1)]).to(seen.dtype)  # (R * B, K, P)
+        x = torch.cat((seen.repeat(len(blocks), 1, 1), asked), dim=1)
+        x = self.predictor_norm(self.predictor_blocks(x))
+        return self.predictor_proj(x[:, seen.shape[1] :])
+
+
+class IJepa(nn.Module):
+    """Call it with a batch of `draw` for the outputs that `loss` compares."""
+
+    def __init__(self, config: Config, device: torch.device, whole: bool = False):
+        """`whole` changes nothing here: every token is finished anyway."""
+        super().__init__()
+        positions = model.sincos_positions(config.encoder_shape[0], config.grid)
+        self.encoder = vit.backbone(config, class_token=False, positions=positions)
+        self.predictor = Predictor(config)
+        self.target_encoder = vit.backbone(config, class_token=False, positions=positions).requires_grad_(False)
+        self.target_encoder.load_state_dict(self.encoder.state_dict())
+        self.encoder.mask_token.requires_grad_(False)  # lightly's, which nothing here uses
+        self.averaged = self.target_encoder, self.encoder
+        self.to(device)
+
+    @staticmethod
+    def draw(config: Config, device: torch.device, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, C, H, W) images, (B, L) context and (R, B, K) target patches, both in raster order."""
+        drawn = work(config, device, number)
+        (context,), blocks = drawn.indices(drawn.context_mask), drawn.indices(drawn.target_mask)
+        return drawn.images, context, torch.stack(blocks)
+
+    def forward(self, images: Tensor, context: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            target = self.target_encoder(images)
+        prediction = self.predictor(self.encoder(images, idx_keep=context), context, blocks)
+        wanted = blocks.flatten(0, 1)[:, :, None].expand(-1, -1, target.shape[2])
+        return prediction, F.layer_norm(target.float(), target.shape[2:]).repeat(len(blocks), 1, 1).gather(1, wanted)
+
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return F.smooth_l1_loss(prediction.float(), target)
+
+    @staticmethod
+    def flops(config: Config, batch: tuple[Tensor, Tensor, Tensor], whole: bool = False) -> float:
+        """FLOPs per image of a training step."""
+        _, context, blocks = batch
+        return flops.official(config, context.shape[1], blocks.shape[2]).total

@@ -1,0 +1,207 @@
+"""Closed-form memory of a training step, per GPU: what the engine holds between steps, and what autograd saves in one.
+
+Bytes of tensors. Not counted: the CUDA context, allocator rounding, the batch itself, workspaces, the short-lived tensors
+of the target network's forward, of a backward and of an optimizer step, and the regularizer.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastjepa import masks, packing
+from fastjepa.config import Config
+from fastjepa.engine import BUCKET
+from fastjepa.packing import Blocks, Packed
+
+STAGES = (0, 1, 2, 3)
+FP32 = 4
+# What DeepSpeed does unless its options say otherwise (runtime/zero/config.py of 0.19.8), in elements.
+SMALL = int(1e5)  # stage3_param_persistence_threshold: ZeRO-3 keeps parameters of at most as many elements whole
+REUSE = int(1e9)  # stage3_max_reuse_distance: and the others, where the next use is less than this away
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Elements of the trained networks' parameters."""
+
+    trained: int  # encoder and predictor
+    encoder: int  # of the encoder, which the target network averages
+    matrices: int  # those of the encoder that the target network takes in runtime.dtype; norms and biases stay fp32
+    linear: int  # weights of linear layers: autograd keeps their bf16 copies from the forward to the backward
+    small: int  # in tensors of at most SMALL elements
+    groups: tuple[tuple[int, ...], ...]  # of each tensor, by the groups of optim.adamw: DeepSpeed shards each group
+
+
+def sizes(config: Config) -> Sizes:
+    (dim, depth, _, mlp_ratio), narrow = config.encoder_shape, config.meta.pred_emb_dim
+    patch = config.data.channels * config.mask.patch_size**2 * dim
+    encoder, vectors = _layers([patch], [dim], dim, depth, round(dim * mlp_ratio))
+    predictor, narrow_vectors = _layers([narrow, dim * narrow], [narrow], narrow, config.meta.pred_depth, 4 * narrow)
+    predictor, narrow_vectors = [*predictor, narrow * dim], [*narrow_vectors, dim]
+    groups = tuple(map(tuple, (encoder, predictor, vectors, narrow_vectors)))
+    counts = [count for group in groups for count in group]
+    return Sizes(
+        trained=sum(counts),
+        encoder=sum(encoder) + sum(vectors),
+        matrices=sum(encoder),
+        linear=sum(encoder) - patch + sum(predictor) - narrow,
+        small=sum(count for count in counts if count <= SMALL),
+        groups=groups,
+    )
+
+
+def _layers(first: list[int], bias: list[int], dim: int, depth: int, hidden: int) -> tuple[list[int], list[int]]:
+    """Elements of the tensors of a network of `depth` blocks and a last norm: of its matrices, and of its 1-d parameters."""
+    matrices = [3 * dim * dim, dim * dim, dim * hidden, hidden * dim]  # qkv, proj, fc1, fc2
+    vectors = [dim, dim, 3 * dim, dim, dim, dim, hidden, dim]  # norm1, the biases of qkv and proj, norm2, those of the mlp
+    return first + depth * matrices, bias + depth * vectors + [dim, dim]
+
+
+def states(size: Sizes, dtype: str, gpus: int, stage: int) -> dict[str, int]:
+    """Bytes each rank holds for the model, by part; shards are counted without their padding.
+
+    All parameters are fp32, with bf16 compute too. The EMA's shards are held in fp32 and, where that is not runtime.dtype,
+    once more as they are sent to the others. ZeRO-1 shards moments, EMA and the fp32 master weights that it keeps
+    beside the parameters; ZeRO-2 the gradients too, but whole tensors where a shard begins or ends in them; ZeRO-3
+    gradients and parameters, except small ones, which it holds whole beside their shards. Gradients are whole at stages 0
+    and 1 while micro-batches add to them.
+
+    Args:
+        dtype: runtime.dtype, fp32 or bf16: what the target network's copy is made in. At stage 0 it computes from its EMA.
+        gpus: ranks.
+        stage: ZeRO's, 0 to 3.
+    """
+    whole, sharded = FP32 * size.trained, FP32 * size.trained // gpus
+    narrow = 0 if dtype == "fp32" else 2 * size.matrices
+    return {
+        "parameters": whole if stage < 3 else sharded + (FP32 * size.small if gpus > 1 else 0),
+        "gradients": whole if stage < 2 else FP32 * touched(size, gpus) if stage == 2 else sharded,
+        "moments": 2 * (whole if stage < 1 else sharded),
+        "master_weights": 0 if stage < 1 else sharded,
+        "ema": FP32 * size.encoder if stage < 1 else (FP32 * size.encoder + narrow) // gpus,
+        "target_copy": 0 if stage < 1 else copied(size, dtype),
+    }
+
+
+def touched(size: Sizes, gpus: int) -> int:
+    """Elements of the tensors that a rank's shards reach into, on the rank where they are most."""
+    per_rank = np.zeros(gpus, dtype=np.int64)
+    for group in size.groups:
+        ends, shard = np.cumsum(group), -(-sum(group) // gpus)
+        for start, end in zip(ends - group, ends, strict=True):
+            per_rank[start // shard : (end - 1) // shard + 1] += end - start
+    return int(per_rank.max())
+
+
+def buffers(size: Sizes, dtype: str, stage: int) -> dict[str, int]:
+    """Bytes each rank holds inside a step beside its states and activations.
+
+    `autocast_copies`: the bf16 weights of linear layers, which the backward reads again. `communication_buffers`: the
+    bucket that gradients are reduced from (DDP's hold the gradients themselves) and, at stage 3, the gathered parameters
+    that are alive at once, at the end of the forward; all in fp32.
+    """
+    communication = 0 if stage == 0 else BUCKET + (alive(size) if stage == 3 else 0)
+    return {
+        "autocast_copies": 0 if dtype == "fp32" else 2 * size.linear,
+        "communication_buffers": FP32 * communication,
+    }
+
+
+def alive(size: Sizes) -> int:
+    """Elements that ZeRO-3 has gathered at the end of the forward: a layer is used again after twice what follows it."""
+    return min(size.trained - size.small, REUSE // 2)
+
+
+def copied(size: Sizes, dtype: str) -> int:
+    """Bytes of the target network's whole copy."""
+    return width(dtype) * size.matrices + FP32 * (size.encoder - size.matrices)
+
+
+def width(dtype: str) -> int:
+    return {"fp32": FP32, "bf16": 2}[dtype]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The packed rows of one micro-batch."""
+
+    context: int  # of all contexts
+    target: int  # that the target network finishes
+    sequences: int  # of the predictor's sequences
+    queries: int  # that the predictor finishes
+
+    @classmethod
+    def of(cls, context: Packed, target: Packed, blocks: Blocks) -> "Rows":
+        return cls(len(context.idx), len(target.idx), len(blocks.sequences.idx), len(blocks.queries.idx))
+
+
+def rows(config: Config, micro_batch: int, gpus: int = 1, steps: int = 4) -> Rows:
+    """The most rows a micro-batch has in the first `steps` steps, each count by itself; masks are drawn as a run draws them."""
+    total = config.data.batch_size * gpus
+    drawn = (masks.draw(config.mask, config.grid, config.runtime.seed, step, 0, micro_batch, total) for step in range(steps))
+    found = [Rows.of(*packing.pack(*one)) for one in drawn]
+    return Rows(*(max(counts) for counts in zip(*((r.context, r.target, r.sequences, r.queries) for r in found), strict=True)))
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes, summed over layers."""
+
+    saved: int  # by autograd, from the forward to the backward
+    checkpointed: int  # the same with runtime.checkpoint_activations: what is kept, and one block at a time made anew
+    loss: int  # target features, predictions and their gradient
+
+
+def activations(config: Config, count: Rows) -> Activations:
+    """What the trained networks save for their backward, with attention that keeps its scores on chip.
+
+    Such attention (flash, varlen, xformers, short; sdpa where sequences have one length) saves q, k, v, its output and
+    a logsumexp for each row and head. The way `matmul` saves scores too, `sdpa` padding for ragged sequences. The residual
+    stream, inputs of norms, is fp32; inputs of matrix products have runtime.dtype. Index tensors belong to the batch.
+    """
+    dim, _, _, _ = config.encoder_shape
+    e = width(config.runtime.dtype)
+    patches = count.context * config.data.channels * config.mask.patch_size**2 * e
+    features = _norm(count.context, dim) + count.context * dim * e  # the last norm, and the input of predictor_embed
+    narrow = config.meta.pred_emb_dim
+    ends = patches + features + _norm(count.queries, narrow) + count.queries * narrow * e  # and those of predictor_proj
+    layers = blocks(config, count)
+    inputs = sum(kept for kept, _ in layers)
+    loss = count.target * dim * FP32 + 2 * count.queries * dim * e
+    saved = ends + sum(inside for _, inside in layers)
+    return Activations(saved, ends + inputs + max(inside - kept for kept, inside in layers), loss)
+
+
+def blocks(config: Config, count: Rows) -> list[tuple[int, int]]:
+    """(bytes of its input, bytes it saves, its input among them) of every block of the two networks."""
+    (dim, depth, heads, mlp_ratio), e = config.encoder_shape, width(config.runtime.dtype)
+    narrow, pred_depth, pred_heads = config.meta.pred_emb_dim, config.meta.pred_depth, config.meta.pred_num_heads or heads
+    tokens = int(np.prod(config.grid))
+    table, sequences, queries = count.context + tokens, count.sequences, count.queries
+    encoder = (count.context * dim * FP32, _block(dim, heads, mlp_ratio, count.context, count.context, count.context, e))
+    found = [encoder] * depth
+    for i in range(pred_depth):
+        read = table if i == 0 else sequences
+        finished = queries if i == pred_depth - 1 else sequences
+        found.append((read * narrow * FP32, _block(narrow, pred_heads, 4.0, read, sequences, finished, e)))
+    return found
+
+
+def _block(dim: int, heads: int, mlp_ratio: float, read: int, keys: int, queries: int, e: int) -> int:
+    """Bytes saved by a block that reads `read` rows, attends over `keys` rows and finishes `queries` of them.
+
+    Where it reads distinct rows (the predictor's first block), q, k and v are gathered in one tensor after the projection;
+    where it reads its keys and finishes fewer, the rows to query are gathered before.
+    """
+    hidden = round(dim * mlp_ratio)
+    qkv = 3 * keys * dim * e
+    if queries < keys:
+        qkv = qkv + queries * dim * e if read != keys else 2 * keys * dim * e + 2 * queries * dim * e
+    attention = _norm(read, dim) + read * dim * e + qkv + queries * (dim * e + heads * FP32)
+    mlp = _norm(queries, dim) + queries * (dim + 2 * hidden) * e
+    return attention + mlp
+
+
+def _norm(rows: int, dim: int) -> int:
+    """A layer norm saves its input, a mean and a deviation, in fp32."""
+    return rows * (dim + 2) * FP32

@@ -1,0 +1,17 @@
+"""For torch.hub: `torch.hub.load("OWNER/fastjepa", "encoder", "encoders/h14")` needs no installation."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+dependencies = ["torch", "torchvision", "numpy", "PIL", "yaml", "safetensors", "rich"]
+
+if importlib.util.find_spec("fastjepa_kernels") is None:
+    sys.path.append(str(Path(__file__).parent / "kernels"))
+
+
+def encoder(path, which=None):
+    """A pretrained encoder, as `fastjepa.load_encoder`: `forward_features(images)` gives (B, N, D)."""
+    import fastjepa
+
+    return fastjepa.load_encoder(path, which)

@@ -1,0 +1,173 @@
+"""benchmarks/data.py: what it counts, whom it compares, and what it says of both; toy images, real loaders."""
+
+import contextlib
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_data import write_idx_pairs
+
+from fastjepa.sources import open_source
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))  # as `python benchmarks/data.py` has it
+
+import data  # noqa: E402  (only importable from here on)
+import loaders  # noqa: E402
+
+CPU = torch.device("cpu")
+TOY = ["--device=cpu", "--size=32", "--batch=4", "--model=vit_tiny", "--rounds=1", "--seconds=0.05", "mask.patch_size=4"]
+TOY += ["mask.min_keep=2", "meta.depth=1", "meta.pred_depth=1", "meta.pred_emb_dim=48", "runtime.threads=1"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """16 JPEGs, and a file that is none."""
+    (tmp_path / "images").mkdir()
+    y, x = np.mgrid[0:48, 0:64]
+    for seed in range(16):
+        waves = np.stack([128 + 100 * np.sin(x / (5 + seed) + channel * y / 9) for channel in range(3)], -1)
+        Image.fromarray(waves.astype(np.uint8)).save(tmp_path / "images" / f"{seed:02d}.jpg", quality=95)
+    (tmp_path / "images" / "bad.jpg").write_text("no image at all")
+    return tmp_path / "images"
+
+
+def run(capsys, *arguments: object) -> dict:
+    assert data.main([*TOY, "--json", *map(str, arguments)]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_loaders_by_themselves(folder: Path, capsys):
+    found = run(capsys, "--data", folder, "--workers=1", "--rounds=2")
+    assert {"machine", "device", "cores", "rounds", "seconds", "batch", "size", "threads", "versions"} <= found.keys()
+    assert found["data"]["origin"] == str(folder) and found["data"]["images"] == 16  # the bad one is left out
+    named = [(one["loader"], one["source"], one["workers"]) for one in found["alone"]]
+    pairs = [(loader, source) for source in ("folder", "shards") for loader in ("torch", "dali")]
+    assert sorted(named) == sorted((*pair, 1) for pair in [*pairs, ("torchvision", "folder"), ("webdataset", "shards")])
+    for one in found["alone"]:
+        assert 0 < one["images_per_s"]["p20"] <= one["images_per_s"]["median"] <= one["images_per_s"]["p80"]
+        assert ("ratio_to_torchvision" in one) == (one["loader"] != "torchvision")
+    assert found["not_measured"] == [] and not found.keys() & {"under_step", "difference"}
+
+
+def test_a_step_beside_our_loaders(folder: Path, capsys):
+    found = run(capsys, "--data", folder, "--under-step", "--workers=1", "--sources=folder")
+    assert [one["loader"] for one in found["under_step"]] == ["torch", "dali"] and "alone" not in found
+    for one in found["under_step"]:
+        assert 0 < one["waited_ms"]["median"] < one["step_ms"]["median"]
+        assert 0 < one["waited_share"]["median"] < 1 and one["times_the_step_without"]["median"] > 0
+
+
+def test_difference_of_the_decoders(folder: Path, capsys):
+    found = run(capsys, "--data", folder, "--difference", "data.use_horizontal_flip=true")["difference"]
+    assert found["views"] == 16 and 0 < found["mean_of_255"] < 0.5 and found["share_past_8"] <= 0.001
+
+
+def test_the_text_says_the_same(folder: Path, capsys):
+    asked = ["--alone", "--under-step", "--difference", "--data", str(folder), "--workers=0", "--sources=folder"]
+    assert data.main([*TOY, *asked, "--loaders=dali,torchvision"]) == 0
+    lines = capsys.readouterr().out
+    for said in ("dali, folder, 0 workers: ", "times torchvision's", "under a step: waited", "differ by", "16 images of"):
+        assert said in lines
+
+
+def test_help_has_examples(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        data.main(["--help"])
+    assert "--under-step --batch 16" in capsys.readouterr().out
+
+
+@contextlib.contextmanager
+def every(milliseconds: float, size: int = 8) -> Iterator[Iterator[torch.Tensor]]:
+    """A loader with 14 batches in hand, then one of `size` images every so often."""
+    yield (torch.zeros(size) for n in itertools.count() if n < 14 or time.sleep(milliseconds / 1000) is None)
+
+
+def test_images_are_counted_and_what_was_made_ahead_is_not():
+    """At most 8 images in 10 ms, and fewer on a busy machine: the 112 in hand would add 700 a second."""
+    rate = data.Rate(lambda: every(10), turn=2, ahead=3, seconds=0.15, device=CPU)
+    rate(0)
+    assert 400 < rate.readings[0] <= 800
+
+
+def test_the_wait_is_that_for_batches_alone():
+    def step(batches) -> None:
+        assert [len(batch) for batch in batches] == [8, 8]
+        time.sleep(0.06)
+
+    @contextlib.contextmanager
+    def opened():
+        with every(20) as batches:
+            for _ in range(14):
+                next(batches)
+            yield (itertools.islice(batches, 2) for _ in itertools.count())
+
+    turn = data.UnderStep(step, opened, 0.1, CPU)
+    turn(3)
+    assert 0.04 <= turn.readings[3].waited < 0.08  # two batches a step; what took longer was a busy machine
+    assert turn.readings[3].step >= 0.1 and turn.readings[3].step - turn.readings[3].waited >= 0.06
+
+
+@pytest.mark.parametrize(
+    "loader, source", [("torch", "folder"), ("dali", "shards"), ("torchvision", "folder"), ("webdataset", "shards")]
+)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_loader_goes_on_past_the_end_of_the_images(folder: Path, tmp_path: Path, loader: str, source: str, workers: int):
+    sets = loaders.prepare(str(folder), 100, 4, tmp_path / "scratch")
+    config = data.to_config(data.parse(TOY))
+    with loaders.open_batches(loaders.Contender(source, loader, workers), config, sets, CPU) as batches:
+        for images in itertools.islice(batches, 13):
+            assert images.shape == (4, 3, 32, 32) and images.dtype == torch.uint8 and images.any()
+
+
+def test_files_and_shards_hold_the_same_images(folder: Path, tmp_path: Path):
+    sets = loaders.prepare(str(folder), 5, 4, tmp_path / "scratch")
+    files, shards = open_source(sets.folder), open_source(sets.shards)
+    assert len(list(sets.shards.glob("*.tar"))) >= 2
+    assert sorted(files.read(i) for i in range(len(files))) == sorted(shards.read(i) for i in range(len(shards)))
+    spaced = [(folder / f"{n:02d}.jpg").read_bytes() for n in (0, 4, 8, 12)]  # of 17 files, the last of which is bad
+    assert [files.read(i) for i in range(len(files))] == spaced
+
+
+def test_images_made_here_are_like_photographs(tmp_path: Path):
+    sets = loaders.prepare(None, 3, 2, tmp_path)
+    assert "made here: 500x375 JPEGs" in sets.about["origin"] and 80_000 < sets.about["mean_bytes"] < 140_000
+    with Image.open(open_source(sets.folder).name(0)) as image:
+        assert (image.format, image.size) == ("JPEG", (500, 375))
+
+
+def test_what_is_not_installed_is_not_measured(folder: Path, capsys, monkeypatch):
+    monkeypatch.setattr(data, "find_spec", lambda name: None)
+    found = run(capsys, "--data", folder, "--workers=0", "--loaders=torch,webdataset", "--sources=shards")
+    assert found["not_measured"] == [{"what": "webdataset, shards, 0 workers", "reason": "webdataset is not installed"}]
+    assert [one["loader"] for one in found["alone"]] == ["torch"]
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--rounds=0"], "--rounds 0: give a number above 0"),
+    (["--under-step", "--loaders=torchvision"], "only our loaders feed a training step"),
+    (["--batch=32"], "16 images are fewer than a batch of 32"),
+    (["data.prefetch=0"], "prefetch"),
+])  # fmt: skip
+def test_what_cannot_be_measured_is_refused(folder: Path, capsys, arguments: list[str], says: str):
+    assert data.main([*TOY, "--data", str(folder), "--workers=0", *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_pixels_are_no_work_for_a_decoder(tmp_path: Path, capsys):
+    write_idx_pairs(tmp_path)
+    assert data.main([*TOY, "--data", str(tmp_path)]) == 2
+    assert "idx files need no decoding" in capsys.readouterr().err
+
+
+def test_an_unknown_loader_is_named(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        data.main(["--loaders=torch,ffcv"])
+    assert "'ffcv' is none of torch, dali, torchvision, webdataset" in capsys.readouterr().err

@@ -1,0 +1,171 @@
+"""Heartbeats between two real processes: who stopped is said by those who wait."""
+
+import threading
+
+import pytest
+import torch
+from test_distributed import LAUNCHER, run_ranks
+
+from fastjepa.distributed import World
+from fastjepa.heartbeat import LOST, Heartbeat
+
+SETUP = """
+    import os, sys, time, torch
+    from fastjepa import distributed
+    from fastjepa.heartbeat import Heartbeat
+
+    world = distributed.init("cpu", timeout=60)
+    first = world.rank == 0
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+
+
+def sentences(code: str, codes: tuple[int, int]) -> list[str]:
+    """What each of two ranks told of the other, after it ended with the code given."""
+    done = run_ranks(SETUP + code, ranks=2)
+    assert tuple(process.returncode for process in done) == codes, [process.stderr for process in done]
+    return ["".join(line for line in process.stderr.splitlines() if line.startswith("fastjepa train: ")) for process in done]
+
+
+def test_one_rank_starts_no_thread_and_loses_no_batch():
+    before = threading.active_count()
+    with Heartbeat(World(0, 0, 1, torch.device("cpu")), timeout=1) as heart:
+        assert list(heart.batches(iter("abc"))) == ["a", "b", "c"]
+        assert threading.active_count() == before
+
+
+@pytest.mark.slow
+def test_ranks_that_go_on_are_left_alone_however_long_it_takes():
+    code = """
+    with Heartbeat(world, timeout=1.0) as heart:
+        for number in range(12):
+            time.sleep(0.25 if first else 0)
+            heart.moves()
+            distributed.mean(torch.ones(()))
+    distributed.shutdown()
+    """
+    assert sentences(code, (0, 0)) == ["", ""]
+
+
+@pytest.mark.slow
+def test_a_rank_that_computes_on_is_not_the_one_that_waits_for_data():
+    code = """
+    def batches():
+        if not first:
+            time.sleep(60)
+        yield 1
+    with Heartbeat(world, timeout=1.5, step=41) as heart:
+        for batch in heart.batches(batches()):
+            distributed.barrier()
+    """
+    for said in sentences(code, (LOST, LOST)):
+        assert (
+            "rank 1 (process " in said and "has stood still for 1.5 s after step 41, waiting for its next micro-batch" in said
+        )
+
+
+@pytest.mark.slow
+def test_a_rank_that_comes_late_to_a_reduction_is_named_though_its_steps_are_as_many():
+    code = """
+    with Heartbeat(world, timeout=1.5) as heart:
+        heart.finished(3)
+        if first:
+            time.sleep(60)
+        distributed.mean(torch.ones(()))
+    """
+    for said in sentences(code, (LOST, LOST)):
+        assert "rank 0 (process " in said and "after step 3, between two steps" in said
+
+
+@pytest.mark.slow
+def test_where_all_stand_still_none_is_blamed():
+    code = """
+    with Heartbeat(world, timeout=1.5):
+        time.sleep(60)
+    """
+    for said in sentences(code, (LOST, LOST)):
+        assert "all 2 ranks have stood still for 1.5 s (runtime.timeout) after step 0" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_is_named_long_before_the_time_is_up(rank):
+    code = f"""
+    with Heartbeat(world, timeout=20) as heart:
+        heart.interval = 0.2
+        if world.rank == {rank}:
+            os.kill(os.getpid(), 9)
+        time.sleep(0.1)
+        distributed.barrier()
+    """
+    said = sentences(code, (-9, LOST) if rank == 0 else (LOST, -9))[1 - rank]
+    assert f"rank {rank} (process " in said and "has given no sign of life after step 0" in said
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_is_told_by_the_other_which_still_waits():
+    """Whether or not the collective notices: here the process that failed stays."""
+    code = """
+    try:
+        with Heartbeat(world, timeout=20, step=7) as heart:
+            heart.interval = 0.2
+            if first:
+                raise ValueError("a broken image\\n  of many words")
+            distributed.barrier()
+    except ValueError:
+        time.sleep(3)
+        sys.exit(3)
+    """
+    said = sentences(code, (3, LOST))[1]
+    assert "rank 0 (process " in said and "ended after step 7 with ValueError: a broken image of many words; mend that" in said
+
+
+@pytest.mark.slow
+def test_an_error_of_all_ranks_stays_their_own():
+    code = """
+    try:
+        with Heartbeat(world, timeout=20) as heart:
+            heart.interval = 0.2
+            time.sleep(0 if first else 0.4)
+            raise ValueError("the same everywhere")
+    except ValueError:
+        time.sleep(1)
+        sys.exit(3)
+    """
+    assert sentences(code, (3, 3)) == ["", ""]
+
+
+@pytest.mark.slow
+def test_a_runtime_error_with_all_peers_alive_is_raised():
+    code = """
+    try:
+        with Heartbeat(world, timeout=20) as heart:
+            heart.interval = 0.2
+            if first:
+                time.sleep(3)
+            else:
+                raise RuntimeError("shapes do not agree")
+    except RuntimeError as error:
+        assert "shapes" in str(error)
+        sys.exit(3)
+    """
+    told = sentences(code, (LOST, 3))
+    assert "rank 1 (process " in told[0] and "RuntimeError: shapes do not agree" in told[0] and told[1] == ""
+
+
+@pytest.mark.slow
+def test_a_store_that_is_gone_ends_the_run():
+    """torchrun's own process keeps the store; here rank 0 plays it and then goes, while rank 1 has nothing to wait for."""
+    code = """
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "" if first else "True"
+    with Heartbeat(world, timeout=2):
+        if first:
+            os._exit(0)
+        time.sleep(60)
+    """
+    assert "the launcher that keeps the ranks together at 127.0.0.1:" in sentences(code, (0, LOST))[1]

@@ -1,0 +1,261 @@
+"""ZeRO on real ranks: the run of one process, whatever the stage; an exact average; skipped steps; other ranks on resuming."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import BIN, ROOT, TINY, lines, trained, write_config
+
+from fastjepa import checkpoint, cli, model
+from fastjepa import engine as engines
+from fastjepa.config import ConfigError, from_dict
+from fastjepa.distributed import World
+from fastjepa.manifest import find
+from fastjepa.pieces import Stored, consolidate
+
+EPOCHS = "optimization.epochs=4"  # 20 steps of 8 images
+ONE = World(0, 0, 1, torch.device("cpu"))
+
+
+def ranks(count: int, *arguments: object, script: str = "fastjepa/train.py") -> subprocess.CompletedProcess:
+    command = [BIN / "torchrun", "--standalone", "--nproc_per_node", count, script, *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT / "tests")}
+    words = [str(word) for word in command]
+    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def sharded(config: Path, output: Path, count: int, stage: int, *arguments: object) -> list[dict]:
+    """A run of global batch 8 on `count` ranks; its logged lines."""
+    done = ranks(count, "--config", config, "--output", output, EPOCHS, f"runtime.zero={stage}",
+                 f"data.batch_size={8 // count}", *arguments)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return lines(output)
+
+
+def losses(entries: list[dict]) -> list[float]:
+    return [entry["loss"] for entry in entries]
+
+
+def displacement_error(run: Path, reference: Path) -> float:
+    """How far the target encoder's way from its start is from the reference's, relative to the reference's."""
+    ours, theirs = (checkpoint.load_networks(path)["target_encoder"] for path in (run, reference))
+    _, start = model.build(from_dict(checkpoint.read_state(find(reference))["record"]["config"]))
+    way = torch.cat([(theirs[name] - p).flatten() for name, p in start.named_parameters()])
+    apart = torch.cat([(ours[name] - theirs[name]).flatten() for name, _ in start.named_parameters()])
+    return float(apart.norm() / way.norm())
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    return write_config(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def one(config, tmp_path_factory):
+    """The run of one process without DeepSpeed, in fp32."""
+    output = tmp_path_factory.mktemp("one")
+    return output, trained(config, output, EPOCHS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("count", [2, 4])
+def test_every_stage_gives_the_run_of_one_process(config, one, tmp_path, count, stage):
+    entries = sharded(config, tmp_path, count, stage, *(["runtime.micro_batch=2"] if count == 2 else []))
+    assert losses(entries) == pytest.approx(losses(one[1]), rel=1e-5)
+    assert displacement_error(tmp_path, one[0]) < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_in_bf16_only_the_order_of_sums_differs(config, tmp_path, stage):
+    expected = trained(config, tmp_path / "one", EPOCHS, "runtime.dtype=bf16")
+    entries = sharded(config, tmp_path / "two", 2, stage, "runtime.dtype=bf16")
+    assert losses(entries) == pytest.approx(losses(expected), rel=2e-3)
+    assert displacement_error(tmp_path / "two", tmp_path / "one") < 3e-2
+
+
+def test_an_average_of_bf16_weights_would_be_seen():
+    """What the bound on the displacement is for: rounding what is averaged, or the average itself, breaks it by far."""
+    torch.manual_seed(0)
+    weight, ways = torch.randn(4096), {}
+    for kind in ("fp32", "bf16 weights", "bf16 average"):
+        average, online = weight.clone(), weight.clone()
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(20):
+            online += 1e-3 * torch.randn(4096, generator=generator)
+            average.lerp_(online if kind == "fp32" else online.bfloat16().float(), 0.01)
+            average = average.bfloat16().float() if kind == "bf16 average" else average
+        ways[kind] = average - weight
+    for kind in ("bf16 weights", "bf16 average"):
+        assert (ways[kind] - ways["fp32"]).norm() / ways["fp32"].norm() > 0.1
+
+
+POISONED = """
+    import sys, torch
+    from fastjepa import cli, distributed, train
+
+    real, calls = train.jepa_loss, iter(range(1000))
+    bad = {int(word.split("=")[0]): float(word.split("=")[1]) for word in sys.argv[1].split(",")}
+    def loss(prediction, *rest):
+        number = next(calls)
+        if number in bad and distributed.rank() == distributed.size() - 1:
+            prediction.register_hook(lambda gradient: gradient * bad[number])
+        return real(prediction, *rest)
+    train.jepa_loss = loss
+    sys.exit(cli.main(["train", *sys.argv[2:]]))
+"""
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory) -> Path:
+    """A script that trains with gradients of the last rank made non-finite at given steps."""
+    file = tmp_path_factory.mktemp("script") / "poisoned.py"
+    file.write_text(textwrap.dedent(POISONED))
+    return file
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Every bit of a checkpoint, by its files' names."""
+    found = {f"{file.name}/{name}": tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    assert found
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (3, "bf16")])
+def test_a_non_finite_gradient_of_one_rank_touches_nothing_on_any(config, tmp_path, poisoned, stage, dtype):
+    done = ranks(2, "2=nan,4=inf", "--config", config, "--output", tmp_path, f"runtime.zero={stage}", f"runtime.dtype={dtype}",
+                 "data.batch_size=4", "logging.checkpoint_every=1", "logging.keep_last=9", "--max-steps", 6,
+                 script=poisoned)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    at = [None, *(tensors(tmp_path / f"checkpoints/jepa-{step:08d}") for step in range(1, 7))]
+    for before, after, same in ((1, 2, False), (2, 3, True), (3, 4, False), (4, 5, True), (5, 6, False)):
+        equal = [torch.equal(at[before][name], tensor) for name, tensor in at[after].items()]
+        assert all(equal) if same else sum(equal) < len(equal) / 2, (before, after)
+    assert [entry["skipped"] for entry in lines(tmp_path)] == [0, 0, 1, 1, 2, 2]
+    assert len({entry["context_tokens"] for entry in lines(tmp_path)}) > 1 and len({e["lr"] for e in lines(tmp_path)}) == 6
+
+
+@pytest.mark.slow
+def test_past_the_limit_every_rank_stops_with_the_same_message(config, tmp_path, poisoned):
+    done = ranks(2, "0=nan,1=nan,2=nan", "--config", config, "--output", tmp_path, "runtime.zero=2", "data.batch_size=4",
+                 "runtime.max_skipped=3", script=poisoned)  # fmt: skip
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("fastjepa train: step 3: 3 steps in a row")]
+    assert len(said) == 2 and len(set(said)) == 1, done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_ranks_and_another_stage(config, one, tmp_path):
+    """2 ranks -> 4 -> 2 at stage 3 -> one process without DeepSpeed -> one with it, every time from what the last one left."""
+    sharded(config, tmp_path, 2, 1, "--max-steps", 5)
+    sharded(config, tmp_path, 4, 2, "--max-steps", 9)
+    sharded(config, tmp_path, 2, 3, "--max-steps", 13)
+    trained(config, tmp_path, EPOCHS, "--max-steps", 16)
+    entries = sharded(config, tmp_path, 1, 3)
+    assert [entry["step"] for entry in entries] == list(range(1, 21))
+    assert losses(entries) == pytest.approx(losses(one[1]), rel=1e-5)
+    assert displacement_error(tmp_path, one[0]) < 1e-3
+    export_is_the_whole(tmp_path)
+
+
+def export_is_the_whole(run: Path) -> None:
+    file = run / "one.safetensors"
+    consolidate(find(run), checkpoint.NETWORKS, file, {"step": "20"})
+    whole, expected = checkpoint.load_networks(file), checkpoint.load_networks(run)
+    assert whole.keys() == expected.keys()
+    for network in expected:
+        assert whole[network].keys() == expected[network].keys()
+        assert all(torch.equal(whole[network][name], tensor) for name, tensor in expected[network].items())
+
+
+@pytest.mark.slow
+def test_a_damaged_shard_is_refused_by_every_rank(config, tmp_path):
+    sharded(config, tmp_path, 2, 2, "--max-steps", 2)
+    shard = tmp_path / "checkpoints/jepa-00000002/predictor-00001-of-00002.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-3] ^= 1
+    shard.write_bytes(data)
+    done = ranks(2, "--config", config, "--output", tmp_path, EPOCHS, "runtime.zero=2", "data.batch_size=4")
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if "predictor-00001-of-00002.safetensors: damaged" in line]
+    assert len(said) == 2, done.stderr
+
+
+def test_stored_reads_any_range_of_pieces(tmp_path):
+    from fastjepa.pieces import Piece, shard_name, write
+
+    whole = torch.arange(24.0).view(4, 6)
+    flat = whole.view(-1)
+    for rank, (start, end) in enumerate(((0, 7), (7, 8), (8, 24))):
+        fixed = {"pos": Piece.all_of(torch.ones(2))}
+        write(tmp_path / shard_name("encoder", rank, 3), fixed | {"w": Piece(flat[start:end], start, (4, 6))}, rank)
+    with Stored(tmp_path, "encoder") as stored:
+        assert torch.equal(stored.read("w"), whole) and torch.equal(stored.read("pos"), torch.ones(2))
+        for start in range(24):
+            for end in range(start + 1, 25):
+                assert torch.equal(stored.read("w", start, end - start), flat[start:end])
+    (tmp_path / shard_name("encoder", 1, 3)).unlink()
+    with pytest.raises(Exception, match="w is not whole in 2 files"):
+        Stored(tmp_path, "encoder")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"zero_optimization": {"stage": 3}}, r"zero_optimization\.stage is 3 and runtime\.zero is 2"),
+        (
+            {"gradient_accumulation_steps": 4},
+            r"gradient_accumulation_steps is 4 and data\.batch_size / runtime\.micro_batch is 2",
+        ),
+        ({"torch_autocast": {"enabled": True}}, r"torch_autocast\.enabled is True and runtime\.dtype is False"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
+            "offload_optimizer to nvme hides the master weights",
+        ),
+        ({"bf16": {"enabled": True}}, r"'bf16' is decided by runtime\.dtype"),
+        ({"optimizer": {"type": "Adam"}}, r"'optimizer' is decided by the optimization section"),
+    ],
+)
+def test_a_deepspeed_file_that_contradicts_the_config_is_refused(tmp_path, given, message):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(given))
+    settings = from_dict(TINY | {"runtime": {"dtype": "fp32", "micro_batch": 4}})
+    with pytest.raises(ConfigError, match=message):
+        engines.deepspeed_settings(settings, 2, file)
+
+
+def test_a_deepspeed_file_decides_what_the_config_leaves_open(tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text(
+        '{"zero_optimization": {"stage": "auto", "overlap_comm": true, "reduce_bucket_size": 5}, "dump_state": true}'
+    )
+    settings = engines.deepspeed_settings(from_dict(TINY), 2, file)
+    zero = settings["zero_optimization"]
+    assert (zero["stage"], zero["overlap_comm"], zero["reduce_bucket_size"]) == (2, True, 5)
+    assert settings["dump_state"] is True and zero["allgather_bucket_size"] == engines.BUCKET
+    file.write_text("{")
+    with pytest.raises(ConfigError, match="not a readable DeepSpeed configuration"):
+        engines.deepspeed_settings(from_dict(TINY), 2, file)
+
+
+def test_engines_refuse_what_cannot_be(tmp_path):
+    jepa, _ = model.build(from_dict(TINY))
+    with pytest.raises(ConfigError, match=r"runtime\.zero 0 runs without DeepSpeed"):
+        engines.build(jepa, from_dict(TINY), ONE, tmp_path / "ds.json")
+    compiled = from_dict(TINY | {"runtime": {"zero": 3, "compile": True}})
+    with pytest.raises(ConfigError, match=r"runtime\.compile: not with runtime\.zero 3"):
+        engines.build(jepa, compiled, ONE)
+
+
+def test_sharding_without_deepspeed_says_what_to_install(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    assert cli.main(["train", "--config", str(config), "--output", str(tmp_path), "runtime.zero=1"]) == 2
+    assert "pip install 'fastjepa[deepspeed]' or set it to 0" in capsys.readouterr().err
