@@ -240,7 +240,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     try:
         raw = yaml.safe_load(path.read_text()) or {}
     except OSError as error:
-        remedy = f"pass a file, or a name: {', '.join(sorted(file.stem for file in PACKAGED.glob('*.yaml')))}"
+        remedy = f"pass --config FILE, or one of: {', '.join(sorted(file.stem for file in PACKAGED.glob('*.yaml')))}"
         raise ConfigError(f"{path}: cannot read the config ({error.strerror}); {remedy}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error

@@ -254,7 +254,8 @@ def _initialize(jepa: Jepa, optimizer: torch.optim.Optimizer, settings: dict[str
     warnings.filterwarnings("ignore", r"`torch\.distributed\..*is deprecated", FutureWarning)  # what DeepSpeed still calls
     if world.device.type == "cpu":  # its shared-memory reduction is compiled anew by every process: a minute
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not dist.is_initialized():  # DeepSpeed wants a group even for one rank
+    if not dist.is_initialized():  # DeepSpeed wants a group, and a launcher's word, even for one rank
+        os.environ.setdefault("LOCAL_RANK", "0")
         backend = "nccl" if world.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     network, *_ = deepspeed.initialize(model=jepa, optimizer=optimizer, config=settings, dist_init_required=False)

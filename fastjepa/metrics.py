@@ -5,7 +5,6 @@ import importlib.util
 import json
 import math
 import os
-import resource
 import sys
 import time
 from collections import deque
@@ -203,9 +202,16 @@ class Log:
 
 
 def memory_gib() -> float:
-    """Peak memory of this process in GiB: allocated on the GPU where CUDA is in use, else resident (workers excluded)."""
+    """Peak memory of this process in GiB: allocated on the GPU where CUDA is in use, else resident (workers excluded).
+
+    NaN, null in the log, on a CPU under Windows, which does not say.
+    """
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:
+        return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB on Linux
 

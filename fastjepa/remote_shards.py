@@ -6,7 +6,6 @@ shards' index is fetched, or made by one pass over tars that have none, and kept
 
 import concurrent.futures
 import contextlib
-import fcntl
 import functools
 import hashlib
 import io
@@ -195,6 +194,8 @@ def _cache(where: str, manifest: bytes) -> Iterator[Path]:
     except OSError as error:
         raise OSError(f"{folder}: cannot be written ({error.strerror}); set FASTJEPA_DATA to a directory of yours") from error
     try:
+        import fcntl  # not on Windows, where opening the directory has failed by now
+
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield folder
     finally:

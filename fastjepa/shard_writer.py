@@ -1,7 +1,6 @@
 """Any source as WebDataset shards: what `fastjepa data shard` does."""
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
@@ -134,6 +133,8 @@ def _known(folder: Path, plan: dict) -> dict | None:
 def _locked(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
+        import fcntl  # not on Windows, where opening the directory has failed by now
+
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import BIN, ROOT, TINY, lines, trained, write_config
+from test_train import BIN, ROOT, TINY, lines, run, trained, write_config
 
 from fastjepa import checkpoint, cli, model
 from fastjepa import engine as engines
@@ -25,7 +25,11 @@ ONE = World(0, 0, 1, torch.device("cpu"))
 
 def ranks(count: int, *arguments: object, script: str = "fastjepa/train.py") -> subprocess.CompletedProcess:
     command = [BIN / "torchrun", "--standalone", "--nproc_per_node", count, script, *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT / "tests")}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+    }
     words = [str(word) for word in command]
     return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -154,22 +158,24 @@ def test_past_the_limit_every_rank_stops_with_the_same_message(config, tmp_path,
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_ranks_and_another_stage(config, one, tmp_path):
-    """2 ranks -> 4 -> 2 at stage 3 -> one process without DeepSpeed -> one with it, every time from what the last one left."""
+    """2 ranks, 4, 2 at stage 3, one process without DeepSpeed, one with it and no launcher: each from the last one's state."""
     sharded(config, tmp_path, 2, 1, "--max-steps", 5)
     sharded(config, tmp_path, 4, 2, "--max-steps", 9)
     sharded(config, tmp_path, 2, 3, "--max-steps", 13)
     trained(config, tmp_path, EPOCHS, "--max-steps", 16)
-    entries = sharded(config, tmp_path, 1, 3)
+    done = run(sys.executable, "fastjepa/train.py", "--config", config, "--output", tmp_path, EPOCHS, "runtime.zero=3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    entries = lines(tmp_path)
     assert [entry["step"] for entry in entries] == list(range(1, 21))
     assert losses(entries) == pytest.approx(losses(one[1]), rel=1e-5)
     assert displacement_error(tmp_path, one[0]) < 1e-3
     export_is_the_whole(tmp_path)
 
 
-def export_is_the_whole(run: Path) -> None:
-    file = run / "one.safetensors"
-    consolidate(find(run), checkpoint.NETWORKS, file, {"step": "20"})
-    whole, expected = checkpoint.load_networks(file), checkpoint.load_networks(run)
+def export_is_the_whole(directory: Path) -> None:
+    file = directory / "one.safetensors"
+    consolidate(find(directory), checkpoint.NETWORKS, file, {"step": "20"})
+    whole, expected = checkpoint.load_networks(file), checkpoint.load_networks(directory)
     assert whole.keys() == expected.keys()
     for network in expected:
         assert whole[network].keys() == expected[network].keys()

@@ -17,10 +17,11 @@
 cd "$SLURM_SUBMIT_DIR" || exit 2
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100  # seconds between the signal and SIGKILL, where torchrun gives 30
 # One torchrun a node starts a rank a GPU. Ranks that a failed one has left are started again with it, up to three times.
 srun --kill-on-bad-exit=1 torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "$SLURM_GPUS_ON_NODE" \
     --rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d --rdzv_endpoint "$first:${RENDEZVOUS_PORT:-29500}" \
-    --max_restarts 3 --shutdown_timeout 100 fastjepa/train.py "$@" &
+    --max_restarts 3 fastjepa/train.py "$@" &
 run=$!
 
 # A signal ends `wait` before the run has ended; srun hands TERM on to every torchrun, and those to their ranks.
