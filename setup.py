@@ -21,7 +21,7 @@ EXTRAS = {
     "onnx": ["onnx>=1.18", "onnxscript>=0.5"],  # convert --to onnx
     "timm": ["timm>=1.0.20"],  # to read folders that timm wrote; what is written for it needs nothing
     "bench": ["pytest-benchmark", "timm>=1.0.20", "lightly>=1.6"],
-    "docs": ["mkdocs-material>=9.6", "mkdocs>=1.6,<2"],  # mkdocs 2 knows neither this theme nor hooks
+    "docs": ["mkdocs-material>=9.6"],
 }
 EXTRAS["dev"] = [
     "pytest>=8.3",

@@ -253,6 +253,9 @@ def to_resume(config: Config, output: Path, resume: str) -> Path | None:
     latest, named = checkpoint.latest(root, config.logging.write_tag), Path(meta.read_checkpoint or "")
     theirs = named.suffix in interop.TORCH_FILES
     found = (latest or output / named) if theirs else root / named if meta.read_checkpoint else latest
+    damaged = sorted(root.glob(f"{config.logging.write_tag}-*")) if found is None else []
+    if damaged:
+        raise ConfigError(f"{damaged[-1]}: damaged, and there is no other to resume from; --resume never moves it aside")
     if resume == "must" and found is None:
         raise ConfigError(f"{root}: nothing to resume from; check --output or pass --resume auto")
     return found

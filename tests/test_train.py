@@ -151,6 +151,15 @@ def test_resume_must_and_never(config, tmp_path, capsys):
     assert len(list(tmp_path.glob("checkpoints.until-*/jepa-*"))) == 1, "the earlier checkpoint is moved aside, not lost"
 
 
+def test_a_run_whose_only_checkpoint_is_damaged_does_not_start_over(config, tmp_path, capsys):
+    trained(config, tmp_path, "--max-steps", 1)
+    shard = tmp_path / "checkpoints/jepa-00000001/encoder.safetensors"
+    os.truncate(shard, shard.stat().st_size - 1)
+    assert cli.main(["train", "--config", str(config), "--output", str(tmp_path)]) == 2
+    assert "jepa-00000001: damaged, and there is no other" in capsys.readouterr().err
+    assert len(trained(config, tmp_path, "--resume", "never", "--max-steps", 1)) == 1
+
+
 def test_an_official_config_decides_the_folder_and_the_tag(config, tmp_path):
     official = yaml.safe_load(config.read_text())
     official["logging"] |= {"folder": str(tmp_path / "official"), "write_tag": "h14"}
