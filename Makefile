@@ -5,14 +5,17 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 # One process a core, up to two: for so small a network that is nearly twice as fast as two threads, and the same run.
 RANKS := $(shell test "$$(nproc)" -gt 1 && echo 2 || echo 1)
+BENCHES := $(wildcard benchmarks/ops/bench_*.py benchmarks/bench_*.py)
+BENCH_STORE := .benchmarks/$(shell uname -n)
+BENCH_LIMIT ?= 25%
 PACKAGING := setup.py pyproject.toml kernels/setup.py
 unexport PYTHONDONTWRITEBYTECODE  # where it is set, each process would spend seconds on compiling torch anew
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint test test-slow gpu-check demo docs dist clean
+.PHONY: help venv lint test test-slow gpu-check bench bench-compare results demo docs dist clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/demo.stamp ## install, get Fashion-MNIST, pretrain configs/demo.yaml, evaluate (under 10 minutes on 2 cores)
 	@echo "== Fashion-MNIST: fetching it unless it is already here"
@@ -38,6 +41,20 @@ test-slow: $(VENV)/dev.stamp ## the slow tests
 
 gpu-check: ## the kernels on a card: tests, compiled and graph paths, benches (any PYTHON with torch; under 10 minutes)
 	PYTHONPATH=kernels:. $(PYTHON) benchmarks/gpu_check.py $(ARGS)
+
+bench: $(VENV)/dev.stamp ## time ops, EMA, step and data, and save the result of this machine (ARGS='-k "not compiled"', '--toy')
+	@mkdir -p $(BENCH_STORE)
+	$(BIN)/python -m pytest $(BENCHES) --benchmark-storage=file://$(BENCH_STORE) --benchmark-autosave \
+		--benchmark-json=$(BENCH_STORE)/bench.json $(ARGS)
+
+bench-compare: $(VENV)/dev.stamp ## the same against this machine's last saved result: fails where a median grew by more than BENCH_LIMIT (25%)
+	@ls $(BENCH_STORE)/*/*.json >/dev/null 2>&1 || \
+		{ echo "make: nothing is saved in $(BENCH_STORE) to compare with; run make bench first." >&2; exit 1; }
+	$(BIN)/python -m pytest $(BENCHES) --benchmark-storage=file://$(BENCH_STORE) --benchmark-compare \
+		--benchmark-compare-fail=median:$(BENCH_LIMIT) $(ARGS)
+
+results: $(VENV)/dev.stamp ## write benchmarks/RESULTS.md from benchmarks/results/*.json
+	$(BIN)/python benchmarks/results.py write
 
 lint: $(VENV)/dev.stamp ## style and format
 	$(BIN)/ruff check .

@@ -6,6 +6,8 @@ for `--seconds`: what is counted was decoded in that time. Files are in the page
 is measured. All hand over uint8 batches on the device; ours also draw their masks, which the others have not.
 """
 
+import fastjepa.cli  # isort: skip  # noqa: F401  (before torch: threads that wait must not spin beside loaders)
+
 import argparse
 import contextlib
 import functools

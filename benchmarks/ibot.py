@@ -4,6 +4,9 @@ A teacher, the average of the student, sees both large views; the student sees t
 head serves class and patch tokens, with 8192 prototypes (the settings of the published ViT-S/16).
 """
 
+import contextlib
+import random
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,7 +17,7 @@ from fastjepa.config import Config
 
 GLOBAL, LOCAL, LOCAL_PATCHES = 2, 10, 6  # views an image, and the side of a small one in patches: 96 pixels
 HIDDEN, BOTTLENECK, PROTOTYPES = 2048, 256, 8192
-DROP_PATH, TEACHER_TEMPERATURE = 0.1, 0.07
+DROP_PATH, TEACHER_TEMPERATURE, CLIP = 0.1, 0.07, 3.0
 
 
 class Views(NamedTuple):
@@ -58,7 +61,8 @@ class Ibot(nn.Module):
         self.student, self.teacher = Network(config, False, whole), Network(config, True, whole).requires_grad_(False)
         self.teacher.load_state_dict(self.student.state_dict())
         utils.update_drop_path_rate(self.student.encoder.vit, DROP_PATH, mode="linear")
-        self.encoder, self.predictor = self.student.encoder, self.student.head
+        self.networks = self.student, self.teacher
+        self.encoder, self.predictor = self.student.encoder, self.student.head  # as the optimizer groups them
         self.averaged, self.grid = (self.teacher, self.student), config.grid
         self.class_loss = DINOLoss(PROTOTYPES, teacher_temp=TEACHER_TEMPERATURE)
         self.patch_loss = IBOTPatchLoss(PROTOTYPES, teacher_temp=TEACHER_TEMPERATURE)
@@ -71,7 +75,7 @@ class Ibot(nn.Module):
 
         count, side = config.data.batch_size, LOCAL_PATCHES * config.mask.patch_size
         images = vit.images(config, number, GLOBAL * count)
-        with torch.random.fork_rng(devices=[]), seeded(config.runtime.seed + number):
+        with seeded(config.runtime.seed + number):
             blocks = utils.random_block_mask((len(images), *config.grid))  # (2 B, rows, columns)
         mask = torch.cat((torch.zeros(len(images), 1, dtype=torch.bool), blocks.flatten(1)), dim=1)
         drawn = Views(images, vit.images(config, number, LOCAL * count, side), mask, mask.flatten().nonzero().flatten())
@@ -90,6 +94,13 @@ class Ibot(nn.Module):
         return between + within
 
     @staticmethod
+    def handle(gradients: Iterable[Tensor]) -> None:
+        """What the official loop does with gradients: each is clipped by itself, after its norm was read."""
+        for gradient in gradients:
+            if (excess := CLIP / (gradient.norm().item() + 1e-6)) < 1:
+                gradient.mul_(excess)
+
+    @staticmethod
     def flops(config: Config, batch: Views, whole: bool = False) -> float:
         """FLOPs per image of a training step."""
         dim, depth, _, mlp_ratio = config.encoder_shape
@@ -101,3 +112,14 @@ class Ibot(nn.Module):
                 + vit.linear(tokens, BOTTLENECK, PROTOTYPES) for tokens in (GLOBAL + masked, LOCAL)]  # fmt: skip
         embed = 3 * vit.embedding(config, GLOBAL * patches) + 2 * vit.embedding(config, LOCAL * small)
         return embed + (1 + 3) * (large + head[0]) + 3 * (local + head[1])
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Python's own random numbers, which lightly's block masks are drawn from, and its state afterwards as it was."""
+    state = random.getstate()
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(state)

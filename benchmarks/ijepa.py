@@ -3,6 +3,9 @@
 The parameter names are those of `fastjepa.model`, so that weights go from one to the other.
 """
 
+from collections.abc import Iterable
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 import vit
@@ -13,6 +16,7 @@ from fastjepa import flops, masks, model
 from fastjepa.config import Config
 
 GROUP = 128  # the official batch of a GPU: that many images share a cut, however few of them are measured
+TRIED = 64
 
 
 def work(config: Config, device: torch.device, number: int) -> Work:
@@ -21,6 +25,13 @@ def work(config: Config, device: torch.device, number: int) -> Work:
     total = -(-batch // GROUP) * GROUP
     drawn = masks.draw(config.mask, config.grid, config.runtime.seed, number, 0, batch, total)
     return Work(vit.images(config, number, batch).to(device), *drawn)
+
+
+def typical(config: Config, count: int) -> list[int]:
+    """Numbers of the `count` batches, among the first TRIED, whose FLOPs are nearest the mean of all: masks differ in size."""
+    drawn = [masks.draw(config.mask, config.grid, config.runtime.seed, n, 0, 1, GROUP) for n in range(TRIED)]
+    cost = np.array([flops.official(config, *(mask.sum(axis=2).mean() for mask in pair)).total for pair in drawn])
+    return np.argsort(np.abs(cost - cost.mean()), kind="stable")[:count].tolist()
 
 
 class Predictor(nn.Module):
@@ -64,6 +75,7 @@ class IJepa(nn.Module):
         self.target_encoder = vit.backbone(config, class_token=False, positions=positions).requires_grad_(False)
         self.target_encoder.load_state_dict(self.encoder.state_dict())
         self.encoder.mask_token.requires_grad_(False)  # lightly's, which nothing here uses
+        self.networks = self.encoder, self.predictor, self.target_encoder
         self.averaged = self.target_encoder, self.encoder
         self.to(device)
 
@@ -83,6 +95,12 @@ class IJepa(nn.Module):
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         return F.smooth_l1_loss(prediction.float(), target)
+
+    @staticmethod
+    def handle(gradients: Iterable[Tensor]) -> None:
+        """What the official loop does with gradients: it reads the norm of each, for its log."""
+        for gradient in gradients:
+            gradient.norm().item()
 
     @staticmethod
     def flops(config: Config, batch: tuple[Tensor, Tensor, Tensor], whole: bool = False) -> float:

@@ -12,14 +12,14 @@ MASKED, WIDTH, DEPTH, HEADS = 0.75, 512, 8, 16  # of the paper, for every encode
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: Config, whole: bool, width: int = WIDTH, depth: int = DEPTH, heads: int = HEADS):
+    def __init__(self, config: Config, whole: bool):
         super().__init__()
         modules, _ = vit.parts()
         self.whole = whole
-        self.embed = nn.Linear(config.encoder_shape[0], width)
+        self.embed = nn.Linear(config.encoder_shape[0], WIDTH)
         rows, columns = config.grid
-        self.decoder = modules.MaskedVisionTransformerDecoderTIMM(rows * columns, width, depth, heads)
-        self.pixels = nn.Linear(width, config.data.channels * config.mask.patch_size**2)
+        self.decoder = modules.MaskedVisionTransformerDecoderTIMM(rows * columns, WIDTH, DEPTH, HEADS)
+        self.pixels = nn.Linear(WIDTH, config.data.channels * config.mask.patch_size**2)
 
     def forward(self, features: Tensor, keep: Tensor, masked: Tensor) -> Tensor:
         """features: (B, 1 + K, D) of the tokens keep -> (B, M, p p C) for the tokens masked; 0 is the class token."""
@@ -36,6 +36,7 @@ class Mae(nn.Module):
     """Call it with a batch of `draw` for the outputs that `loss` compares."""
 
     averaged = None  # nothing follows the weights
+    handle = None  # and the official loop leaves the gradients alone
 
     def __init__(self, config: Config, device: torch.device, whole: bool = False):
         """`whole` predicts the pixels of all patches and drops those that were seen, as the official code does."""
@@ -44,6 +45,7 @@ class Mae(nn.Module):
         positions = model.sincos_positions(config.encoder_shape[0], config.grid)
         self.encoder = vit.backbone(config, positions=F.pad(positions, (0, 0, 1, 0)))
         self.predictor = Decoder(config, whole)
+        self.networks = self.encoder, self.predictor
         self.encoder.mask_token.requires_grad_(False)  # lightly's, which nothing here uses
         self.to(device)
 

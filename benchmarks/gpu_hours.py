@@ -1,0 +1,342 @@
+"""What I-JEPA, MAE and iBOT cost: `python benchmarks/gpu_hours.py --device cpu --models vit_tiny,vit_small --batch 8`.
+
+Real steps on synthetic images with real masks; I-JEPA's, which differ in size from step to step, of the mean cost. Columns
+tell method from implementation: `same` runs every method on timm's ViT in the trainer's own loop, `naive` runs each as its
+official code does (loop.py), `packed` is this package's I-JEPA, and `--reference DIR` adds an unmodified clone of the
+official I-JEPA code. All rows take turns in every round on a CPU; on a card those of one model and method do, for its memory
+holds no more. Hours are a projection, by the formula that is printed.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from typing import NamedTuple
+
+import numpy as np
+import official
+import step
+import timing
+import torch
+import vit
+from ibot import Ibot
+from ijepa import IJepa, typical, work
+from loop import Naive, Same
+from mae import DEPTH, WIDTH, Mae
+from rich.console import Console
+from rich.progress import track
+from timing import Ceiling, Spread
+
+from fastjepa import attention, distributed, flops, masks, train
+from fastjepa import config as configs
+from fastjepa.config import MODELS, Config, ConfigError
+from fastjepa.plan import CARDS, IMAGENET
+
+METHODS = {"ijepa": IJepa, "mae": Mae, "ibot": Ibot}
+COLUMNS = {"packed": ("ijepa",), "same": tuple(METHODS), "naive": tuple(METHODS), "reference": ("ijepa",)}
+# Epochs and top-1 of a linear probe on ImageNet-1k: the papers', iBOT ViT-S/16's its repository's.
+PUBLISHED = {
+    ("ijepa", "vit_base"): (600, 72.9),
+    ("ijepa", "vit_large"): (600, 77.5),
+    ("ijepa", "vit_huge"): (300, 79.3),
+    ("mae", "vit_base"): (1600, 68.0),
+    ("mae", "vit_large"): (1600, 76.0),
+    ("mae", "vit_huge"): (1600, 77.2),
+    ("ibot", "vit_small"): (800, 77.9),
+    ("ibot", "vit_base"): (400, 79.5),
+    ("ibot", "vit_large"): (250, 81.0),
+}
+ASSUMED = {"ijepa": 600, "mae": 1600, "ibot": 800}  # epochs of a model that nobody published
+PATCHES = {"vit_huge": 14}  # else 16
+PREDICTOR_DEPTHS = {"vit_large": 12, "vit_huge": 12, "vit_giant": 16}  # else 6
+DISTINCT = 2  # batches that the rounds take turns with
+BATCH = {"cpu": 8, "cuda": 128}
+FORMULA = f"hours = epochs x {IMAGENET} images / (images/s) / 3600, on one such device; hours a point = hours / published top-1"
+EXAMPLES = """examples:
+  python benchmarks/gpu_hours.py --device cuda --models vit_huge --methods ijepa,mae
+  python benchmarks/gpu_hours.py --device cpu --models vit_tiny,vit_small --batch 8 --rounds 10 --json
+  python benchmarks/gpu_hours.py --device cuda --models vit_base --methods ijepa --reference ../ijepa
+  python benchmarks/gpu_hours.py --estimate h100 --share 0.4"""
+
+
+class Row(NamedTuple):
+    method: str
+    model: str
+    column: str
+
+    def __str__(self) -> str:
+        return f"{self.method} {self.model} {self.column}"
+
+
+def rows(options: argparse.Namespace) -> list[Row]:
+    columns = [*options.columns, *(["reference"] if options.reference else [])]
+    return [Row(method, model, column) for model in options.models for method in options.methods
+            for column in columns if method in COLUMNS[column]]  # fmt: skip
+
+
+def measure(options: argparse.Namespace) -> dict:
+    """The result, with the keys that `--json` prints."""
+    known = {model: to_config(options, model) for model in options.models}
+    asked, directory = rows(options), options.reference
+    if not asked:
+        raise ConfigError("no such row: `packed` is a column of ijepa; name another of --methods or --columns")
+    for config in known.values():
+        device = start(config)
+        if directory:
+            official.check(directory, config)
+            step.agree(config, device, directory)
+    shown = track(asked, "peak memory", console=Console(stderr=True), disable=not sys.stderr.isatty())
+    peaks = {row: timing.in_fresh_process(peak, row, known[row.model], directory) for row in shown}
+    fitting = [row for row in asked if peaks[row] is not None]
+    found = []
+    for group in together(fitting, device):
+        found += turns(group, known, peaks, options.rounds, device, directory)
+    return {
+        "rows": found,
+        "not_measured": [{"what": str(row), "reason": "out of memory"} for row in asked if peaks[row] is None],
+        "formula": FORMULA, "threads": torch.get_num_threads(), "compile": options.compile,
+        "versions": {name: version(name) for name in ("torch", "timm", "lightly")},
+    }  # fmt: skip
+
+
+def together(fitting: Sequence[Row], device: torch.device) -> list[list[Row]]:
+    """Who takes turns: all, or on a card the columns of a model and method."""
+    if device.type == "cpu":
+        return [list(fitting)] if fitting else []
+    pairs = dict.fromkeys((row.model, row.method) for row in fitting)
+    return [[row for row in fitting if (row.model, row.method) == pair] for pair in pairs]
+
+
+def turns(
+    group: list[Row], known: dict[str, Config], peaks: dict[Row, int], rounds: int, device: torch.device, directory: str | None
+) -> list[dict]:
+    """Rounds of one step of every row, and of the matrix products that are the ceiling of all."""
+    some = next(iter(known.values()))
+    dtype = torch.bfloat16 if some.runtime.dtype == "bf16" else torch.float32
+    count = min(rounds, DISTINCT)
+    try:
+        runs = {row: build(row, known[row.model], device, count, directory) for row in group}
+        shapes = {shape for model in dict.fromkeys(row.model for row in group) for shape in linears(known[model])}
+        ceiling = Ceiling([*sorted(shapes), timing.square(device)], dtype, device)
+        seconds = timing.interleave({"ceiling": ceiling, **runs}, rounds, device, warmup=count)
+    except torch.OutOfMemoryError as error:
+        names = ", ".join(map(str, group))
+        raise ConfigError(f"{names} fit alone but not together; measure fewer --columns, or lower --batch") from error
+    rates = [ceiling.rates[number] for number in range(rounds)]
+    return [result(row, runs[row].flops, seconds[row], rates, known[row.model], peaks[row], device) for row in group]
+
+
+def start(config: Config) -> torch.device:
+    """Check the config, set the threads, and return the device."""
+    device = distributed.init(config.runtime.device).device
+    masks.check(config, config.mask.truncate_group)
+    train.settle(config)
+    torch.manual_seed(config.runtime.seed)
+    return device
+
+
+def build(row: Row, config: Config, device: torch.device, count: int, directory: str | None = None):
+    """One contender, with `count` batches; call it with the number of a round."""
+    numbers = typical(config, count)
+    if row.column in ("packed", "reference"):
+        works = [work(config, device, number) for number in numbers]
+        return (step.Ours(config, device, works) if row.column == "packed"
+                else step.Theirs(config, device, works, directory))  # fmt: skip
+    method = METHODS[row.method]
+    batches = [method.draw(config, device, number) for number in numbers]
+    return {"same": Same, "naive": Naive}[row.column](method, config, device, batches)
+
+
+def peak(row: Row, config: Config, directory: str | None) -> int | None:
+    """Peak bytes of one contender's first steps, in a process of its own; None where a card's memory is too small."""
+    device = start(config)
+    try:
+        return timing.peak_bytes(lambda: build(row, config, device, DISTINCT, directory), device)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def linears(config: Config) -> list[tuple[int, int, int]]:
+    """(rows, in, out) of the first mlp layers of the encoder, the predictor and MAE's decoder over whole images."""
+    dim, _, _, mlp_ratio = config.encoder_shape
+    tokens = config.data.batch_size * math.prod(config.grid)
+    narrow = config.meta.pred_emb_dim
+    return [(tokens, dim, round(dim * mlp_ratio)), (tokens, narrow, 4 * narrow), (tokens, WIDTH, 4 * WIDTH)]
+
+
+def result(
+    row: Row, work_flops: list[float], seconds: list[float], rates: list[float], config: Config, peak_bytes: int, device
+) -> dict:
+    batch, each = config.data.batch_size, [work_flops[number % len(work_flops)] for number in range(len(seconds))]
+    speed = Spread.of([batch / s for s in seconds])
+    achieved = [batch * f / s for f, s in zip(each, seconds, strict=True)]
+    per_image = float(np.mean(work_flops))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    sheet = datasheet(name, config.runtime.dtype)
+    dtype = torch.bfloat16 if config.runtime.dtype == "bf16" else torch.float32
+    chosen = row.column in ("packed", "same")
+    way = attention.choose(config.runtime.attention, device, dtype) if chosen else "materialised"
+    return {
+        **row._asdict(), "device": name, "attention": way, "dtype": config.runtime.dtype,
+        "batch": batch, "size": config.image_size[0], "patch": config.mask.patch_size, "n": len(seconds),
+        "images_per_s": speed.median, "p20": speed.p20, "p80": speed.p80,
+        "spread": (speed.p80 - speed.p20) / speed.median, "gflop_per_image": per_image / 1e9,
+        "gemm_gflops": Spread.of(rates).median / 1e9,
+        "mfu": Spread.of([a / rate for a, rate in zip(achieved, rates, strict=True)]).median,
+        "share_of_datasheet": None if sheet is None else per_image * speed.median / sheet,
+        "peak_bytes": peak_bytes, **(found := projected(row, speed.median)),
+        "arithmetic": f"{found['epochs']} epochs x {IMAGENET} images / {speed.median:.2f} images/s / 3600 s",
+    }  # fmt: skip
+
+
+def projected(row: Row, images_per_s: float) -> dict:
+    """What FORMULA gives; `epochs_published` is false where the number of epochs is another model's."""
+    published = PUBLISHED.get((row.method, row.model))
+    epochs, accuracy = published or (ASSUMED[row.method], None)
+    hours = epochs * IMAGENET / images_per_s / 3600
+    return {"epochs": epochs, "epochs_published": published is not None, "hours": hours, "accuracy": accuracy,
+            "hours_per_point": hours / accuracy if accuracy else None}  # fmt: skip
+
+
+def datasheet(name: str, dtype: str) -> float | None:
+    """Dense FLOP/s of a card's data sheet; None for a CPU and for cards that `fastjepa.plan` does not know."""
+    alike = {"h100": "h100", "h200": "h100", "a100": "a100"}  # an H200 computes as an H100 does
+    return next((CARDS[card][dtype] for word, card in alike.items() if word in name.lower()), None)
+
+
+def estimate(options: argparse.Namespace) -> dict:
+    """Rows without a measurement: FLOPs over a stated share of a data sheet's peak."""
+    peak_flops = CARDS[options.estimate]["bf16"]
+    found = []
+    for model in options.models:
+        config = to_config(options, model)
+        for row in rows(options):
+            if row.model == model and row.column in ("packed", "same"):
+                found.append(estimated(row, counted(row, config), peak_flops, options))
+    return {"rows": found, "formula": FORMULA}
+
+
+def estimated(row: Row, per_image: float, peak_flops: float, options: argparse.Namespace) -> dict:
+    images_per_s = options.share * peak_flops / per_image
+    found = projected(row, images_per_s)
+    arithmetic = (f"{found['epochs']} epochs x {IMAGENET} images x {per_image / 1e9:.1f} GFLOP / "
+                  f"({options.share:.0%} of {peak_flops / 1e12:.0f} TFLOP/s) / 3600 s")  # fmt: skip
+    return {"estimate": True, **row._asdict(), "device": options.estimate, "gflop_per_image": per_image / 1e9,
+            "images_per_s": images_per_s, **found, "arithmetic": arithmetic}  # fmt: skip
+
+
+def counted(row: Row, config: Config) -> float:
+    """FLOPs per image of a row, from the masks alone."""
+    cpu, numbers = torch.device("cpu"), typical(config, DISTINCT)
+    if row.column != "packed":
+        method = METHODS[row.method]
+        return float(np.mean([method.flops(config, method.draw(config, cpu, number)) for number in numbers]))
+    packed = [work(config, cpu, number).packed(config)[0] for number in numbers]
+    return float(np.mean([flops.packed(config, b.context, b.target, b.blocks).total for b in packed]))
+
+
+def report(found: dict) -> Iterator[str]:
+    """The lines that are printed without `--json`."""
+    measured = not any("estimate" in one for one in found["rows"])
+    head = f"{'method':6} {'model':10} {'column':9} {'images/s':>9}"
+    head += (
+        (f" {'p20 to p80':>19} {'spread':>6}" if measured else "")
+        + f" {'GFLOP':>7}"
+        + (f" {'of GEMM':>7} {'of sheet':>8} {'GiB':>6}" if measured else "")
+    )
+    yield head + f" {'epochs':>7} {'hours':>9} {'top-1':>5} {'h/point':>8}"
+    for one in found["rows"]:
+        yield line(one, measured)
+    for one in found.get("not_measured", ()):
+        yield f"{one['what']}: not measured: {one['reason']}"
+    yield found["formula"]
+    yield "epochs*: none published for this model, taken from its method's other models; MAE decoder "\
+          f"{DEPTH} x {WIDTH}, iBOT 2 x 224 and 10 x 96 pixels"  # fmt: skip
+
+
+def line(one: dict, measured: bool) -> str:
+    text = f"{one['method']:6} {one['model']:10} {one['column']:9} {one['images_per_s']:9.2f}"
+    if measured:
+        text += f" {one['p20']:8.2f} to {one['p80']:7.2f} {one['spread']:6.1%}"
+    text += f" {one['gflop_per_image']:7.1f}"
+    if measured:
+        sheet = "-" if one["share_of_datasheet"] is None else f"{one['share_of_datasheet']:.1%}"
+        text += f" {one['mfu']:7.1%} {sheet:>8} {one['peak_bytes'] / 2**30:6.2f}"
+    epochs = f"{one['epochs']}{'' if one['epochs_published'] else '*'}"
+    top1, point = ("-", "-") if one["accuracy"] is None else (f"{one['accuracy']:.1f}", f"{one['hours_per_point']:.1f}")
+    return f"{text} {epochs:>7} {one['hours']:9.0f} {top1:>5} {point:>8}"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Time training steps of I-JEPA, MAE and iBOT and project what their published runs cost.",
+        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--models", type=among(*MODELS), default="vit_small,vit_base,vit_huge", metavar="NAME,...")
+    parser.add_argument("--methods", type=among(*METHODS), default=",".join(METHODS), metavar="NAME,...")
+    parser.add_argument("--columns", type=among("packed", "same", "naive"), default="packed,same,naive", metavar="NAME,...")
+    parser.add_argument("--reference", metavar="DIR", help="clone of the official I-JEPA code, for a column of its own")
+    parser.add_argument("--batch", type=int, help="images a step (default: 8 on a CPU, 128 on a card)")
+    parser.add_argument("--size", type=int, default=224, help="side of an image in pixels (default 224)")
+    parser.add_argument("--dtype", default="bf16", choices=("fp32", "bf16"))
+    parser.add_argument("--compile", action="store_true", help="torch.compile the networks of `packed` and `same`")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--rounds", type=int, default=10, help="timed steps of each row (default 10)")
+    parser.add_argument("--estimate", choices=tuple(CARDS), help="measure nothing: FLOPs over a share of this card's peak")
+    parser.add_argument("--share", type=float, default=0.4, help="of the peak, for --estimate (default 0.4)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any further key of the config")
+    return parser.parse_intermixed_args(argv)
+
+
+def among(*names: str):
+    def chosen(text: str) -> list[str]:
+        unknown = [word for word in text.split(",") if word not in names]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(names)}")
+        return text.split(",")
+
+    return chosen
+
+
+def to_config(options: argparse.Namespace, model: str) -> Config:
+    device = "cpu" if options.estimate else options.device
+    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    keys = {
+        "runtime.device": device,
+        "runtime.dtype": options.dtype,
+        "runtime.compile": str(options.compile).lower(),
+        "runtime.threads": "null" if options.threads is None else options.threads,
+        "meta.model_name": model,
+        "meta.pred_depth": PREDICTOR_DEPTHS.get(model, 6),
+        "mask.patch_size": PATCHES.get(model, 16),
+        "data.crop_size": options.size,
+        "data.batch_size": options.batch or BATCH["cuda" if cuda else "cpu"],
+    }
+    return configs.load(os.devnull, [*(f"{key}={value}" for key, value in keys.items()), *options.overrides])
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    try:
+        if options.rounds < 1:
+            raise ConfigError(f"--rounds {options.rounds}: time at least one round")
+        if not 0 < options.share <= 1:
+            raise ConfigError(f"--share {options.share}: give a number above 0 and up to 1")
+        vit.parts()
+        with contextlib.redirect_stdout(sys.stderr):
+            found = estimate(options) if options.estimate else measure(options)
+    except ConfigError as error:
+        print(f"benchmarks/gpu_hours.py: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(found) if options.json else "\n".join(report(found)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""benchmarks/results.py: results are kept with their birth certificates, and RESULTS.md is what they make of themselves."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))  # as `python benchmarks/results.py` has it
+
+import results  # noqa: E402  (only importable from here on)
+
+ABOUT = {
+    "name": "toy",
+    "command": "python benchmarks/toy.py --json",
+    "commit": "0123456789abcdef",
+    "changed_files": 1,
+    "date": "2026-11-24T12:00:00+00:00",
+    "machine": {"cpu": "A Processor", "cores": 2, "threads": 2},
+    "versions": {"python": "3.11", "torch": "2.14"},
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(results, "DOCUMENT", tmp_path / "RESULTS.md")
+    return tmp_path / "results"
+
+
+def printing(text: str) -> list[str]:
+    return ["python", "-c", f"print('noise'); print({text!r})"]
+
+
+def kept(folder: Path, output: object) -> dict:
+    path = results.save("toy", printing(json.dumps(output)))
+    assert path == folder / "toy.json"
+    return json.loads(path.read_text())
+
+
+def test_a_result_has_a_birth_certificate(folder: Path):
+    found = kept(folder, {"rows": [{"ms": 1.5}], "not_measured": [{"what": "a card", "reason": "there is none"}]})
+    assert set(results.KEYS) | {"not_measured"} == found.keys()
+    head = subprocess.run(["git", "-c", "safe.directory=*", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    assert found["commit"] == head.stdout.strip()
+    assert found["command"].startswith("python -c")
+    assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]", found["date"])
+    assert found["machine"]["cores"] >= 1 and found["machine"]["cpu"]
+    assert {"python", "torch"} <= found["versions"].keys()
+    assert found["rows"] == [{"ms": 1.5}]
+
+
+def test_it_is_found_again(folder: Path):
+    found = kept(folder, [{"ms": 1.5}])
+    assert results.load(folder) == [found]
+    assert results.main(["write"]) == 0
+    assert results.DOCUMENT.read_text() == results.document([found])
+
+
+def test_a_benchmark_may_write_a_file(folder: Path, tmp_path: Path):
+    file = tmp_path / "made.json"
+    command = ["python", "-c", f"open({str(file)!r}, 'w').write('[{{\"ms\": 2.0}}]')"]
+    assert results.main(["save", "toy", "--file", str(file), "--", *command]) == 0
+    assert json.loads((folder / "toy.json").read_text())["rows"] == [{"ms": 2.0}]
+
+
+def test_an_old_file_is_not_taken_for_a_new_one(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "made.json"
+    file.write_text("[]")
+    assert results.main(["save", "toy", "--file", str(file), "--", "python", "-c", "pass"]) == 2
+    assert "printed no JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, command, named",
+    [
+        ("toy", ["python", "-c", "print('[]'); raise SystemExit(3)"], "ended with 3"),
+        ("toy", ["python", "-c", "print('words')"], "printed no JSON; add --json"),
+        ("a/b", ["python", "-c", "print('[]')"], "'a/b': name a result with letters"),
+        ("toy", ["no_such_program_anywhere"], "no_such_program_anywhere"),
+    ],
+)
+def test_nothing_is_kept_of_a_failure(
+    folder: Path, name: str, command: list[str], named: str, capsys: pytest.CaptureFixture[str]
+):
+    assert results.main(["save", name, "--", *command]) == 2
+    assert named in capsys.readouterr().err
+    assert not list(folder.glob("*.json"))
+
+
+def test_rows_of_what_the_benchmarks_print():
+    assert results.rows_of([{"zero": 1}]) == [{"zero": 1}]
+    assert results.rows_of({"rows": [{"a": 1}], "formula": "x"}) == [{"a": 1}]
+    assert results.rows_of({"alone": [{"a": 1}]}) == [{"a": 1}]
+    both = {"alone": [{"a": 1}], "under_step": [{"b": 2}]}
+    assert results.rows_of(both) == [{"measured": "alone", "a": 1}, {"measured": "under_step", "b": 2}]
+    assert results.rows_of({"ms": 1.0, "mfu": 0.5}) == [{"ms": 1.0, "mfu": 0.5}]
+    ratio = {"median": 1.2, "p20": 1.1, "p80": 1.3}
+    assert results.rows_of({"ms": 1.0, "reference": {"ms": 1.2}, "ratio": ratio}) == [
+        {"contender": "fastjepa", "ms": 1.0, "ratio": ratio}, {"contender": "official", "ms": 1.2},
+    ]  # fmt: skip
+
+
+def test_rows_of_pytest_benchmark():
+    info = {"op": "ema", "provider": "ours", "median_s": 0.002, "p20_s": 0.001, "p80_s": 0.003, "rounds": 15}
+    absent = {"name": "test_b", "extra_info": {"not_measured": "it runs on CUDA alone"}}
+    output = {"benchmarks": [{"name": "test_a[ours]", "extra_info": info}, absent]}
+    assert results.rows_of(output) == [
+        {"benchmark": "test_a[ours]", "n": 15, "ms": {"median": 2.0, "p20": 1.0, "p80": 3.0}, "op": "ema", "provider": "ours"}
+    ]
+    assert results.absent(absent) == {"what": "test_b", "reason": "it runs on CUDA alone"}
+
+
+def test_a_row_is_read_as_text():
+    row = {
+        "images_per_s": 12.3456, "p20": 12.0, "p80": 13.0, "mfu": 0.65432, "peak_bytes": 3 * 2**20, "accuracy": None,
+        "epochs_published": True, "phases": {"target": 466.4, "ema": 11.0}, "size": [64, 64], "n": 10, "what": "a|b",
+    }  # fmt: skip
+    assert results.flatten(row) == {
+        "images/s": "12.3 (12 to 13)", "mfu": "0.654", "peak MiB": "3", "accuracy": "", "epochs published": "yes",
+        "phases: target": "466", "phases: ema": "11", "size": "64 x 64", "n": "10", "what": "a\\|b",
+    }  # fmt: skip
+    assert results.flatten({"ms": 5.0, "p20": 4.0, "p80": 6.0}) == {"ms": "5 (4 to 6)"}
+
+
+def test_the_document():
+    """What all of at least three rows share is said once; estimates have a table of their own."""
+    rows = [{"model": "a", "dtype": "bf16", "ms": float(number)} for number in (1, 2, 3)]
+    guess = {"estimate": True, "model": "b", "hours": 139.0, "arithmetic": "2 x 3"}
+    text = results.document([ABOUT | {"rows": [*rows, guess], "not_measured": [{"what": "c", "reason": "no card"}]}])
+    measured, estimates = text.split("## Estimates")
+    assert "In every row: model a, dtype bf16.\n\n| ms |\n| --- |\n| 1 |\n| 2 |\n| 3 |\n\nNot measured: c: no card." in measured
+    assert "`python benchmarks/toy.py --json`" in measured
+    about = "2026-11-24, commit 0123456789 and 1 changed file  \n2 cores of A Processor, 2 threads  \npython 3.11, torch 2.14"
+    assert about in measured
+    assert "139" not in measured
+    assert "| b | 139 | 2 x 3 |" in estimates
+    assert results.document([]) == results.INTRODUCTION + "\n"
+
+
+def test_what_is_projected_from_a_rate_is_an_estimate():
+    row = {"method": "mae", "images_per_s": 4.0, "p20": 3.0, "p80": 5.0, "mfu": 0.5, "epochs": 1600, "hours": 9.0,
+           "arithmetic": "1600 x 4"}  # fmt: skip
+    measured, estimates = results.document([ABOUT | {"rows": [row]}]).split("## Estimates")
+    assert measured.endswith("| method | images/s | mfu |\n| --- | --- | --- |\n| mae | 4 (3 to 5) | 0.5 |\n\n")
+    assert estimates.endswith("| mae | 4 | 1600 | 9 | 1600 x 4 |\n")
+
+
+def test_a_file_of_gpu_check_is_a_result(tmp_path: Path):
+    checked = {"card": "NVIDIA H100", "date": "2026-11-24", "command": "x", "commit": "abc", "changed_files": 0,
+               "versions": {"torch": "2.14", "timm": "not installed"}, "measurements": [{"op": "ema", "median_s": 0.5}],
+               "not_measured": []}  # fmt: skip
+    (tmp_path / "nvidia-h100.json").write_text(json.dumps(checked))
+    text = results.document(results.load(tmp_path))
+    assert "### nvidia-h100" in text and "NVIDIA H100" in text and "timm" not in text
+
+
+@pytest.mark.parametrize("wrong, named", [("{", "is not JSON"), ("[]", "has no name"), ('{"name": "x"}', "has no command")])
+def test_a_stray_file_is_an_error(folder: Path, wrong: str, named: str, capsys: pytest.CaptureFixture[str]):
+    folder.mkdir()
+    (folder / "stray.json").write_text(wrong)
+    assert results.main(["write"]) == 2
+    assert "stray.json" in (said := capsys.readouterr().err) and named in said
+
+
+def test_the_committed_document_is_that_of_the_committed_results():
+    assert (BENCHMARKS / "RESULTS.md").read_text() == results.document(results.load(BENCHMARKS / "results"))
+
+
+def make(*arguments: str) -> str:
+    return subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_make_bench_runs_every_bench():
+    """Names are stable: they are the files' and the parameters'."""
+    benches = {str(path.relative_to(ROOT)) for path in BENCHMARKS.rglob("bench_*.py")}
+    for target in ("bench", "bench-compare"):
+        assert benches == set(re.findall(r"benchmarks/\S*bench_\w+\.py", make(target)))
+    assert {"benchmarks/bench_step.py", "benchmarks/bench_data.py", "benchmarks/ops/bench_ema_update.py"} <= benches
+    assert "--benchmark-compare-fail=median:10%" in make("bench-compare", "BENCH_LIMIT=10%")
+
+
+def bench(store: Path, *arguments: str) -> subprocess.CompletedProcess:
+    files = [str(BENCHMARKS / name) for name in ("ops/bench_ema_update.py", "bench_step.py", "bench_data.py")]
+    chosen = ["--toy", "--device=cpu", "-k", "ours or packed or shards", f"--benchmark-storage=file://{store}"]
+    command = [sys.executable, "-m", "pytest", *files, *chosen, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_a_bench_that_became_slower_fails(tmp_path: Path):
+    done = bench(tmp_path, "--benchmark-autosave")
+    assert done.returncode == 0, done.stdout
+    (saved,) = tmp_path.glob("*/*.json")
+    found = json.loads(saved.read_text())
+    assert [one["name"] for one in found["benchmarks"]] == [
+        "test_ema_update[ours]", "test_step[ijepa packed]", "test_batch[shards torch]", "test_batch[shards webdataset]",
+    ]  # fmt: skip
+    assert found["machine_info"]["measured_on"]["versions"].keys() >= {"python", "torch"}
+    assert all(one["stats"]["median"] == one["extra_info"]["median_s"] > 0 for one in found["benchmarks"])
+    for one in found["benchmarks"]:
+        one["stats"]["median"] *= 0.001 if "packed" in one["name"] else 1000
+    saved.write_text(json.dumps(found))
+    done = bench(tmp_path, "--benchmark-compare", "--benchmark-compare-fail=median:25%")
+    assert done.returncode == 1, done.stdout
+    said = done.stdout + done.stderr
+    assert "Performance has regressed" in said
+    assert set(re.findall(r"^\s*(test_.+?) \(.*RegressionCheck", said, re.MULTILINE)) == {"test_step[ijepa packed]"}
