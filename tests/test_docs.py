@@ -31,6 +31,7 @@ ONLY_PARSED = {  # how a command begins: why it is only parsed
     "make": "it is the whole work of a developer's machine; `make -n` says that the target is there",
     "pip install": "it would change this environment; the extras it names exist",
     "python -m fastjepa_kernels.inspect": "it compiles for minutes; tests/test_inspect.py runs it",
+    "python benchmarks/": "it measures for minutes; tests/test_bench_*.py and tests/test_gpu_hours.py run them small",
     "fastjepa data get": "it fetches or renders; tests/test_catalog.py and tests/test_scenes.py run it",
     "fastjepa eval lowlevel": "it needs rendered scenes; tests/test_lowlevel.py runs it",
 }
@@ -129,6 +130,11 @@ def test_a_command_is_accepted(command: str):
         assert all(f'"{extra}": [' in (ROOT / "setup.py").read_text() for extra in extras)
     elif words[:2] == ["python", "-m"]:
         assert (ROOT / "kernels" / f"{words[2].replace('.', '/')}.py").is_file()
+    elif words[0] == "python" and words[1].startswith("benchmarks/"):
+        shown = subprocess.run(
+            [sys.executable, words[1], "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+        assert [word for word in words[2:] if word.startswith("--") and word not in shown] == []
     elif words[:2] != ["python", "docs/curves.py"]:
         accepted(started(command))
 
