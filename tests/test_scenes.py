@@ -1,5 +1,6 @@
 """Rendered scenes: the same bits everywhere, true labels, objects that can be counted, and a data set whole or not at all."""
 
+import functools
 import hashlib
 import json
 import os
@@ -212,7 +213,10 @@ def test_an_archive_of_scenes_is_refused(small: Path, tmp_path: Path):
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_stopped_rendering_is_never_seen(tmp_path: Path, number: int, code: int):
     command = [sys.executable, "-m", "fastjepa.cli", "data", "get", "scenes"]
-    process = subprocess.Popen(command, env=os.environ | {"FASTJEPA_DATA": str(tmp_path)}, start_new_session=True)
+    # A shell that starts tests in the background makes them, and what they start, deaf to Ctrl-C.
+    hearing = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    environment = os.environ | {"FASTJEPA_DATA": str(tmp_path)}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=hearing)
     while process.poll() is None and len(list(tmp_path.glob(".scenes-*/scenes/train/*.png"))) < 20:
         time.sleep(0.05)
     if number == signal.SIGKILL:
