@@ -102,20 +102,6 @@ def test_sigterm_to_the_launcher_saves_and_the_run_goes_on(config, expected, tmp
     assert losses(trained(config, tmp_path, LONG)) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.slow
-def test_torchrun_restarts_the_run_of_a_killed_rank_by_itself(config, expected, tmp_path):
-    process = start(*TORCHRUN, "--max-restarts", 6, "fastjepa/train.py", "--config", config, "--output", tmp_path, LONG, *HALF,
-                    "runtime.timeout=10")  # fmt: skip
-    wait_for(tmp_path, 12)
-    victim = ranks(tmp_path)[-1]
-    os.kill(victim, signal.SIGKILL)
-    said = end(process)
-    assert process.returncode == 0, said
-    assert len(re.findall(rf"rank [01] \(process {victim} on .+\) has given no sign of life after step \d+", said)) <= 1
-    assert re.search(r"resuming from \S+/jepa-\d{8}", said)
-    assert losses(lines(tmp_path)) == pytest.approx(expected, rel=1e-5)
-
-
 def two_hosts(*command: object) -> list[str]:
     """The same command, with --node_rank 0 and 1, as it is given on two machines."""
     place = command.index("fastjepa/train.py")
