@@ -217,7 +217,8 @@ REFUSED = {"optimizer": "the optimization section", "scheduler": "the optimizati
            "train_batch_size": "data.batch_size and the number of ranks"}  # fmt: skip
 OWNERS = {"train_micro_batch_size_per_gpu": "runtime.micro_batch", "zero_optimization.stage": "runtime.zero",
           "gradient_accumulation_steps": "data.batch_size / runtime.micro_batch",
-          "torch_autocast.enabled": "runtime.dtype"}  # fmt: skip
+          "torch_autocast.enabled": "runtime.dtype", "torch_autocast.dtype": "runtime.dtype",
+          "torch_autocast.lower_precision_safe_modules": "the recipe, which reduces in fp32,"}  # fmt: skip
 
 
 def _contradictions(given: Path | None, theirs: Mapping[str, Any], ours: Mapping[str, Any], prefix: str = "") -> None:
