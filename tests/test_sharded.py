@@ -229,7 +229,7 @@ def test_stored_reads_any_range_of_pieces(tmp_path):
         ({"torch_autocast": {"dtype": "float16"}}, r"torch_autocast\.dtype is 'float16' and runtime\.dtype is 'bfloat16'"),
         (
             {"torch_autocast": {"lower_precision_safe_modules": ["torch.nn.Linear"]}},
-            "and the recipe, which reduces in fp32, is",
+            "the recipe, which reduces in fp32, is",
         ),
         ({"bf16": {"enabled": True}}, r"'bf16' is decided by runtime\.dtype"),
         ({"optimizer": {"type": "Adam"}}, r"'optimizer' is decided by the optimization section"),
