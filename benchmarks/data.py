@@ -35,8 +35,8 @@ from timing import Spread
 from torch import Tensor
 from torchvision.transforms.v2.functional import hflip, pil_to_tensor, resized_crop
 
+from fastjepa import assembly, decode_dali, distributed, train
 from fastjepa import config as configs
-from fastjepa import decode_dali, distributed, train
 from fastjepa.config import MODELS, Config, ConfigError
 from fastjepa.data import Batch, EncodedBatches, Loader
 from fastjepa.ema import Average
@@ -126,7 +126,7 @@ class Training:
 
     def __init__(self, config: Config, device: torch.device):
         self.config = config
-        self.jepa, self.target_encoder = train.networks(config, device)
+        self.jepa, self.target_encoder = assembly.networks(config, device)
         self.engine = Engine(self.jepa, micro_batches=config.data.batch_size // config.micro_batch)
         self.average = Average(self.target_encoder, self.jepa.encoder)
         self.now = Schedule(config.optimization, steps_per_epoch=1000)(0)
@@ -220,7 +220,7 @@ def measure(options: argparse.Namespace) -> dict:
     """The result, with the keys that `--json` prints."""
     config = to_config(options)
     device = distributed.init(config.runtime.device).device
-    train.settle(config)
+    assembly.settle(config)
     entrants, missing = contenders(options)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     about = {"machine": machine, "device": device.type, "cores": len(os.sched_getaffinity(0)), "rounds": options.rounds,

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.progress import track
 from timing import Ceiling, Spread
 
-from fastjepa import attention, distributed, flops, masks, train
+from fastjepa import assembly, attention, distributed, flops, masks, precision
 from fastjepa import config as configs
 from fastjepa.config import MODELS, Config, ConfigError
 from fastjepa.plan import CARDS, IMAGENET
@@ -116,7 +116,7 @@ def turns(
 ) -> list[dict]:
     """Rounds of one step of every row, and of the matrix products that are the ceiling of all."""
     some = next(iter(known.values()))
-    dtype = torch.bfloat16 if some.runtime.dtype == "bf16" else torch.float32
+    dtype = precision.dtype_of(some)
     count = min(rounds, DISTINCT)
     try:
         runs = {row: build(row, known[row.model], device, count, directory) for row in group}
@@ -134,7 +134,7 @@ def start(config: Config) -> torch.device:
     """Check the config, set the threads, and return the device."""
     device = distributed.init(config.runtime.device).device
     masks.check(config, config.mask.truncate_group)
-    train.settle(config)
+    assembly.settle(config)
     torch.manual_seed(config.runtime.seed)
     return device
 
@@ -177,7 +177,7 @@ def result(
     per_image = float(np.mean(work_flops))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     sheet = datasheet(name, config.runtime.dtype)
-    dtype = torch.bfloat16 if config.runtime.dtype == "bf16" else torch.float32
+    dtype = precision.dtype_of(config)
     chosen = row.column in ("packed", "same")
     way = attention.choose(config.runtime.attention, device, dtype) if chosen else "materialised"
     return {

@@ -9,7 +9,7 @@ import torch
 import vit
 from torch import Tensor, nn
 
-from fastjepa import attention, train
+from fastjepa import attention, precision
 from fastjepa.config import Config
 from fastjepa.ema import Average
 from fastjepa.engine import Engine
@@ -42,7 +42,7 @@ class Same:
         self.average = Average(*self.method.averaged) if self.method.averaged else None
 
     def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.config.runtime.dtype == "bf16" else torch.float32
+        return precision.dtype_of(self.config)
 
     def __call__(self, number: int) -> Tensor:
         loss = self.loss(number)
@@ -53,7 +53,7 @@ class Same:
         return loss.detach()
 
     def loss(self, number: int) -> Tensor:
-        with train.precision(self.config, self.device):
+        with precision.autocast(self.config, self.device):
             outputs = self.method(*self.batches[number % len(self.batches)])
         return self.method.loss(*outputs)
 

@@ -17,8 +17,8 @@ import timing
 import torch
 from timing import Spread
 
+from fastjepa import assembly, distributed, engine, train
 from fastjepa import config as configs
-from fastjepa import distributed, engine, train
 from fastjepa.config import Config, ConfigError
 from fastjepa.schedule import Schedule
 
@@ -71,10 +71,10 @@ def worker(config: Config) -> dict | None:
     from step import Work
 
     world = distributed.init(config.runtime.device)
-    train.settle(config)
-    jepa, target_encoder = train.networks(config, world.device)
+    assembly.settle(config)
+    jepa, target_encoder = assembly.networks(config, world.device)
     running = engine.build(jepa, config, world)
-    average, _ = train.averaged(running, target_encoder, config)
+    average, _ = assembly.averaged(running, target_encoder, config)
     batches = [batch.to(world.device) for batch in Work.draw(config, world.device, world.rank).packed(config)]
     now, times, ema_times = Schedule(config.optimization, steps_per_epoch=1000)(0), [], []
     timed = Timed(average, ema_times)

@@ -22,8 +22,8 @@ import torch
 from timing import Ceiling, Clock, Spread
 from torch import Tensor
 
+from fastjepa import assembly, distributed, flops, masks, packing, precision, train
 from fastjepa import config as configs
-from fastjepa import distributed, flops, masks, packing, train
 from fastjepa.config import MODELS, Config, ConfigError
 from fastjepa.data import Batch
 from fastjepa.ema import Average
@@ -70,7 +70,7 @@ class Ours:
 
     def __init__(self, config: Config, device: torch.device, works: list[Work]):
         self.config, self.device = config, device
-        self.jepa, self.target_encoder = train.networks(config, device)
+        self.jepa, self.target_encoder = assembly.networks(config, device)
         self.engine = Engine(self.jepa, micro_batches=config.data.batch_size // config.micro_batch)
         self.average = Average(self.target_encoder, self.jepa.encoder)
         packed = [work.packed(config) for work in works]
@@ -157,7 +157,7 @@ def measure(config: Config, rounds: int, directory: str | None = None) -> dict:
     runs = {name: build(name, config, device, works, directory) for name in contenders(directory)}
     if directory:
         runs["theirs"].official.start_from(runs["ours"].jepa)
-    dtype = torch.bfloat16 if config.runtime.dtype == "bf16" else torch.float32
+    dtype = precision.dtype_of(config)
     ceiling = Ceiling([*linears(config, works[0]), timing.square(device)], dtype, device)
     seconds = timing.interleave({"ceiling": ceiling, **runs}, rounds, device, warmup=len(works))
     rates = [ceiling.rates[number] for number in range(rounds)]
@@ -177,7 +177,7 @@ def start(config: Config) -> torch.device:
     """Check the config, set the threads, and return the device."""
     device = distributed.init(config.runtime.device).device
     masks.check(config, config.data.batch_size)
-    train.settle(config)
+    assembly.settle(config)
     torch.manual_seed(config.runtime.seed)
     return device
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastjepa import cli, config
+from fastjepa.keys import type_name
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./([^)#]+)\)")  # a link to a file of the repository that is no page
@@ -39,7 +40,7 @@ def keys(section: str) -> str:
 def kind(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return " or ".join(f"`{value}`" for value in typing.get_args(hint))
-    return config._type_name(hint).replace("[", r"\[")
+    return type_name(hint).replace("[", r"\[")
 
 
 def shown(value: Any) -> str:

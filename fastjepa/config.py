@@ -6,22 +6,30 @@ An official key either acts or raises: nothing is accepted and ignored.
 """
 
 import dataclasses
-import difflib
-import math
-import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from fastjepa import keys
+from fastjepa.keys import (
+    Check,
+    ConfigError,
+    key,
+    momentum_range,
+    not_negative,
+    one_of,
+    positive,
+    positive_range,
+    share,
+    share_or_none,
+    share_range,
+)
+
 PACKAGED = Path(__file__).parent / "configs"  # in a checkout a link to the configs/ beside this package
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message names the key, the file and the remedy."""
 
 
 # name -> (embed_dim, depth, num_heads, mlp_ratio)
@@ -34,20 +42,6 @@ MODELS = {
     "vit_giant": (1408, 40, 16, 48 / 11),
     "vit_gigantic": (1664, 48, 16, 64 / 13),
 }
-
-Check = tuple[Callable[[Any], bool], str]
-positive: Check = (lambda v: v > 0, "greater than 0")
-not_negative: Check = (lambda v: v >= 0, "0 or greater")
-share: Check = (lambda v: 0 < v <= 1, "in (0, 1]")
-share_or_none: Check = (lambda v: 0 <= v <= 1, "in [0, 1]")
-share_range: Check = (lambda v: 0 < v[0] <= v[1] <= 1, "two rising numbers in (0, 1]")
-positive_range: Check = (lambda v: 0 < v[0] <= v[1], "two rising numbers greater than 0")
-momentum_range: Check = (lambda v: 0 <= v[0] <= 1 and 0 <= v[1] <= 1, "two numbers in [0, 1]")
-
-
-def key(default: Any, doc: str, check: Check | None = None, unsupported: str = "") -> Any:
-    """A config field; `unsupported` is the sentence raised when the value differs from the default."""
-    return dataclasses.field(default=default, metadata={"doc": doc, "check": check, "unsupported": unsupported})
 
 
 @dataclass(frozen=True)
@@ -75,7 +69,7 @@ class DataConfig:
     hw_decoder_load: float = key(
         0.65,
         "dali: share of the JPEGs given to a GPU's hardware decoder, where it has one",
-        (lambda v: 0 <= v <= 1, "in [0, 1]"),
+        share_or_none,
     )
     device_memory_padding: int = key(
         16 << 20,
@@ -91,7 +85,7 @@ class DataConfig:
     )
     preallocate_height_hint: int = key(0, "dali on a GPU: its height in pixels; 0: unknown", not_negative)
     max_bad: int = key(100, "undecodable files a run may meet before it stops", not_negative)
-    channels: int = key(3, "image channels: 1 (grey) or 3 (RGB)", (lambda v: v in (1, 3), "1 or 3"))
+    channels: int = key(3, "image channels: 1 (grey) or 3 (RGB)", Check(lambda v: v in (1, 3), "1 or 3"))
     mean: tuple[float, ...] | None = key(None, "per-channel mean on [0, 1]; default: ImageNet's")
     std: tuple[float, ...] | None = key(None, "per-channel standard deviation on [0, 1]; default: ImageNet's")
 
@@ -115,7 +109,7 @@ class MaskConfig:
 
 @dataclass(frozen=True)
 class MetaConfig:
-    model_name: str = key("vit_base", "one of " + ", ".join(MODELS), (lambda v: v in MODELS, "one of " + ", ".join(MODELS)))
+    model_name: str = key("vit_base", "one of " + ", ".join(MODELS), one_of(MODELS))
     embed_dim: int | None = key(None, "encoder width in place of model_name's", positive)
     depth: int | None = key(None, "encoder blocks in place of model_name's", positive)
     num_heads: int | None = key(None, "encoder heads in place of model_name's", positive)
@@ -167,8 +161,10 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    seed: int = key(0, "seed of initial weights, masks, order and crops", (lambda v: 0 <= v < 2**64, "in [0, 2**64)"))
-    dtype: Literal["fp32", "bf16"] = key("bf16", "compute dtype; parameters, moments and EMA stay fp32")
+    seed: int = key(0, "seed of initial weights, masks, order and crops", Check(lambda v: 0 <= v < 2**64, "in [0, 2**64)"))
+    dtype: Literal["auto", "fp32", "bf16"] = key(
+        "auto", "compute dtype; auto: bf16 where the device has instructions for it; parameters, moments and EMA stay fp32"
+    )
     device: Literal["auto", "cpu", "cuda"] = key("auto", "auto: CUDA where there is one")
     micro_batch: int | None = key(None, "images per forward; default: data.batch_size", positive)
     zero: Literal["auto", 0, 1, 2, 3] = key(
@@ -261,10 +257,10 @@ def from_dict(raw: Mapping[str, Any], where: str = "config") -> Config:
     built = {}
     for name, values in raw.items():
         if name not in sections:
-            raise ConfigError(f"{where}: unknown section {name!r}{_nearest(name, sections)}")
+            raise ConfigError(f"{where}: unknown section {name!r}{keys.nearest(name, sections)}")
         if values is not None and not isinstance(values, Mapping):
             raise ConfigError(f"{where}: section {name!r} must hold keys, not {values!r}")
-        built[name] = _section(sections[name], name, values or {}, where)
+        built[name] = keys.section(sections[name], name, values or {}, where)
     return _agree(Config(**built), raw, where)
 
 
@@ -288,69 +284,6 @@ def _override(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     return raw
 
 
-def _section(cls: type, section: str, values: Mapping[str, Any], where: str) -> Any:
-    hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
-    built = {}
-    for name, value in values.items():
-        label = f"{where}: {section}.{name}"
-        if name not in fields:
-            raise ConfigError(f"{label}: unknown key{_nearest(str(name), fields)}")
-        built[name] = value = _coerce(hints[name], value, label)
-        check, unsupported = fields[name].metadata["check"], fields[name].metadata["unsupported"]
-        if check and value is not None and not check[0](value):
-            raise ConfigError(f"{label}: {value!r} must be {check[1]}{_nearest(value, MODELS) if name == 'model_name' else ''}")
-        if unsupported and value != fields[name].default:
-            raise ConfigError(f"{label}: {value!r} is not supported: {unsupported}")
-    return cls(**built)
-
-
-def _coerce(hint: Any, value: Any, label: str) -> Any:
-    """`value` as the annotated type; YAML reads 1e-3 as a string and (1, 2) as a list."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        for option in typing.get_args(hint):
-            try:
-                return _coerce(option, value, label)
-            except ConfigError:
-                continue
-    elif typing.get_origin(hint) is Literal:
-        if value in typing.get_args(hint) and not isinstance(value, bool):
-            return value
-        allowed = [str(option) for option in typing.get_args(hint)]
-        raise ConfigError(f"{label}: {value!r} must be {' or '.join(allowed)}{_nearest(str(value), allowed)}")
-    elif typing.get_origin(hint) is tuple:
-        items = typing.get_args(hint)
-        if isinstance(value, list | tuple) and (items[-1] is Ellipsis or len(value) == len(items)):
-            return tuple(_coerce(items[0], item, label) for item in value)
-    elif hint is types.NoneType:
-        if value is None:
-            return None
-    elif hint is float:
-        try:
-            number = math.nan if isinstance(value, bool | None) else float(value)
-        except (TypeError, ValueError, OverflowError):
-            number = math.nan
-        if math.isfinite(number):
-            return number
-    elif type(value) is hint:
-        return value
-    raise ConfigError(f"{label}: {value!r} must be {_type_name(hint)}")
-
-
-def _type_name(hint: Any) -> str:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_type_name(option) for option in typing.get_args(hint))
-    if typing.get_origin(hint) is tuple:
-        items = typing.get_args(hint)
-        return f"a list of {_type_name(items[0])}" if items[-1] is Ellipsis else f"[{', '.join(_type_name(i) for i in items)}]"
-    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", types.NoneType: "null"}
-    return names.get(hint, str(hint))
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), list(names), n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(names)}"
-
-
 def _agree(config: Config, raw: Mapping[str, Any], where: str) -> Config:
     """Checks that span keys, and the official use_bfloat16 folded into runtime.dtype."""
     data, mask, meta, runtime = config.data, config.mask, config.meta, config.runtime
@@ -361,7 +294,7 @@ def _agree(config: Config, raw: Mapping[str, Any], where: str) -> Config:
 
     if meta.use_bfloat16 is not None:
         official = "bf16" if meta.use_bfloat16 else "fp32"
-        require("dtype" not in (raw.get("runtime") or {}) or runtime.dtype == official,
+        require("dtype" not in (raw.get("runtime") or {}) or runtime.dtype in (official, "auto"),
                 f"meta.use_bfloat16: {meta.use_bfloat16} contradicts runtime.dtype: {runtime.dtype}; drop one")  # fmt: skip
         config = dataclasses.replace(config, runtime=dataclasses.replace(runtime, dtype=official))
     height, width = config.image_size

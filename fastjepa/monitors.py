@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastjepa import flops
+from fastjepa import flops, precision
 from fastjepa.config import Config, ConfigError
 from fastjepa.data import TRIES, crop_box
 from fastjepa.decode_torch import DecodeError, crop, decode
@@ -118,7 +118,7 @@ class Probe:
 def encode(encoder: nn.Module, images: Tensor, config: Config, device: torch.device) -> Tensor:
     """(b, C, H, W) uint8 -> (b, D) fp32 on the device: the mean over patches, computed in the run's own dtype."""
     pooled = [torch.empty(0, config.encoder_shape[0], device=device)]
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.runtime.dtype == "bf16"):
+    with precision.autocast(config, device):
         for block in images.split(config.micro_batch) if len(images) else ():
             # Not through __call__: a compiled network would be compiled once more for images without masks.
             rows = encoder.forward(block.to(device))

@@ -5,6 +5,7 @@ to be a ring: of B bytes, each rank sends (w - 1) / w B in a gather or a reduce-
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fastjepa import flops, memory
 from fastjepa.config import Config
@@ -39,6 +40,7 @@ def plan(
         card, utilisation: FLOP/s are this share of the card's dense peak in runtime.dtype.
         images: of an epoch.
     """
+    config = on_card(config)
     usable = (1 - RESERVE) * gpu_memory * 1e9
     size, cost = memory.sizes(config), _Costs(config, gpus)
     needs = {stage: _stage(config, size, cost, gpus, stage, usable) for stage in stages}
@@ -53,6 +55,12 @@ def plan(
         "images_per_epoch": images, "epochs": config.optimization.epochs, "hours": hours, "gpu_hours": hours * gpus,
         "recommended_stage": stage, "why": why,
     }  # fmt: skip
+
+
+def on_card(config: Config) -> Config:
+    """The config as the cards run it: `runtime.dtype: auto` is bf16 there."""
+    dtype = "fp32" if config.runtime.dtype == "fp32" else "bf16"
+    return replace(config, runtime=replace(config.runtime, dtype=dtype))
 
 
 class _Costs:
@@ -148,6 +156,7 @@ def traffic(
     however well the two overlap. `images`: a GPU's share of TOTAL_BATCH; `binds`: whether that is fewer; `exposed`: the
     share of such a step that is spent sending where nothing overlaps. One micro-batch a step; latency is not counted.
     """
+    config = on_card(config)
     size = memory.sizes(config)
     seconds_per_image = flops.of_config(config) / (CARDS[card][config.runtime.dtype] * utilisation)
     rows = []

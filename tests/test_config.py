@@ -260,7 +260,7 @@ def test_keys_belong_to_one_section(tmp_path):
         ("mask", "sampling", "offical", "official or uniform; did you mean 'official'?"),
         ("loss", "kind", "l1", "smooth_l1 or l2"),
         ("loss", "regularizer", "vicregs", "did you mean 'vicreg'?"),
-        ("runtime", "dtype", "bfloat16", "fp32 or bf16"),
+        ("runtime", "dtype", "bfloat16", "auto or fp32 or bf16"),
         ("runtime", "zero", False, "0"),
     ],
 )

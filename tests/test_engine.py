@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_model import masks, small
 
-from fastjepa import model, optim, train
+from fastjepa import assembly, model, optim, train
 from fastjepa.data import Batch
 from fastjepa.ema import Average
 from fastjepa.engine import Engine
@@ -115,7 +115,7 @@ def test_micro_batches_add_up_to_the_batch(dtype):
 def test_a_step_never_waits_for_the_device(dtype):
     config = small(runtime={"dtype": dtype, "device": "cuda"})
     device = torch.device("cuda")
-    jepa, target_encoder = train.networks(config, device)
+    jepa, target_encoder = assembly.networks(config, device)
     engine, average = Engine(jepa), Average(target_encoder, jepa.encoder)
     batches = [Batch(torch.randn(3, 3, 32, 32), *pack(*masks()), bad=()).to(device)]
     train.step(engine, average, batches, NOW, config)  # compiles kernels and makes tables

@@ -13,8 +13,8 @@ from PIL import Image
 
 import fastjepa_kernels
 from fastjepa import cli
+from fastjepa.assembly import use_kernels
 from fastjepa.config import ConfigError
-from fastjepa.train import use_kernels
 
 TINY = {
     "data": {"batch_size": 4, "crop_size": 32, "num_workers": 0},

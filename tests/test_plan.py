@@ -16,7 +16,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastjepa import cli, config, distributed, engine, flops, loss, masks, memory, model, optim, packing, plan, train
+from fastjepa import (
+    assembly,
+    cli,
+    config,
+    distributed,
+    engine,
+    flops,
+    loss,
+    masks,
+    memory,
+    model,
+    optim,
+    packing,
+    plan,
+    precision,
+)
 from fastjepa.cli_plan import PARTS
 from fastjepa.config import Config
 from fastjepa.schedule import Now
@@ -103,13 +118,13 @@ def report(count: int, stage: int, dtype: str) -> dict:
     context, target, blocks = packing.pack(*masks.draw(c.mask, c.grid, 0, 0, 0, 2, 2))
     images, now = torch.rand(2, 3, 64, 64), Now(1e-4, 0.04, 0.99)
     before = storages()
-    jepa, target_encoder = train.networks(c, world.device)
+    jepa, target_encoder = assembly.networks(c, world.device)
     fixed = {b.untyped_storage().data_ptr() for network in (jepa, target_encoder) for b in network.buffers()}
     network = engine.build(jepa, c, world)
-    average, state = train.averaged(network, target_encoder, c)
+    average, state = assembly.averaged(network, target_encoder, c)
     for step in range(2):
         for micro_batch in range(2):
-            with train.precision(c, world.device):
+            with precision.autocast(c, world.device):
                 with torch.no_grad():
                     features = target_encoder(images, wanted=target)
                 prediction, seen = network(images, context, blocks)
@@ -201,7 +216,7 @@ def saved(c: Config) -> tuple[int, memory.Rows]:
         return tensor
 
     images = torch.zeros(c.micro_batch, 3, *c.image_size, dtype=torch.uint8)
-    with train.precision(c, torch.device("cpu")), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with precision.autocast(c, torch.device("cpu")), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         jepa(images, packed[0], packed[2])
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), memory.Rows.of(*packed)
 

@@ -59,8 +59,8 @@ class Subject:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the encoder computes in: the run's dtype on a GPU, fp32 on a CPU."""
-        low = self.device.type == "cuda" and self.config.runtime.dtype == "bf16"
+        """What the encoder computes in: the run's dtype on a GPU, bf16 where it names none; fp32 on a CPU."""
+        low = self.device.type == "cuda" and self.config.runtime.dtype != "fp32"
         return torch.bfloat16 if low else torch.float32
 
     def encoder(self, which: Which, split: Split | None = None) -> nn.Module:
