@@ -1,10 +1,11 @@
 """Everything about the kernels that only a card can tell: `make gpu-check PYTHON=python3`, in under 10 minutes.
 
 The ops' tests run natively, then each op whole under torch.compile and from a replayed CUDA graph, then compute-sanitizer
-where it is installed; then JPEGs are decoded by what is installed of DALI and torchvision, and the benches run. No speed is
-reported by a run whose tests fail. The result is a JSON file: versions, commit, every measurement, and what was not
-measured and why. It needs torch, triton, pytest, pytest-benchmark and timm, no installation and no network. `--dry-run`
-does the same at toy size on a CPU, in Triton's interpreter.
+where it is installed. Then come whole training steps with the official cut and packed, JPEGs decoded by what is installed of
+DALI and torchvision, the ops' benches, the loaders, and I-JEPA beside MAE and iBOT. No speed is reported by a run whose tests
+fail. The result is a JSON file, also printed as tables: versions, commit, every measurement, and what was not measured and
+why. It needs torch, triton, pytest, pytest-benchmark and timm, no installation and no network; what needs more is not measured
+without it. `--dry-run` does the same at toy size on a CPU, in Triton's interpreter.
 """
 
 import argparse
@@ -23,12 +24,26 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import results
+
 ROOT = Path(__file__).resolve().parent.parent
 DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 PACKAGES = ("torch", "triton", "pytest", "pytest-benchmark", "timm", "flash-attn", "xformers", "torchvision", *DALI)
 MARKERS = "markers=gpu: needs a CUDA device\n    slow: takes more than about five seconds"
 PLAIN = ("-c", os.devnull, "--rootdir", str(ROOT), "-p", "no:cacheprovider", "-q", "--tb=short", "-o", MARKERS)
 KEPT = 4000  # characters of a step's output
+REFUSED = 2  # exit code of a benchmark that says why it cannot run
+MASKS = {"parity": "batch_min", "packed": "none"}  # contexts cut as the official code does, or whole
+STEPS = {  # model: images a step, and what else the published recipe has
+    "vit_small": ("128",),
+    "vit_base": ("128",),
+    "vit_large": ("128", "--pred-depth", "12"),
+    "vit_huge": ("128", "--pred-depth", "12", "mask.patch_size=14"),
+}
+TINY = ("--device", "cpu", "--dtype", "fp32", "--size", "64", "--batch", "2", "mask.patch_size=8", "mask.min_keep=0")
+TOY_STEP = ("--model", "vit_tiny", *TINY, "--rounds", "2", "--threads", "1", "meta.depth=2", "--pred-depth", "1")
+TOY_HOURS = ("--models", "vit_tiny", *TINY, "--rounds", "2", "--threads", "1", "--methods", "ijepa")
+TOY_DATA = (*TINY, "--images", "8", "--rounds", "1", "--seconds", "0.1", "--workers", "0", "--sources", "folder")
 
 
 class Run:
@@ -48,18 +63,20 @@ class Run:
     def step(self, name: str, *command: str, **environment: str) -> bool:
         print(f"== {name}", flush=True)
         begun = time.monotonic()
-        left = max(self.end - begun, 1)
         try:
-            done = subprocess.run(
-                command, cwd=ROOT, env=self.environment | environment, timeout=left,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-            )  # fmt: skip
+            done = self.call(*command, stderr=subprocess.STDOUT, **environment)
             passed, output = done.returncode == 0, done.stdout
         except subprocess.TimeoutExpired as error:
-            passed, output = False, f"{(error.stdout or b'').decode(errors='replace')}\nout of time after {left:.0f} s"
+            passed, output = False, f"{(error.stdout or b'').decode(errors='replace')}\nout of time after {error.timeout:.0f} s"
         self.steps[name] = {"passed": passed, "seconds": round(time.monotonic() - begun, 1), "output": output[-KEPT:]}
         print(output[-KEPT:] if not passed else output.strip().rpartition("\n")[2], flush=True)
         return passed
+
+    def call(self, *command: str, stderr: int = subprocess.PIPE, **environment: str) -> subprocess.CompletedProcess:
+        """TimeoutExpired past the end of the run."""
+        left = max(self.end - time.monotonic(), 1)
+        return subprocess.run(command, cwd=ROOT, env=self.environment | environment, timeout=left, stdout=subprocess.PIPE,
+                              stderr=stderr, text=True, errors="replace")  # fmt: skip
 
     def skip(self, what: str, reason: str) -> None:
         print(f"== {what}: not measured: {reason}", flush=True)
@@ -79,9 +96,50 @@ def check(run: Run) -> None:
     if not run.passed:
         run.skip("benches", "a check failed, and no speed is reported by a run whose checks fail")
         return
+    for model, arguments in STEPS.items():
+        for masks, cut in MASKS.items():
+            benchmark(run, "step", {"masks": masks}, *step_arguments(run.dry, model, arguments), "--truncate", cut)
+        if run.dry:
+            break
     decode(run)
     for bench in sorted((ROOT / "benchmarks" / "ops").glob("bench_*.py")):
         measure(run, bench, *pytest)
+    benchmark(run, "data", {}, *(TOY_DATA if run.dry else ("--device", "cuda", "--workers", "8", "--batch", "128")))
+    hours = TOY_HOURS if run.dry else ("--device", "cuda", "--models", "vit_base")
+    benchmark(run, "gpu_hours", {}, *hours, "--columns", "packed,same")
+
+
+def step_arguments(dry: bool, model: str, arguments: tuple[str, ...]) -> tuple[str, ...]:
+    if dry:
+        return TOY_STEP
+    return ("--device", "cuda", "--dtype", "bf16", "--rounds", "8", "--model", model, "--batch", *arguments)
+
+
+def benchmark(run: Run, name: str, about: dict[str, str], *arguments: str) -> None:
+    """The rows of benchmarks/<name>.py; where it refuses, or lacks a package, why it is not measured."""
+    what, script = " ".join([name, *about.values(), *arguments]), str(ROOT / "benchmarks" / f"{name}.py")
+    if time.monotonic() >= run.end:
+        run.skip(what, "the time was over")
+        return
+    print(f"== {what}", flush=True)
+    begun = time.monotonic()
+    try:
+        done = run.call(sys.executable, script, *arguments, "--json")
+    except subprocess.TimeoutExpired:
+        run.skip(what, "the time was over before it ended")
+        return
+    last = (done.stderr.strip().splitlines() or [""])[-1]
+    if done.returncode == REFUSED or last.startswith("ModuleNotFoundError"):
+        run.skip(what, last)
+        return
+    passed = done.returncode == 0
+    run.steps[what] = {"passed": passed, "seconds": round(time.monotonic() - begun, 1), "output": done.stderr[-KEPT:]}
+    if not passed:
+        print(done.stderr[-KEPT:], flush=True)
+        return
+    found = json.loads(done.stdout.strip().rpartition("\n")[2])
+    run.measurements += [{"part": name, **about, **row} for row in results.rows_of(found)]
+    run.not_measured += found.get("not_measured", [])
 
 
 def decode(run: Run) -> None:
@@ -133,16 +191,16 @@ def paths(plain: bool) -> None:
     for op, (make, variants) in CASES.items():
         for variant in variants if plain else variants[:1]:
             torch.manual_seed(0)
-            expected = results(make(*variant), called)
+            expected = outcome(make(*variant), called)
             for way, how in {} if plain else ways.items():
                 torch.manual_seed(0)
-                torch.testing.assert_close(results(make(*variant), how), expected, msg=lambda said: f"{op}, {way}: {said}")  # noqa: B023
+                torch.testing.assert_close(outcome(make(*variant), how), expected, msg=lambda said: f"{op}, {way}: {said}")  # noqa: B023
         print(f"{op}: {', '.join(ways) if not plain else 'plain'}", flush=True)
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-def results(case: Any, how: Callable) -> list:
+def outcome(case: Any, how: Callable) -> list:
     for leaf in case.leaves:
         leaf.requires_grad_()
     return [tensor.detach().clone() for tensor in (*how(case), *case.writes)]
@@ -185,6 +243,12 @@ def replayed(case: Any) -> list:
     graph.replay()
     torch.cuda.synchronize()
     return out
+
+
+def tables(report: dict[str, Any]) -> str:
+    """All that was measured, a table a part."""
+    parts = results.parts_of(report | {"name": "gpu-check"})
+    return "\n\n".join("\n".join([f"== {one['name']}", *results.rows_table(results.measured(one["rows"]))]) for one in parts)
 
 
 def card() -> str:
@@ -236,6 +300,7 @@ def main() -> None:
         file.write_text(json.dumps(report, indent=1) + "\n")
         print(f"== {file}")
     failed = [name for name, step in run.steps.items() if not step["passed"]]
+    print(tables(report))
     print(f"== {len(run.measurements)} measurements, {len(run.not_measured)} not measured")
     if failed:
         sys.exit(f"gpu-check: failed: {', '.join(failed)}; what each said is above")

@@ -152,7 +152,8 @@ def load(folder: Path) -> list[dict]:
         except json.JSONDecodeError as error:
             raise ResultError(f"{path}: is not JSON ({error}); save the result again") from error
         if isinstance(found, dict) and "measurements" in found and "card" in found:
-            found = found | {"name": path.stem, "machine": {"card": found["card"]}, "rows": found["measurements"]}
+            results += parts_of(found | {"name": path.stem, "machine": {"card": found["card"]}})
+            continue
         missing = [key for key in KEYS if not isinstance(found, dict) or key not in found]
         if missing:
             raise ResultError(f"{path}: has no {missing[0]}; save it with `python benchmarks/results.py save`")
@@ -160,10 +161,21 @@ def load(folder: Path) -> list[dict]:
     return results
 
 
+def parts_of(checked: dict) -> list[dict]:
+    """The result of gpu_check.py as one result a part (steps, data, ...) or op; what was not measured stands with the last."""
+    parts: dict[str, list[dict]] = {}
+    for row in checked["measurements"]:
+        parts.setdefault(row.get("part") or row["op"], []).append({key: value for key, value in row.items() if key != "part"})
+    found = [checked | {"name": f"{checked['name']}: {part}", "rows": rows, "not_measured": []} for part, rows in parts.items()]
+    if found:
+        found[-1]["not_measured"] = checked["not_measured"]
+    return found
+
+
 def document(results: Sequence[dict]) -> str:
     """RESULTS.md."""
     kinds = {
-        "Measured": lambda rows: [without(row, PROJECTED) for row in rows if not row.get("estimate")],
+        "Measured": measured,
         "Estimates": lambda rows: [projection(row) for row in rows if "arithmetic" in row or row.get("estimate")],
     }
     parts = [INTRODUCTION]
@@ -173,6 +185,10 @@ def document(results: Sequence[dict]) -> str:
             parts += [f"## {title}", *([CAVEAT] if title == "Estimates" else [])]
             parts += [section(result, rows) for result, rows in found]
     return "\n\n".join(parts) + "\n"
+
+
+def measured(rows: Iterable[dict]) -> list[dict]:
+    return [without(row, PROJECTED) for row in rows if not row.get("estimate")]
 
 
 def without(row: dict, keys: Iterable[str]) -> dict:
@@ -188,12 +204,7 @@ def projection(row: dict) -> dict:
 
 
 def section(result: dict, rows: list[dict]) -> str:
-    flat = [flatten(row) for row in rows]
-    same, columns = constants(flat)
-    lines = [f"### {result['name']}", "", f"`{result['command']}`", "", "  \n".join(about(result)), ""]
-    if same:
-        lines += ["In every row: " + ", ".join(f"{name} {value}" for name, value in same.items()) + ".", ""]
-    lines += table(columns, flat)
+    lines = [f"### {result['name']}", "", f"`{result['command']}`", "", "  \n".join(about(result)), "", *rows_table(rows)]
     gaps = [f"{one['what']}: {one['reason']}" for one in result.get("not_measured", ())]
     return "\n".join([*lines, *(["", "Not measured: " + "; ".join(gaps) + "."] if gaps else [])])
 
@@ -251,6 +262,14 @@ def constants(rows: list[dict[str, str]]) -> tuple[dict[str, str], list[str]]:
     names = list(dict.fromkeys(name for row in rows for name in row))
     same = {name: rows[0][name] for name in names if len(rows) >= CONSTANT and len({row.get(name, "") for row in rows}) == 1}
     return {name: value for name, value in same.items() if value}, [name for name in names if name not in same]
+
+
+def rows_table(rows: list[dict]) -> list[str]:
+    """Lines of Markdown."""
+    flat = [flatten(row) for row in rows]
+    same, columns = constants(flat)
+    said = "In every row: " + ", ".join(f"{name} {value}" for name, value in same.items()) + "."
+    return [*([said, ""] if same else []), *table(columns, flat)]
 
 
 def table(columns: Iterable[str], rows: list[dict[str, str]]) -> list[str]:

@@ -30,6 +30,7 @@ def test_no_speed_is_reported_by_a_run_whose_checks_fail(monkeypatch: pytest.Mon
     gpu_check.check(run)
     assert ran[:2] == ["tests", "paths"] and not any(name.startswith("bench_") for name in ran)
     assert not run.measurements and "decode" not in ran
+    assert not any(name.startswith(("step", "data", "gpu_hours")) for name in ran)
     assert any(entry["what"] == "benches" and "no speed" in entry["reason"] for entry in run.not_measured)
 
 
@@ -39,6 +40,35 @@ def test_a_step_that_takes_too_long_fails_and_the_rest_is_not_measured(tmp_path:
     assert "out of time" in run.steps["slow"]["output"]
     gpu_check.measure(run, tmp_path / "bench_any.py", "pytest")
     assert run.not_measured == [{"what": "bench_any", "reason": "the time was over"}]
+
+
+def test_a_benchmark_that_refuses_is_not_measured_and_says_why():
+    run = gpu_check.Run(dry=True, seconds=120)
+    gpu_check.benchmark(run, "step", {"masks": "parity"}, "--rounds", "0")
+    assert run.passed and not run.measurements
+    assert run.not_measured[0]["what"] == "step parity --rounds 0"
+    assert run.not_measured[0]["reason"] == "benchmarks/step.py: --rounds 0: time at least one round"
+
+
+@pytest.mark.parametrize(
+    ("script", "passed", "reason"),
+    [("import lightlier", True, "No module named 'lightlier'"), ("print(1 / 0)", False, None)],
+)
+def test_a_package_that_is_not_there_is_a_gap_and_any_other_error_a_failure(script, passed, reason, tmp_path, monkeypatch):
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "gpu_hours.py").write_text(script)
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    run = gpu_check.Run(dry=True, seconds=60)
+    gpu_check.benchmark(run, "gpu_hours", {})
+    assert run.passed == passed and not run.measurements
+    assert [one["reason"] for one in run.not_measured] == ([f"ModuleNotFoundError: {reason}"] if reason else [])
+
+
+def test_what_was_measured_is_printed_a_table_a_part():
+    rows = [{"part": "step", "masks": "parity", "ms": 2.0}, {"op": "ema_update", "median_s": 0.5}, {"part": "step", "ms": 3.0}]
+    shown = gpu_check.tables({"measurements": rows, "not_measured": []})
+    assert shown.index("gpu-check: step") < shown.index("gpu-check: ema_update")
+    assert "| parity | 2 |" in shown and "| ema_update | 0.5 |" in shown
 
 
 @pytest.fixture
@@ -122,10 +152,13 @@ def test_all_of_it_runs_dry(tmp_path: Path):
     report = json.loads(file.read_text())
     assert report["passed"] and report["dry_run"] and report["card"] == "cpu"
     assert {"torch", "triton", "python", "cuda"} <= report["versions"].keys()
-    decoded = [info for info in report["measurements"] if info["op"] == "decode"]
+    parts = {(info.get("part"), info.get("masks")) for info in report["measurements"]}
+    assert parts == {(None, None), ("step", "parity"), ("step", "packed"), ("data", None), ("gpu_hours", None)}
+    ops = [info for info in report["measurements"] if "part" not in info]
+    decoded = [info for info in ops if info["op"] == "decode"]
     assert [info["provider"] for info in decoded] == list(decode.PROVIDERS) and all(len(info["feeds"]) == 6 for info in decoded)
     for op in OPS:
-        mine = [info for info in report["measurements"] if info["op"] == op]
+        mine = [info for info in ops if info["op"] == op]
         assert {"eager", "compiled", "ours"} <= {info["provider"] for info in mine}
         assert all(info["p20_s"] <= info["median_s"] <= info["p80_s"] and info["rounds"] > 1 for info in mine)
         assert all("share_of_copy" in info or "share_of_gemm" in info for info in mine)
