@@ -1,0 +1,100 @@
+"""The pictures of a checkpoint and a data set, each one labelled sheet: masks, principal components, nearest blocks."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastjepa import interop, pictures
+from fastjepa.config import ConfigError
+from fastjepa.draws import SPLITS, generator
+from fastjepa.evals import neighbours
+from fastjepa.evals.features import NETWORK, EvalImages
+from fastjepa.evals.neighbours import Found, Queries
+from fastjepa.evals.result import TEST_IMAGES
+from fastjepa.evals.subject import Split, Subject
+from fastjepa.sources import open_source
+
+SIDE = 112  # pixels that a small image is enlarged to at most, in whole times
+
+
+def open_split(data: str, name: str, count: int, seed: int, step: int = TEST_IMAGES) -> Split:
+    """At most `count` images of a split in random order: the first few are of many classes. Labels are not asked for."""
+    source = open_source(data, name)
+    return Split(data, name, source, generator(seed, SPLITS, step).permutation(len(source))[:count])
+
+
+def images(subject: Subject, split: Split, count: int) -> Tensor:
+    """(count, C, H, W) uint8: the first of a split; ConfigError when it has fewer."""
+    if count > len(split.rows):
+        raise ConfigError(f"{split.data}: {count} images were asked for and its {split.name} split has {len(split.rows)}; "
+                          f"say --images {len(split.rows)}")  # fmt: skip
+    stream = EvalImages(split.source, subject.size, subject.config.data.channels, split.rows[:count])
+    return torch.cat(list(stream.batches(count, about="images")))
+
+
+def masks_sheet(subject: Subject, shown: Tensor, seed: int) -> np.ndarray:
+    """A row an image: whole, its contexts, its target blocks."""
+    context, target = neighbours.draw(subject, len(shown), seed)
+    whole = np.ones_like(context[:, :1])
+    rows = [[_tile(pictures.hide(image, mask.reshape(subject.config.grid))) for mask in np.concatenate(masked)]
+            for image, *masked in zip(pictures.to_uint8(shown), whole, context, target, strict=True)]  # fmt: skip
+    names = [_numbered("context", context.shape[1]), _numbered("target", target.shape[1])]
+    return pictures.sheet(rows, headings=["image", *names[0], *names[1]])
+
+
+def _numbered(name: str, count: int) -> list[str]:
+    return [name] if count == 1 else [f"{name} {i + 1}" for i in range(count)]
+
+
+def encoders(subject: Subject) -> list[str]:
+    """Those that can be shown: what the weights hold, and an untrained one of the same shape."""
+    if not interop.is_foreign(subject.path):
+        return [*NETWORK, "random"]
+    held = interop.networks(subject.path)
+    both = all(network in held for network in NETWORK.values())
+    return [*(NETWORK if both else ["own"]), "random"]
+
+
+def pca_sheet(subject: Subject, shown: Tensor) -> np.ndarray:
+    """A column an image: the image, then its patches coloured by principal components of each encoder's features."""
+    pixels = pictures.to_uint8(shown)
+    rows, labels = [[_tile(image) for image in pixels]], ["image"]
+    for which in encoders(subject):
+        own = interop.load_encoder(subject.path) if which == "own" else subject.encoder(which)
+        features = neighbours.patches(subject, neighbours.ready(subject, own), shown)
+        coloured = pictures.pca(features, subject.config.grid, pixels.shape[1:3])
+        rows.append([_tile(image) for image in coloured])
+        labels.append(f"{own.which if which == 'own' else which} encoder")
+    return pictures.sheet(rows, labels=labels)
+
+
+def neighbours_sheet(subject: Subject, queries: Queries, found: Found, bank: Split, count: int) -> np.ndarray:
+    """A row for each of the first `count` queries: image, context, the true block outlined, the nearest blocks outlined.
+
+    Below a neighbour stands its distance, below the true block its own and its rank among random blocks.
+    """
+    grid, k = subject.config.grid, found.row.shape[1]
+    bank_rows = bank.rows[found.row[:count].flatten().numpy()]
+    stream = EvalImages(bank.source, subject.size, subject.config.data.channels, bank_rows)
+    near = pictures.to_uint8(torch.cat(list(stream.batches(neighbours.BATCH, about="pictures")))).reshape(
+        count, k, *subject.size, 3
+    )
+    rows = []
+    for i, image in enumerate(pictures.to_uint8(queries.images[:count])):
+        true = f"{float(queries.true[i]):.2f}, rank {found.rank['anywhere'][i]:g} of {found.candidates + 1}"
+        cells = [_tile(image), _tile(pictures.hide(image, queries.context[i].reshape(grid))),
+                 _outlined(image, queries.block[i].reshape(grid), true)]  # fmt: skip
+        cells += [
+            _outlined(near[i, j], found.block[i, j].reshape(grid), f"{float(found.distance[i, j]):.2f}") for j in range(k)
+        ]
+        rows.append(cells)
+    return pictures.sheet(rows, gap=6, headings=["image", "context", "true block", *_numbered("nearest", k)])
+
+
+def _tile(image: np.ndarray) -> np.ndarray:
+    return pictures.zoom(image, SIDE)
+
+
+def _outlined(image: np.ndarray, block: np.ndarray, caption: str) -> np.ndarray:
+    """The image enlarged, the block outlined, the caption below."""
+    return pictures.captioned(pictures.outline(_tile(image), block), caption)
