@@ -12,7 +12,7 @@ PACKAGING := setup.py pyproject.toml kernels/setup.py
 unexport PYTHONDONTWRITEBYTECODE  # where it is set, each process would spend seconds on compiling torch anew
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint test test-slow gpu-check bench bench-compare results demo docs dist clean
+.PHONY: help venv lint browser test test-slow gpu-check bench bench-compare results demo docs pictures dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,11 +25,19 @@ demo: $(VENV)/demo.stamp ## install, get Fashion-MNIST, pretrain configs/demo.ya
 		data.batch_size=$$((128 / $(RANKS)))
 	@echo "== Evaluating: raw pixels, random encoder, context encoder, target encoder"
 	@$(BIN)/fastjepa eval table --checkpoint $(DEMO) --data fashion-mnist --n-train 10000
+	@echo "== Writing its report"
+	@$(BIN)/fastjepa report $(DEMO)
 	@echo "== Done"
+	@echo "  all of it, one page  $(DEMO)/report.html: open it in a browser"
 	@echo "  config and versions  $(DEMO)/config.yaml, $(DEMO)/run.json"
 	@echo "  every logged step    $(DEMO)/metrics.jsonl"
 	@echo "  weights              $(DEMO)/checkpoints/"
 	@echo "  the command          $(BIN)/fastjepa --help"
+
+browser: ## Chromium, which the tests of the report's page need, by apt where there is none
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+		as=$$(test "$$(id -u)" -eq 0 || echo sudo); \
+		$$as apt-get update -qq && $$as apt-get install -y -qq --no-install-recommends chromium
 
 test: $(VENV)/dev.stamp ## every test that needs no GPU and is not slow (under 15 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not slow"
@@ -62,6 +70,11 @@ lint: $(VENV)/dev.stamp ## style and format
 
 docs: $(VENV)/dev.stamp ## the documentation, into site/; a broken link is an error
 	$(BIN)/mkdocs build --strict
+
+pictures: $(VENV)/dev.stamp ## draw every picture of the documentation again, from the run that make demo trains
+	@test -d $(DEMO)/checkpoints || { echo "make: $(DEMO) holds no checkpoint; run make demo first." >&2; exit 1; }
+	$(BIN)/python docs/curves.py docs/pictures/runs.svg docs/metrics/healthy.jsonl docs/metrics/collapsing.jsonl
+	$(BIN)/fastjepa visualize $(DEMO) --data fashion-mnist --images 6 --output docs/pictures
 
 dist: $(VENV)/dev.stamp ## wheels and sdists of both distributions, into dist/
 	$(BIN)/python -m build --no-isolation --outdir dist kernels
