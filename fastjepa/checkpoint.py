@@ -96,9 +96,9 @@ class Shards:
             found[OPTIMIZER] |= {f"{name}.{moment}": ("F32", () if moment == "step" else shape) for moment in MOMENTS}
         return found
 
-    def refresh(self) -> None:
-        """Make the networks agree with pieces that were written from outside."""
-        self.engine.refresh()
+    def refresh(self, written: Mapping[str, Mapping[str, Piece]]) -> None:
+        """Make the networks agree with pieces, those of `pieces`, that were written from outside."""
+        self.engine.refresh(written[OPTIMIZER])
         self.average.publish()
 
 
@@ -216,7 +216,7 @@ def _fill(path: Path, shards: Shards) -> None:
             for group, named in mine.items():
                 for name, piece in named.items():
                     stored[group].fill(name, piece) if name in stored[group].forms else piece.tensor.zero_()
-    shards.refresh()
+    shards.refresh(mine)
 
 
 def _group(path: Path, name: str) -> dict[str, Tensor]:

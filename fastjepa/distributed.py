@@ -1,6 +1,8 @@
 """Ranks, devices and the few reductions a run needs; one process alone never makes a process group."""
 
 import os
+import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -52,6 +54,7 @@ def init(device: Literal["auto", "cpu", "cuda"] = "auto", timeout: float = 1800.
     return place
 
 
+_store: dist.Store | None = None  # of the ranks that were started together
 _entered = 0
 
 
@@ -62,10 +65,10 @@ def entered() -> int:
 
 def counted(reduction: Callable) -> Callable:
     @wraps(reduction)
-    def entering(*arguments: Any) -> Any:
+    def entering(*args: Any, **kwargs: Any) -> Any:
         global _entered
         _entered += 1
-        return reduction(*arguments)
+        return reduction(*args, **kwargs)
 
     return entering
 
@@ -83,13 +86,29 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
+def linger(seconds: float = 5.0) -> None:
+    """Wait until every rank has come here, but no longer: a launcher ends all others with the first that has failed."""
+    if _store is None or not dist.is_initialized():
+        return
+    until = time.monotonic() + seconds
+    try:
+        _store.add("lingering", 1)
+        while _store.add("lingering", 0) < dist.get_world_size() and time.monotonic() < until:
+            time.sleep(0.05)
+    except RuntimeError:  # the rank that keeps the store has left, when all had come
+        return
+
+
 @counted
-def all_gather(tensor: Tensor) -> Tensor:
-    """(n, ...) on every rank -> (world * n, ...) in rank order, without gradient; the same values on one rank."""
+def all_gather(tensor: Tensor, into: Tensor | None = None) -> Tensor:
+    """(n, ...) on every rank -> (world * n, ...) in rank order, without gradient; the same values on one rank.
+
+    `into` may be where it goes to; `tensor` may then be this rank's part of it, and only the others' are written.
+    """
     if not dist.is_initialized():
         return tensor.detach()
     mine = tensor.detach().contiguous()
-    everyone = mine.new_empty(dist.get_world_size() * mine.shape[0], *mine.shape[1:])
+    everyone = mine.new_empty(dist.get_world_size() * mine.shape[0], *mine.shape[1:]) if into is None else into
     GATHER(everyone, mine)
     return everyone
 
@@ -165,15 +184,18 @@ def _join(place: World, timeout: float) -> None:
     if missing:
         raise ConfigError(f"WORLD_SIZE={place.size} without {' and '.join(missing)}; start the run with torchrun or deepspeed")
     cuda = place.device.type == "cuda"
+    global _store
     try:
+        _store = _meet(place, timeout)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=_store,
             rank=place.rank,
             world_size=place.size,
             timeout=timedelta(seconds=timeout),
             device_id=place.device if cuda else None,
         )
-    except dist.DistError as error:
+    except RuntimeError as error:  # DistError from the store, any from the backend, which connects the ranks to each other
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         if "EADDRINUSE" in str(error):
             raise ConfigError(
@@ -181,8 +203,32 @@ def _join(place: World, timeout: float) -> None:
             ) from error
         raise ConfigError(
             f"rank {place.rank} of {place.size} could not meet the others at {address} within {timeout:g} s; "
-            f"check that every rank was started and can reach that address"
+            f"check that every rank was started and can reach that address [{' '.join(str(error).split())[:160]}]"
         ) from error
+
+
+def _meet(place: World, timeout: float) -> dist.Store:
+    """The launcher's store, under a name that this start's ranks share and no earlier one's.
+
+    torchrun keeps one store through all its restarts, and a rank that read there where its peers were before would wait
+    for the dead. Its count of restarts is no name: each node has its own. So every rank says that it is there, in a word
+    nobody has said before, and the main rank publishes all words until each has found its own among them.
+    """
+    store, *_ = next(dist.rendezvous("env://", place.rank, place.size, timeout=timedelta(seconds=timeout)))
+    words, mine, agreed = [f"word/{rank}" for rank in range(place.size)], uuid.uuid4().hex, ""
+    store.set(words[place.rank], mine)
+    until = time.monotonic() + timeout
+    while time.monotonic() < until:
+        if place.is_main:
+            store.set("present", b" ".join(store.multi_get(words)))
+        present = store.get("present").decode()
+        if mine in present:
+            name = uuid.uuid5(uuid.NAMESPACE_OID, present).hex
+            if store.add(name, int(present != agreed)) == place.size:
+                return dist.PrefixStore(name, store)
+            agreed = present
+        time.sleep(0.02 * max(1.0, place.size / 64))
+    raise dist.DistStoreError("those who are in the store belong to an earlier start")
 
 
 def _number(name: str, default: int | None = None) -> int:

@@ -5,6 +5,8 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -18,12 +20,15 @@ LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 REDUCTIONS = """
     import torch
     from fastjepa import distributed
-    place = distributed.init("cpu", timeout=60)
+    place = distributed.init("cpu", timeout=240)
     rank = place.rank
     assert (place.size, place.local_rank, place.device.type) == (2, rank, "cpu") and place.is_main == (rank == 0)
     rows = torch.full((3, 2), float(rank), requires_grad=True)
     gathered = distributed.all_gather(rows.t().contiguous().t())  # not contiguous
     assert gathered.tolist() == [[0.0, 0.0]] * 3 + [[1.0, 1.0]] * 3 and not gathered.requires_grad
+    whole = torch.full((6,), -1.0)
+    own = whole[3 * rank :][:3].fill_(rank)
+    assert distributed.all_gather(own, into=whole) is whole and whole.tolist() == [0.0] * 3 + [1.0] * 3  # in place
     mine = torch.tensor([1.0, 10.0]) * (rank + 1)
     assert distributed.mean(mine).tolist() == [1.5, 15.0]
     assert mine.tolist() == [1.0 * (rank + 1), 10.0 * (rank + 1)], "mean must not change its argument"
@@ -58,7 +63,7 @@ def run_ranks(code: str, ranks: int, world: int = 2) -> list[subprocess.Complete
                 stderr=subprocess.PIPE,
             )
         )
-    return [subprocess.CompletedProcess(p.args, p.wait(60), stderr=p.communicate()[1].decode()) for p in started]
+    return [subprocess.CompletedProcess(p.args, p.wait(240), stderr=p.communicate()[1].decode()) for p in started]
 
 
 def test_a_process_alone_is_the_main_rank_and_leaves_the_world_alone():
@@ -101,6 +106,47 @@ def test_a_rank_that_never_comes_is_one_sentence_that_names_the_address():
     """
     (done,) = run_ranks(code, ranks=1)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_that_are_started_again_meet_each_other_and_not_the_dead(monkeypatch, ranks):
+    """torchrun --max-restarts keeps one store, and who comes back first finds there the addresses of the ranks before."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for name, value in zip(LAUNCHER[3:], ("127.0.0.1", server.port), strict=True):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+
+    def found(start: int, rank: int, late: int) -> list[bytes]:
+        time.sleep(0.3 if rank == late else 0)
+        store = distributed._meet(distributed.World(rank, rank, ranks, torch.device("cpu")), timeout=20)
+        store.set(f"address/{rank}", str(start))
+        return store.multi_get([f"address/{other}" for other in range(ranks)])
+
+    with ThreadPoolExecutor(ranks) as pool:
+        for start, late in enumerate([None, *range(ranks)]):
+            seen = list(pool.map(found, [start] * ranks, range(ranks), [late] * ranks))
+            assert seen == [[str(start).encode()] * ranks] * ranks
+
+
+def test_a_rank_that_finds_only_the_dead_says_so_in_time(monkeypatch):
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    server.set("present", "those before")
+    environment = ("1", "1", "2", "127.0.0.1", str(server.port))
+    for name, value in (*zip(LAUNCHER, environment, strict=True), ("TORCHELASTIC_USE_AGENT_STORE", "True")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"rank 1 of 2 could not meet .* within 0\.5 s; .* \[those who are in the store"):
+        distributed.init("cpu", timeout=0.5)
+
+
+def test_a_rank_lingers_for_the_others_but_not_for_ever(monkeypatch):
+    monkeypatch.setattr(distributed, "_store", dist.HashStore())
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    begun = time.monotonic()
+    distributed.linger(0.5)
+    assert time.monotonic() - begun >= 0.5
+    distributed.linger(60)  # the second of two
+    assert time.monotonic() - begun < 30
 
 
 def test_cuda_without_a_gpu_is_one_sentence(monkeypatch):

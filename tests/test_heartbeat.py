@@ -14,7 +14,7 @@ SETUP = """
     from fastjepa import distributed
     from fastjepa.heartbeat import Heartbeat
 
-    world = distributed.init("cpu", timeout=60)
+    world = distributed.init("cpu", timeout=240)
     first = world.rank == 0
 """
 

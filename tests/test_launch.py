@@ -102,6 +102,21 @@ def test_sigterm_to_the_launcher_saves_and_the_run_goes_on(config, expected, tmp
     assert losses(trained(config, tmp_path, LONG)) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
+def test_torchrun_restarts_the_run_of_a_killed_rank_by_itself(config, expected, tmp_path):
+    """At the first attempt: one restart is all there is."""
+    process = start(*TORCHRUN, "--max-restarts", 1, "fastjepa/train.py", "--config", config, "--output", tmp_path, LONG, *HALF,
+                    "runtime.timeout=20")  # fmt: skip
+    wait_for(tmp_path, 12)
+    victim = ranks(tmp_path)[-1]
+    os.kill(victim, signal.SIGKILL)
+    said = end(process)
+    assert process.returncode == 0, said
+    assert len(re.findall(rf"rank [01] \(process {victim} on .+\) has given no sign of life after step \d+", said)) == 1, said
+    assert re.search(r"resuming from \S+/jepa-\d{8}", said)
+    assert losses(lines(tmp_path)) == pytest.approx(expected, rel=1e-5)
+
+
 def two_hosts(*command: object) -> list[str]:
     """The same command, with --node_rank 0 and 1, as it is given on two machines."""
     place = command.index("fastjepa/train.py")
@@ -145,7 +160,7 @@ def slurm(tmp_path) -> Callable[..., subprocess.Popen]:
     variables = {"PATH": f"{tmp_path}:{BIN}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "17",
                  "SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2",
                  "RENDEZVOUS_PORT": str(port())}  # fmt: skip
-    return lambda *arguments: start("bash", LAUNCH / "slurm.sh", *arguments, **variables)
+    return lambda *arguments, **more: start("bash", LAUNCH / "slurm.sh", *arguments, **variables, **more)
 
 
 @pytest.mark.slow
@@ -164,6 +179,15 @@ def test_a_preempted_slurm_job_saves_and_goes_back_into_the_queue_and_on(config,
     assert "finished after step 80" in said
     assert (tmp_path / "asked").read_text().count("requeue") == 1, "a job that has finished is not requeued"
     assert losses(lines(tmp_path / "run")) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_slurm_job_that_fails_reports_it(config, tmp_path, slurm):
+    job = slurm("--config", config, "--output", tmp_path / "run", "data.batch_size=64", MAX_RESTARTS="1")
+    said = end(job)
+    assert job.returncode != 0
+    assert said.count("fewer than one global batch of 128") == 4, f"two ranks, started twice: {said}"
+    assert "requeue" not in (tmp_path / "asked").read_text()
 
 
 def test_the_slurm_script_is_bash_and_the_hostfile_deepspeeds(tmp_path):

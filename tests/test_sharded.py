@@ -31,7 +31,7 @@ def ranks(count: int, *arguments: object, script: str = "fastjepa/train.py") -> 
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
     }
     words = [str(word) for word in command]
-    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def sharded(config: Path, output: Path, count: int, stage: int, *arguments: object) -> list[dict]:
@@ -78,11 +78,31 @@ def test_every_stage_gives_the_run_of_one_process(config, one, tmp_path, count, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
-def test_in_bf16_only_the_order_of_sums_differs(config, tmp_path, stage):
-    expected = trained(config, tmp_path / "one", EPOCHS, "runtime.dtype=bf16")
-    entries = sharded(config, tmp_path / "two", 2, stage, "runtime.dtype=bf16")
-    assert losses(entries) == pytest.approx(losses(expected), rel=2e-3)
-    assert displacement_error(tmp_path / "two", tmp_path / "one") < 3e-2
+def test_the_predictor_s_learning_rate_is_its_own_at_every_stage(config, tmp_path, stage):
+    fast = "optimization.pred_lr_scale=4"
+    expected = trained(config, tmp_path / "one", EPOCHS, fast)
+    entries = sharded(config, tmp_path / "two", 2, stage, fast)
+    assert losses(entries) == pytest.approx(losses(expected), rel=1e-5)
+
+
+BF16 = ["runtime.dtype=bf16", "logging.monitor_every=0", "logging.probe_every=0"]  # readings take long where bf16 is emulated
+
+
+@pytest.fixture(scope="module")
+def one_bf16(config, tmp_path_factory):
+    output = tmp_path_factory.mktemp("one_bf16")
+    return output, trained(config, output, EPOCHS, *BF16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("count", [2, 4])
+def test_in_bf16_only_the_order_of_sums_differs(config, one_bf16, tmp_path, count, stage):
+    entries = sharded(config, tmp_path, count, stage, *BF16)
+    apart = max(abs(a / b - 1) for a, b in zip(losses(entries), losses(one_bf16[1]), strict=True))
+    moved = displacement_error(tmp_path, one_bf16[0])
+    print(f"ZeRO-{stage} on {count} ranks, bf16: losses within {apart:.1e}, the target encoder's way within {moved:.1e}")
+    assert apart < 2e-3 and moved < 3e-2
 
 
 def test_an_average_of_bf16_weights_would_be_seen():
@@ -153,7 +173,7 @@ def test_past_the_limit_every_rank_stops_with_the_same_message(config, tmp_path,
                  "runtime.max_skipped=3", script=poisoned)  # fmt: skip
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("fastjepa train: step 3: 3 steps in a row")]
-    assert len(set(said)) == 1, done.stderr
+    assert len(said) == 2 and len(set(said)) == 1, done.stderr
 
 
 @pytest.mark.slow
@@ -192,7 +212,31 @@ def test_a_damaged_shard_is_refused_by_every_rank(config, tmp_path):
     done = ranks(2, "--config", config, "--output", tmp_path, EPOCHS, "runtime.zero=2", "data.batch_size=4")
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if "predictor-00001-of-00002.safetensors: damaged" in line]
-    assert said, done.stderr  # the launcher may end the other rank before it has said so too
+    assert len(said) == 2, done.stderr
+
+
+def offload(file: Path, device: str, **more: str) -> list[object]:
+    """Arguments of a stage 3 run whose groups are large enough for NVMe: DeepSpeed leaves less than a megabyte in memory."""
+    file.write_text(json.dumps({"zero_optimization": {"offload_optimizer": {"device": device} | more}}))
+    return ["--deepspeed_config", file, "meta.embed_dim=128", "meta.depth=4", "--max-steps", 8]
+
+
+@pytest.mark.slow
+def test_optimizer_states_on_nvme_change_no_loss_and_travel_with_checkpoints(config, tmp_path):
+    """Real files, by DeepSpeed's async_io, which the first such run compiles; in the middle it goes on from a checkpoint."""
+    swap, place = tmp_path / "swap", tmp_path / "run"
+    arguments = offload(tmp_path / "nvme.json", "nvme", nvme_path=str(swap))
+    if not dict(row[:2] for row in engines.deepspeed_ops("cpu"))["async_io"]:
+        done = ranks(2, "--config", config, "--output", place, EPOCHS, "runtime.zero=3", "data.batch_size=4", *arguments)
+        assert done.returncode != 0 and "apt-get install libaio-dev" in done.stderr
+        return
+    expected = sharded(config, tmp_path / "cpu", 2, 3, *offload(tmp_path / "cpu.json", "cpu"))
+    sharded(config, place, 2, 3, *arguments, "--max-steps", 3)
+    assert sum(file.stat().st_size for file in swap.rglob("*.swp")) > 2 * 3 * 2**20, "masters and moments of both ranks"
+    entries = sharded(config, place, 2, 3, *arguments)
+    assert losses(entries) == losses(expected)
+    at = {run: tensors(run / "checkpoints/jepa-00000008") for run in (place, tmp_path / "cpu")}
+    assert all(torch.equal(tensor, at[place][name]) for name, tensor in at[tmp_path / "cpu"].items())
 
 
 def test_stored_reads_any_range_of_pieces(tmp_path):
@@ -222,9 +266,10 @@ def test_stored_reads_any_range_of_pieces(tmp_path):
             r"gradient_accumulation_steps is 4 and data\.batch_size / runtime\.micro_batch is 2",
         ),
         ({"torch_autocast": {"enabled": True}}, r"torch_autocast\.enabled is True and runtime\.dtype is False"),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "offload_param to nvme hides the weights"),
         (
-            {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
-            "offload_optimizer to nvme hides the master weights",
+            {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}},
+            r"offload_optimizer to nvme at stage 3 alone; set runtime\.zero=3",
         ),
         ({"torch_autocast": {"dtype": "float16"}}, r"torch_autocast\.dtype is 'float16' and runtime\.dtype is 'bfloat16'"),
         (

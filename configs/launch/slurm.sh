@@ -21,7 +21,7 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100  # seconds between the signal and SIGK
 # One torchrun a node starts a rank a GPU. Ranks that a failed one has left are started again with it, up to three times.
 srun --kill-on-bad-exit=1 torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "$SLURM_GPUS_ON_NODE" \
     --rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d --rdzv_endpoint "$first:${RENDEZVOUS_PORT:-29500}" \
-    --max_restarts 3 fastjepa/train.py "$@" &
+    --max_restarts "${MAX_RESTARTS:-3}" fastjepa/train.py "$@" &
 run=$!
 
 # A signal ends `wait` before the run has ended; srun hands TERM on to every torchrun, and those to their ranks.
