@@ -17,10 +17,11 @@ EXTRAS = {
     "pyarrow": ["pyarrow>=17"],  # Parquet files
     "remote": ["fsspec[http]>=2024.6", "s3fs>=2024.6", "braceexpand"],  # shards behind https:// and s3://
     "lightly": ["lightly>=1.6"],  # loss.regularizer: vicreg, as the small presets use it
+    "studies": ["lightly>=1.6", "timm>=1.0.20", "matplotlib>=3.8", "scipy>=1.11"],  # sweep: MAE, plots, the fitted curve
     "tensorboard": ["tensorboard"],
     "onnx": ["onnx>=1.18", "onnxscript>=0.5"],  # convert --to onnx
     "timm": ["timm>=1.0.20"],  # to read folders that timm wrote; what is written for it needs nothing
-    "bench": ["pytest-benchmark", "timm>=1.0.20", "lightly>=1.6"],
+    "bench": ["pytest-benchmark", "timm>=1.0.20", "lightly>=1.6", "matplotlib>=3.8", "scipy>=1.11"],
     "docs": ["mkdocs-material>=9.6"],
 }
 EXTRAS["dev"] = [
@@ -36,6 +37,7 @@ EXTRAS["dev"] = [
     *EXTRAS["lightly"],
     *EXTRAS["onnx"],
     *EXTRAS["pyarrow"],
+    *EXTRAS["studies"],
     *(needed for needed in EXTRAS["remote"] if not needed.startswith("s3fs")),  # no test has a bucket
     *EXTRAS["tensorboard"],
     "webdataset>=1.0",  # its reader must understand the shards that are written
@@ -44,6 +46,8 @@ EXTRAS["dev"] = [
     "transformers>=5.0",  # IJepaModel and its files; brings huggingface_hub, which reads the folders
     "torchmetrics",  # counts accuracy as the evaluations must
     "kernels>=0.17",  # Hugging Face's: loads kernels/ in its layout
+    "playwright",  # drives the Chromium that `make browser` installs
+    "axe-playwright-python",  # what a screen reader would stumble over
     "build",  # make dist
     "setuptools>=77",  # which it builds with
 ]
@@ -58,17 +62,18 @@ setup(
     keywords=["i-jepa", "self-supervised learning", "vision transformer", "pytorch", "deepspeed", "dali", "triton"],
     classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
     packages=find_packages(include=["fastjepa", "fastjepa.*"]),
-    package_data={"fastjepa": ["configs/*.yaml"]},  # fastjepa/configs is a link to configs/: --config demo
+    package_data={"fastjepa": ["configs/*.yaml", "page/*"]},  # fastjepa/configs is a link to configs/: --config demo
     python_requires=">=3.11",
     install_requires=[
         "fastjepa-kernels>=0.1,<0.2",  # kernels/ of this repository: pip install -e ./kernels -e .
         "torch>=2.11",
         "torchvision",
         "numpy",
-        "pillow",
+        "pillow>=10.1",  # fonts of any size
         "pyyaml",
         "safetensors",
         "rich",
+        "jinja2",  # the report's page; torch brings it as well
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["fastjepa=fastjepa.cli:main"]},

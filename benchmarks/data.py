@@ -35,7 +35,7 @@ from timing import Spread
 from torch import Tensor
 from torchvision.transforms.v2.functional import hflip, pil_to_tensor, resized_crop
 
-from fastjepa import assembly, decode_dali, distributed, train
+from fastjepa import assembly, decode_dali, distributed, precision, train
 from fastjepa import config as configs
 from fastjepa.config import MODELS, Config, ConfigError
 from fastjepa.data import Batch, EncodedBatches, Loader
@@ -185,6 +185,7 @@ def under_step(entrants: Sequence[Contender], config: Config, sets: Sets, option
     turns = {one: [run.readings[number] for number in range(options.rounds)] for one, run in runs.items()}
     without = [turn.step for turn in turns["none"]]
     return [one._asdict() | {
+        "dtype": config.runtime.dtype,
         "step_ms": Spread.of([1000 * turn.step for turn in turns[one]])._asdict(),
         "waited_ms": Spread.of([1000 * turn.waited for turn in turns[one]])._asdict(),
         "waited_share": Spread.of([turn.waited / turn.step for turn in turns[one]])._asdict(),
@@ -290,7 +291,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--model", default="vit_small", choices=tuple(MODELS), metavar="NAME", help="of the step: vit_small, ..."
     )
-    parser.add_argument("--dtype", default="bf16", choices=("fp32", "bf16"), help="of the step")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="of the step")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
     parser.add_argument("--seconds", type=float, default=3, help="counted in each turn (default 3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -323,7 +324,8 @@ def to_config(options: argparse.Namespace) -> Config:
         "mask.truncate_group": options.batch,
         "data.crop_size": options.size,
     }
-    return configs.load(os.devnull, [*(f"{key}={value}" for key, value in keys.items()), *options.overrides])
+    config = configs.load(os.devnull, [*(f"{key}={value}" for key, value in keys.items()), *options.overrides])
+    return precision.settled(config, distributed.init(config.runtime.device).device)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,8 +3,10 @@
 Real steps on synthetic images with real masks; I-JEPA's, which differ in size from step to step, of the mean cost. Columns
 tell method from implementation: `same` runs every method on timm's ViT in the trainer's own loop, `naive` runs each as its
 official code does (loop.py), `packed` is this package's I-JEPA, and `--reference DIR` adds an unmodified clone of the
-official I-JEPA code. All rows take turns in every round on a CPU; on a card those of one model and method do, for its memory
-holds no more. Hours are a projection, by the formula that is printed.
+official I-JEPA code. Further columns are `packed` with keys set (VARIANTS): `compile`, `graph` and `fp8` train on the same
+objective, `views4` (four contexts share a target pass) and `joint` (a predictor that sees a context once) on another one,
+which no published epochs or accuracy belong to. All rows take turns in every round on a CPU; on a card those of one model
+and method do, for its memory holds no more. Hours are a projection, by the formula that is printed.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import NamedTuple
 
@@ -34,10 +37,19 @@ from timing import Ceiling, Spread
 from fastjepa import assembly, attention, distributed, flops, masks, precision
 from fastjepa import config as configs
 from fastjepa.config import MODELS, Config, ConfigError
-from fastjepa.plan import CARDS, IMAGENET
+from fastjepa.plan import CARDS, IMAGENET, on_card
 
 METHODS = {"ijepa": IJepa, "mae": Mae, "ibot": Ibot}
-COLUMNS = {"packed": ("ijepa",), "same": tuple(METHODS), "naive": tuple(METHODS), "reference": ("ijepa",)}
+VARIANTS = {  # column -> keys beside those of `packed`
+    "compile": {"runtime": {"compile": True}},
+    "graph": {"runtime": {"cuda_graph": True}},
+    "fp8": {"runtime": {"target_fp8": True, "compile": True}},
+    "views4": {"mask": {"num_enc_masks": 4}},
+    "joint": {"meta": {"predictor": "joint"}},
+}
+OTHER_OBJECTIVES = "views4", "joint"
+OURS = "packed", *VARIANTS
+COLUMNS = dict.fromkeys(OURS, ("ijepa",)) | {"same": tuple(METHODS), "naive": tuple(METHODS), "reference": ("ijepa",)}
 # Epochs and top-1 of a linear probe on ImageNet-1k: the papers', iBOT ViT-S/16's its repository's.
 PUBLISHED = {
     ("ijepa", "vit_base"): (600, 72.9),
@@ -60,6 +72,7 @@ EXAMPLES = """examples:
   python benchmarks/gpu_hours.py --device cuda --models vit_huge --methods ijepa,mae
   python benchmarks/gpu_hours.py --device cpu --models vit_tiny,vit_small --batch 8 --rounds 10 --json
   python benchmarks/gpu_hours.py --device cuda --models vit_base --methods ijepa --reference ../ijepa
+  python benchmarks/gpu_hours.py --device cuda --models vit_huge --methods ijepa --columns packed,compile,graph,fp8,views4
   python benchmarks/gpu_hours.py --estimate h100 --share 0.4"""
 
 
@@ -81,8 +94,10 @@ def rows(options: argparse.Namespace) -> list[Row]:
 def measure(options: argparse.Namespace) -> dict:
     """The result, with the keys that `--json` prints."""
     known = {model: to_config(options, model) for model in options.models}
-    asked, directory = rows(options), options.reference
-    if not asked:
+    every, directory = rows(options), options.reference
+    refused = {row: reason for row in every if (reason := refusal(row, known[row.model]))}
+    asked = [row for row in every if row not in refused]
+    if not every:
         raise ConfigError("no such row: `packed` is a column of ijepa; name another of --methods or --columns")
     for config in known.values():
         device = start(config)
@@ -97,10 +112,27 @@ def measure(options: argparse.Namespace) -> dict:
         found += turns(group, known, peaks, options.rounds, device, directory)
     return {
         "rows": found,
-        "not_measured": [{"what": str(row), "reason": "out of memory"} for row in asked if peaks[row] is None],
+        "not_measured": [{"what": str(row), "reason": refused.get(row, "out of memory")}
+                         for row in every if row in refused or peaks[row] is None],
         "formula": FORMULA, "threads": torch.get_num_threads(), "compile": options.compile,
         "versions": {name: version(name) for name in ("torch", "timm", "lightly")},
     }  # fmt: skip
+
+
+def varied(row: Row, config: Config) -> Config:
+    """The config with what the row's column sets."""
+    for section, keys in VARIANTS.get(row.column, {}).items():
+        config = replace(config, **{section: replace(getattr(config, section), **keys)})
+    return configs.from_dict(config.to_dict(), row.column)
+
+
+def refusal(row: Row, config: Config) -> str:
+    """Why a row's column cannot run on this device, or nothing."""
+    try:
+        assembly.check(varied(row, config), distributed.init(config.runtime.device).device)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def together(fitting: Sequence[Row], device: torch.device) -> list[list[Row]]:
@@ -127,7 +159,8 @@ def turns(
         names = ", ".join(map(str, group))
         raise ConfigError(f"{names} fit alone but not together; measure fewer --columns, or lower --batch") from error
     rates = [ceiling.rates[number] for number in range(rounds)]
-    return [result(row, runs[row].flops, seconds[row], rates, known[row.model], peaks[row], device) for row in group]
+    return [result(row, runs[row].flops, seconds[row], rates, varied(row, known[row.model]), peaks[row], device)
+            for row in group]  # fmt: skip
 
 
 def start(config: Config) -> torch.device:
@@ -141,11 +174,10 @@ def start(config: Config) -> torch.device:
 
 def build(row: Row, config: Config, device: torch.device, count: int, directory: str | None = None):
     """One contender, with `count` batches; call it with the number of a round."""
-    numbers = typical(config, count)
-    if row.column in ("packed", "reference"):
+    numbers, config = typical(config, count), varied(row, config)
+    if row.column in (*OURS, "reference"):
         works = [work(config, device, number) for number in numbers]
-        return (step.Ours(config, device, works) if row.column == "packed"
-                else step.Theirs(config, device, works, directory))  # fmt: skip
+        return step.Ours(config, device, works) if row.column in OURS else step.Theirs(config, device, works, directory)
     method = METHODS[row.method]
     batches = [method.draw(config, device, number) for number in numbers]
     return {"same": Same, "naive": Naive}[row.column](method, config, device, batches)
@@ -178,13 +210,14 @@ def result(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     sheet = datasheet(name, config.runtime.dtype)
     dtype = precision.dtype_of(config)
-    chosen = row.column in ("packed", "same")
+    chosen = row.column in (*OURS, "same")
     way = attention.choose(config.runtime.attention, device, dtype) if chosen else "materialised"
     return {
-        **row._asdict(), "device": name, "attention": way, "dtype": config.runtime.dtype,
+        **row._asdict(), **labels(row, config), "device": name, "attention": way, "dtype": config.runtime.dtype,
         "batch": batch, "size": config.image_size[0], "patch": config.mask.patch_size, "n": len(seconds),
         "images_per_s": speed.median, "p20": speed.p20, "p80": speed.p80,
         "spread": (speed.p80 - speed.p20) / speed.median, "gflop_per_image": per_image / 1e9,
+        "gflop_per_view": per_image / config.mask.num_enc_masks / 1e9,
         "gemm_gflops": Spread.of(rates).median / 1e9,
         "mfu": Spread.of([a / rate for a, rate in zip(achieved, rates, strict=True)]).median,
         "share_of_datasheet": None if sheet is None else per_image * speed.median / sheet,
@@ -193,9 +226,13 @@ def result(
     }  # fmt: skip
 
 
+def labels(row: Row, config: Config) -> dict:
+    return {"objective": "another" if row.column in OTHER_OBJECTIVES else "paper", "views": config.mask.num_enc_masks}
+
+
 def projected(row: Row, images_per_s: float) -> dict:
     """What FORMULA gives; `epochs_published` is false where the number of epochs is another model's."""
-    published = PUBLISHED.get((row.method, row.model))
+    published = None if row.column in OTHER_OBJECTIVES else PUBLISHED.get((row.method, row.model))
     epochs, accuracy = published or (ASSUMED[row.method], None)
     hours = epochs * IMAGENET / images_per_s / 3600
     return {"epochs": epochs, "epochs_published": published is not None, "hours": hours, "accuracy": accuracy,
@@ -215,27 +252,29 @@ def estimate(options: argparse.Namespace) -> dict:
     for model in options.models:
         config = to_config(options, model)
         for row in rows(options):
-            if row.model == model and row.column in ("packed", "same"):
-                found.append(estimated(row, counted(row, config), peak_flops, options))
+            if row.model == model and row.column not in ("naive", "reference", "fp8"):  # no one peak is fp8's
+                found.append(estimated(row, varied(row, config), peak_flops, options))
     return {"rows": found, "formula": FORMULA}
 
 
-def estimated(row: Row, per_image: float, peak_flops: float, options: argparse.Namespace) -> dict:
+def estimated(row: Row, config: Config, peak_flops: float, options: argparse.Namespace) -> dict:
+    per_image = counted(row, config)
     images_per_s = options.share * peak_flops / per_image
     found = projected(row, images_per_s)
     arithmetic = (f"{found['epochs']} epochs x {IMAGENET} images x {per_image / 1e9:.1f} GFLOP / "
                   f"({options.share:.0%} of {peak_flops / 1e12:.0f} TFLOP/s) / 3600 s")  # fmt: skip
-    return {"estimate": True, **row._asdict(), "device": options.estimate, "gflop_per_image": per_image / 1e9,
+    return {"estimate": True, **row._asdict(), **labels(row, config), "device": options.estimate,
+            "gflop_per_image": per_image / 1e9, "gflop_per_view": per_image / config.mask.num_enc_masks / 1e9,
             "images_per_s": images_per_s, **found, "arithmetic": arithmetic}  # fmt: skip
 
 
 def counted(row: Row, config: Config) -> float:
     """FLOPs per image of a row, from the masks alone."""
     cpu, numbers = torch.device("cpu"), typical(config, DISTINCT)
-    if row.column != "packed":
+    if row.column not in OURS:
         method = METHODS[row.method]
         return float(np.mean([method.flops(config, method.draw(config, cpu, number)) for number in numbers]))
-    packed = [work(config, cpu, number).packed(config)[0] for number in numbers]
+    packed = [work(config, cpu, number).packed(config, pad=False)[0] for number in numbers]
     return float(np.mean([flops.packed(config, b.context, b.target, b.blocks).total for b in packed]))
 
 
@@ -245,7 +284,7 @@ def report(found: dict) -> Iterator[str]:
     head = f"{'method':6} {'model':10} {'column':9} {'images/s':>9}"
     head += (
         (f" {'p20 to p80':>19} {'spread':>6}" if measured else "")
-        + f" {'GFLOP':>7}"
+        + f" {'GFLOP':>7} {'a view':>7}"
         + (f" {'of GEMM':>7} {'of sheet':>8} {'GiB':>6}" if measured else "")
     )
     yield head + f" {'epochs':>7} {'hours':>9} {'top-1':>5} {'h/point':>8}"
@@ -254,6 +293,8 @@ def report(found: dict) -> Iterator[str]:
     for one in found.get("not_measured", ()):
         yield f"{one['what']}: not measured: {one['reason']}"
     yield found["formula"]
+    if any(one["objective"] == "another" for one in found["rows"]):
+        yield f"{' and '.join(OTHER_OBJECTIVES)}: another objective than the paper's; images/s, not accuracy, compare"
     yield "epochs*: none published for this model, taken from its method's other models; MAE decoder "\
           f"{DEPTH} x {WIDTH}, iBOT 2 x 224 and 10 x 96 pixels"  # fmt: skip
 
@@ -262,7 +303,7 @@ def line(one: dict, measured: bool) -> str:
     text = f"{one['method']:6} {one['model']:10} {one['column']:9} {one['images_per_s']:9.2f}"
     if measured:
         text += f" {one['p20']:8.2f} to {one['p80']:7.2f} {one['spread']:6.1%}"
-    text += f" {one['gflop_per_image']:7.1f}"
+    text += f" {one['gflop_per_image']:7.1f} {one['gflop_per_view']:7.1f}"
     if measured:
         sheet = "-" if one["share_of_datasheet"] is None else f"{one['share_of_datasheet']:.1%}"
         text += f" {one['mfu']:7.1%} {sheet:>8} {one['peak_bytes'] / 2**30:6.2f}"
@@ -279,11 +320,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--models", type=among(*MODELS), default="vit_small,vit_base,vit_huge", metavar="NAME,...")
     parser.add_argument("--methods", type=among(*METHODS), default=",".join(METHODS), metavar="NAME,...")
-    parser.add_argument("--columns", type=among("packed", "same", "naive"), default="packed,same,naive", metavar="NAME,...")
+    parser.add_argument("--columns", type=among(*OURS, "same", "naive"), default="packed,same,naive", metavar="NAME,...",
+                        help="packed,same,naive, and variants of packed: " + ",".join(VARIANTS))  # fmt: skip
     parser.add_argument("--reference", metavar="DIR", help="clone of the official I-JEPA code, for a column of its own")
     parser.add_argument("--batch", type=int, help="images a step (default: 8 on a CPU, 128 on a card)")
     parser.add_argument("--size", type=int, default=224, help="side of an image in pixels (default 224)")
-    parser.add_argument("--dtype", default="bf16", choices=("fp32", "bf16"))
+    parser.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16"),
+                        help="auto: bf16 where the device has instructions for it, else fp32; rows say which")  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks of `packed` and `same`")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--rounds", type=int, default=10, help="timed steps of each row (default 10)")
@@ -318,7 +361,10 @@ def to_config(options: argparse.Namespace, model: str) -> Config:
         "data.crop_size": options.size,
         "data.batch_size": options.batch or BATCH["cuda" if cuda else "cpu"],
     }
-    return configs.load(os.devnull, [*(f"{key}={value}" for key, value in keys.items()), *options.overrides])
+    config = configs.load(os.devnull, [*(f"{key}={value}" for key, value in keys.items()), *options.overrides])
+    if options.estimate and options.dtype == "auto":
+        return on_card(config)
+    return precision.settled(config, distributed.init(config.runtime.device).device)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastjepa.config import Config, ConfigError
+from fastjepa.config import Config, ConfigError, LossConfig
 from fastjepa.model import Jepa
 
 MODULES = ("src.helper", "src.masks.utils", "src.utils.tensors", "src.utils.logging")
@@ -78,11 +78,11 @@ class Official:
             schedule.step()
         with self.precision():
             target = self.targets(images, context_idx, target_idx)
-            mark("target")
+            mark("target forward")
             features = self.encoder(images, context_idx)
-            mark("context")
+            mark("context forward")
             prediction = self.predictor(features, context_idx, target_idx)
-            mark("predictor")
+            mark("predictor forward")
             loss = F.smooth_l1_loss(prediction, target)
             mark("loss")
         self.backward_and_step(loss, mark)
@@ -90,7 +90,7 @@ class Official:
         self.optimizer.zero_grad()
         mark("grad_norms")
         self.average()
-        mark("ema")
+        mark("EMA")
         return float(loss.detach())
 
     @torch.no_grad()
@@ -135,7 +135,8 @@ def check(directory: str | Path, config: Config) -> None:
         "meta: its networks have the shapes of their names": bool(meta.embed_dim or meta.depth or meta.num_heads),
         "meta.pred_num_heads: its predictor has the encoder's heads": meta.pred_num_heads
         not in (None, config.encoder_shape[2]),
-        "loss: it has smooth_l1 alone": config.loss.kind != "smooth_l1" or config.loss.regularizer != "none",
+        "loss: it has smooth_l1 alone, of normalised features": config.loss != LossConfig(),
+        "optimization.pred_lr_scale: its networks learn alike": config.optimization.pred_lr_scale != 1,
         "runtime.micro_batch: it trains on whole batches": config.micro_batch != config.data.batch_size,
     }
     for limit, broken in limits.items():

@@ -253,7 +253,7 @@ def text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
     if isinstance(value, list):
-        return " x ".join(map(text, value))
+        return (" x " if len(value) <= 2 else ", ").join(map(text, value))  # a size, or values along an axis
     return str(value).replace("|", "\\|")
 
 

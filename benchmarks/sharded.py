@@ -35,7 +35,7 @@ def compare(config: Config, stages: list[int], ranks: list[int], rounds: int) ->
     for _ in range(rounds):
         for case in cases:
             found[case].append(start(config, *case))
-    return [row(*case, starts) for case, starts in found.items()]
+    return [{"dtype": config.runtime.dtype} | row(*case, starts) for case, starts in found.items()]
 
 
 def start(config: Config, stage: int, ranks: int) -> dict:

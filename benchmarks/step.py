@@ -13,16 +13,20 @@ import platform
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import breakdown
 import numpy as np
 import official
+import roofline
 import sharded
 import timing
 import torch
+from breakdown import Dissected
 from timing import Ceiling, Clock, Spread
 from torch import Tensor
 
-from fastjepa import assembly, distributed, flops, masks, packing, precision, train
+from fastjepa import assembly, budget, distributed, flops, masks, packing, precision, train
 from fastjepa import config as configs
 from fastjepa.config import MODELS, Config, ConfigError
 from fastjepa.data import Batch
@@ -32,6 +36,10 @@ from fastjepa.flops import Flops
 from fastjepa.schedule import Schedule
 
 DISTINCT = 4  # batches that the rounds take turns with
+EXAMPLES = """examples:
+  python benchmarks/step.py --device cpu --model vit_small --reference ../ijepa
+  python benchmarks/step.py --breakdown --picture breakdown.svg --trace trace.json data.source=/data/imagenet/train
+  python benchmarks/step.py --device cuda --model vit_huge --batch 128 mask.patch_size=14 runtime.compile=true --json"""
 AGREE_STEPS, LOSS_TOLERANCE = 3, 1e-4  # relative, between the two losses of each of these steps
 
 
@@ -50,12 +58,13 @@ class Work:
         images = torch.randn(total, config.data.channels, *config.image_size, generator=generator)
         return cls(images.to(device), *masks.draw(config.mask, config.grid, seed, number, 0, total, total))
 
-    def packed(self, config: Config) -> list[Batch]:
-        """The trainer's micro-batches, on the host but for their images."""
+    def packed(self, config: Config, pad: bool = True) -> list[Batch]:
+        """The trainer's micro-batches, on the host but for their images; for a CUDA graph padded."""
+        room = budget.of(config, len(self.images)) if pad and config.runtime.cuda_graph else None
         starts = range(0, len(self.images), config.micro_batch)
         parts = [slice(start, start + config.micro_batch) for start in starts]
-        return [Batch(self.images[s], *packing.pack(self.context_mask[s], self.target_mask[s], len(self.images)), bad=())
-                for s in parts]  # fmt: skip
+        return [Batch(self.images[s], *packing.pack(self.context_mask[s], self.target_mask[s], len(self.images),
+                                                    config.joint, room, config.separate), bad=()) for s in parts]  # fmt: skip
 
     def indices(self, mask: np.ndarray) -> list[Tensor]:
         """(B, M, N) -> M tensors (B, length) of patch indices, each mask cut to the shortest, in raster order."""
@@ -71,55 +80,27 @@ class Ours:
     def __init__(self, config: Config, device: torch.device, works: list[Work]):
         self.config, self.device = config, device
         self.jepa, self.target_encoder = assembly.networks(config, device)
-        self.engine = Engine(self.jepa, micro_batches=config.data.batch_size // config.micro_batch)
+        pieces, static = config.data.batch_size // config.micro_batch, config.runtime.cuda_graph
+        self.engine = Engine(self.jepa, micro_batches=pieces, static_gradients=static)
         self.average = Average(self.target_encoder, self.jepa.encoder)
-        packed = [work.packed(config) for work in works]
-        self.flops = [mean_total([flops.packed(config, b.context, b.target, b.blocks) for b in batches]) for batches in packed]
-        self.batches = [[batch.to(device) for batch in batches] for batches in packed]
+        self.dissected = Dissected(self.engine, self.average, config, distributed.init(config.runtime.device))
+        self.spread = self.dissected.spread
+        self.micro = train.micro_step(self.engine, self.average, config, spread=self.spread)
+        self.flops = [mean_total([flops.packed(config, b.context, b.target, b.blocks) for b in work.packed(config, pad=False)])
+                      for work in works]  # fmt: skip
+        self.batches = [[batch.to(device) for batch in work.packed(config)] for work in works]
         self.now = Schedule(config.optimization, steps_per_epoch=1000)(0)
 
-    def __call__(self, number: int, engine: "Engine | Marked | None" = None) -> Tensor:
+    def __call__(self, number: int) -> Tensor:
         batches = self.batches[number % len(self.batches)]
-        return train.step(engine or self.engine, self.average, batches, self.now, self.config).loss
+        return train.step(self.engine, self.average, batches, self.now, self.config, self.spread, self.micro).loss
 
     def phases(self, number: int) -> dict[str, float]:
-        """Milliseconds of each phase of one step."""
-        with Marked(self.engine, Clock(self.device), self.config.runtime.compile) as marked:
-            self(number, marked)
-            marked.clock.mark("ema")
-        return marked.clock.read()
-
-
-class Marked:
-    """An engine that marks the ends of its phases; a compiled pair is one phase."""
-
-    def __init__(self, engine: Engine, clock: Clock, compiled: bool):
-        self.engine, self.jepa, self.clock, self.compiled = engine, engine.jepa, clock, compiled
-
-    def __enter__(self) -> "Marked":
-        ends = () if self.compiled else (self.jepa.encoder,)
-        self.hooks = [module.register_forward_hook(lambda *_: self.clock.mark("context")) for module in ends]
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
-    def __call__(self, *args):
-        self.clock.mark("target")
-        result = self.engine(*args)
-        self.clock.mark("context and predictor" if self.compiled else "predictor")
-        return result
-
-    def backward(self, loss: Tensor) -> None:
-        self.clock.mark("loss")
-        self.engine.backward(loss)
-        self.clock.mark("backward")
-
-    def step(self, now) -> Tensor:
-        finite = self.engine.step(now)
-        self.clock.mark("optimizer")
-        return finite
+        """Milliseconds of each part of one step; none of a CUDA graph, which is one launch."""
+        if self.config.runtime.cuda_graph:
+            return {}
+        taken = self.dissected.take(self.batches[number % len(self.batches)], self.now).read()
+        return {part: taken[part] for part in breakdown.PARTS if part != breakdown.WAIT}
 
 
 class Theirs:
@@ -232,6 +213,7 @@ def summary(run: Ours | Theirs, seconds: list[float], rates: list[float], config
     shares = [images * f / s / rate for f, s, rate in zip(work, seconds, rates, strict=True)]
     phases = [run.phases(number) for number in range(min(len(seconds), DISTINCT))]
     return {
+        "dtype": config.runtime.dtype,
         "images_per_s": images / median,
         "ms": 1000 * median,
         "phases": {name: Spread.of([p[name] for p in phases]).median for name in phases[0]},
@@ -277,10 +259,13 @@ def where(config: Config) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time one training step on synthetic images with real masks.")
+    parser = argparse.ArgumentParser(
+        description="Time one training step on synthetic images with real masks, or dissect steps on real batches.",
+        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--model", default="vit_small", choices=tuple(MODELS), metavar="NAME", help=", ".join(MODELS))
-    parser.add_argument("--dtype", default="bf16", choices=("fp32", "bf16"))
+    parser.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16"))
     parser.add_argument("--batch", type=int, default=16, help="images a step")
     parser.add_argument("--size", type=int, default=224, help="side of an image in pixels")
     parser.add_argument("--pred-depth", type=int, default=6, help="predictor blocks")
@@ -288,9 +273,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--rounds", type=int, default=12, help="timed steps of each contender")
     parser.add_argument("--reference", metavar="DIR", help="clone of the official code to time beside ours")
+    parser.add_argument("--breakdown", action="store_true", help="where the time of steps goes, loader included, and rooflines")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="the breakdown as a PNG, SVG or PDF")
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="a Chrome trace (JSON) of a few steps with their parts named"
+    )
     parser.add_argument("--zero", type=numbers, metavar="S,S", help="compare ZeRO stages (0 to 3), ranks sharing the batch")
     parser.add_argument("--ranks", type=numbers, default=[1], metavar="N,N", help="numbers of ranks that --zero compares")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help="print JSON: one object, or with --zero and --breakdown rows")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any further key of the config")
     return parser.parse_intermixed_args(argv)
 
@@ -311,22 +301,45 @@ def to_config(options: argparse.Namespace) -> Config:
         "mask.truncate": options.truncate,
         "runtime.threads": "null" if options.threads is None else options.threads,
     }
-    return configs.load(os.devnull, [*(f"{key}={value}" for key, value in keys.items()), *options.overrides])
+    config = configs.load(os.devnull, [*(f"{key}={value}" for key, value in keys.items()), *options.overrides])
+    return precision.settled(config, distributed.init(config.runtime.device).device)
+
+
+def run(options: argparse.Namespace) -> tuple[dict | list[dict], Iterator[str]]:
+    """The result, and the lines that show it."""
+    if options.rounds < 1:
+        raise ConfigError(f"--rounds {options.rounds}: time at least one round")
+    config = to_config(options)
+    if options.zero is not None:
+        result = sharded.compare(config, options.zero, options.ranks, options.rounds)
+        return result, sharded.report(result)
+    if options.breakdown or options.picture or options.trace:
+        return dissect(config, options)
+    result = measure(config, options.rounds, options.reference)
+    return result, report(result, config)
+
+
+def dissect(config: Config, options: argparse.Namespace) -> tuple[list[dict], Iterator[str]]:
+    for file in filter(None, (options.picture, options.trace)):
+        if not file.absolute().parent.is_dir():
+            raise ConfigError(f"{file}: cannot be written, there is no folder {file.parent}; make it first")
+    if options.picture:
+        roofline.canvas(options.picture)
+    start(config)
+    rows = breakdown.measure(config, options.rounds, options.trace)
+    if options.picture:
+        roofline.picture(rows, options.picture)
+    return rows, breakdown.report(rows)
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     try:
-        if options.rounds < 1:
-            raise ConfigError(f"--rounds {options.rounds}: time at least one round")
-        config = to_config(options)
         with contextlib.redirect_stdout(sys.stderr):
-            result = (sharded.compare(config, options.zero, options.ranks, options.rounds) if options.zero is not None
-                      else measure(config, options.rounds, options.reference))  # fmt: skip
-    except ConfigError as error:
+            result, shown = run(options)
+    except (ConfigError, OSError) as error:
         print(f"benchmarks/step.py: {error}", file=sys.stderr)
         return 2
-    shown = sharded.report(result) if options.zero is not None else report(result, config)
     print(json.dumps(result) if options.json else "\n".join(shown))
     return 0
 

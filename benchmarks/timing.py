@@ -21,6 +21,7 @@ from torch import Tensor
 from fastjepa.config import ConfigError
 
 SQUARE = {"cpu": 2048, "cuda": 8192}  # side of the large square product
+COPIED = {"cpu": 256 << 20, "cuda": 1 << 30}
 
 
 class Spread(NamedTuple):
@@ -117,6 +118,19 @@ class Ceiling:
             synchronize(self.device)
             taken.append(time.perf_counter() - start)
         return min(taken)
+
+
+def copy_rate(device: torch.device, repeats: int = 5) -> float:
+    """Bytes a second, read and written, of copying COPIED bytes, which no cache holds; the best of the repeats."""
+    source = torch.ones(COPIED[device.type], dtype=torch.uint8, device=device)
+    target, taken = torch.empty_like(source), []
+    for _ in range(1 + repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        taken.append(time.perf_counter() - start)
+    return 2 * len(source) / min(taken[1:])
 
 
 def square(device: torch.device) -> tuple[int, int, int]:

@@ -13,7 +13,20 @@ from torch import nn
 
 import fastjepa
 import fastjepa_kernels
-from fastjepa import attention, checkpoint, data, distributed, interop, masks, model, official, precision
+from fastjepa import (
+    attention,
+    budget,
+    checkpoint,
+    data,
+    distributed,
+    fp8,
+    graphs,
+    interop,
+    masks,
+    model,
+    official,
+    precision,
+)
 from fastjepa import engine as engines
 from fastjepa.checkpoint import TrainState
 from fastjepa.config import Config, ConfigError
@@ -48,7 +61,7 @@ def assemble(config: Config, output: Path, resume: str, init: Path | None, deeps
     found = to_resume(config, output, resume)
     if found and found.suffix in interop.TORCH_FILES:
         found = official.adopt(found, output / "checkpoints", about["steps_per_epoch"], about, config.logging.write_tag)
-    jepa, target_encoder = networks(config, world.device)
+    jepa, target_encoder = networks(config, world.device, world.size)
     notes = go_on(found, about, init) if found else start(jepa, target_encoder, output, about, init, world)
     engine = engines.build(jepa, config, world, deepspeed_config)
     average, state = averaged(engine, target_encoder, config)
@@ -62,7 +75,8 @@ def assemble(config: Config, output: Path, resume: str, init: Path | None, deeps
 def warnings_of(config: Config, device: torch.device) -> list[str]:
     """What to tell the user of a config that runs, but not as it could."""
     emulated = config.runtime.dtype == "bf16" and not precision.has_bf16(device)
-    return [precision.EMULATED] if emulated else []
+    graph = [budget.note(config, config.data.batch_size)] if config.runtime.cuda_graph else []
+    return graph + ([precision.EMULATED] if emulated else [])
 
 
 def settle(config: Config) -> None:
@@ -85,10 +99,12 @@ def use_kernels(asked: str) -> None:
         raise ConfigError(f"runtime.kernels: {error}") from error
 
 
-def networks(config: Config, device: torch.device) -> tuple[model.Jepa, model.Encoder]:
-    """The trained pair and the target encoder, on the device, with the attention and compilation the config asks for."""
-    way = attention.choose(config.runtime.attention, device, precision.dtype_of(config))
+def networks(config: Config, device: torch.device, ranks: int = 1) -> tuple[model.Jepa, model.Encoder]:
+    """The trained pair and the target encoder, on the device, computing as `runtime` says."""
+    way = check(config, device, ranks)
     pair = model.build(config)
+    if config.runtime.target_fp8:
+        fp8.use(pair[1])
     for network in pair:
         model.use_attention(network.to(device), way)
         if config.runtime.compile:
@@ -96,8 +112,18 @@ def networks(config: Config, device: torch.device) -> tuple[model.Jepa, model.En
     return pair
 
 
+def check(config: Config, device: torch.device, ranks: int = 1) -> str:
+    """Which attention runs; ConfigError where the device cannot compute as `runtime` says."""
+    way = attention.choose(config.runtime.attention, device, precision.dtype_of(config))
+    if config.runtime.cuda_graph:
+        graphs.check(config, device, way, ranks)
+    if config.runtime.target_fp8:
+        fp8.check(config, device)
+    return way
+
+
 def batch_regularizer(config: Config, world: World) -> BatchRegularizer | None:
-    term = regularizer(config.loss)
+    term = regularizer(config.loss, config.runtime.seed)
     pieces = config.data.batch_size // config.micro_batch
     return term and BatchRegularizer(term, pieces, distributed.all_gather, world.rank, world.size)
 

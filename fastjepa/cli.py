@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Each new shape leaves a oneDNN primitive behind, and ragged steps have many: the default, 1024, was seen to hold gigabytes.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
-from fastjepa import cli_convert, cli_data, cli_eval, cli_plan  # noqa: E402
+from fastjepa import cli_convert, cli_data, cli_eval, cli_plan, cli_report, cli_sweep, cli_visualize  # noqa: E402
 from fastjepa import config as configs  # noqa: E402
 from fastjepa.arguments import add, positive  # noqa: E402
 from fastjepa.config import ConfigError  # noqa: E402
@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.debug or not expected(error):
             raise
         print(f"fastjepa {args.command}: {memory(error, args.command) if out_of_memory(error) else error}", file=sys.stderr)
+        if started := sys.modules.get("fastjepa.distributed"):  # not imported for this: without it there are no other ranks
+            started.linger()
         return 2
 
 
@@ -89,7 +91,10 @@ def parser() -> argparse.ArgumentParser:
     cli_eval.register(commands)
     cli_data.register(commands)
     cli_plan.register(commands)
+    cli_sweep.register(commands)
     cli_convert.register(commands)
+    cli_visualize.register(commands)
+    cli_report.register(commands)
     sub = add(commands, "doctor", doctor, "what would run on this machine, and what is missing", EXAMPLES["doctor"])
     sub.add_argument("--json", action="store_true")
     return root

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from fastjepa import keys
+from fastjepa import keys, rules
 from fastjepa.keys import (
     Check,
     ConfigError,
@@ -93,18 +93,36 @@ class DataConfig:
 @dataclass(frozen=True)
 class MaskConfig:
     patch_size: int = key(16, "side of a patch in pixels", positive)
-    num_enc_masks: int = key(1, "context masks per image (K)", positive)
-    num_pred_masks: int = key(4, "target blocks per image (R)", positive)
-    enc_mask_scale: tuple[float, float] = key((0.85, 1.0), "area of the context block as a share of the grid", share_range)
-    pred_mask_scale: tuple[float, float] = key((0.15, 0.2), "area of a target block as a share of the grid", share_range)
-    aspect_ratio: tuple[float, float] = key((0.75, 1.5), "height / width of a target block", positive_range)
+    num_enc_masks: int = key(1, "multiblock: context masks per image (K)", positive)
+    num_pred_masks: int = key(4, "multiblock: target blocks per image (R)", positive)
+    enc_mask_scale: tuple[float, float] = key(
+        (0.85, 1.0), "multiblock: area of the context block as a share of the grid", share_range
+    )
+    pred_mask_scale: tuple[float, float] = key(
+        (0.15, 0.2), "multiblock: area of a target block as a share of the grid", share_range
+    )
+    aspect_ratio: tuple[float, float] = key(
+        (0.75, 1.5), "multiblock and block: height / width of a target block", positive_range
+    )
     min_keep: int = key(10, "every mask holds more than this many patches", not_negative)
-    allow_overlap: bool = key(False, "whether a context may contain its own targets")
-    strategy: Literal["multiblock"] = key("multiblock", "how targets and context are laid out")
-    sampling: Literal["official", "uniform"] = key("official", "official: the official code's draws; uniform: the paper's")
+    allow_overlap: bool = key(False, "multiblock: whether a context may contain its own targets")
+    strategy: Literal["multiblock", "block", "rasterized", "random"] = key(
+        "multiblock",
+        "how targets and context are laid out; the context of all but multiblock is what is no target: block, one block of .6 "
+        "of the grid; rasterized, three quadrants, a target block each; random, .6 of the patches as one target block",
+    )
+    sampling: Literal["official", "uniform"] = key(
+        "official", "multiblock: the official code's draws, or the paper's; the other strategies have one way to draw"
+    )
     truncate: Literal["batch_min", "none", "fraction"] = key("batch_min", "how contexts are cut")
     truncate_group: int = key(128, "consecutive slots of the global batch that share one cut (batch_min)", positive)
-    context_fraction: float = key(0.25, "patches kept at random, as a share of the grid (fraction)", share)
+    context_fraction: float = key(0.25, "patches kept at random, as a share of the grid (fraction)", keys.share)
+    share: Literal["image", "batch"] = key("image", "masks drawn for every image, or once a step, for all of its images")
+
+    @property
+    def target_blocks(self) -> int:
+        """Target blocks of an image (R)."""
+        return {"multiblock": self.num_pred_masks, "rasterized": 3}.get(self.strategy, 1)
 
 
 @dataclass(frozen=True)
@@ -116,6 +134,11 @@ class MetaConfig:
     pred_depth: int = key(6, "predictor blocks", positive)
     pred_emb_dim: int = key(384, "predictor width", positive)
     pred_num_heads: int | None = key(None, "predictor heads; default: the encoder's", positive)
+    predictor: Literal["per_block", "joint"] = key(
+        "per_block",
+        "per_block: the paper's, which sees the context once for every target block; joint, another objective: once, with "
+        "the patches of all blocks, which attend to each other",
+    )
     use_bfloat16: bool | None = key(None, "official: bf16 autocast; runtime.dtype says the same")
     load_checkpoint: bool = key(False, "official: resume, and fail when there is nothing to resume from")
     read_checkpoint: str | None = key(None, "official: the checkpoint in the output directory to resume from")
@@ -131,6 +154,7 @@ class OptimizationConfig:
     start_lr: float = key(2e-4, "learning rate at step 0", not_negative)
     lr: float = key(1e-3, "learning rate after the warm-up", not_negative)
     final_lr: float = key(1e-6, "learning rate at the end", not_negative)
+    pred_lr_scale: float = key(1.0, "learning rate of the predictor over the encoder's", not_negative)
     weight_decay: float = key(0.04, "weight decay at the start", not_negative)
     final_weight_decay: float = key(0.4, "weight decay at the end", not_negative)
     ema: tuple[float, float] = key((0.996, 1.0), "momentum of the target encoder, first and last step", momentum_range)
@@ -154,9 +178,21 @@ class LoggingConfig:
 @dataclass(frozen=True)
 class LossConfig:
     kind: Literal["smooth_l1", "l2"] = key("smooth_l1", "smooth_l1 (the official code, beta 1) or l2 (the paper)")
-    regularizer: Literal["none", "vicreg"] = key("none", "variance-covariance term on the mean-pooled context features")
+    target: Literal["output", "input", "pixels"] = key(
+        "output",
+        "what is predicted: the target network's output on the whole image; input: its output on each target block alone; "
+        "pixels: those of the patch, without a target network, whose average goes on for evaluation",
+    )
+    normalize: Literal["layer", "none", "batch"] = key(
+        "layer",
+        "targets: each row to mean 0 and variance 1; none: as they are; batch: each feature, over all targets of a step, of "
+        "every rank",
+    )
+    regularizer: Literal["none", "vicreg", "sigreg"] = key(
+        "none", "term on the mean-pooled context features: vicreg, variance and covariance; sigreg, LeJEPA's"
+    )
     regularizer_weight: float = key(0.1, "weight of the regularizer", not_negative)
-    covariance_weight: float = key(0.04, "weight of the covariance inside the regularizer", not_negative)
+    covariance_weight: float = key(0.04, "vicreg: weight of the covariance inside the regularizer", not_negative)
 
 
 @dataclass(frozen=True)
@@ -173,7 +209,21 @@ class RuntimeConfig:
     )
     kernels: str = key("auto", "which implementation of the ops runs: auto, triton or torch; by op: auto,target_loss=torch")
     attention: Literal["auto", "flash", "varlen", "xformers", "short", "sdpa", "matmul"] = key("auto", "which attention runs")
-    compile: bool = key(False, "torch.compile of the networks")
+    compile: bool = key(False, "torch.compile of forward, loss and backward; on several ranks or with ZeRO of each network")
+    cuda_graph: bool = key(
+        False,
+        "forward and backward as one CUDA graph, on one GPU: micro-batches are padded to one shape; one that does not fit "
+        "runs without, and needs the memory of its activations beside the graph's",
+    )
+    token_budget: tuple[int, int, int] | None = key(
+        None,
+        "cuda_graph: rows of the contexts, of the target network's last block and of the predictor's queries that a "
+        "micro-batch is padded to; default: the most of each in 1,000 draws",
+        Check(lambda v: min(v) > 0, "three numbers greater than 0"),
+    )
+    target_fp8: bool = key(
+        False, "the target network's linear layers in FP8, with a rounding error: from ViT-B and sm_89 on, beside dtype bf16"
+    )
     checkpoint_activations: bool = key(False, "recompute activations in the backward pass")
     max_skipped: int = key(20, "non-finite steps in a row before the run stops", positive)
     timeout: float = key(600.0, "seconds that ranks wait for one that does not go on; more than a checkpoint takes", positive)
@@ -212,6 +262,22 @@ class Config:
     @property
     def micro_batch(self) -> int:
         return self.runtime.micro_batch or self.data.batch_size
+
+    @property
+    def joint(self) -> bool:
+        """Whether the predictor sees all of an image's target blocks at once."""
+        return self.meta.predictor == "joint"
+
+    @property
+    def separate(self) -> bool:
+        """Whether the target network sees every target block by itself."""
+        return self.loss.target == "input"
+
+    @property
+    def target_dim(self) -> int:
+        """Width of a target: features, or the values of a patch."""
+        pixels = self.data.channels * self.mask.patch_size**2
+        return pixels if self.loss.target == "pixels" else self.encoder_shape[0]
 
     @property
     def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -261,7 +327,7 @@ def from_dict(raw: Mapping[str, Any], where: str = "config") -> Config:
         if values is not None and not isinstance(values, Mapping):
             raise ConfigError(f"{where}: section {name!r} must hold keys, not {values!r}")
         built[name] = keys.section(sections[name], name, values or {}, where)
-    return _agree(Config(**built), raw, where)
+    return rules.apply(Config(**built), raw, where)
 
 
 def _sections() -> dict[str, type]:
@@ -282,37 +348,3 @@ def _override(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise ConfigError(f"override {text!r}: {value!r} is not a YAML value") from error
     return raw
-
-
-def _agree(config: Config, raw: Mapping[str, Any], where: str) -> Config:
-    """Checks that span keys, and the official use_bfloat16 folded into runtime.dtype."""
-    data, mask, meta, runtime = config.data, config.mask, config.meta, config.runtime
-
-    def require(holds: bool, message: str) -> None:
-        if not holds:
-            raise ConfigError(f"{where}: {message}")
-
-    if meta.use_bfloat16 is not None:
-        official = "bf16" if meta.use_bfloat16 else "fp32"
-        require("dtype" not in (raw.get("runtime") or {}) or runtime.dtype in (official, "auto"),
-                f"meta.use_bfloat16: {meta.use_bfloat16} contradicts runtime.dtype: {runtime.dtype}; drop one")  # fmt: skip
-        config = dataclasses.replace(config, runtime=dataclasses.replace(runtime, dtype=official))
-    height, width = config.image_size
-    require(min(height, width) > 0 and height % mask.patch_size == 0 and width % mask.patch_size == 0,
-            f"data.crop_size: {height}x{width} must be a positive multiple of mask.patch_size: {mask.patch_size}")  # fmt: skip
-    dim, _, heads, _ = config.encoder_shape
-    for width_key, width_value, heads_key, head_count in (
-        ("meta.embed_dim", dim, "meta.num_heads", heads),
-        ("meta.pred_emb_dim", meta.pred_emb_dim, "meta.pred_num_heads", meta.pred_num_heads or heads),
-    ):
-        require(width_value % head_count == 0, f"{width_key}: {width_value} must be a multiple of {heads_key}: {head_count}")
-        require(width_value % 4 == 0, f"{width_key}: {width_value} must be a multiple of 4 (2-d sine-cosine positions)")
-    require(data.batch_size % config.micro_batch == 0,
-            f"runtime.micro_batch: {config.micro_batch} must divide data.batch_size: {data.batch_size}")  # fmt: skip
-    for name in ("mean", "std"):
-        values = getattr(data, name)
-        require(values is None or len(values) == data.channels, f"data.{name}: needs {data.channels} numbers, one a channel")
-    require(min(config.mean_std[1]) > 0, "data.std: every value must be greater than 0")
-    require(not (data.source and (data.root_path or data.image_folder)),
-            "data.source and data.root_path / image_folder are both given; keep one")  # fmt: skip
-    return config

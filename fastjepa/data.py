@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastjepa import decode_dali, decode_torch, masks
+from fastjepa import budget, decode_dali, decode_torch, masks
 from fastjepa.config import Config, ConfigError
 from fastjepa.decode_dali import Encoded, View
 from fastjepa.decode_torch import Box, DecodeError, crop, decode
@@ -76,6 +76,7 @@ class MicroBatches(Dataset):
         self.config, self.source, self.rank = config, source, rank
         self.total = config.data.batch_size * world
         self.n_micro = config.data.batch_size // config.micro_batch
+        self.budget = budget.of(config, self.total) if config.runtime.cuda_graph else None
         self.steps_per_epoch = len(source) // self.total
         # However large max_bad is, a source without one readable image must stop the run.
         self.max_bad = min(config.data.max_bad, len(source) - 1)
@@ -93,7 +94,9 @@ class MicroBatches(Dataset):
             self.source.ahead(samples)
         shown, bad = images(step // self.steps_per_epoch, samples)
         drawn = masks.draw(self.config.mask, self.config.grid, self.config.runtime.seed, step, start, start + size, self.total)
-        return Batch(shown, *pack(*drawn, images=data.batch_size), bad=tuple(dict.fromkeys(bad)))
+        joint, separate = self.config.joint, self.config.separate
+        packed = pack(*drawn, images=data.batch_size, joint=joint, budget=self.budget, separate=separate)
+        return Batch(shown, *packed, bad=tuple(dict.fromkeys(bad)))
 
     @torch.inference_mode()  # saves a fifth of the time at 28 pixels
     def _decoded(self, epoch: int, samples: list[int]) -> tuple[Tensor, list[str]]:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-MASKS, ORDER, BOXES, SUBSTITUTES, SPLITS = range(1, 6)
+MASKS, ORDER, BOXES, SUBSTITUTES, SPLITS, SLICES = range(1, 7)
 
 
 def generator(seed: int, stream: int, step: int, skip: int = 0) -> np.random.Generator:

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -32,19 +32,22 @@ BUCKET = 50_000_000  # elements of a reduction or gather: 200 MB of fp32, where 
 
 
 class Engine:
-    """Accumulates `micro_batches` gradients between steps; ranks exchange them during the last backward only."""
+    """Accumulates `micro_batches` gradients between steps; ranks exchange them during the last backward only.
 
-    def __init__(self, jepa: Jepa, world: int = 1, micro_batches: int = 1):
-        self.jepa, self.micro_batches, self.seen = jepa, micro_batches, 0
-        self.optimizer = optim.adamw(jepa.encoder, jepa.predictor)
+    With `static_gradients` a gradient stays where it is in memory and is zeroed after a step, as a CUDA graph needs it.
+    """
+
+    def __init__(self, jepa: Jepa, world: int = 1, micro_batches: int = 1, static_gradients: bool = False,
+                 pred_lr_scale: float = 1.0):  # fmt: skip
+        self.jepa, self.micro_batches, self.static_gradients = jepa, micro_batches, static_gradients
+        self.optimizer = optim.adamw(jepa.encoder, jepa.predictor, pred_lr_scale)
         self.parameters = list(jepa.parameters())
         fixed = {SYNC_BUFFERS: False}  # positions: no forward needs to exchange them
         self.network = jepa if world == 1 else DistributedDataParallel(jepa, gradient_as_bucket_view=True, **fixed)
+        self._count(0)
 
     def __call__(self, images: Tensor, context: Packed, blocks: Blocks) -> tuple[Tensor, Tensor]:
         """As Jepa.forward."""
-        self.seen += 1
-        self.network.require_backward_grad_sync = self.seen == self.micro_batches
         return self.network(images, context, blocks)
 
     @torch.no_grad()
@@ -54,6 +57,12 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
+        self._count(self.seen + 1)
+
+    def _count(self, seen: int) -> None:
+        """The micro-batches seen; outside the forward, which is thereby the same function every time, to a compiler too."""
+        self.seen = seen
+        self.network.require_backward_grad_sync = seen + 1 == self.micro_batches
 
     def step(self, now: Now) -> Tensor:
         """Step the optimizer with this step's schedule values, unless a gradient is not finite.
@@ -65,8 +74,8 @@ class Engine:
         optim.apply_schedule(self.optimizer, now)
         self.optimizer.found_inf = (~finite).float()
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.seen = 0
+        self.optimizer.zero_grad(set_to_none=not self.static_gradients)
+        self._count(0)
         return finite
 
 
@@ -77,19 +86,20 @@ class ShardedEngine:
     all ranks share, decides whether a step is taken: it waits for the device once a step.
     """
 
-    def __init__(self, jepa: Jepa, settings: dict[str, Any], world: World):
+    def __init__(self, jepa: Jepa, settings: dict[str, Any], world: World, pred_lr_scale: float = 1.0):
         self.jepa, self.device = jepa, world.device
         self.micro_batches, self.seen = settings["gradient_accumulation_steps"], 0
         self.stage = settings["zero_optimization"]["stage"]
         self.names = {p: name for name, p in jepa.named_parameters()}
         self.shapes = {name: tuple(p.shape) for p, name in self.names.items()}
-        self.optimizer = optim.adamw(jepa.encoder, jepa.predictor)
+        self.optimizer = optim.adamw(jepa.encoder, jepa.predictor, pred_lr_scale)
         self.network = _initialize(jepa, self.optimizer, settings, world)
         self.zero = self.network.optimizer
         self.groups = self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
-        for flat in self.groups:  # made now, so that a checkpoint finds them before the first step
-            self.optimizer.state[flat] = {"step": torch.zeros((), device=flat.device), "exp_avg": torch.zeros_like(flat),
-                                          "exp_avg_sq": torch.zeros_like(flat)}  # fmt: skip
+        for group in range(len(self.groups)):  # made now, so that a checkpoint finds them before the first step
+            with self._loaded(group) as flat:
+                self.optimizer.state[flat] = {"step": torch.zeros((), device=flat.device), "exp_avg": torch.zeros_like(flat),
+                                              "exp_avg_sq": torch.zeros_like(flat)}  # fmt: skip
 
     def __call__(self, images: Tensor, context: Packed, blocks: Blocks) -> tuple[Tensor, Tensor]:
         """As Jepa.forward."""
@@ -115,41 +125,75 @@ class ShardedEngine:
 
     def masters(self) -> dict[str, Piece]:
         """{parameter: this rank's piece of its fp32 master}, "encoder." and "predictor." before official names."""
-        return {name: self._piece(flat, name, *place) for flat, name, place in self._places()}
+        # Weights are fp32 themselves: where masters are on NVMe, they are the same numbers.
+        flats = [self.zero.fp16_partitioned_groups_flat[group] if self._swapped(group) else flat
+                 for group, flat in enumerate(self.groups)]  # fmt: skip
+        return {name: self._piece(flats[group], name, *place) for group, name, place in self._places()}
 
     def moments(self) -> dict[str, Piece]:
-        """{parameter.moment: this rank's piece of it}; each step count is everywhere, its group's."""
-        found = {}
-        for flat, name, place in self._places():
-            state = self.optimizer.state[flat]
-            found |= {f"{name}.{key}": self._piece(state[key], name, *place) for key in ("exp_avg", "exp_avg_sq")}
-        for flat, name in self._owners():
-            found[f"{name}.step"] = Piece.all_of(self.optimizer.state[flat]["step"])
-        return found
+        """{parameter.moment: this rank's piece of it}; each step count is everywhere, its group's. Copies of those on NVMe."""
+        states, found = [self._state(group) for group in range(len(self.groups))], {}
+        for group, name, place in self._places():
+            found |= {f"{name}.{key}": self._piece(states[group][key], name, *place) for key in ("exp_avg", "exp_avg_sq")}
+        return found | {f"{name}.step": Piece.all_of(states[group]["step"]) for group, name in self._owners()}
 
-    def refresh(self) -> None:
-        """Bring the network's weights up to masters that were written from outside."""
+    def refresh(self, moments: Mapping[str, Piece]) -> None:
+        """Bring the network's weights up to masters, and what is on NVMe to masters and moments, written from outside."""
         if self.stage < 3:
             return self.zero.update_lp_params()
         self.zero._partition_all_parameters()
         for group in range(len(self.groups)):
-            self.zero._reassign_or_swap_out_partitioned_parameters(group)
+            if self._swapped(group):
+                self._write(group, moments)
+            else:
+                self.zero._reassign_or_swap_out_partitioned_parameters(group)
         if self.zero.persistent_parameters:
             self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+
+    def _swapped(self, group: int) -> bool:
+        """Whether DeepSpeed keeps the group's masters and moments on NVMe between steps; small groups stay in memory."""
+        return self.stage == 3 and self.zero._swappable_optimizer_subgroup(group)
+
+    @contextlib.contextmanager
+    def _loaded(self, group: int) -> Iterator[Tensor]:
+        """The group's masters, and its moments, in memory for a change that is written back."""
+        if self._swapped(group):
+            self.zero._optimizer_states_and_gradient_swap_in(group)
+        yield self.groups[group]
+        if self._swapped(group):
+            self.zero._optimizer_states_and_gradient_swap_out(group)
+
+    def _state(self, group: int) -> dict[str, Tensor]:
+        """AdamW's state of the group, to read; to write as well unless it is on NVMe."""
+        state = self.optimizer.state[self.groups[group]]
+        if not self._swapped(group):
+            return state
+        self.zero._optimizer_states_and_gradient_swap_in(group)
+        copies = {key: tensor.clone() for key, tensor in state.items() if key != "step"}  # which is always in memory
+        self.zero._release_swap_buffers(group)
+        return state | copies
+
+    @torch.no_grad()
+    def _write(self, group: int, moments: Mapping[str, Piece]) -> None:
+        with self._loaded(group) as flat:
+            flat.copy_(self.zero.fp16_partitioned_groups_flat[group])
+            for _, name, (offset, _, count) in (place for place in self._places() if place[0] == group):
+                for key in ("exp_avg", "exp_avg_sq"):
+                    self.optimizer.state[flat][key].narrow(0, offset, count).copy_(moments[f"{name}.{key}"].tensor)
 
     def _piece(self, flat: Tensor, name: str, offset: int, start: int, count: int) -> Piece:
         return Piece(flat.detach().narrow(0, offset, count), start, self.shapes[name])
 
-    def _owners(self):
-        """(flat group, parameter) of every parameter, also of those this rank has no part of."""
+    def _owners(self) -> Iterator[tuple[int, str]]:
+        """(group, parameter) of every parameter, also of those this rank has no part of."""
         members = self.zero.fp16_groups if self.stage == 3 else self.zero.bit16_groups
-        for flat, parameters in zip(self.groups, members, strict=True):
-            yield from ((flat, self.names[p]) for p in parameters)
+        for group, parameters in enumerate(members):
+            yield from ((group, self.names[p]) for p in parameters)
 
-    def _places(self):
-        """(flat group, parameter, (offset in the group, start in the parameter, count)) of this rank's pieces."""
+    def _places(self) -> Iterator[tuple[int, str, tuple[int, int, int]]]:
+        """(group, parameter, (offset in the group, start in the parameter, count)) of this rank's pieces."""
         by_name = {name: p for p, name in self.names.items()}
-        for flat, name in self._owners():
+        for group, name in self._owners():
             p = by_name[name]
             if self.stage == 3:
                 _, offset, _ = self.zero.grad_position[self.zero.get_param_id(p)]
@@ -161,21 +205,21 @@ class ShardedEngine:
                 offset, start = p._hp_mapping.hp_fragment_address.start, p._hp_mapping.lp_fragment_address.start
                 count = p._hp_mapping.hp_fragment_address.numel
             if count > 0:
-                yield flat, name, (offset, start, count)
+                yield group, name, (offset, start, count)
 
 
 def build(jepa: Jepa, config: Config, world: World, given: Path | None = None) -> Engine | ShardedEngine:
     """The engine that `runtime.zero` asks for; auto is 1 for several ranks and plain torch for one."""
-    stage = stage_of(config, world)
+    stage, scale = stage_of(config, world), config.optimization.pred_lr_scale
     if stage == 0:
         if given:
             raise ConfigError(f"--deepspeed_config {given}: runtime.zero 0 runs without DeepSpeed; set it to 1, 2 or 3")
-        return Engine(jepa, world.size, config.data.batch_size // config.micro_batch)
+        return Engine(jepa, world.size, config.data.batch_size // config.micro_batch, config.runtime.cuda_graph, scale)
     if stage == 3 and config.runtime.compile:
         raise ConfigError(
             "runtime.compile: not with runtime.zero 3, whose gathers a compiler cannot see; switch one of them off"
         )
-    return ShardedEngine(jepa, deepspeed_settings(config, stage, given), world)
+    return ShardedEngine(jepa, deepspeed_settings(config, stage, given), world, scale)
 
 
 def stage_of(config: Config, world: World) -> int:
@@ -205,11 +249,22 @@ def deepspeed_settings(config: Config, stage: int, given: Path | None = None) ->
     for section, owner in REFUSED.items():
         if section in theirs:
             raise ConfigError(f"{given}: {section!r} is decided by {owner}; remove it there")
-    for part in ("offload_optimizer", "offload_param"):
-        if theirs.get("zero_optimization", {}).get(part, {}).get("device") == "nvme":
-            raise ConfigError(f"{given}: {part} to nvme hides the master weights from the average; offload to cpu")
+    _check_nvme(given, theirs.get("zero_optimization", {}), stage)
     _contradictions(given, theirs, ours)
     return _merged(_merged(defaults, theirs), ours)
+
+
+def _check_nvme(given: Path | None, zero: Mapping[str, Any], stage: int) -> None:
+    """Of what DeepSpeed can keep on NVMe, masters and moments at stage 3: the average then reads the fp32 weights."""
+    if (zero.get("offload_param") or {}).get("device") == "nvme":
+        raise ConfigError(f"{given}: offload_param to nvme hides the weights from the average; offload to cpu")
+    optimizer = zero.get("offload_optimizer") or {}
+    if optimizer.get("device") != "nvme":
+        return
+    if stage != 3:
+        raise ConfigError(f"{given}: DeepSpeed takes offload_optimizer to nvme at stage 3 alone; set runtime.zero=3, or cpu")
+    if not optimizer.get("nvme_path"):
+        raise ConfigError(f"{given}: offload_optimizer to nvme needs nvme_path, a directory on the disk of this machine")
 
 
 REFUSED = {"optimizer": "the optimization section", "scheduler": "the optimization section", "fp16": "runtime.dtype",
@@ -253,6 +308,10 @@ def _initialize(jepa: Jepa, optimizer: torch.optim.Optimizer, settings: dict[str
         raise ConfigError("runtime.zero: sharding needs DeepSpeed; pip install 'fastjepa[deepspeed]' or set it to 0") from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", r"`torch\.distributed\..*is deprecated", FutureWarning)  # what DeepSpeed still calls
+    if (settings["zero_optimization"].get("offload_optimizer") or {}).get("device") == "nvme":
+        _, usable, why = next(op for op in deepspeed_ops(world.device.type) if op[0] == "async_io")
+        if not usable:
+            raise ConfigError(f"offload_optimizer to nvme: DeepSpeed cannot build async_io ({why}); apt-get install libaio-dev")
     if world.device.type == "cpu":  # its shared-memory reduction is compiled anew by every process: a minute
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():  # DeepSpeed wants a group, and a launcher's word, even for one rank

@@ -2,7 +2,8 @@
 
 A multiply-add is 2 FLOPs and only matrix products count: linear layers, the patch embedding and attention's two
 products; a backward pass costs twice its forward, except that images need no gradient. Recomputation (activation
-checkpointing, attention backward), norms, the loss, its regularizer, optimizer and EMA are left out, as usual for MFU.
+checkpointing, attention backward), norms, the loss, its regularizer, optimizer and EMA are left out, as usual for MFU, and
+so is the padding of runtime.cuda_graph, which is no work that anybody wants.
 """
 
 from dataclasses import dataclass, fields
@@ -50,6 +51,9 @@ def count(
 ) -> Flops:
     """FLOPs per image of this package's step, for masks of equal (or mean) lengths; exact when they are equal.
 
+    A joint predictor's only block is the union. For FLOPs a view divide by mask.num_enc_masks: all contexts of an image
+    share its target pass.
+
     Args:
         config: the networks, and how many context masks and target blocks an image has.
         context_tokens: patches in a context mask, after the cut.
@@ -58,7 +62,9 @@ def count(
         images: images of a forward, which share the predictor's table of positions (default: the micro-batch).
     """
     images = images or config.micro_batch
-    rows = _equal(config, context_tokens, target_block_tokens, images)
+    rows = _equal(config, context_tokens, target_union if config.joint else target_block_tokens, images)
+    if config.separate:
+        return _ours(config, rows, np.full(images * config.mask.target_blocks, float(target_block_tokens)))
     return _ours(config, rows, np.full(images, float(target_union)))
 
 
@@ -67,9 +73,10 @@ def packed(config: Config, context: Packed, target: Packed, blocks: Blocks) -> F
 
     Reads the tensors of `packing.pack`; hand them over before they move to a device, or this waits for it.
     """
-    union = _lengths(target)
-    rows = _Rows(len(union), _lengths(context), _lengths(blocks.queries), _lengths(blocks.sequences))
-    return _ours(config, rows, union)
+    lengths = _lengths(target)
+    images = len(lengths) // (config.mask.target_blocks if config.separate else 1)
+    rows = _Rows(images, _lengths(context), _lengths(blocks.queries), _lengths(blocks.sequences))
+    return _ours(config, rows, lengths)
 
 
 def of_config(config: Config, total: int | None = None, steps: int = 16) -> float:
@@ -81,7 +88,15 @@ def of_config(config: Config, total: int | None = None, steps: int = 16) -> floa
     draws = (
         masks.draw(config.mask, config.grid, config.runtime.seed, step, 0, config.micro_batch, total) for step in range(steps)
     )
-    return float(np.mean([packed(config, *packing.pack(*drawn)).total for drawn in draws]))
+    found = (packing.pack(*drawn, joint=config.joint, separate=config.separate) for drawn in draws)
+    return float(np.mean([packed(config, *one).total for one in found]))
+
+
+def encoder(config: Config) -> float:
+    """FLOPs of the target encoder on one whole image, as evaluations run it, whatever the run's targets are."""
+    tokens = np.array([_tokens(config)])
+    dim, depth, _, mlp_ratio = config.encoder_shape
+    return _embed(config, tokens.sum()) + depth * _block(dim, mlp_ratio, tokens, tokens)
 
 
 def official(config: Config, context_tokens: float, target_block_tokens: float) -> Flops:
@@ -100,20 +115,28 @@ def official(config: Config, context_tokens: float, target_block_tokens: float) 
     return _split(1, _embed(config, tokens), encoder, _embed(config, tokens), seen, predictor)
 
 
-def _ours(config: Config, rows: _Rows, union: np.ndarray) -> Flops:
-    tokens = np.full(rows.images, _tokens(config))
+def _ours(config: Config, rows: _Rows, wanted: np.ndarray) -> Flops:
+    """`wanted`: rows that the target network finishes, of each image, or of each block where it sees blocks alone."""
     dim, depth, _, mlp_ratio = config.encoder_shape
-    every = _embed(config, tokens.sum())
-    target = (depth - 1) * _block(dim, mlp_ratio, tokens, tokens) + _block(dim, mlp_ratio, tokens, union)
     context = depth * _block(dim, mlp_ratio, rows.context, rows.context)
-    return _split(rows.images, every, target, _embed(config, rows.context.sum()), context, _predictor(config, rows))
+    target = _target(config, wanted if config.separate else np.full(rows.images, _tokens(config)), wanted)
+    return _split(rows.images, *target, _embed(config, rows.context.sum()), context, _predictor(config, rows))
+
+
+def _target(config: Config, tokens: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
+    """The target network's embedding and blocks, over sequences of `tokens` patches; nothing where pixels are predicted."""
+    if config.loss.target == "pixels":
+        return 0.0, 0.0
+    dim, depth, _, mlp_ratio = config.encoder_shape
+    blocks = (depth - 1) * _block(dim, mlp_ratio, tokens, tokens) + _block(dim, mlp_ratio, tokens, wanted)
+    return _embed(config, tokens.sum()), blocks
 
 
 def _predictor(config: Config, rows: _Rows) -> float:
     """The first block projects a table of distinct rows, the last one finishes the queries alone; one block does both."""
     dim, narrow, depth = config.encoder_shape[0], config.meta.pred_emb_dim, config.meta.pred_depth
     seen, queries, sequences = rows.context.sum(), rows.queries, rows.sequences
-    ends = _linear(seen + queries.sum(), dim, narrow)  # predictor_embed and predictor_proj
+    ends = _linear(seen, dim, narrow) + _linear(queries.sum(), narrow, config.target_dim)  # predictor_embed, predictor_proj
     table = 3 * _linear(seen + _tokens(config), narrow, narrow)
     first = table + _mix(narrow, PREDICTOR_MLP_RATIO, sequences, queries if depth == 1 else sequences)
     if depth == 1:
@@ -150,7 +173,7 @@ def _split(images: int, target_embed: float, target: float, embed: float, contex
 
 def _equal(config: Config, context_tokens: float, target_block_tokens: float, images: int) -> _Rows:
     contexts = config.mask.num_enc_masks * images
-    sequences = config.mask.num_pred_masks * contexts
+    sequences = contexts * (1 if config.joint else config.mask.target_blocks)
     queries = np.full(sequences, float(target_block_tokens))
     return _Rows(images, np.full(contexts, float(context_tokens)), queries, queries + context_tokens)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastjepa import masks, packing
+from fastjepa import budget, masks, packing
 from fastjepa.config import Config
 from fastjepa.engine import BUCKET
 from fastjepa.packing import Blocks, Packed
@@ -37,7 +37,8 @@ def sizes(config: Config) -> Sizes:
     patch = config.data.channels * config.mask.patch_size**2 * dim
     encoder, vectors = _layers([patch], [dim], dim, depth, round(dim * mlp_ratio))
     predictor, narrow_vectors = _layers([narrow, dim * narrow], [narrow], narrow, config.meta.pred_depth, 4 * narrow)
-    predictor, narrow_vectors = [*predictor, narrow * dim], [*narrow_vectors, dim]
+    out = config.target_dim
+    predictor, narrow_vectors = [*predictor, narrow * out], [*narrow_vectors, out]
     groups = tuple(map(tuple, (encoder, predictor, vectors, narrow_vectors)))
     counts = [count for group in groups for count in group]
     return Sizes(
@@ -60,11 +61,12 @@ def _layers(first: list[int], bias: list[int], dim: int, depth: int, hidden: int
 def states(size: Sizes, dtype: str, gpus: int, stage: int) -> dict[str, int]:
     """Bytes each rank holds for the model, by part; shards are counted without their padding.
 
-    All parameters are fp32, with bf16 compute too. The EMA's shards are held in fp32 and, where that is not runtime.dtype,
-    once more as they are sent to the others. ZeRO-1 shards moments, EMA and the fp32 master weights that it keeps
-    beside the parameters; ZeRO-2 the gradients too, but whole tensors where a shard begins or ends in them; ZeRO-3
-    gradients and parameters, except small ones, which it holds whole beside their shards. Gradients are whole at stages 0
-    and 1 while micro-batches add to them.
+    All parameters are fp32, with bf16 compute too. The EMA's shards are held in fp32. They are sent in the dtype of the
+    target network's copy, from their place in it; but at stage 3, which cuts every tensor by itself, from beside it: a bf16
+    shard is then held once more, and an fp32 one counts for itself. ZeRO-1 shards moments, EMA and the fp32 master weights
+    that it keeps beside the parameters; ZeRO-2 the gradients too, but whole tensors where a shard begins or ends in them;
+    ZeRO-3 gradients and parameters, except small ones, which it holds whole beside their shards. Gradients are whole at
+    stages 0 and 1 while micro-batches add to them.
 
     Args:
         dtype: runtime.dtype, fp32 or bf16: what the target network's copy is made in. At stage 0 it computes from its EMA.
@@ -73,13 +75,15 @@ def states(size: Sizes, dtype: str, gpus: int, stage: int) -> dict[str, int]:
     """
     whole, sharded = FP32 * size.trained, FP32 * size.trained // gpus
     narrow = 0 if dtype == "fp32" else 2 * size.matrices
+    inside = stage < 3 or gpus == 1  # an EMA shard in the copy's own dtype lies in it
+    doubled = FP32 * (size.encoder if dtype == "fp32" else size.encoder - size.matrices) if inside else 0
     return {
         "parameters": whole if stage < 3 else sharded + (FP32 * size.small if gpus > 1 else 0),
         "gradients": whole if stage < 2 else FP32 * touched(size, gpus) if stage == 2 else sharded,
         "moments": 2 * (whole if stage < 1 else sharded),
         "master_weights": 0 if stage < 1 else sharded,
-        "ema": FP32 * size.encoder if stage < 1 else (FP32 * size.encoder + narrow) // gpus,
-        "target_copy": 0 if stage < 1 else copied(size, dtype),
+        "ema": FP32 * size.encoder if stage < 1 else (FP32 * size.encoder + (0 if inside else narrow)) // gpus,
+        "target_copy": 0 if stage < 1 else copied(size, dtype) - doubled // gpus,
     }
 
 
@@ -136,10 +140,16 @@ class Rows:
 
 
 def rows(config: Config, micro_batch: int, gpus: int = 1, steps: int = 4) -> Rows:
-    """The most rows a micro-batch has in the first `steps` steps, each count by itself; masks are drawn as a run draws them."""
+    """The most rows a micro-batch has in the first `steps` steps, each count by itself; masks are drawn as a run draws them.
+
+    With runtime.cuda_graph those of its budget, which the graph holds; what runs beside it needs as much again, at times.
+    """
     total = config.data.batch_size * gpus
+    if config.runtime.cuda_graph:
+        size = budget.of(config, total, micro_batch).size
+        return Rows(size.context, size.target, size.sequences, size.queries)
     drawn = (masks.draw(config.mask, config.grid, config.runtime.seed, step, 0, micro_batch, total) for step in range(steps))
-    found = [Rows.of(*packing.pack(*one)) for one in drawn]
+    found = [Rows.of(*packing.pack(*one, joint=config.joint, separate=config.separate)) for one in drawn]
     return Rows(*(max(counts) for counts in zip(*((r.context, r.target, r.sequences, r.queries) for r in found), strict=True)))
 
 
@@ -149,7 +159,7 @@ class Activations:
 
     saved: int  # by autograd, from the forward to the backward
     checkpointed: int  # the same with runtime.checkpoint_activations: what is kept, and one block at a time made anew
-    loss: int  # target features, predictions and their gradient
+    loss: int  # targets, predictions and their gradient
 
 
 def activations(config: Config, count: Rows) -> Activations:
@@ -167,7 +177,11 @@ def activations(config: Config, count: Rows) -> Activations:
     ends = patches + features + _norm(count.queries, narrow) + count.queries * narrow * e  # and those of predictor_proj
     layers = blocks(config, count)
     inputs = sum(kept for kept, _ in layers)
-    loss = count.target * dim * FP32 + 2 * count.queries * dim * e
+    loss = count.target * config.target_dim * FP32 + 2 * count.queries * config.target_dim * e
+    if config.loss.normalize != "layer":  # outside the fused kernel: the target of each query, and predictions in fp32
+        loss += count.queries * config.target_dim * FP32 * (1 if e == FP32 else 2)
+    if config.loss.normalize == "batch":
+        loss += count.target * config.target_dim * FP32
     saved = ends + sum(inside for _, inside in layers)
     return Activations(saved, ends + inputs + max(inside - kept for kept, inside in layers), loss)
 
@@ -178,16 +192,16 @@ def blocks(config: Config, count: Rows) -> list[tuple[int, int]]:
     narrow, pred_depth, pred_heads = config.meta.pred_emb_dim, config.meta.pred_depth, config.meta.pred_num_heads or heads
     tokens = int(np.prod(config.grid))
     table, sequences, queries = count.context + tokens, count.sequences, count.queries
-    encoder = (count.context * dim * FP32, _block(dim, heads, mlp_ratio, count.context, count.context, count.context, e))
+    encoder = (count.context * dim * FP32, block(dim, heads, mlp_ratio, count.context, count.context, count.context, e))
     found = [encoder] * depth
     for i in range(pred_depth):
         read = table if i == 0 else sequences
         finished = queries if i == pred_depth - 1 else sequences
-        found.append((read * narrow * FP32, _block(narrow, pred_heads, 4.0, read, sequences, finished, e)))
+        found.append((read * narrow * FP32, block(narrow, pred_heads, 4.0, read, sequences, finished, e)))
     return found
 
 
-def _block(dim: int, heads: int, mlp_ratio: float, read: int, keys: int, queries: int, e: int) -> int:
+def block(dim: int, heads: int, mlp_ratio: float, read: int, keys: int, queries: int, e: int) -> int:
     """Bytes saved by a block that reads `read` rows, attends over `keys` rows and finishes `queries` of them.
 
     Where it reads distinct rows (the predictor's first block), q, k and v are gathered in one tensor after the projection;

@@ -120,7 +120,7 @@ class Encoder(nn.Module):
         positions = self.positions(grid)  # (N, D)
         x = self.patch_embed(images, None if visible is None else visible.idx)
         if visible is None:
-            visible = packing.full(len(images), grid[0] * grid[1]).to(images.device)
+            visible = packing.full(len(images), grid[0] * grid[1], images.device)
             x = (x.view(len(images), *positions.shape) + positions).flatten(0, 1)
         else:
             x = x + positions.index_select(0, visible.idx % len(positions))
@@ -141,7 +141,9 @@ class Encoder(nn.Module):
 class Predictor(nn.Module):
     """Narrow transformer from context features and masked positions to target features (paper, section 3)."""
 
-    def __init__(self, grid: tuple[int, int], embed_dim: int, dim: int, depth: int, num_heads: int):
+    def __init__(self, grid: tuple[int, int], embed_dim: int, dim: int, depth: int, num_heads: int,
+                 target_dim: int | None = None):  # fmt: skip
+        """`target_dim`: width of what is predicted; default: the encoder's."""
         super().__init__()
         self.checkpointed = False
         self.predictor_embed = nn.Linear(embed_dim, dim)
@@ -149,7 +151,7 @@ class Predictor(nn.Module):
         self.register_buffer("predictor_pos_embed", sincos_positions(dim, grid))  # (1, N, P)
         self.predictor_blocks = nn.ModuleList(Block(dim, num_heads, 4.0) for _ in range(depth))
         self.predictor_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.predictor_proj = nn.Linear(dim, embed_dim)
+        self.predictor_proj = nn.Linear(dim, target_dim or embed_dim)
         self.apply(init_weights)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
@@ -188,7 +190,8 @@ def build(config: Config) -> tuple[Jepa, Encoder]:
         torch.manual_seed(config.runtime.seed)
         patch, channels = config.mask.patch_size, config.data.channels
         encoder = Encoder(config.grid, patch, channels, config.mean_std, dim, depth, heads, mlp_ratio)
-        predictor = Predictor(config.grid, dim, meta.pred_emb_dim, meta.pred_depth, meta.pred_num_heads or heads)
+        pred_heads = meta.pred_num_heads or heads
+        predictor = Predictor(config.grid, dim, meta.pred_emb_dim, meta.pred_depth, pred_heads, config.target_dim)
     for network in (encoder, predictor):
         network.checkpointed = config.runtime.checkpoint_activations
     return Jepa(encoder, predictor), copy.deepcopy(encoder).requires_grad_(False)
@@ -203,7 +206,7 @@ def use_attention(network: nn.Module, way: str) -> None:
 def run(block: Block, checkpointed: bool, *args) -> Tensor:
     """Call a block, recomputing its activations in the backward pass when asked to."""
     if checkpointed and torch.is_grad_enabled():
-        return checkpoint(block, *args, use_reentrant=False)
+        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)  # nothing in a block is random
     return block(*args)
 
 

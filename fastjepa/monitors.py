@@ -206,10 +206,8 @@ def probe_period(config: Config, source: Source, total_steps: int, flops_per_ima
     logging = config.logging
     if logging.probe_every is not None:
         return logging.probe_every
-    tokens = config.grid[0] * config.grid[1]
     images = bank_size(source) + query_size(source) + VIEWS * lidar_size(config, source)
-    forward = flops.count(config, 1, 1, tokens).target_forward
-    steps = images * forward / (config.data.batch_size * flops_per_image)  # what a probe costs
+    steps = images * flops.encoder(config) / (config.data.batch_size * flops_per_image)  # what a probe costs
     affordable = int(logging.monitor_budget * total_steps / steps)
     if not logging.monitor_every or affordable < 2:
         return 0

@@ -13,6 +13,7 @@ class Now:
     lr: float
     weight_decay: float
     ema_momentum: float
+    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Schedule:
             lr = cosine(o.lr, o.final_lr, (step + 1 - warmup) / max(1, horizon - warmup))
         weight_decay = cosine(o.weight_decay, o.final_weight_decay, (step + 1) / max(1, horizon))
         momentum = o.ema[0] + step * (o.ema[1] - o.ema[0]) / stretched
-        return Now(lr, weight_decay, momentum)
+        return Now(lr, weight_decay, momentum, step)
 
 
 def cosine(start: float, end: float, progress: float) -> float:

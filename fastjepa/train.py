@@ -18,17 +18,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastjepa import assembly, checkpoint, distributed, flops, metrics, precision
+from fastjepa import assembly, budget, checkpoint, distributed, flops, metrics, precision, targets
 from fastjepa.checkpoint import TrainState
-from fastjepa.config import Config
+from fastjepa.config import Config, LossConfig
 from fastjepa.data import Batch, Loader
 from fastjepa.distributed import World
 from fastjepa.ema import Average
 from fastjepa.engine import Engine
+from fastjepa.graphs import Graph, Learn
 from fastjepa.heartbeat import Heartbeat
 from fastjepa.loss import BatchRegularizer, jepa_loss, pool
+from fastjepa.model import Encoder
 from fastjepa.monitors import Monitor
-from fastjepa.packing import Packed
 from fastjepa.schedule import Now, Schedule
 
 
@@ -41,9 +42,9 @@ class Taken(NamedTuple):
 
     loss: Tensor  # 0-dim, on the device; this rank's mean
     finite: Tensor  # 0-dim bool, on the device
-    target: Tensor  # (U, D) target features of the last micro-batch
+    target: Tensor  # (U, D) target features of the last micro-batch; those of the context where pixels are predicted
     context_tokens: float  # mean length of a context mask in the last micro-batch
-    target_tokens: float  # mean length of a target block
+    target_tokens: float  # mean length of a target block, or, with a joint predictor, of their union
 
 
 def train(
@@ -72,6 +73,7 @@ def train(
     last = min(schedule.total_steps, max_steps or schedule.total_steps)
     skips = metrics.Skips(world.device, state.skipped, state.skipped_in_row, state.step)
     spread = assembly.batch_regularizer(config, world)
+    micro = micro_step(engine, average, config, world.size, spread)
     every = config.logging.checkpoint_every or schedule.steps_per_epoch
 
     with (
@@ -86,12 +88,12 @@ def train(
             log.message(note)
         while state.step < last and not stop.agreed():
             now = schedule(state.step)
-            taken = step(engine, average, heart.batches(loader.micro_batches(state.step)), now, config, spread)
+            taken = step(engine, average, heart.batches(loader.micro_batches(state.step)), now, config, spread, micro)
             skips.update(taken.finite)
             state.step += 1
             heart.finished(state.step)
             watch(log, monitor, state.step, taken, now)
-            report(log, state.step, taken, now, skips, spread, schedule, images)
+            report(log, state.step, taken, now, skips, spread, micro, schedule, images)
             if skips.poll()[1] >= config.runtime.max_skipped:
                 raise RunError(too_many_skips(state.step, config, output))
             if state.step % every == 0 and state.step < last:
@@ -103,35 +105,56 @@ def train(
 
 
 def step(engine: Engine, average: Average, batches: Iterable[Batch], now: Now, config: Config,
-         spread: BatchRegularizer | None = None) -> Taken:  # fmt: skip
-    """One optimizer step over its micro-batches; nothing in it waits for the device."""
-    if spread and spread.pieces > 1:
-        batches = list(batches)
-        spread.survey([pooled(engine, batch, config) for batch in batches])
+         spread: BatchRegularizer | None = None, micro: Learn | None = None) -> Taken:  # fmt: skip
+    """One optimizer step over its micro-batches; nothing in it waits for the device. `micro`: as from `micro_step`."""
+    micro = micro or micro_step(engine, average, config, spread=spread)
+    if spread:
+        spread.step = now.step
+        if spread.pieces > 1:
+            batches = list(batches)
+            spread.survey([pooled(engine, batch, config) for batch in batches])
     total = 0.0
     for batch in batches:
-        with precision.autocast(config, batch.images.device):
-            with torch.no_grad():
-                target = average.target_encoder(batch.images, wanted=batch.target)
-            prediction, context = engine(batch.images, batch.context, batch.blocks)
-            loss = jepa_loss(prediction, target, batch.blocks, config.loss.kind)
-        total += loss.detach()
-        if spread:
-            loss = loss + spread(pool(context, batch.context))
-        engine.backward(loss)
+        loss, target = micro(batch)
+        total += loss
     finite = engine.step(now)
     average.update(now.ema_momentum, finite)
-    return Taken(total, finite, target, mean_length(batch.context), mean_length(batch.blocks.queries))
+    return Taken(total, finite, target, batch.context.mean_len, batch.blocks.queries.mean_len)
+
+
+def micro_step(
+    engine: Engine, average: Average, config: Config, ranks: int = 1, spread: BatchRegularizer | None = None
+) -> Learn:
+    """`learn` on a micro-batch, compiled and captured as the config asks."""
+    # What an exchange of ranks divides is compiled in parts, as assembly.networks does.
+    whole = config.runtime.compile and ranks == 1 and isinstance(engine, Engine)
+    run = torch.compile(forward, dynamic=True) if whole else forward
+
+    def learn(batch: Batch) -> tuple[Tensor, Tensor]:
+        """Forward and backward: the loss and the features to watch, both detached."""
+        with precision.autocast(config, batch.images.device):
+            loss, target, context = run(engine, average.target_encoder, batch, config.loss)
+        total = loss + spread(pool(context, batch.context)) if spread else loss
+        engine.backward(total)
+        return loss.detach(), context.detach() if config.loss.target == "pixels" else target
+
+    if not config.runtime.cuda_graph:
+        return learn
+    return Graph(learn, budget.of(config, config.data.batch_size), engine.parameters, engine.micro_batches)
+
+
+def forward(engine: Engine, target_encoder: Encoder, batch: Batch, how: LossConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """The two branches of the paper's figure and the loss between them; also (U, D) target and (T, D) context features."""
+    with torch.no_grad():
+        target = targets.OF[how.target](target_encoder, batch)
+    prediction, context = engine(batch.images, batch.context, batch.blocks)
+    return jepa_loss(prediction, target, batch.blocks, how.kind, how.normalize), target, context
 
 
 def pooled(engine: Engine, batch: Batch, config: Config) -> Tensor:
     """(S, D) pooled context features of a micro-batch, without gradient."""
     with precision.autocast(config, batch.images.device):
         return pool(engine.features(batch.images, batch.context, batch.blocks), batch.context)
-
-
-def mean_length(sequences: Packed) -> float:
-    return len(sequences.idx) / (len(sequences.cu_seqlens) - 1)
 
 
 def run_log(config: Config, output: Path, schedule: Schedule, state: TrainState, world: World) -> metrics.Log:
@@ -151,10 +174,10 @@ def watch(log: metrics.Log, monitor: Monitor, at: int, taken: Taken, now: Now) -
 
 
 def report(log: metrics.Log, at: int, taken: Taken, now: Now, skips: metrics.Skips, spread: BatchRegularizer | None,
-           schedule: Schedule, images: int) -> None:  # fmt: skip
+           micro: Learn, schedule: Schedule, images: int) -> None:  # fmt: skip
     """A line of the log where one is due; every rank takes part in the mean of the loss."""
     due = at % log.every == 0 or at == schedule.total_steps
-    line = values(taken, now, skips, spread) if due else {}
+    line = values(taken, now, skips, spread) | counts(micro) if due else {}
     log.step(at, at // schedule.steps_per_epoch, line, images)
 
 
@@ -164,6 +187,11 @@ def values(taken: Taken, now: Now, skips: metrics.Skips, spread: BatchRegularize
             "ema_momentum": now.ema_momentum, "context_tokens": taken.context_tokens,
             "target_tokens": taken.target_tokens, "skipped": skips.poll()[0]}  # fmt: skip
     return line | ({"regularizer": spread.value} if spread else {})
+
+
+def counts(micro: Learn) -> dict[str, float]:
+    """How many micro-batches of this run had a place in the CUDA graph, and how many were over the budget."""
+    return {"replayed": micro.replayed, "uncaptured": micro.uncaptured} if isinstance(micro, Graph) else {}
 
 
 def save(state: TrainState, output: Path, config: Config, world: World, loader: Loader, skips: metrics.Skips,

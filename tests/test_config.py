@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastjepa import config
-from fastjepa.config import Config, ConfigError, from_dict, load
+from fastjepa.config import Config, ConfigError, LossConfig, from_dict, load
 
 # The keys and values of the official ViT-H/14 run, 300 epochs of ImageNet-1k, in the official sections.
 OFFICIAL = {
@@ -92,7 +92,8 @@ def test_official_objective_is_the_default(tmp_path):
     """Nothing that the official files do not say changes their objective."""
     loaded = load(written(tmp_path, OFFICIAL))
     assert (loaded.mask.strategy, loaded.mask.sampling, loaded.mask.truncate) == ("multiblock", "official", "batch_min")
-    assert (loaded.loss.kind, loaded.loss.regularizer) == ("smooth_l1", "none")
+    assert loaded.loss == LossConfig(kind="smooth_l1", target="output", normalize="layer", regularizer="none")
+    assert (loaded.mask.share, loaded.optimization.pred_lr_scale) == ("image", 1.0)
     assert loaded.mask.truncate_group == loaded.data.batch_size == 128
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 from test_data import write_idx
 from test_house import ROOT
 
-from fastjepa import catalog, cli, cli_convert, cli_data, cli_eval, cli_plan
+from fastjepa import catalog, cli, cli_convert, cli_data, cli_eval, cli_plan, cli_sweep, cli_visualize
 from fastjepa.config import Config
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -33,6 +33,7 @@ ONLY_PARSED = {  # how a command begins: why it is only parsed
     "python -m fastjepa_kernels.inspect": "it compiles for minutes; tests/test_inspect.py runs it",
     "python benchmarks/": "it measures for minutes; tests/test_bench_*.py and tests/test_gpu_hours.py run them small",
     "fastjepa data get": "it fetches or renders; tests/test_catalog.py and tests/test_scenes.py run it",
+    "fastjepa sweep": "it trains for hours; tests/test_studies.py runs it small",
     "fastjepa eval lowlevel": "it needs rendered scenes; tests/test_lowlevel.py runs it",
 }
 # Before the settings of the page, which therefore win.
@@ -50,6 +51,7 @@ TOY = {  # after a command's own words, which therefore lose
     "eval lowshot": ["--fraction", "0.5"],
     "data check": ["--workers", "1"],
     "data shard": ["--workers", "1"],
+    "visualize": ["--images", "2", "--k", "2"],
 }
 
 
@@ -73,7 +75,11 @@ def inline_commands() -> list[str]:
 def examples() -> list[str]:
     """Those that end the help of a command."""
     texts = [text for module in (cli, cli_data, cli_eval) for text in module.EXAMPLES.values()]
-    lines = [line for text in (*texts, cli_convert.EXAMPLES, cli_plan.EXAMPLES) for line in text.splitlines()]
+    lines = [
+        line
+        for text in (*texts, *(m.EXAMPLES for m in (cli_convert, cli_plan, cli_sweep, cli_visualize)))
+        for line in text.splitlines()
+    ]
     shown = [line.strip() for line in lines if re.match("  (fastjepa|torchrun|deepspeed|python) ", line)]
     return list(dict.fromkeys(command for line in shown for command in line.split(" && ") if not command.endswith("--help")))
 

@@ -42,6 +42,19 @@ def test_groups_are_the_official_ones():
     assert all(p.ndim <= 1 for group in groups[2:] for p in group["params"])
 
 
+def test_the_predictor_may_learn_at_a_rate_of_its_own():
+    """AdamW's first step without decay is lr in every direction: the two networks move by lr and by 4 lr."""
+    jepa, _ = perturbed_pair()
+    before = {name: p.detach().clone() for name, p in jepa.named_parameters()}
+    engine, now = Engine(jepa, pred_lr_scale=4.0), Now(lr=1e-3, weight_decay=0.0, ema_momentum=0.9)
+    for p in engine.parameters:
+        p.grad = torch.ones_like(p)
+    assert engine.step(now)
+    for name, p in jepa.named_parameters():
+        moved = 4e-3 if name.startswith("predictor.") else 1e-3
+        torch.testing.assert_close(before[name] - p.detach(), torch.full_like(p, moved), rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
 def test_a_non_finite_gradient_leaves_weights_moments_and_counts(poison):
     engine = Engine(perturbed_pair()[0])

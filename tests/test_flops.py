@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastjepa import attention, config, flops, masks, model, packing
-from fastjepa.config import Config
+from fastjepa import attention, config, flops, masks, model, packing, targets
+from fastjepa.config import Config, LossConfig
+from fastjepa.data import Batch
 from fastjepa.packing import Packed
 
 
@@ -42,7 +43,7 @@ def counted(config: Config, context: Packed, target: Packed, blocks: packing.Blo
     jepa, target_encoder = model.build(config)
     for network in (jepa, target_encoder):
         model.use_attention(network, "matmul")
-    b = len(target.cu_seqlens) - 1
+    b = config.micro_batch
     images = torch.randn(b, config.data.channels, *config.image_size)
     parts = []
 
@@ -53,7 +54,7 @@ def counted(config: Config, context: Packed, target: Packed, blocks: packing.Blo
         return result
 
     with torch.no_grad():
-        spent(lambda: target_encoder(images, wanted=target))
+        spent(lambda: targets.OF[config.loss.target](target_encoder, Batch(images, context, target, blocks, bad=())))
     features = spent(lambda: jepa.encoder(images, context))
     spent(lambda: features.sum().backward())
     features = features.detach().requires_grad_()
@@ -88,6 +89,27 @@ def test_ragged_lengths_match_torch(monkeypatch: pytest.MonkeyPatch, sampling: s
     assert packed[0].length is None
     monkeypatch.setattr(attention, "attention", loop)
     assert_close(flops.packed(c, *packed), counted(c, *packed))
+
+
+@pytest.mark.parametrize("target", ["input", "pixels"])
+@pytest.mark.parametrize("strategy", ["multiblock", "rasterized"])
+def test_other_targets_match_torch(monkeypatch: pytest.MonkeyPatch, target: str, strategy: str):
+    """Blocks that the target network sees alone, a sequence each; or no target network, and pixels to predict."""
+    c = dataclasses.replace(tiny(images=4, truncate="none", strategy=strategy), loss=LossConfig(target=target))
+    packed = packing.pack(*draw(c), separate=c.separate)
+    monkeypatch.setattr(attention, "attention", loop)
+    found = flops.packed(c, *packed)
+    assert_close(found, counted(c, *packed))
+    assert (found.target_forward == 0) == (target == "pixels")
+    assert flops.of_config(c, steps=1) == pytest.approx(found.total)
+
+
+def test_a_block_by_itself_is_counted_as_it_is_packed():
+    c = dataclasses.replace(tiny(num_pred_masks=2), loss=LossConfig(target="input"))
+    context_mask, target_mask = np.zeros((2, 1, 48), bool), np.zeros((2, 2, 48), bool)
+    context_mask[..., :20] = target_mask[..., 30:42] = True
+    packed = packing.pack(context_mask, target_mask, separate=True)
+    assert_close(flops.count(c, 20, 12, 12), flops.packed(c, *packed), 1e-12)
 
 
 def test_attention_costs_the_sum_of_squares(monkeypatch: pytest.MonkeyPatch):
@@ -175,3 +197,10 @@ def test_of_config_cuts_as_the_whole_batch_does():
     """More images share a cut, so contexts get shorter."""
     c = tiny(images=2, truncate="batch_min", sampling="uniform")
     assert flops.of_config(c, total=64) < flops.of_config(c)
+
+
+@pytest.mark.parametrize("target", ["output", "input", "pixels"])
+def test_the_encoder_on_a_whole_image_is_the_same_whatever_the_targets(target: str):
+    c = tiny()
+    everything = flops.count(c, 1, 1, 48).target_forward
+    assert flops.encoder(dataclasses.replace(c, loss=LossConfig(target=target))) == pytest.approx(everything)

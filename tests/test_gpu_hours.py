@@ -13,7 +13,7 @@ from test_bench_step import clone, stand_in  # noqa: F401  (fixtures)
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastjepa import flops, masks
+from fastjepa import flops, masks, precision
 from fastjepa.config import Config
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -366,3 +366,44 @@ def test_command_runs_as_a_script():
     run = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
     (row,) = json.loads(run.stdout)["rows"]
     assert 2**24 < row["peak_bytes"] < 2**31
+
+
+def test_columns_of_ours_are_the_keys_they_say():
+    base = config_of()
+    for column in gpu_hours.OURS:
+        ours = gpu_hours.varied(
+            gpu_hours.Row("ijepa", "vit_base", column), gpu_hours.to_config(options_of("meta.embed_dim=768"), "vit_base")
+        )
+        assert ours.runtime.compile == (column in ("compile", "fp8")) and ours.runtime.cuda_graph == (column == "graph")
+        assert ours.joint == (column == "joint") and ours.mask.num_enc_masks == (4 if column == "views4" else 1)
+        assert ours.runtime.target_fp8 == (column == "fp8")
+    assert not (base.joint or base.runtime.compile)
+
+
+def test_what_cannot_run_here_is_not_measured_for_a_reason():
+    found = gpu_hours.measure(options_of("--methods=ijepa", "--columns=graph,fp8,views4,joint"))
+    assert [(one["column"], one["objective"], one["views"]) for one in found["rows"]] == [
+        ("views4", "another", 4), ("joint", "another", 1)]  # fmt: skip
+    reasons = {one["what"]: one["reason"] for one in found["not_measured"]}
+    assert "needs a CUDA device" in reasons["ijepa vit_tiny graph"] and "below ViT-B" in reasons["ijepa vit_tiny fp8"]
+    views, joint = found["rows"]
+    assert views["gflop_per_view"] == views["gflop_per_image"] / 4
+    assert not views["epochs_published"] and joint["accuracy"] is None
+    assert "another objective" in "\n".join(gpu_hours.report(found))
+
+
+def test_a_view_is_cheaper_and_a_joint_predictor_too():
+    rows = gpu_hours.estimate(
+        gpu_hours.parse(["--estimate=h100", "--models=vit_small", "--methods=ijepa", "--columns=packed,views4,joint"])
+    )
+    packed, views, joint = rows["rows"]
+    assert (
+        views["gflop_per_view"] < 0.85 * packed["gflop_per_view"]
+        and joint["gflop_per_image"] < 0.75 * packed["gflop_per_image"]
+    )
+
+
+def test_the_dtype_is_what_the_device_computes_in_and_named():
+    config = gpu_hours.to_config(gpu_hours.parse(["--device=cpu", "--models=vit_tiny"]), "vit_tiny")
+    assert config.runtime.dtype == ("bf16" if precision.has_bf16(CPU) else "fp32")
+    assert gpu_hours.to_config(gpu_hours.parse(["--estimate=h100"]), "vit_tiny").runtime.dtype == "bf16"

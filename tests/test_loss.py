@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_distributed import run_ranks
 
 from fastjepa.config import LossConfig
 from fastjepa.loss import BatchRegularizer, jepa_loss, pool, regularizer
@@ -52,24 +53,90 @@ def test_vicreg_is_lightlys():
     # VICRegLoss halves nothing in the covariance and averages the two views' variance: equal views make both plain.
     variance = VICRegLoss(lambda_param=0, mu_param=1, nu_param=0)(x, x)
     covariance = VICRegLoss(lambda_param=0, mu_param=0, nu_param=1)(x, x)
-    torch.testing.assert_close(term(x), 0.1 * (variance + 0.04 * covariance / 2))
+    torch.testing.assert_close(term(x, 0), 0.1 * (variance + 0.04 * covariance / 2))
 
 
+def sigreg(weight: float = 1.0, seed: int = 0):
+    return regularizer(LossConfig(regularizer="sigreg", regularizer_weight=weight), seed)
+
+
+def test_sigreg_is_the_distance_of_projections_to_a_gaussian():
+    """Against the statistic of Epps and Pulley in closed form for one feature, whose projections are itself or its mirror.
+
+    Over all frequencies with a Gaussian weight it is a mean over pairs; the term stops at 3, where the weight is e^-4.5.
+    """
+    x = torch.randn(64, 1) * 2 + 0.5
+    n, apart = len(x), x - x.T
+    pairs = (-(apart**2) / 2).exp().sum() / n - 2**0.5 * (-(x**2) / 4).exp().sum() + n / 3**0.5
+    assert float(sigreg()(x, 0)) == pytest.approx(float((2 * torch.pi) ** 0.5 * pairs), rel=0.02)
+    assert float(sigreg(0.1)(x, 0)) == pytest.approx(0.1 * float(sigreg()(x, 0)))
+
+
+def test_sigreg_tells_a_gaussian_from_a_collapse():
+    gaussian = torch.randn(512, 8)
+    assert float(sigreg()(gaussian, 0)) < 3
+    for collapsed in (torch.zeros(512, 8), gaussian * 0.1, gaussian[:, :1].expand(-1, 8), gaussian + 2):
+        assert float(sigreg()(collapsed, 0)) > 30
+
+
+def test_projections_are_a_function_of_seed_and_step_and_touch_no_generator():
+    x = torch.randn(32, 8)
+    state = torch.get_rng_state()
+    first = [float(sigreg(seed=seed)(x, step)) for seed in (0, 1) for step in (0, 1)]
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(7)
+    assert [float(sigreg(seed=seed)(x, step)) for seed in (0, 1) for step in (0, 1)] == first
+    assert len(set(first)) == 4
+
+
+@pytest.mark.parametrize("kind, distance", [("smooth_l1", F.smooth_l1_loss), ("l2", F.mse_loss)])
+def test_targets_as_they_are_or_standardised_over_the_batch(kind, distance):
+    """One block over all patches: the loss is the plain mean; `layer` is the fused kernel's, tested above."""
+    mask = np.ones((4, 1, 9), dtype=bool)
+    _, _, blocks = pack(mask, mask)
+    prediction, features = torch.randn(36, 6, requires_grad=True), torch.randn(36, 6) * 3 + 1
+    over_rows = F.batch_norm(features, None, None, training=True)
+    for normalize, target in (("none", features), ("batch", over_rows)):
+        found, expected = jepa_loss(prediction, features, blocks, kind, normalize), distance(prediction, target)
+        torch.testing.assert_close(found, expected)
+        grads = (torch.autograd.grad(value, prediction)[0] for value in (found, expected))
+        torch.testing.assert_close(*grads)
+
+
+RANKS = """
+    import torch
+    from fastjepa import distributed
+    from fastjepa.loss import standardised
+    place = distributed.init("cpu", timeout=240)
+    rows = torch.randn(36, 6, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    mine = slice(0, 10) if place.rank == 0 else slice(10, 36)  # ranks have different numbers of targets
+    torch.testing.assert_close(standardised(rows[mine]), torch.nn.functional.batch_norm(rows, None, None, training=True)[mine])
+    distributed.shutdown()
+"""
+
+
+def test_ranks_standardise_their_targets_together():
+    for rank in run_ranks(RANKS, 2):
+        assert rank.returncode == 0, rank.stderr
+
+
+@pytest.mark.parametrize("name", ["vicreg", "sigreg"])
 @pytest.mark.parametrize(("world", "pieces"), [(1, 1), (1, 4), (2, 1), (2, 2)])
-def test_gradients_of_the_pieces_add_up_to_the_whole(world, pieces):
-    term = regularizer(LossConfig(regularizer="vicreg"))
+def test_gradients_of_the_pieces_add_up_to_the_whole(world, pieces, name):
+    term = regularizer(LossConfig(regularizer=name))
     x = torch.randn(16, 6)
     whole = x.clone().requires_grad_()
-    term(whole).backward()
+    term(whole, 3).backward()
 
     parts = [part.clone().requires_grad_() for part in x.chunk(world * pieces)]
     for rank in range(world):
         spread = BatchRegularizer(term, pieces, lambda mine: x, rank, world)
+        spread.step = 3
         mine = parts[rank * pieces : (rank + 1) * pieces]
         if pieces > 1:
             spread.survey([part.detach() for part in mine])
         for part in mine:
             value = spread(part)
             (value / world).backward()  # DDP averages over ranks
-        torch.testing.assert_close(spread.value, term(x))
+        torch.testing.assert_close(spread.value, term(x, 3))
     torch.testing.assert_close(torch.cat([part.grad for part in parts]), whole.grad)

@@ -277,6 +277,29 @@ def test_twice_the_ranks_halve_what_is_sharded_and_nothing_else(stage: int, dtyp
             assert four[name] == pytest.approx(two[name] / (2 if sharded else 1), abs=8)
 
 
+@pytest.mark.parametrize("normalize", ["none", "batch"])
+@pytest.mark.parametrize("target", ["output", "input", "pixels"])
+def test_the_loss_holds_what_is_planned_for_it(normalize: str, target: str):
+    """Targets, what autograd keeps of the loss, and the gradient that a backward makes; `layer` is the fused kernel's."""
+    c = dataclasses.replace(small(), loss=config.LossConfig(normalize=normalize, target=target))
+    _, seen, blocks = packing.pack(*masks.draw(c.mask, c.grid, 0, 0, 0, 2, 2), separate=c.separate)
+    features = torch.randn(len(seen.idx), c.target_dim)
+    prediction = torch.randn(len(blocks.target_rows), c.target_dim, requires_grad=True)
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.ndim == 2:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss.jepa_loss(prediction, features, blocks, normalize=normalize)
+    standard = features.nbytes if normalize == "batch" else 0
+    held = sum(tensor.nbytes for tensor in kept.values()) + features.nbytes + standard + prediction.nbytes
+    rows = memory.Rows(1, len(seen.idx), 1, len(blocks.target_rows))
+    assert memory.activations(c, rows).loss == held
+
+
 @pytest.mark.parametrize("gpus", [2, 8, 512])
 def test_each_stage_holds_no_more_than_the_one_before(gpus: int):
     size = memory.sizes(config.from_dict({"meta": {"model_name": "vit_huge"}}))
@@ -285,9 +308,10 @@ def test_each_stage_holds_no_more_than_the_one_before(gpus: int):
 
 
 @pytest.mark.parametrize("change", [{}, {"pred_depth": 1, "pred_emb_dim": 64}, {"model_name": "vit_giant", "depth": 2}])
-def test_sizes_are_the_networks(change: dict):
+@pytest.mark.parametrize("target", ["output", "pixels"])
+def test_sizes_are_the_networks(change: dict, target: str):
     """Tensor by tensor, in the optimizer's groups and order."""
-    c = small()
+    c = dataclasses.replace(small(), loss=config.LossConfig(target=target))
     c = dataclasses.replace(c, meta=dataclasses.replace(c.meta, **change))
     jepa, target = model.build(c)
     size = memory.sizes(c)

@@ -1,5 +1,6 @@
 """The run as a user starts it: every launcher, interruptions, resumption, ranks and micro-batches."""
 
+import hashlib
 import json
 import os
 import signal
@@ -91,7 +92,7 @@ def test_a_run_writes_what_it_promises(config, tmp_path, capsys):
     assert "finished after step 10" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("regularizer", ["none", "vicreg"])
+@pytest.mark.parametrize("regularizer", ["none", "vicreg", "sigreg"])
 def test_a_run_interrupted_mid_epoch_continues_bit_for_bit(config, tmp_path, regularizer):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     expected = trained(config, whole, f"loss.regularizer={regularizer}")
@@ -100,6 +101,38 @@ def test_a_run_interrupted_mid_epoch_continues_bit_for_bit(config, tmp_path, reg
     entries = trained(config, parts, "--resume", "must", f"loss.regularizer={regularizer}")
     assert without_times(entries) == without_times(expected)
     assert same(weights(whole, 10), weights(parts, 10))
+
+
+ARMS = {
+    "masked input": ["mask.strategy=rasterized", "loss.target=input", "loss.normalize=none"],
+    "pixels": ["mask.strategy=block", "mask.share=batch", "loss.target=pixels"],
+    "batch": ["mask.strategy=random", "loss.normalize=batch", "loss.regularizer=sigreg", "optimization.pred_lr_scale=2"],
+}
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_the_arms_of_the_ablations_train_resume_and_keep_their_objective(config, tmp_path, arm):
+    settings = [*ARMS[arm], "logging.monitor_every=2", "data.num_workers=0"]
+    expected = trained(config, tmp_path / "whole", "--max-steps", 6, *settings)
+    trained(config, tmp_path / "parts", "--max-steps", 3, *settings)
+    entries = trained(config, tmp_path / "parts", "--max-steps", 6, *settings)
+    assert without_times(entries) == without_times(expected)
+    assert same(weights(tmp_path / "parts", 6), weights(tmp_path / "whole", 6))
+    assert all(0 < entry["effective_rank"] <= 32 for entry in entries[1::2]), "features are watched, not pixels"
+
+
+def test_a_checkpoint_from_before_a_key_existed_resumes(config, tmp_path, capsys):
+    """The record lacks the key, and the optimizer's groups are the config's, not the file's."""
+    trained(config, tmp_path, "--max-steps", 3)
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    state, manifest = (json.loads((folder / f"{name}.json").read_text()) for name in ("state", "manifest"))
+    del state["record"]["config"]["optimization"]["pred_lr_scale"]
+    text = json.dumps(state)
+    (folder / "state.json").write_text(text)
+    manifest["files"]["state.json"] = {"bytes": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert [entry["step"] for entry in trained(config, tmp_path, "--max-steps", 5, "--resume", "must")] == [1, 2, 3, 4, 5]
+    assert "config.optimization.pred_lr_scale: nothing in the checkpoint, 1.0 now" in capsys.readouterr().out
 
 
 def test_micro_batches_give_the_same_run(config, tmp_path):

@@ -1,0 +1,1 @@
+"""Experiments that use the trainer and are used by none of it: `fastjepa sweep`."""

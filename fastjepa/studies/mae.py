@@ -1,0 +1,150 @@
+"""MAE (He et al., 2022) of the same encoder and the same recipe, its decoder and helpers lightly's: the bar for small data.
+
+75 % of the patches are hidden at random, the encoder sees the rest, and a decoder of the predictor's shape predicts the
+hidden patches' pixels, normalised per patch. There is no class token, as in I-JEPA: features are the mean over patches.
+Learning rate, weight decay, crops and order are those that the config gives I-JEPA.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastjepa import assembly, checkpoint, config, distributed, flops, metrics, model, optim, precision
+from fastjepa.checkpoint import TrainState
+from fastjepa.config import Config, ConfigError
+from fastjepa.data import Loader
+from fastjepa.evals.features import normalise
+from fastjepa.packing import Packed
+from fastjepa.schedule import Schedule
+from fastjepa.sources import open_source
+from fastjepa.train import Stop
+
+MASKED = 0.75
+
+
+class Decoder(nn.Module):
+    """Of lightly's parts, as wide and deep as the config's predictor."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        modules, _ = lightly()
+        (rows, columns), meta, dim = config.grid, config.meta, config.encoder_shape[0]
+        heads = meta.pred_num_heads or config.encoder_shape[2]
+        self.embed = nn.Linear(dim, meta.pred_emb_dim)
+        self.decoder = modules.MaskedVisionTransformerDecoderTIMM(
+            rows * columns, meta.pred_emb_dim, meta.pred_depth, heads, num_prefix_tokens=0
+        )
+        self.pixels = nn.Linear(meta.pred_emb_dim, config.data.channels * config.mask.patch_size**2)
+
+    def forward(self, features: Tensor, keep: Tensor, masked: Tensor) -> Tensor:
+        """features: (B, K, D) of the patches keep (B, K) -> (B, M, p p C) for the patches masked (B, M)."""
+        _, utils = lightly()
+        x = utils.repeat_token(self.decoder.mask_token, (len(features), self.decoder.sequence_length))
+        x = self.decoder(utils.set_at_index(x, keep, self.embed(features).type_as(x)))
+        return self.pixels(utils.get_at_index(x, masked))
+
+
+def lightly() -> tuple:
+    """(lightly.models.modules, lightly.models.utils)"""
+    try:
+        from lightly.models import modules, utils
+    except ImportError as error:
+        raise ConfigError(f"MAE needs lightly and timm ({error}); pip install 'fastjepa[studies]'") from error
+    return modules, utils
+
+
+def train(file: Path, folder: Path, steps: int) -> None:
+    """Train an MAE with the config in `file`, as `fastjepa train --output folder --max-steps steps` does I-JEPA; resumes.
+
+    Its checkpoints are read as any: the encoder stands for the target encoder, the decoder for the predictor.
+    """
+    cfg = config.load(file)
+    world = distributed.init(cfg.runtime.device)
+    cfg = precision.settled(cfg, world.device)
+    assembly.settle(cfg)
+    source = open_source(cfg.data)
+    state, encoder, decoder = build(cfg, world.device)
+    state.record = assembly.record(cfg, world, source)
+    found = checkpoint.latest(folder / "checkpoints")
+    checkpoint.restore(found, state) if found else assembly.start_directory(folder, state.record)
+    schedule, images = Schedule(cfg.optimization, len(source) // cfg.data.batch_size), cfg.data.batch_size
+    every = cfg.logging.checkpoint_every or schedule.steps_per_epoch
+    with (
+        Loader(cfg, source, 0, 1, state.step, world.device, max(steps, state.step)) as loader,
+        metrics.Log(folder, steps, cfg.logging.every, flops_per_image(cfg), 0.0, start_step=state.step) as log,
+        Stop() as stop,
+    ):
+        while state.step < steps and not stop.received:
+            optim.apply_schedule(state.optimizer, schedule(state.step))
+            loss = step(encoder, decoder, state, (batch.images for batch in loader.micro_batches(state.step)), cfg)
+            state.step += 1
+            log.step(state.step, state.step // schedule.steps_per_epoch, {"loss": loss}, images)
+            if state.step % every == 0 and state.step < steps:
+                checkpoint.save(folder / "checkpoints", state, keep_last=cfg.logging.keep_last)
+        checkpoint.save(folder / "checkpoints", state, keep_last=cfg.logging.keep_last)
+
+
+def build(cfg: Config, device: torch.device) -> tuple[TrainState, model.Encoder, Decoder]:
+    """Weights are a function of runtime.seed alone, the encoder's those that I-JEPA starts from."""
+    encoder = assembly.networks(cfg, device)[0].encoder
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.runtime.seed)
+        decoder = Decoder(cfg).to(device)
+    parts = {"encoder": encoder, "predictor": decoder, "target_encoder": encoder}
+    return TrainState(0, parts, optim.adamw(encoder, decoder)), encoder, decoder
+
+
+def step(encoder: model.Encoder, decoder: Decoder, state: TrainState, batches: Iterator[Tensor], cfg: Config) -> Tensor:
+    """One optimizer step on micro-batches of (b, C, H, W) uint8 images; the mean loss."""
+    state.optimizer.zero_grad(set_to_none=True)
+    total, pieces = 0.0, cfg.data.batch_size // cfg.micro_batch
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed((cfg.runtime.seed << 32) + state.step)
+        for images in batches:
+            keep, masked = hide(len(images), cfg, images.device)
+            with precision.autocast(cfg, images.device):
+                value = loss(encoder, decoder, images, keep, masked, cfg) / pieces
+            value.backward()
+            total += value.detach()
+    state.optimizer.step()
+    return total
+
+
+def hide(images: int, cfg: Config, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(b, K) patches that are kept and (b, M) that are hidden, drawn anew for every image."""
+    rows, columns = cfg.grid
+    keep, masked = lightly()[1].random_token_mask((images, rows * columns), MASKED, mask_class_token=True)
+    return keep.to(device), masked.to(device)
+
+
+def loss(encoder: model.Encoder, decoder: Decoder, images: Tensor, keep: Tensor, masked: Tensor, cfg: Config) -> Tensor:
+    """Mean square error on the pixels of hidden patches, normalised per patch (MAE, section 3)."""
+    _, utils = lightly()
+    seen = encoder(images, visible(keep, cfg)).view(*keep.shape, -1)
+    patches = utils.patchify(normalise(images, cfg.mean_std), cfg.mask.patch_size)
+    target = utils.normalize_mean_var(utils.get_at_index(patches, masked), dim=-1)
+    return F.mse_loss(decoder(seen, keep, masked).float(), target)
+
+
+def visible(keep: Tensor, cfg: Config) -> Packed:
+    """(b, K) patches as b sequences of flat rows."""
+    rows, columns = cfg.grid
+    (images, kept), device = keep.shape, keep.device
+    flat = keep + torch.arange(images, device=device)[:, None] * (rows * columns)
+    starts = torch.arange(0, images * kept + 1, kept, dtype=torch.int32, device=device)
+    return Packed(flat.flatten().to(torch.int32), starts, kept, kept)
+
+
+def flops_per_image(cfg: Config) -> float:
+    """FLOPs of training on one image, as `flops` counts them."""
+    rows, columns = cfg.grid
+    tokens, width, dim = rows * columns, cfg.meta.pred_emb_dim, cfg.encoder_shape[0]
+    kept = int(tokens * (1 - MASKED))
+    encoder = flops.count(cfg, kept, 1, 1)
+    blocks = cfg.meta.pred_depth * (24 * tokens * width**2 + 4 * tokens**2 * width)
+    pixels = cfg.data.channels * cfg.mask.patch_size**2
+    decoder = blocks + 2 * kept * dim * width + 2 * (tokens - kept) * width * pixels
+    return encoder.context_forward + encoder.context_backward + 3 * decoder

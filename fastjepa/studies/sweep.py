@@ -1,0 +1,168 @@
+"""Studies: which arms there are, and running them side by side, each a process that goes on where it was stopped."""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fastjepa import config as configs
+from fastjepa import flops
+from fastjepa.config import Config, ConfigError
+from fastjepa.evals.features import write_atomic
+from fastjepa.studies import masking, scaling, small, truncation
+from fastjepa.studies.arm import JOB, PROBED, ROW, Arm, departures
+
+BASE = "study"  # the config that every arm starts from
+
+
+class Study(NamedTuple):
+    title: str
+    arms: tuple[Arm, ...]
+    paper: str  # what its column is
+    budget: int = 100_000  # images an arm sees
+    equal: Literal["images", "flops"] = "images"  # flops: as many images as cost what the budget costs the base
+
+    def named(self, names: Iterable[str] | None) -> tuple[Arm, ...]:
+        """The arms of these names, in the study's order; all when None."""
+        wanted = None if names is None else list(names)
+        unknown = set(wanted or ()) - {arm.name for arm in self.arms}
+        if unknown:
+            raise ConfigError(
+                f"--arms {sorted(unknown)[0]!r}: no arm of this study; choose of: {', '.join(a.name for a in self.arms)}"
+            )
+        return tuple(arm for arm in self.arms if wanted is None or arm.name in wanted)
+
+
+STUDIES = {
+    "masking": Study("Masking strategies and the paper's other knobs", masking.ARMS, masking.PAPER),
+    "small": Study("I-JEPA on small data", small.ARMS, small.PAPER),
+    "scaling": Study("Model size, data and epochs", scaling.ARMS, scaling.PAPER),
+    "truncation": Study("What the cut of contexts costs", truncation.ARMS, truncation.PAPER, equal="flops"),
+}
+
+
+class Job(NamedTuple):
+    """An arm with a seed: all that its row depends on, and where it runs."""
+
+    folder: Path
+    asked: dict[str, Any]
+
+    @property
+    def row(self) -> Path:
+        return self.folder / ROW
+
+    @property
+    def label(self) -> str:
+        return f"{self.asked['arm']}, seed {self.asked['seed']}"
+
+
+def plan(name: str, output: Path, data: str, seeds: int, budget: int | None = None, arms: Iterable[str] | None = None,
+         overrides: Iterable[str] = ()) -> list[Job]:  # fmt: skip
+    """Every arm with every seed, all arms with one seed before the next, so that a sweep that is stopped early says something.
+
+    The name of a job's folder holds a hash of what is trained: with another override or budget it is another folder, and
+    the same run in two studies is one.
+    """
+    study = STUDIES[name]
+    budget = budget or study.budget
+    base = flops.of_config(configs.load(BASE, overrides)) if study.equal == "flops" else 0.0
+    jobs = []
+    for seed in range(seeds):
+        for arm in study.named(arms):
+            given = (f"data.source={data}", *overrides, *arm.overrides, f"runtime.seed={seed}")
+            config = configs.load(BASE, given)
+            share = base / flops.of_config(config) if base else 1.0
+            images = round(budget * arm.length * share) if PROBED[arm.method] == "target" else 0
+            jobs.append(job(name, arm, seed, config, data, images, output))
+    return jobs
+
+
+def job(study: str, arm: Arm, seed: int, config: Config, data: str, images: int, output: Path) -> Job:
+    asked = {"study": study, "arm": arm.name, "group": arm.group, "seed": seed, "method": arm.method, "paper": arm.paper,
+             "data": data, "fraction": arm.fraction, "images": images, "overrides": list(arm.overrides)}  # fmt: skip
+    told = {key: asked[key] for key in ("seed", "method", "data", "fraction", "images")} | {"config": departures(config)}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+    folder = output / "runs" / f"{digest}-seed{seed}"
+    return Job(folder, asked | {"hash": digest, "config": config.to_dict()})
+
+
+def rows(jobs: Iterable[Job], kept: Path | None = None) -> list[dict[str, Any]]:
+    """The rows of these jobs that exist, in their folders or in a file that a report has written, under these arms' names."""
+    stored = {row["hash"]: row for row in json.loads(kept.read_text())} if kept and kept.is_file() else {}
+    found = []
+    for job in jobs:
+        row = json.loads(job.row.read_text()) if job.row.is_file() else stored.get(job.asked["hash"])
+        found += [row | {name: job.asked[name] for name in ("study", "arm", "group", "paper", "overrides")}] if row else []
+    return found
+
+
+def sweep(jobs: list[Job], side_by_side: int, console: Console) -> list[str]:
+    """Run the jobs that have no row yet; returns the labels of those that failed."""
+    waiting, failed = [job for job in jobs if not job.row.is_file()], []
+    with progress(console) as bar, Children() as children:
+        task = bar.add_task("arms", total=len(jobs), completed=len(jobs) - len(waiting))
+        with concurrent.futures.ThreadPoolExecutor(side_by_side) as pool:
+            running = {pool.submit(children.run, job): job for job in waiting}
+            try:
+                for future in concurrent.futures.as_completed(running):
+                    job = running[future]
+                    bar.console.print(said(job, future.result()), highlight=False, soft_wrap=True, markup=False)
+                    failed += [] if job.row.is_file() else [job.label]
+                    bar.advance(task)
+            except KeyboardInterrupt:
+                pool.shutdown(wait=False, cancel_futures=True)
+                children.stop()
+                raise
+    return failed
+
+
+def progress(console: Console) -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+class Children:
+    """The processes of the arms. SIGTERM to this one is passed on as Ctrl-C is: they save a checkpoint and end."""
+
+    def __enter__(self) -> "Children":
+        self.running: set[subprocess.Popen] = set()
+        self._before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    def run(self, job: Job) -> int:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(job.folder / JOB, (json.dumps(job.asked, indent=1) + "\n").encode())
+        environment = {"OMP_NUM_THREADS": "1"} | os.environ
+        command = [sys.executable, "-m", "fastjepa.studies.arm", str(job.folder)]
+        with open(job.folder / "log.txt", "a") as log:
+            child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            self.running.add(child)
+            code = child.wait()
+        self.running.discard(child)
+        return code
+
+    def stop(self) -> None:
+        for child in list(self.running):
+            child.terminate()
+
+
+def said(job: Job, code: int) -> str:
+    """A line about a job that has ended."""
+    if not job.row.is_file():
+        lines = (job.folder / "log.txt").read_text().splitlines() or ["it wrote nothing"]
+        return f"{job.label}: failed with exit code {code}: {lines[-1]} ({job.folder / 'log.txt'})"
+    row = json.loads(job.row.read_text())
+    found = ", ".join(f"{name} {100 * row['probe'][name]['accuracy']:.1f}" for name in ("knn", "linear", "linear_bn"))
+    return f"{job.label}: {found}, effective rank {row['probe']['effective_rank']:.1f}, {row['seconds'] / 60:.1f} min of steps"
