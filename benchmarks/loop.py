@@ -69,7 +69,7 @@ class Naive(Same):
     def prepare(self) -> None:
         vit.materialise(self.method.networks)
         grouped = Engine(self.method).optimizer.param_groups
-        groups = [{"params": group["params"], "decayed": group["decayed"]} for group in grouped]
+        groups = [{"params": group["params"], "decayed": group["decayed"], "lr_scale": 1.0} for group in grouped]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0)
 
     def __call__(self, number: int) -> Tensor:

@@ -10,8 +10,7 @@ def adamw(encoder: nn.Module, predictor: nn.Module, pred_lr_scale: float = 1.0) 
     """Four groups in the official order: weights of the encoder and of the predictor, then their biases and 1-d parameters.
 
     Only the first two are decayed (the mask token, being 3-d, is among them); the predictor's two learn `pred_lr_scale`
-    times as fast. The fused implementation steps all
-    parameters in one pass and obeys a `found_inf` flag on the device.
+    times as fast. The fused implementation steps all parameters in one pass and obeys a `found_inf` flag on the device.
     """
     networks = [(list(encoder.parameters()), 1.0), (list(predictor.parameters()), pred_lr_scale)]
     groups = [{"params": [p for p in params if (p.ndim > 1) == decayed], "decayed": decayed, "lr_scale": scale}

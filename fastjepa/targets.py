@@ -17,7 +17,7 @@ def output(target_encoder: Encoder, batch: Batch) -> Tensor:
 
 
 def masked_input(target_encoder: Encoder, batch: Batch) -> Tensor:
-    """It sees the patches of one target block alone, a sequence each; its output, block by block (paper, section 7)."""
+    """It sees the patches of one target block alone, a sequence each; its output, block by block (paper, appendix)."""
     return target_encoder(batch.images, batch.target)
 
 

@@ -10,8 +10,9 @@ from fastjepa import assembly, model, optim, train
 from fastjepa.data import Batch
 from fastjepa.ema import Average
 from fastjepa.engine import Engine
+from fastjepa.loss import BatchRegularizer
 from fastjepa.packing import pack
-from fastjepa.schedule import Now
+from fastjepa.schedule import Now, Schedule
 
 NOW = Now(lr=1e-2, weight_decay=0.1, ema_momentum=0.9)
 
@@ -138,3 +139,15 @@ def test_a_step_never_waits_for_the_device(dtype):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert taken.finite.item()
+
+
+def test_a_step_tells_the_regularizer_its_number():
+    """So that random projections are the schedule's, not those of how often a process was called."""
+    config = small(data={"batch_size": 3})
+    seen = []
+    spread = BatchRegularizer(lambda pooled, step: seen.append(step) or pooled.sum(), 1, lambda mine: mine, 0, 1)
+    jepa, target_encoder = perturbed_pair()
+    batch = Batch(torch.ones(3, 3, 32, 32), *pack(*masks()), bad=())
+    for now in (Schedule(config.optimization, 4)(step) for step in (5, 2)):
+        train.step(Engine(jepa), Average(target_encoder, jepa.encoder), [batch], now, config, spread)
+    assert seen == [5, 2]

@@ -195,8 +195,9 @@ def test_of_config_is_the_mean_over_steps():
 
 def test_of_config_cuts_as_the_whole_batch_does():
     """More images share a cut, so contexts get shorter."""
-    c = tiny(images=2, truncate="batch_min", sampling="uniform")
-    assert flops.of_config(c, total=64) < flops.of_config(c)
+    c = tiny(images=2, truncate="batch_min", truncate_group=2, sampling="uniform")
+    many = dataclasses.replace(c, mask=dataclasses.replace(c.mask, truncate_group=64))
+    assert flops.of_config(many, total=64) < flops.of_config(c, total=64)
 
 
 @pytest.mark.parametrize("target", ["output", "input", "pixels"])

@@ -80,8 +80,8 @@ def test_every_stage_gives_the_run_of_one_process(config, one, tmp_path, count, 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_the_predictor_s_learning_rate_is_its_own_at_every_stage(config, tmp_path, stage):
     fast = "optimization.pred_lr_scale=4"
-    expected = trained(config, tmp_path / "one", EPOCHS, fast)
-    entries = sharded(config, tmp_path / "two", 2, stage, fast)
+    expected = trained(config, tmp_path / "one", EPOCHS, fast, "--max-steps", 5)
+    entries = sharded(config, tmp_path / "two", 2, stage, fast, "--max-steps", 5)
     assert losses(entries) == pytest.approx(losses(expected), rel=1e-5)
 
 

@@ -112,11 +112,15 @@ def test_it_learns_and_is_read_as_any_run(file, tmp_path):
     assert same(target.state_dict(), context.state_dict()) and not same(target.state_dict(), start.state_dict())
 
 
-def test_interrupted_it_continues_bit_for_bit(file, tmp_path):
+def test_interrupted_it_continues_bit_for_bit(file, tmp_path, monkeypatch):
+    hidden, hide = [], mae.hide
+    monkeypatch.setattr(mae, "hide", lambda *args: hidden.append(hide(*args)) or hidden[-1])
     mae.train(file, tmp_path / "whole", 7)
     for stop in (3, 7):
         mae.train(file, tmp_path / "parts", stop)
     assert same(weights(tmp_path / "whole", 7), weights(tmp_path / "parts", 7))
+    assert len(hidden) == 14  # no step was taken twice,
+    assert len({tuple(masked.flatten().tolist()) for _, masked in hidden}) == 7  # and each hides other patches
 
 
 def test_micro_batches_of_one_step_weigh_alike(cfg, images):

@@ -118,17 +118,23 @@ def predict(subject: Subject, split: Split, seed: int) -> Queries:
     stream = EvalImages(split.source, subject.size, subject.config.data.channels, split.rows)
     for pixels in stream.batches(BATCH, about="predictions"):
         part = slice(len(predicted), len(predicted) + len(pixels))
-        seen, _, blocks = (packed.to(subject.device) for packed in packing.pack(context[part, None], block[part, None]))
-        with computing(subject):
-            visible = encoder(normalise(pixels.to(subject.device), subject.config.mean_std), seen)
-            rows = predictor(visible, seen, blocks).float().cpu()  # image by image: there is one mask of each kind
-        truth = normalised(patches(subject, target, pixels))[torch.from_numpy(block[part])]
-        sizes = block[part].sum(axis=1).tolist()
-        errors = (rows - truth).square().mean(dim=1).split(sizes)
-        predicted += rows.split(sizes)
-        true += [error.mean() for error in errors]
+        rows = say(subject, encoder, predictor, pixels, context[part], block[part])
+        truth = normalised(patches(subject, target, pixels))
+        true += [(said - whole[torch.from_numpy(hidden)]).square().mean()
+                 for said, whole, hidden in zip(rows, truth, block[part], strict=True)]  # fmt: skip
+        predicted += rows
         images.append(pixels)
     return Queries(torch.cat(images), context, block, predicted, torch.stack(true))
+
+
+def say(subject: Subject, encoder: nn.Module, predictor: nn.Module, pixels: Tensor, context: np.ndarray,
+        block: np.ndarray) -> list[Tensor]:  # fmt: skip
+    """What the predictor says of one block an image: (L, D) fp32 on the host; masks are (b, N), images (b, C, H, W) uint8."""
+    seen, _, blocks = (packed.to(subject.device) for packed in packing.pack(context[:, None], block[:, None]))
+    with computing(subject):
+        visible = encoder(normalise(pixels.to(subject.device), subject.config.mean_std), seen)
+        rows = predictor(visible, seen, blocks).float().cpu()  # image by image: there is one mask of each kind
+    return list(rows.split(block.sum(axis=1).tolist()))
 
 
 def normalised(features: Tensor) -> Tensor:
@@ -136,12 +142,12 @@ def normalised(features: Tensor) -> Tensor:
     return layer_norm(features, features.shape[-1:]).cpu()
 
 
-def draw(subject: Subject, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def draw(subject: Subject, count: int, seed: int, step: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Contexts (count, K, N) and target blocks (count, R, N) of `count` images, as the run draws its own."""
     config = subject.config
     with warnings.catch_warnings(action="ignore"):  # those are of the run's batch, not of these few images
         masks.check(config, count)
-    return masks.draw(config.mask, config.grid, seed, 0, 0, count, count)
+    return masks.draw(config.mask, config.grid, seed, step, 0, count, count)
 
 
 def search(subject: Subject, queries: Queries, split: Split, bank: Split, k: int, seed: int) -> Found:
