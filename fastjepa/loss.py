@@ -41,7 +41,7 @@ def standardised(target: Tensor) -> Tensor:
 
     Every rank must take part. The rows of a step's other micro-batches are not seen: the config refuses them.
     """
-    rows = distributed.mean(target.new_tensor(float(len(target))))  # a rank's, in the mean: sums are taken as means too
+    rows = distributed.mean(target.new_full((), len(target)))  # a rank's, in the mean: sums are taken as means too
     centred = target - distributed.mean(target.sum(dim=0)) / rows
     return centred * torch.rsqrt(distributed.mean(centred.square().sum(dim=0)) / rows + 1e-5)
 

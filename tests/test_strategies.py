@@ -72,6 +72,13 @@ def test_a_block_covers_three_fifths_in_many_shapes_and_places():
     assert lengths(context).mean() == pytest.approx(0.4 * 256, rel=0.01)
 
 
+@given(grids, st.tuples(st.floats(0.1, 1), st.floats(1, 10)), st.integers(0, 1000))
+def test_a_block_keeps_its_area_on_any_grid(grid, aspect: tuple[float, float], step: int):
+    """To half a column of its own, and in one piece."""
+    _, target = draw(of("block", aspect_ratio=aspect), 64, step, grid)
+    assert (np.abs(lengths(target) - 0.6 * grid[0] * grid[1]) <= boxes(target[:, 0], grid)[:, 2:3] / 2 + 1e-9).all()
+
+
 def test_a_rasterized_mask_has_one_target_block_for_each_quadrant_but_one():
     context, target = draw(of("rasterized"), 4096)
     assert (lengths(target) == 64).all() and (lengths(context) == 64).all()
