@@ -18,6 +18,7 @@ EXTRAS = {
     "remote": ["fsspec[http]>=2024.6", "s3fs>=2024.6", "braceexpand"],  # shards behind https:// and s3://
     "lightly": ["lightly>=1.6"],  # loss.regularizer: vicreg, as the small presets use it
     "studies": ["lightly>=1.6", "timm>=1.0.20", "matplotlib>=3.8", "scipy>=1.11"],  # sweep: MAE, plots, the fitted curve
+    "viz": ["diffusers>=0.35"],  # decoder, and visualize --what samples
     "tensorboard": ["tensorboard"],
     "onnx": ["onnx>=1.18", "onnxscript>=0.5"],  # convert --to onnx
     "timm": ["timm>=1.0.20"],  # to read folders that timm wrote; what is written for it needs nothing
@@ -40,6 +41,7 @@ EXTRAS["dev"] = [
     *EXTRAS["studies"],
     *(needed for needed in EXTRAS["remote"] if not needed.startswith("s3fs")),  # no test has a bucket
     *EXTRAS["tensorboard"],
+    *EXTRAS["viz"],
     "webdataset>=1.0",  # its reader must understand the shards that are written
     "timm>=1.0.20",  # the ViT that the packed encoder must equal
     "onnxruntime",  # runs what is exported

@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Each new shape leaves a oneDNN primitive behind, and ragged steps have many: the default, 1024, was seen to hold gigabytes.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
-from fastjepa import cli_convert, cli_data, cli_eval, cli_plan, cli_report, cli_sweep, cli_visualize  # noqa: E402
+from fastjepa import cli_convert, cli_data, cli_decoder, cli_eval, cli_plan, cli_report, cli_sweep, cli_visualize  # noqa: E402
 from fastjepa import config as configs  # noqa: E402
 from fastjepa.arguments import add, positive  # noqa: E402
 from fastjepa.config import ConfigError  # noqa: E402
@@ -94,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     cli_sweep.register(commands)
     cli_convert.register(commands)
     cli_visualize.register(commands)
+    cli_decoder.register(commands)
     cli_report.register(commands)
     sub = add(commands, "doctor", doctor, "what would run on this machine, and what is missing", EXAMPLES["doctor"])
     sub.add_argument("--json", action="store_true")

@@ -1,4 +1,6 @@
-"""The pictures of a checkpoint and a data set, each one labelled sheet: masks, principal components, nearest blocks."""
+"""The pictures of a checkpoint and a data set, a labelled sheet each: masks, principal components, nearest blocks, samples."""
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,10 +16,13 @@ from fastjepa.evals.result import TEST_IMAGES
 from fastjepa.evals.subject import Split, Subject
 from fastjepa.sources import open_source
 
+if TYPE_CHECKING:
+    from fastjepa.studies.samples import Samples  # needs diffusers
+
 SIDE = 112  # pixels that a small image is enlarged to at most, in whole times
 
 
-def open_split(data: str, name: str, count: int, seed: int, step: int = TEST_IMAGES) -> Split:
+def open_split(data: str, name: str, count: int | None, seed: int, step: int = TEST_IMAGES) -> Split:
     """At most `count` images of a split in random order: the first few are of many classes. Labels are not asked for."""
     source = open_source(data, name)
     return Split(data, name, source, generator(seed, SPLITS, step).permutation(len(source))[:count])
@@ -89,6 +94,25 @@ def neighbours_sheet(subject: Subject, queries: Queries, found: Found, bank: Spl
         ]
         rows.append(cells)
     return pictures.sheet(rows, gap=6, headings=["image", "context", "true block", *_numbered("nearest", k)])
+
+
+def samples_sheet(subject: Subject, samples: "Samples", count: int) -> np.ndarray:
+    """A row for each of the first `count` images: truth, context, samples, their mean and deviation, and the baselines' first.
+
+    The block is outlined in all but the context. The deviation is white where half of the samples are black and half are white.
+    """
+    grid, rows = subject.config.grid, []
+    for i in range(count):
+        block = samples.block[i].reshape(grid)
+        own = samples.drawn["predictor"][i]
+        baselines = [samples.drawn[name][i, 0] for name in ("shuffled", "untrained")]
+        deviation = 2 * own.std(dim=0, correction=0)
+        truth, *shown = pictures.to_uint8(torch.stack([samples.truth[i], *own, own.mean(dim=0), deviation, *baselines]))
+        context = pictures.hide(truth, samples.context[i].reshape(grid))
+        cells = [pictures.outline(_tile(image), block) for image in (truth, *shown)]
+        rows.append([cells[0], _tile(context), *cells[1:]])
+    names = _numbered("sample", samples.drawn["predictor"].shape[1])
+    return pictures.sheet(rows, headings=["true block", "context", *names, "mean", "deviation", "other image", "untrained"])
 
 
 def _tile(image: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ from PIL import Image
 from test_data import write_idx
 from test_house import ROOT
 
-from fastjepa import catalog, cli, cli_convert, cli_data, cli_eval, cli_plan, cli_sweep, cli_visualize
+from fastjepa import catalog, cli, cli_convert, cli_data, cli_decoder, cli_eval, cli_plan, cli_sweep, cli_visualize
 from fastjepa.config import Config
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -51,7 +51,8 @@ TOY = {  # after a command's own words, which therefore lose
     "eval lowshot": ["--fraction", "0.5"],
     "data check": ["--workers", "1"],
     "data shard": ["--workers", "1"],
-    "visualize": ["--images", "2", "--k", "2"],
+    "visualize": ["--images", "2", "--k", "2", "--n-test", "4"],
+    "decoder": ["--steps", "2", "--batch", "4"],
 }
 
 
@@ -77,7 +78,7 @@ def examples() -> list[str]:
     texts = [text for module in (cli, cli_data, cli_eval) for text in module.EXAMPLES.values()]
     lines = [
         line
-        for text in (*texts, *(m.EXAMPLES for m in (cli_convert, cli_plan, cli_sweep, cli_visualize)))
+        for text in (*texts, *(m.EXAMPLES for m in (cli_convert, cli_decoder, cli_plan, cli_sweep, cli_visualize)))
         for line in text.splitlines()
     ]
     shown = [line.strip() for line in lines if re.match("  (fastjepa|torchrun|deepspeed|python) ", line)]
@@ -177,6 +178,7 @@ def place(tmp_path_factory, request) -> Path:
                 Image.fromarray(draw.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{i}.png")
     for name in ("demo", "cifar10"):
         toy(["train", "--config", name], root, Path("runs") / name)
+    toy(["decoder", "runs/demo", "--data", "fashion-mnist"], root, root)
     shutil.copytree("runs/cifar10", "runs/h14")
     shutil.copyfile("runs/h14/config.yaml", "in1k_vith14_ep300.yaml")
     for name in ("IN1K-vit.h.14-300e.pth.tar", "jepa-ep100.pth.tar"):
