@@ -50,8 +50,8 @@ def test_parts_make_up_the_step():
     assert list(found) == [*breakdown.PARTS, breakdown.REST, "step"]
     assert min(found[part] for part in breakdown.PARTS) > 0
     assert found.pop("step") == pytest.approx(sum(found.values()))
-    assert sum(found.values()) == pytest.approx(1, abs=0.01)
-    assert found[breakdown.REST] < 0.02
+    assert sum(found.values()) == pytest.approx(1, abs=0.02)
+    assert found[breakdown.REST] < 0.05  # of steps of milliseconds, on machines that do other things too
 
 
 class Slow(torch.autograd.Function):
