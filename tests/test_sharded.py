@@ -95,8 +95,7 @@ def one_bf16(config, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize(("count", "stage"), [(2, 1), (2, 3)])  # bf16 crawls on CPUs without its instructions
 def test_in_bf16_only_the_order_of_sums_differs(config, one_bf16, tmp_path, count, stage):
     entries = sharded(config, tmp_path, count, stage, *BF16)
     apart = max(abs(a / b - 1) for a, b in zip(losses(entries), losses(one_bf16[1]), strict=True))
