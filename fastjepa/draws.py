@@ -12,3 +12,8 @@ def generator(seed: int, stream: int, step: int, skip: int = 0) -> np.random.Gen
     """
     key = np.array([seed, stream << 48 | step], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=skip))
+
+
+def torch_seed(seed: int, stream: int, step: int) -> int:
+    """What to seed torch with for one stream at one step: of a seed its CPU generator takes the low 32 bits alone."""
+    return int(generator(seed, stream, step).integers(2**63))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastjepa import distributed
 from fastjepa.config import ConfigError, LossConfig
-from fastjepa.draws import SLICES, generator
+from fastjepa.draws import SLICES, torch_seed
 from fastjepa.packing import Blocks, Packed
 from fastjepa_kernels import target_loss
 
@@ -85,7 +85,7 @@ def _sigreg(config: LossConfig, seed: int) -> Term:
     def term(pooled: Tensor, step: int) -> Tensor:
         """Its N: the statistic is a sum over the batch, as in the paper's listing."""
         with torch.random.fork_rng([pooled.device] if pooled.is_cuda else []):  # it draws from the device's generator
-            torch.manual_seed(int(generator(seed, SLICES, step).integers(2**63)))
+            torch.manual_seed(torch_seed(seed, SLICES, step))
             return config.regularizer_weight * sigreg.to(pooled.device)(pooled)
 
     return term

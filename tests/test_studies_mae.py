@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastjepa import config as configs
 from fastjepa import model
+from fastjepa.draws import MASKS, torch_seed
 from fastjepa.evals.features import load_encoder, normalise
 from fastjepa.studies import mae
 from fastjepa.studies.sweep import BASE
@@ -123,13 +124,22 @@ def test_interrupted_it_continues_bit_for_bit(file, tmp_path, monkeypatch):
     assert len({tuple(masked.flatten().tolist()) for _, masked in hidden}) == 7  # and each hides other patches
 
 
+def test_another_seed_hides_other_patches(cfg, images, monkeypatch):
+    hidden, hide = [], mae.hide
+    monkeypatch.setattr(mae, "hide", lambda *args: hidden.append(hide(*args)) or hidden[-1])
+    for seed in (0, 1):
+        state, encoder, decoder = mae.build(cfg, torch.device("cpu"))
+        mae.step(encoder, decoder, state, iter([images]), configs.load(BASE, [*SMALL, f"runtime.seed={seed}"]))
+    assert not torch.equal(hidden[0][1], hidden[1][1])
+
+
 def test_micro_batches_of_one_step_weigh_alike(cfg, images):
     """The gradient of a step is the mean of those of its micro-batches."""
     state, encoder, decoder = mae.build(cfg, torch.device("cpu"))
     halves = configs.load(BASE, [*SMALL, "runtime.micro_batch=4"])
     total = mae.step(encoder, decoder, state, iter(images.split(4)), halves)
     _, encoder, decoder = mae.build(cfg, torch.device("cpu"))
-    torch.manual_seed(0)
+    torch.manual_seed(torch_seed(0, MASKS, 0))
     drawn = [mae.hide(4, cfg, torch.device("cpu")) for _ in range(2)]
     losses = [mae.loss(encoder, decoder, part, *hidden, cfg) for part, hidden in zip(images.split(4), drawn, strict=True)]
     assert total.item() == pytest.approx(sum(losses).item() / 2, rel=1e-5)

@@ -16,6 +16,7 @@ from fastjepa import assembly, checkpoint, config, distributed, flops, metrics, 
 from fastjepa.checkpoint import TrainState
 from fastjepa.config import Config, ConfigError
 from fastjepa.data import Loader
+from fastjepa.draws import MASKS, torch_seed
 from fastjepa.evals.features import normalise
 from fastjepa.packing import Packed
 from fastjepa.schedule import Schedule
@@ -102,7 +103,7 @@ def step(encoder: model.Encoder, decoder: Decoder, state: TrainState, batches: I
     state.optimizer.zero_grad(set_to_none=True)
     total, pieces = 0.0, cfg.data.batch_size // cfg.micro_batch
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed((cfg.runtime.seed << 32) + state.step)
+        torch.manual_seed(torch_seed(cfg.runtime.seed, MASKS, state.step))
         for images in batches:
             keep, masked = hide(len(images), cfg, images.device)
             with precision.autocast(cfg, images.device):
