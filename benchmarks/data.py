@@ -30,13 +30,14 @@ import numpy as np
 import timing
 import torch
 from loaders import OURS, RIVALS, Contender, Sets, open_batches, prepare, set_for
+from options import config_of, numbers
 from PIL import Image, ImageOps
 from timing import Spread
 from torch import Tensor
 from torchvision.transforms.v2.functional import hflip, pil_to_tensor, resized_crop
 
-from fastjepa import assembly, decode_dali, distributed, precision, train
-from fastjepa import config as configs
+from fastjepa import assembly, decode_dali, distributed, train
+from fastjepa.arguments import among
 from fastjepa.config import MODELS, Config, ConfigError
 from fastjepa.data import Batch, EncodedBatches, Loader
 from fastjepa.ema import Average
@@ -281,7 +282,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--data", metavar="DIR", help="whatever data.source takes (default: JPEGs made in a temporary directory)"
     )
     parser.add_argument("--images", type=int, default=512, help="taken of it, evenly spaced, and copied (default 512)")
-    parser.add_argument("--workers", type=counts, default="0,1,2", metavar="N,...", help="loader processes (default 0,1,2)")
+    parser.add_argument("--workers", type=numbers, default="0,1,2", metavar="N,...", help="loader processes (default 0,1,2)")
     parser.add_argument("--sources", type=among("folder", "shards"), default="folder,shards", metavar="NAME,...")
     loaders = ",".join([*OURS, *RIVALS])
     parser.add_argument("--loaders", type=among(*OURS, *RIVALS), default=loaders, metavar="NAME,...", help=f"default {loaders}")
@@ -301,20 +302,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def counts(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
-
-
-def among(*names: str) -> Callable[[str], list[str]]:
-    def chosen(text: str) -> list[str]:
-        unknown = [word for word in text.split(",") if word not in names]
-        if unknown:
-            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(names)}")
-        return text.split(",")
-
-    return chosen
-
-
 def to_config(options: argparse.Namespace) -> Config:
     keys = {
         "runtime.device": options.device,
@@ -324,8 +311,7 @@ def to_config(options: argparse.Namespace) -> Config:
         "mask.truncate_group": options.batch,
         "data.crop_size": options.size,
     }
-    config = configs.load(os.devnull, [*(f"{key}={value}" for key, value in keys.items()), *options.overrides])
-    return precision.settled(config, distributed.init(config.runtime.device).device)
+    return config_of(keys, options.overrides)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -30,14 +29,16 @@ from ibot import Ibot
 from ijepa import IJepa, typical, work
 from loop import Naive, Same
 from mae import DEPTH, WIDTH, Mae
+from options import config_of
 from rich.console import Console
 from rich.progress import track
 from timing import Ceiling, Spread
 
 from fastjepa import assembly, attention, distributed, flops, masks, precision
 from fastjepa import config as configs
+from fastjepa.arguments import among
 from fastjepa.config import MODELS, Config, ConfigError
-from fastjepa.plan import CARDS, IMAGENET, on_card
+from fastjepa.plan import CARDS, IMAGENET
 
 METHODS = {"ijepa": IJepa, "mae": Mae, "ibot": Ibot}
 VARIANTS = {  # column -> keys beside those of `packed`
@@ -337,34 +338,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def among(*names: str):
-    def chosen(text: str) -> list[str]:
-        unknown = [word for word in text.split(",") if word not in names]
-        if unknown:
-            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(names)}")
-        return text.split(",")
-
-    return chosen
-
-
 def to_config(options: argparse.Namespace, model: str) -> Config:
     device = "cpu" if options.estimate else options.device
     cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     keys = {
         "runtime.device": device,
         "runtime.dtype": options.dtype,
-        "runtime.compile": str(options.compile).lower(),
-        "runtime.threads": "null" if options.threads is None else options.threads,
+        "runtime.compile": options.compile,
+        "runtime.threads": options.threads,
         "meta.model_name": model,
         "meta.pred_depth": PREDICTOR_DEPTHS.get(model, 6),
         "mask.patch_size": PATCHES.get(model, 16),
         "data.crop_size": options.size,
         "data.batch_size": options.batch or BATCH["cuda" if cuda else "cpu"],
     }
-    config = configs.load(os.devnull, [*(f"{key}={value}" for key, value in keys.items()), *options.overrides])
     if options.estimate and options.dtype == "auto":
-        return on_card(config)
-    return precision.settled(config, distributed.init(config.runtime.device).device)
+        keys["runtime.dtype"] = "bf16"  # as on the card
+    return config_of(keys, options.overrides)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -26,11 +26,12 @@ import sharded
 import step
 import timing
 import torch
+from options import config_of, numbers
 from rich.console import Console
 from rich.progress import track
 
-from fastjepa import checkpoint, distributed, masks, memory, packing, precision, shards
-from fastjepa import config as configs
+from fastjepa import checkpoint, masks, memory, packing, shards
+from fastjepa.arguments import among
 from fastjepa.checkpoint import TrainState
 from fastjepa.config import MODELS, Config, ConfigError
 from fastjepa.data import MicroBatches
@@ -266,22 +267,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description="Fit how time and memory grow, and flag what grows faster than the maths.",
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--along", type=among, default=list(COSTS), metavar="NAME,...", help=f"default {','.join(COSTS)}")
+    parser.add_argument(
+        "--along", type=among(*COSTS), default=list(COSTS), metavar="NAME,...", help=f"default {','.join(COSTS)}"
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--model", default="vit_tiny", choices=tuple(MODELS), metavar="NAME", help="where it does not grow")
     parser.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16"))
     parser.add_argument(
-        "--batch", type=numbers, default="4,8,16,32", metavar="N,...", help="images a step (default %(default)s)"
+        "--batch", type=rising, default="4,8,16,32", metavar="N,...", help="images a step (default %(default)s)"
     )
-    parser.add_argument("--size", type=numbers, default="96,128,192,256", metavar="N,...", help="pixels (default %(default)s)")
-    parser.add_argument("--width", type=numbers, default="96,192,384,768", metavar="N,...", help="default %(default)s")
-    parser.add_argument("--depth", type=numbers, default="3,6,12,24", metavar="N,...", help="default %(default)s")
-    parser.add_argument("--ranks", type=numbers, default="1,2,4", metavar="N,...", help="default %(default)s")
+    parser.add_argument("--size", type=rising, default="96,128,192,256", metavar="N,...", help="pixels (default %(default)s)")
+    parser.add_argument("--width", type=rising, default="96,192,384,768", metavar="N,...", help="default %(default)s")
+    parser.add_argument("--depth", type=rising, default="3,6,12,24", metavar="N,...", help="default %(default)s")
+    parser.add_argument("--ranks", type=rising, default="1,2,4", metavar="N,...", help="default %(default)s")
     parser.add_argument(
-        "--drawn", type=numbers, default="64,128,256,512,1024,2048", metavar="N,...", help="images whose masks are drawn"
+        "--drawn", type=rising, default="64,128,256,512,1024,2048", metavar="N,...", help="images whose masks are drawn"
     )
     parser.add_argument(
-        "--images", type=numbers, default="1000,2000,4000,8000,16000,32000", metavar="N,...", help="of a data set"
+        "--images", type=rising, default="1000,2000,4000,8000,16000,32000", metavar="N,...", help="of a data set"
     )
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each value (default 5)")
@@ -290,18 +293,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def numbers(text: str) -> list[int]:
-    found = sorted({int(word) for word in text.split(",")})
+def rising(text: str) -> list[int]:
+    found = sorted(set(numbers(text)))
     if len(found) < LEAST or found[0] < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: a fit needs at least {LEAST} different numbers above 0")
     return found
-
-
-def among(text: str) -> list[str]:
-    unknown = [word for word in text.split(",") if word not in COSTS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(COSTS)}")
-    return text.split(",")
 
 
 def to_config(options: argparse.Namespace) -> Config:
@@ -314,10 +310,9 @@ def to_config(options: argparse.Namespace) -> Config:
         "data.crop_size": 128,
         "mask.truncate_group": 8,
         "mask.min_keep": 4,
-        "runtime.threads": "null" if options.threads is None else options.threads,
+        "runtime.threads": options.threads,
     }
-    config = configs.load(os.devnull, [*(f"{key}={value}" for key, value in keys.items()), *options.overrides])
-    return precision.settled(config, distributed.init(config.runtime.device).device)
+    return config_of(keys, options.overrides)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,7 +8,6 @@ contexts cut to the shortest of the batch (which is what `mask.truncate: batch_m
 import argparse
 import contextlib
 import json
-import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
@@ -23,11 +22,11 @@ import sharded
 import timing
 import torch
 from breakdown import Dissected
+from options import config_of, numbers
 from timing import Ceiling, Clock, Spread
 from torch import Tensor
 
 from fastjepa import assembly, budget, distributed, flops, masks, packing, precision, train
-from fastjepa import config as configs
 from fastjepa.config import MODELS, Config, ConfigError
 from fastjepa.data import Batch
 from fastjepa.ema import Average
@@ -285,10 +284,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def numbers(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
-
-
 def to_config(options: argparse.Namespace) -> Config:
     keys = {
         "runtime.device": options.device,
@@ -299,10 +294,9 @@ def to_config(options: argparse.Namespace) -> Config:
         "data.crop_size": options.size,
         "meta.pred_depth": options.pred_depth,
         "mask.truncate": options.truncate,
-        "runtime.threads": "null" if options.threads is None else options.threads,
+        "runtime.threads": options.threads,
     }
-    config = configs.load(os.devnull, [*(f"{key}={value}" for key, value in keys.items()), *options.overrides])
-    return precision.settled(config, distributed.init(config.runtime.device).device)
+    return config_of(keys, options.overrides)
 
 
 def run(options: argparse.Namespace) -> tuple[dict | list[dict], Iterator[str]]:

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from collections.abc import Callable
 
 
 def add(commands, name: str, run, about: str, examples: str) -> argparse.ArgumentParser:
@@ -22,6 +23,18 @@ def positive(text: str) -> int:
 
 def not_negative(text: str) -> int:
     return 0 if int(text) == 0 else positive(text)
+
+
+def among(*names: str) -> Callable[[str], list[str]]:
+    """Some of these names, by commas."""
+
+    def chosen(text: str) -> list[str]:
+        words = list(dict.fromkeys(text.split(",")))
+        if unknown := [word for word in words if word not in names]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(names)}")
+        return words
+
+    return chosen
 
 
 def byte_count(text: str) -> int:

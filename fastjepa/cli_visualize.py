@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from fastjepa import cli_decoder
-from fastjepa.arguments import add, positive
+from fastjepa.arguments import add, among, positive
 
 WHAT = ("masks", "pca", "neighbours", "samples")
 EXAMPLES = """examples:
@@ -30,7 +30,7 @@ def register(commands) -> None:
     sub.add_argument("--seed", type=int, default=0, help="of images, masks and every other draw (default 0)")
     sub.add_argument("--output", type=Path, metavar="DIR", help="default: pictures/ in the run directory, or here")
     what = f"of {', '.join(WHAT)}, by commas (default: those for which the networks are there)"
-    sub.add_argument("--what", type=wanted, metavar="LIST", help=what)
+    sub.add_argument("--what", type=among(*WHAT), metavar="LIST", help=what)
     sub.add_argument("--k", type=positive, default=6, help="nearest blocks to show (default 6)")
     sub.add_argument("--n-train", type=positive, default=2000, help="neighbours: training images searched (default 2000)")
     sub.add_argument("--n-test", type=positive, default=256, help="neighbours, samples: held-out images counted (default 256)")
@@ -39,13 +39,6 @@ def register(commands) -> None:
     )
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     sub.add_argument("--json", action="store_true", help="print names of files and numbers as JSON")
-
-
-def wanted(text: str) -> list[str]:
-    names = text.split(",")
-    if unknown := [name for name in names if name not in WHAT]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(WHAT)}")
-    return list(dict.fromkeys(names))
 
 
 def visualize(args: argparse.Namespace) -> None:
