@@ -78,6 +78,13 @@ class Run:
         return subprocess.run(command, cwd=ROOT, env=self.environment | environment, timeout=left, stdout=subprocess.PIPE,
                               stderr=stderr, text=True, errors="replace")  # fmt: skip
 
+    def over(self, what: str) -> bool:
+        """Whether the time was up before `what` could begin, which is then not measured."""
+        if time.monotonic() < self.end:
+            return False
+        self.skip(what, "the time was over")
+        return True
+
     def skip(self, what: str, reason: str) -> None:
         print(f"== {what}: not measured: {reason}", flush=True)
         self.not_measured.append({"what": what, "reason": reason})
@@ -118,8 +125,7 @@ def step_arguments(dry: bool, model: str, arguments: tuple[str, ...]) -> tuple[s
 def benchmark(run: Run, name: str, about: dict[str, str], *arguments: str) -> None:
     """The rows of benchmarks/<name>.py; where it refuses, or lacks a package, why it is not measured."""
     what, script = " ".join([name, *about.values(), *arguments]), str(ROOT / "benchmarks" / f"{name}.py")
-    if time.monotonic() >= run.end:
-        run.skip(what, "the time was over")
+    if run.over(what):
         return
     print(f"== {what}", flush=True)
     begun = time.monotonic()
@@ -143,8 +149,7 @@ def benchmark(run: Run, name: str, about: dict[str, str], *arguments: str) -> No
 
 
 def decode(run: Run) -> None:
-    if time.monotonic() >= run.end:
-        run.skip("decode", "the time was over")
+    if run.over("decode"):
         return
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "decode.json"
@@ -159,8 +164,7 @@ def decode(run: Run) -> None:
 
 
 def measure(run: Run, bench: Path, *pytest: str) -> None:
-    if time.monotonic() >= run.end:
-        run.skip(bench.stem, "the time was over")
+    if run.over(bench.stem):
         return
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "bench.json"
