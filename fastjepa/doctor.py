@@ -10,7 +10,7 @@ import torch
 
 import fastjepa
 import fastjepa_kernels
-from fastjepa import data, decode_dali, engine
+from fastjepa import data, decode_dali, engine, precision
 
 EXTRAS = {  # distributions, any of which will do -> what they are for, what installs them
     ("nvidia-dali-cuda130", "nvidia-dali-cuda120"): ("data.loader: dali", "pip install 'fastjepa[dali]'"),
@@ -26,7 +26,7 @@ EXTRAS = {  # distributions, any of which will do -> what they are for, what ins
 OPS = {  # DeepSpeed's compiled parts -> whether a run needs them
     "fused_adam": "no run needs it: the optimizer is torch's AdamW",
     "cpu_adam": "no run needs it: an offloaded optimizer is torch's AdamW as well",
-    "async_io": "no run needs it: offloading to NVMe is refused",
+    "async_io": "for optimizer states on NVMe, which runtime.zero: 3 can be asked for",
 }
 ATTENTION = ("flash", "varlen", "xformers", "short", "sdpa", "matmul")
 
@@ -37,6 +37,7 @@ def survey() -> dict[str, list[tuple[str, str, str]]]:
     return {
         "versions": versions(device),
         "decoder": decoder(),
+        "precision": [precision_of(device)],
         "attention": attention(device),
         "kernels": kernels(device),
         "DeepSpeed ops": deepspeed_ops(device),
@@ -81,6 +82,13 @@ def decoder() -> list[tuple[str, str, str]]:
     """Which decoder makes images of files here."""
     dali = ("yes", "on CPU threads or a GPU") if decode_dali.installed() else ("no", "pip install 'fastjepa[dali]'")
     return [("auto", *data.decoder("auto", "auto")), ("dali", *dali), ("torch", "yes", "Pillow, in the loader's processes")]
+
+
+def precision_of(device: torch.device) -> tuple[str, str, str]:
+    """What `runtime.dtype: auto` takes here."""
+    if precision.has_bf16(device):
+        return "auto", "bf16", "parameters and averages are fp32 all the same"
+    return "auto", "fp32", f"this {'GPU' if device.type == 'cuda' else 'CPU'} has no bf16 instructions"
 
 
 def attention(device: torch.device) -> list[tuple[str, str, str]]:

@@ -128,7 +128,7 @@ def test_a_command_is_accepted(command: str):
     """By its parser, and everything of this repository that it reads is there."""
     subprocess.run(["bash", "-n", "-c", command], check=True)
     words = shlex.split(command)
-    read = [word for before, word in zip(["", *words], words) if before not in ("--write", "--output")]
+    read = [word for before, word in zip(["", *words], words, strict=False) if before not in ("--write", "--output")]
     paths = [word for word in read if word.startswith(("fastjepa/", "benchmarks/", "configs/", "tests/", "docs/", "./"))]
     assert [path for path in paths if not (ROOT / path.partition("[")[0]).exists()] == []
     if words[0] == "make":

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastjepa import cli, doctor
+from fastjepa import cli, doctor, precision
+from fastjepa.config import load
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -20,9 +21,16 @@ def found() -> dict[str, dict[str, tuple[str, str]]]:
 
 
 def test_it_covers_the_machine(found):
-    assert found.keys() == {"versions", "decoder", "attention", "kernels", "DeepSpeed ops", "packages"}
+    assert found.keys() == {"versions", "decoder", "precision", "attention", "kernels", "DeepSpeed ops", "packages"}
     assert {"fastjepa", "fastjepa-kernels", "torch", "triton", "GPU", "driver"} == found["versions"].keys()
     assert found["versions"]["torch"][0] == torch.__version__
+
+
+def test_the_dtype_of_auto_is_the_trainers(found, monkeypatch):
+    settled = precision.settled(load("study", ["runtime.dtype=auto"]), CPU).runtime.dtype
+    assert found["precision"]["auto"][0] == settled
+    monkeypatch.setattr(precision, "has_bf16", lambda device: False)
+    assert doctor.precision_of(CPU) == ("auto", "fp32", "this CPU has no bf16 instructions")
 
 
 def test_what_cannot_run_says_why(found):

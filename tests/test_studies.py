@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from test_data import write_idx
 from test_train import same, weights
 
@@ -142,6 +143,16 @@ def test_an_arm_that_has_its_row_does_nothing(data, tmp_path):
     first = work(job)
     job.row.write_text(json.dumps(first | {"mark": 1}))
     assert work(job)["mark"] == 1
+
+
+def test_an_arm_whose_row_is_among_the_kept_ones_is_not_run(data, tmp_path):
+    """As where docs/studies was committed and the runs' folders are gone."""
+    jobs = planned(data, tmp_path / "new", "raw pixels", "random encoder")
+    kept = tmp_path / "small.json"
+    kept.write_text(json.dumps([work(job) for job in planned(data, tmp_path / "old", "random encoder")]))
+    assert sweep.sweep(jobs, 1, Console(), kept) == []
+    assert [job.row.is_file() for job in jobs] == [True, False]
+    assert [row["arm"] for row in sweep.rows(jobs, kept)] == ["raw pixels", "random encoder"]
 
 
 def test_floors_train_nothing(data, tmp_path):

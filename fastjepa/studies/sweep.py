@@ -97,17 +97,21 @@ def job(study: str, arm: Arm, seed: int, config: Config, data: str, images: int,
 
 def rows(jobs: Iterable[Job], kept: Path | None = None) -> list[dict[str, Any]]:
     """The rows of these jobs that exist, in their folders or in a file that a report has written, under these arms' names."""
-    stored = {row["hash"]: row for row in json.loads(kept.read_text())} if kept and kept.is_file() else {}
-    found = []
+    found, stored = [], stored_rows(kept)
     for job in jobs:
         row = json.loads(job.row.read_text()) if job.row.is_file() else stored.get(job.asked["hash"])
         found += [row | {name: job.asked[name] for name in ("study", "arm", "group", "paper", "overrides")}] if row else []
     return found
 
 
-def sweep(jobs: list[Job], side_by_side: int, console: Console) -> list[str]:
-    """Run the jobs that have no row yet; returns the labels of those that failed."""
-    waiting, failed = [job for job in jobs if not job.row.is_file()], []
+def stored_rows(kept: Path | None) -> dict[str, dict[str, Any]]:
+    """The rows of a file that a report has written, by the hash of what was trained."""
+    return {row["hash"]: row for row in json.loads(kept.read_text())} if kept and kept.is_file() else {}
+
+
+def sweep(jobs: list[Job], side_by_side: int, console: Console, kept: Path | None = None) -> list[str]:
+    """Run the jobs that have no row yet, in their folders or in the file `kept`; returns the labels of those that failed."""
+    waiting, failed = [job for job in jobs if not (job.row.is_file() or job.asked["hash"] in stored_rows(kept))], []
     with progress(console) as bar, Children() as children:
         task = bar.add_task("arms", total=len(jobs), completed=len(jobs) - len(waiting))
         with concurrent.futures.ThreadPoolExecutor(side_by_side) as pool:
