@@ -123,6 +123,8 @@ def measure(config: Config, rounds: int, trace: Path | None = None) -> list[dict
     """A row for each part of `rounds` steps, as `--json` prints them, and a last one for the whole step."""
     if config.runtime.cuda_graph:
         raise ConfigError("--breakdown: a step that is one CUDA graph has no parts to be timed; set runtime.cuda_graph=false")
+    if config.loss.target == "pixels":
+        raise ConfigError("--breakdown: pixels need no target encoder, whose forward is a part here; set loss.target=output")
     world = distributed.init(config.runtime.device)
     with feeding(config) as config, Loader(config, open_source(config.data), 0, 1, 0, world.device) as loader:
         steps = Steps(config, world, loader)

@@ -266,6 +266,7 @@ def test_the_picture_names_the_parts(written: dict):
     "wrong, named",
     [
         (["--breakdown", "runtime.cuda_graph=true"], "runtime.cuda_graph=false"),
+        (["--breakdown", "loss.target=pixels"], "set loss.target=output"),
         (["--trace=/nowhere/trace.json"], "no folder /nowhere"),
         (["--picture=breakdown.mp3"], "must end with one of"),
         (["--breakdown", "data.source=/nowhere"], "/nowhere"),
