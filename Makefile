@@ -45,7 +45,7 @@ test: $(VENV)/dev.stamp ## every test that needs no GPU and is not slow (under 1
 	$(BIN)/python -m pytest tests/ops
 
 test-slow: $(VENV)/dev.stamp ## the slow tests
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --durations 20
 
 gpu-check: ## the kernels on a card: tests, compiled and graph paths, benches (any PYTHON with torch; under 10 minutes)
 	PYTHONPATH=kernels:. $(PYTHON) benchmarks/gpu_check.py $(ARGS)

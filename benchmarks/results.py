@@ -35,6 +35,8 @@ INTRODUCTION = """# Results
 Made by `make results` from the files in `benchmarks/results/`; do not edit. Each table names the command that it repeats, the
 commit and how many files differed from it, the machine and the versions; n is the number of timed rounds, a spread is p20 to
 p80, and ratios are medians of the rounds' ratios. `python benchmarks/results.py save NAME -- COMMAND ... --json` adds one."""
+README = ROOT / "README.md"
+BLOCK = re.compile(r"(<!-- results -->\n).*?(<!-- end -->)", re.DOTALL)
 CAVEAT = "Nobody ran these to their end: the arithmetic is in each row."
 EXAMPLES = """examples:
   python benchmarks/results.py save step_vit_small -- python benchmarks/step.py --device cpu --rounds 16 --json
@@ -278,6 +280,36 @@ def table(columns: Iterable[str], rows: list[dict[str, str]]) -> list[str]:
     return [f"| {line} |" for line in (*head, *(" | ".join(row.get(name, "") for name in columns) for row in rows))]
 
 
+def headline(results: Sequence[dict]) -> str:
+    """The README's table: what each result that stands in HEADLINE comes to, and its command."""
+    kept = {result["name"]: result for result in results}
+    rows = [{"what": what, "result": said(kept[name]["rows"]), "command": f"`{kept[name]['command']}`"}
+            for name, (what, said) in HEADLINE.items() if name in kept]  # fmt: skip
+    return "\n".join(table(("what", "result", "command"), rows)) + "\n"
+
+
+def against_official(rows: list[dict]) -> str:
+    ours, theirs = rows
+    rates = f"{ours['mfu']:.0%} of the measured GEMM rate against {theirs['mfu']:.0%}"
+    memory = f"{ours['peak_bytes'] / 2**20:.0f} against {theirs['peak_bytes'] / 2**20:.0f} MiB"
+    return f"{spread(ours['ratio'])} times its images/s; {rates}; {memory}"
+
+
+def methods(rows: list[dict]) -> str:
+    """Images/s by method and column; those that run as their official code does are left to RESULTS.md."""
+    return "; ".join(
+        f"{row['method']} {row['column']} {flatten(row)['images/s']}" for row in rows
+        if row["model"] == rows[-1]["model"] and row["column"] in ("packed", "same")
+    )  # fmt: skip
+
+
+HEADLINE = {  # result -> what it is of, what its rows come to
+    "step_vit_small": ("a ViT-S/16 step at 224, batch 16, bf16, beside the official code's at equal work", against_official),
+    "step_vit_small_fp32": ("the same in fp32", against_official),
+    "gpu_hours_cpu": ("images/s of I-JEPA, MAE and iBOT, ViT-S/16 at 224, batch 8", methods),
+}
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Keep benchmark results and write RESULTS.md.", epilog=EXAMPLES,
@@ -287,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
     saving = commands.add_parser("save", help="run a benchmark and keep what it prints", usage="%(prog)s NAME -- COMMAND ...")
     saving.add_argument("name", help="of benchmarks/results/NAME.json, which is replaced")
     saving.add_argument("--file", type=Path, help="the file the benchmark writes its JSON to, in place of its output")
-    commands.add_parser("write", help="make benchmarks/RESULTS.md of benchmarks/results/*.json")
+    commands.add_parser("write", help="make benchmarks/RESULTS.md and README.md's table of benchmarks/results/*.json")
     argv = sys.argv[1:] if argv is None else argv
     end = argv.index("--") if "--" in argv else len(argv)
     asked, command = parser.parse_args(argv[:end]), argv[end + 1 :]
@@ -297,8 +329,10 @@ def main(argv: list[str] | None = None) -> int:
                 parser.error("save: give the benchmark's command after --")
             print(save(asked.name, command, asked.file))
         else:
-            DOCUMENT.write_text(document(load(RESULTS)))
-            print(DOCUMENT)
+            results = load(RESULTS)
+            DOCUMENT.write_text(document(results))
+            README.write_text(BLOCK.sub(lambda found: found[1] + headline(results) + found[2], README.read_text()))
+            print(DOCUMENT, README)
     except (ResultError, OSError) as error:
         print(f"benchmarks/results.py: {error}", file=sys.stderr)
         return 2

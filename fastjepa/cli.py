@@ -54,7 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if args.debug or not expected(error):
             raise
-        print(f"fastjepa {args.command}: {memory(error, args.command) if out_of_memory(error) else error}", file=sys.stderr)
+        said = memory(error, args.command) if out_of_memory(error) else error
+        sys.stderr.write(f"fastjepa {args.command}: {said}\n")  # in one piece: other ranks speak at the same moment
         if started := sys.modules.get("fastjepa.distributed"):  # not imported for this: without it there are no other ranks
             started.linger()
         return 2

@@ -212,7 +212,8 @@ def died(rank: int, sign: Sign, seconds: float | None = None) -> str:
 
 def end(reason: str) -> None:
     """Say why, and end the process at once: what it has open waits for those who are gone."""
-    print(f"fastjepa train: {reason}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"fastjepa train: {reason}\n")  # in one piece: other ranks speak at the same moment
+    sys.stderr.flush()
     sys.stdout.flush()
     os._exit(LOST)
 

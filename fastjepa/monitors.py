@@ -348,8 +348,7 @@ class Monitor:
         self.history.append({"step": step, "loss": float(loss), **found})
         notes += [f"warning: {sentence}" for sentence in alarms(self.history, now, self.config, self.warmup_steps)]
         self.seconds += time.perf_counter() - start
-        if self._probes(step):
-            found["monitor_share"] = self.seconds / (time.perf_counter() - self._start)
+        found["monitor_share"] = self.seconds / (time.perf_counter() - self._start)
         return found, notes
 
     def _monitors(self, step: int) -> bool:

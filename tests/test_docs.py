@@ -34,6 +34,7 @@ ONLY_PARSED = {  # how a command begins: why it is only parsed
     "python benchmarks/": "it measures for minutes; tests/test_bench_*.py and tests/test_gpu_hours.py run them small",
     "fastjepa data get": "it fetches or renders; tests/test_catalog.py and tests/test_scenes.py run it",
     "fastjepa sweep": "it trains for hours; tests/test_studies.py runs it small",
+    "fastjepa report runs/demo --serve": "it ends with Ctrl-C alone; tests/test_report.py runs it",
     "fastjepa eval lowlevel": "it needs rendered scenes; tests/test_lowlevel.py runs it",
 }
 # Before the settings of the page, which therefore win.

@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -199,3 +200,11 @@ sys.exit(cli.main(sys.argv[1:]))
     ended = python(file, "train", "--config", places["CONFIG"], "--output", tmp_path / "run", *large)
     assert ended.returncode == 2, ended.stderr
     assert ended.stderr.startswith("fastjepa train: out of memory, ") and ended.stderr.count("\n") == 1
+
+
+def test_a_sentence_is_written_in_one_piece(monkeypatch):
+    """Under torchrun standard error is not buffered: what is written in parts runs into the lines of other ranks."""
+    written = []
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=written.append, flush=lambda: None))
+    assert cli.main(["train", "--config", "nowhere"]) == 2
+    assert len(written) == 1 and written[0].startswith("fastjepa train: ") and written[0].endswith("\n")

@@ -295,8 +295,10 @@ def test_a_probe_classifies_what_can_be_told_apart(file):
 def test_a_run_logs_its_readings_and_their_cost_and_is_not_changed_by_them(file, tmp_path, capsys):
     entries = trained(file, tmp_path / "watched")
     at = {name: [entry["step"] for entry in entries if name in entry] for name in (*monitors.READINGS, "monitor_share")}
-    assert at["feature_std"] == at["effective_rank"] == [2, *range(4, 37, 4)], "the first line has the readings of step 1"
-    assert all(at[name] == [2, 8, 16, 24, 32] for name in ("image_std", "image_rank", "lidar", "knn", "monitor_share"))
+    assert at["feature_std"] == at["effective_rank"] == at["monitor_share"] == [2, *range(4, 37, 4)], (
+        "the first line has the readings of step 1"
+    )
+    assert all(at[name] == [2, 8, 16, 24, 32] for name in ("image_std", "image_rank", "lidar", "knn"))
     assert all(0 < entry["monitor_share"] < 1 for entry in entries if "monitor_share" in entry)
     out = capsys.readouterr().out
     assert out.count("probes at step 1 and every 8: a k-NN of 16 other training images") == 1

@@ -29,6 +29,8 @@ ABOUT = {
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(results, "DOCUMENT", tmp_path / "RESULTS.md")
+    monkeypatch.setattr(results, "README", tmp_path / "README.md")
+    results.README.write_text("before\n<!-- results -->\nold\n<!-- end -->\nafter\n")
     return tmp_path / "results"
 
 
@@ -173,6 +175,24 @@ def test_the_committed_document_is_that_of_the_committed_results():
 
 def make(*arguments: str) -> str:
     return subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_readmes_table_is_that_of_the_committed_results():
+    assert f"<!-- results -->\n{results.headline(results.load(results.RESULTS))}<!-- end -->" in results.README.read_text()
+
+
+def test_the_headline_is_put_between_its_marks(folder: Path):
+    """And nothing else of the README changes; results that are not of the headline are left out."""
+    ours = {"mfu": 0.68, "peak_bytes": 2**30, "ratio": {"median": 1.15, "p20": 1.12, "p80": 1.17}}
+    result = ABOUT | {"name": "step_vit_small", "command": "python x", "rows": [ours, {"mfu": 0.65, "peak_bytes": 2**31}]}
+    folder.mkdir()
+    for one in (result, ABOUT | {"rows": []}):
+        (folder / f"{one['name']}.json").write_text(json.dumps(one))
+    assert results.main(["write"]) == 0
+    before, mark, head, _, row, *after = results.README.read_text().splitlines()
+    assert (before, mark, head) == ("before", "<!-- results -->", "| what | result | command |")
+    assert after == ["<!-- end -->", "after"]
+    assert "1.15 (1.12 to 1.17) times its images/s; 68% of the measured GEMM rate against 65%; 1024 against 2048 MiB" in row
 
 
 def test_make_bench_runs_every_bench():
