@@ -303,10 +303,17 @@ def methods(rows: list[dict]) -> str:
     )  # fmt: skip
 
 
+def updates(rows: list[dict]) -> str:
+    """Ours beside torch's loop and its fastest calls."""
+    shown = ("ours", "torch._foreach_lerp_", "torch fused + foreach", "for loop", "torch for loops")
+    return "; ".join(f"{row['op']} {row['provider']} {spread(row['ms'])} ms" for row in rows if row["provider"] in shown)
+
+
 HEADLINE = {  # result -> what it is of, what its rows come to
     "step_vit_small": ("a ViT-S/16 step at 224, batch 16, bf16, beside the official code's at equal work", against_official),
     "step_vit_small_fp32": ("the same in fp32", against_official),
     "gpu_hours_cpu": ("images/s of I-JEPA, MAE and iBOT, ViT-S/16 at 224, batch 8", methods),
+    "ema": ("averaging the weights of a ViT-B/16 in fp32, alone and with AdamW in one call", updates),
 }
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def samples(subject, held_out, args: argparse.Namespace, keep) -> dict:
     network, step = decoder.load(args.decoder, talk)
     drawn = samples.draw(talk, network, held_out, args.seed)
     keep("samples.png", gallery.samples_sheet(subject, drawn, args.images))
-    origin = provenance(subject, "target", (held_out, held_out), args.seed) | {"decoder": str(args.decoder)}
+    origin = provenance(subject, "target", (held_out, held_out), args.seed) | {"decoder": os.path.relpath(args.decoder)}
     origin["decoder_step"] = step
     return origin | {"images": len(held_out.rows)} | samples.summary(samples.distances(subject, drawn), args.seed)
 
