@@ -208,6 +208,7 @@ def result(
     speed = Spread.of([batch / s for s in seconds])
     achieved = [batch * f / s for f, s in zip(each, seconds, strict=True)]
     per_image = float(np.mean(work_flops))
+    shares = Spread.of([a / rate for a, rate in zip(achieved, rates, strict=True)])
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     sheet = datasheet(name, config.runtime.dtype)
     dtype = precision.dtype_of(config)
@@ -220,7 +221,7 @@ def result(
         "spread": (speed.p80 - speed.p20) / speed.median, "gflop_per_image": per_image / 1e9,
         "gflop_per_view": per_image / config.mask.num_enc_masks / 1e9,
         "gemm_gflops": Spread.of(rates).median / 1e9,
-        "mfu": Spread.of([a / rate for a, rate in zip(achieved, rates, strict=True)]).median,
+        "mfu": shares.median, "mfu_spread": (shares.p80 - shares.p20) / shares.median,
         "share_of_datasheet": None if sheet is None else per_image * speed.median / sheet,
         "peak_bytes": peak_bytes, **(found := projected(row, speed.median)),
         "arithmetic": f"{found['epochs']} epochs x {IMAGENET} images / {speed.median:.2f} images/s / 3600 s",

@@ -276,7 +276,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--batch", type=rising, default="4,8,16,32", metavar="N,...", help="images a step (default %(default)s)"
     )
-    parser.add_argument("--size", type=rising, default="96,128,192,256", metavar="N,...", help="pixels (default %(default)s)")
+    parser.add_argument("--size", type=rising, default="128,192,256,320", metavar="N,...", help="pixels (default %(default)s)")
     parser.add_argument("--width", type=rising, default="96,192,384,768", metavar="N,...", help="default %(default)s")
     parser.add_argument("--depth", type=rising, default="3,6,12,24", metavar="N,...", help="default %(default)s")
     parser.add_argument("--ranks", type=rising, default="1,2,4", metavar="N,...", help="default %(default)s")
