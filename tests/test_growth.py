@@ -108,11 +108,10 @@ def test_along_an_axis_one_thing_changes(axis: str, value: int, changed: tuple):
 
 def test_masks_can_be_drawn_at_every_default_value():
     options = growth.parse([])
-    config = growth.to_config(options)
-    for axis, values in (("batch", options.batch), ("tokens", options.size), ("width", options.width), ("depth", options.depth)):
-        for value in values:
-            changed = growth.along(config, axis, value)[1]
-            mask_draws.check(changed, changed.data.batch_size)
+    values = {"batch": options.batch, "tokens": options.size, "width": options.width, "depth": options.depth}
+    for axis, value in ((axis, value) for axis in values for value in values[axis]):
+        config = growth.along(growth.to_config(options), axis, value)[1]
+        mask_draws.check(config, config.data.batch_size)
 
 
 def test_the_maths_of_a_step_are_flops_and_memory():
