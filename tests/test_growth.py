@@ -109,7 +109,7 @@ def test_along_an_axis_one_thing_changes(axis: str, value: int, changed: tuple):
 def test_masks_can_be_drawn_at_every_default_value():
     options = growth.parse([])
     values = {"batch": options.batch, "tokens": options.size, "width": options.width, "depth": options.depth}
-    for axis, value in ((axis, value) for axis in values for value in values[axis]):
+    for axis, value in ((name, one) for name in values for one in values[name]):
         config = growth.along(growth.to_config(options), axis, value)[1]
         mask_draws.check(config, config.data.batch_size)
 
