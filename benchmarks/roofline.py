@@ -139,4 +139,4 @@ def draw_roofs(axes, rows: list[dict], whole: dict) -> None:
     for number, (row, flop_a_byte, rate) in enumerate(zip(rows, intensity, reached, strict=True)):
         axes.loglog(flop_a_byte, rate, "osD^v"[number % 5], color=f"C{number}", label=row["part"])
     axes.set(xlabel="FLOPs a byte", ylabel="GFLOP/s", title=f"GEMM {peak:.0f} GFLOP/s, copy {slope:.1f} GB/s")
-    axes.legend(frameon=False, loc="lower right", fontsize=9)
+    axes.legend(frameon=False, loc="lower center", fontsize=9)
