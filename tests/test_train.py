@@ -61,7 +61,7 @@ def lines(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-TIMES = {"images_per_s", "mfu", "memory_gib"}
+TIMES = {"images_per_s", "mfu", "memory_gib", "monitor_share"}
 
 
 def without_times(entries: list[dict]) -> list[dict]:
