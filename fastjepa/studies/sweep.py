@@ -111,7 +111,8 @@ def stored_rows(kept: Path | None) -> dict[str, dict[str, Any]]:
 
 def sweep(jobs: list[Job], side_by_side: int, console: Console, kept: Path | None = None) -> list[str]:
     """Run the jobs that have no row yet, in their folders or in the file `kept`; returns the labels of those that failed."""
-    waiting, failed = [job for job in jobs if not (job.row.is_file() or job.asked["hash"] in stored_rows(kept))], []
+    stored, failed = stored_rows(kept), []
+    waiting = [job for job in jobs if not (job.row.is_file() or job.asked["hash"] in stored)]
     with progress(console) as bar, Children() as children:
         task = bar.add_task("arms", total=len(jobs), completed=len(jobs) - len(waiting))
         with concurrent.futures.ThreadPoolExecutor(side_by_side) as pool:
