@@ -14,7 +14,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from typing import NamedTuple
@@ -110,7 +110,7 @@ def measure(options: argparse.Namespace) -> dict:
     fitting = [row for row in asked if peaks[row] is not None]
     found = []
     for group in together(fitting, device):
-        found += turns(group, known, peaks, options.rounds, device, directory)
+        found += turns(group, known, peaks, options, device)
     return {
         "rows": found,
         "not_measured": [{"what": str(row), "reason": refused.get(row, "out of memory")}
@@ -145,23 +145,28 @@ def together(fitting: Sequence[Row], device: torch.device) -> list[list[Row]]:
 
 
 def turns(
-    group: list[Row], known: dict[str, Config], peaks: dict[Row, int], rounds: int, device: torch.device, directory: str | None
+    group: list[Row], known: dict[str, Config], peaks: dict[Row, int], options: argparse.Namespace, device: torch.device
 ) -> list[dict]:
-    """Rounds of one step of every row, and of the matrix products that are the ceiling of all."""
-    some = next(iter(known.values()))
-    dtype = precision.dtype_of(some)
-    count = min(rounds, DISTINCT)
+    """Rounds of some steps of every row, and of the matrix products that are the ceiling of all."""
+    dtype = precision.dtype_of(next(iter(known.values())))
+    rounds, steps = options.rounds, options.steps
+    count = min(rounds * steps, DISTINCT)
     try:
-        runs = {row: build(row, known[row.model], device, count, directory) for row in group}
+        runs = {row: build(row, known[row.model], device, count, options.reference) for row in group}
         shapes = {shape for model in dict.fromkeys(row.model for row in group) for shape in linears(known[model])}
         ceiling = Ceiling([*sorted(shapes), timing.square(device)], dtype, device)
-        seconds = timing.interleave({"ceiling": ceiling, **runs}, rounds, device, warmup=count)
+        seconds = timing.interleave({"ceiling": ceiling, **runs}, rounds, device, count, steps)
     except torch.OutOfMemoryError as error:
         names = ", ".join(map(str, group))
         raise ConfigError(f"{names} fit alone but not together; measure fewer --columns, or lower --batch") from error
-    rates = [ceiling.rates[number] for number in range(rounds)]
-    return [result(row, runs[row].flops, seconds[row], rates, varied(row, known[row.model]), peaks[row], device)
-            for row in group]  # fmt: skip
+    rates = of_rounds(ceiling.rates.get, rounds, steps)
+    work = {row: of_rounds(lambda step, done=run.flops: done[step % len(done)], rounds, steps) for row, run in runs.items()}
+    return [result(row, work[row], seconds[row], rates, varied(row, known[row.model]), peaks[row], device) for row in group]
+
+
+def of_rounds(of_step: Callable[[int], float], rounds: int, steps: int) -> list[float]:
+    """The mean over the steps of each round."""
+    return [float(np.mean([of_step(step) for step in range(n * steps, (n + 1) * steps)])) for n in range(rounds)]
 
 
 def start(config: Config) -> torch.device:
@@ -202,12 +207,13 @@ def linears(config: Config) -> list[tuple[int, int, int]]:
 
 
 def result(
-    row: Row, work_flops: list[float], seconds: list[float], rates: list[float], config: Config, peak_bytes: int, device
+    row: Row, work: list[float], seconds: list[float], rates: list[float], config: Config, peak_bytes: int, device
 ) -> dict:
-    batch, each = config.data.batch_size, [work_flops[number % len(work_flops)] for number in range(len(seconds))]
+    """Of rounds: FLOPs an image (`work`), seconds a step and the measured rates of matrix products."""
+    batch = config.data.batch_size
     speed = Spread.of([batch / s for s in seconds])
-    achieved = [batch * f / s for f, s in zip(each, seconds, strict=True)]
-    per_image = float(np.mean(work_flops))
+    achieved = [batch * f / s for f, s in zip(work, seconds, strict=True)]
+    per_image = float(np.mean(work))
     shares = Spread.of([a / rate for a, rate in zip(achieved, rates, strict=True)])
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     sheet = datasheet(name, config.runtime.dtype)
@@ -331,7 +337,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         help="auto: bf16 where the device has instructions for it, else fp32; rows say which")  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks of `packed` and `same`")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--rounds", type=int, default=10, help="timed steps of each row (default 10)")
+    parser.add_argument("--rounds", type=int, default=10, help="timed rounds of each row (default 10)")
+    parser.add_argument("--steps", type=int, default=1, help="steps of a round in a row, timed together (default 1)")
     parser.add_argument("--estimate", choices=tuple(CARDS), help="measure nothing: FLOPs over a share of this card's peak")
     parser.add_argument("--share", type=float, default=0.4, help="of the peak, for --estimate (default 0.4)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -361,8 +368,9 @@ def to_config(options: argparse.Namespace, model: str) -> Config:
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     try:
-        if options.rounds < 1:
-            raise ConfigError(f"--rounds {options.rounds}: time at least one round")
+        for name, count in (("rounds", options.rounds), ("steps", options.steps)):
+            if count < 1:
+                raise ConfigError(f"--{name} {count}: time at least one")
         if not 0 < options.share <= 1:
             raise ConfigError(f"--share {options.share}: give a number above 0 and up to 1")
         vit.parts()

@@ -38,21 +38,23 @@ class Spread(NamedTuple):
 
 
 def interleave(
-    runs: Mapping[str, Callable[[int], object]], rounds: int, device: torch.device, warmup: int = 1
+    runs: Mapping[str, Callable[[int], object]], rounds: int, device: torch.device, warmup: int = 1, steps: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of every run in every round.
+    """Seconds a step of every run in every round.
 
-    Each is called with the number of the round; warm-up rounds have the first numbers too and are not kept. Every
-    other round goes backwards, so that no run always follows the same neighbour.
+    In a round each run takes `steps` steps in a row, called with their numbers, which go on from round to round; warm-up
+    rounds have the first numbers too and are not kept. Every other round goes backwards, so that no run always follows
+    the same neighbour.
     """
     seconds = {name: [] for name in runs}
     for number in [*range(warmup), *range(rounds)]:
         for name in list(runs)[:: 1 if number % 2 == 0 else -1]:
             synchronize(device)
             start = time.perf_counter()
-            runs[name](number)
+            for step in range(number * steps, (number + 1) * steps):
+                runs[name](step)
             synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append((time.perf_counter() - start) / steps)
     return {name: taken[warmup:] for name, taken in seconds.items()}
 
 

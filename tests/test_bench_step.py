@@ -65,6 +65,18 @@ def test_interleave_takes_turns_and_drops_the_warmup():
     assert min(seconds["slow"]) >= 0.02
 
 
+def test_the_steps_of_a_round_go_on_from_the_round_before_and_count_by_their_mean():
+    calls = []
+
+    def run(number: int) -> None:
+        calls.append(number)
+        time.sleep(0.03 if number % 2 else 0.01)
+
+    seconds = timing.interleave({"run": run}, 2, CPU, warmup=1, steps=2)["run"]
+    assert calls == [0, 1, 0, 1, 2, 3]
+    assert len(seconds) == 2 and 0.02 <= min(seconds) < 0.04
+
+
 def test_clock_adds_up_marks_of_one_name():
     clock = timing.Clock(CPU)
     for name, seconds in (("a", 0.01), ("b", 0.03), ("a", 0.01)):

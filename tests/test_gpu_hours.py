@@ -322,6 +322,19 @@ def test_json_rows_hold_what_was_promised(no_peaks, capsys: pytest.CaptureFixtur
     assert "hours = epochs x 1281167" in text and "ibot vit_tiny same: not measured: out of memory" in text
 
 
+def test_a_machine_that_slows_down_is_in_the_spread_of_images_but_not_in_that_of_the_share_of_gemm():
+    slowed, config = [1.0, 1.2, 1.5, 2.0, 3.0], config_of()
+    rates = [1e9 / slow for slow in slowed]
+    row = gpu_hours.result(gpu_hours.Row("mae", "vit_tiny", "same"), [1e8] * 5, slowed, rates, config, 2**20, CPU)
+    assert row["spread"] > 0.5 and row["mfu_spread"] == pytest.approx(0)
+    assert row["mfu"] == pytest.approx(0.2) and row["images_per_s"] == pytest.approx(config.data.batch_size / 1.5)
+
+
+def test_every_round_of_as_many_steps_as_there_are_batches_does_the_same_work():
+    assert gpu_hours.of_rounds([1.0, 3.0, 1.0, 3.0].__getitem__, rounds=2, steps=2) == [2.0, 2.0]
+    assert gpu_hours.of_rounds([1.0, 3.0].__getitem__, rounds=2, steps=1) == [1.0, 3.0]
+
+
 def test_the_official_code_is_a_column(stand_in: Path, no_peaks):  # noqa: F811
     found = gpu_hours.measure(options_of("--methods=ijepa", "--columns=packed", f"--reference={stand_in}", "meta.depth=null"))
     assert [row["column"] for row in found["rows"]] == ["packed", "reference"]
@@ -341,6 +354,7 @@ def test_estimates_show_their_arithmetic(capsys: pytest.CaptureFixture[str]):
     "wrong, named",
     [
         (["--rounds=0"], "--rounds 0"),
+        (["--steps=0"], "--steps 0"),
         (["--share=2"], "--share 2"),
         (["--methods=mae", "--columns=packed"], "no such row"),
         (["--reference=nowhere", "meta.depth=null"], "nowhere: no src/helper.py"),
