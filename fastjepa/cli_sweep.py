@@ -16,7 +16,7 @@ EXAMPLES = """examples:
   fastjepa sweep --study truncation --seeds 1 --budget 20000 meta.depth=2
 
 Stopped at any moment, the same command goes on: arm by arm, and inside an arm from its checkpoint; with --write DIR, what
-DIR/<study>.json holds is not trained again. Settings at the end
+the studies' files in DIR hold is not trained again. Settings at the end
 are for all arms, before their own. An arm is trained anew when one of its settings, or the budget, has changed."""
 
 
@@ -54,11 +54,10 @@ def sweep(args: argparse.Namespace) -> int:
     study, console = sweeps.STUDIES[args.study], Console(width=None if sys.stdout.isatty() else 130)
     jobs = sweeps.plan(args.study, args.output, args.data, args.seeds, args.budget, args.arms, args.overrides)
     folder, failed = args.write or args.output, []
-    kept = folder / f"{args.study}.json"
     if not args.report:
         open_splits(args.data, None, None, 0)  # refused here, once, rather than by every arm
-        failed = sweeps.sweep(jobs, args.jobs or side_by_side(), console, kept)
-    found = report.lines(study.named(args.arms), sweeps.rows(jobs, kept))
+        failed = sweeps.sweep(jobs, args.jobs or side_by_side(), console, folder)
+    found = report.lines(study.named(args.arms), sweeps.rows(jobs, folder))
     report.show(study, found, console)
     if args.arms is None:  # a part of a table is shown, not kept
         files = report.write(study, args.study, found, folder)

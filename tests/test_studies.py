@@ -146,13 +146,12 @@ def test_an_arm_that_has_its_row_does_nothing(data, tmp_path):
 
 
 def test_an_arm_whose_row_is_among_the_kept_ones_is_not_run(data, tmp_path):
-    """As where docs/studies was committed and the runs' folders are gone."""
+    """As where docs/studies was committed and the runs' folders are gone; it may be another study's row."""
     jobs = planned(data, tmp_path / "new", "raw pixels", "random encoder")
-    kept = tmp_path / "small.json"
-    kept.write_text(json.dumps([work(job) for job in planned(data, tmp_path / "old", "random encoder")]))
-    assert sweep.sweep(jobs, 1, Console(), kept) == []
+    (tmp_path / "masking.json").write_text(json.dumps([work(job) for job in planned(data, tmp_path / "old", "random encoder")]))
+    assert sweep.sweep(jobs, 1, Console(), tmp_path) == []
     assert [job.row.is_file() for job in jobs] == [True, False]
-    assert [row["arm"] for row in sweep.rows(jobs, kept)] == ["raw pixels", "random encoder"]
+    assert [row["arm"] for row in sweep.rows(jobs, tmp_path)] == ["raw pixels", "random encoder"]
 
 
 def test_floors_train_nothing(data, tmp_path):

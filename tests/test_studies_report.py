@@ -79,9 +79,9 @@ def test_rows_of_other_settings_are_not_reported(tmp_path):
     jobs = sweep.plan("small", tmp_path, "cifar10", 1, 1000, ["base"])
     stale = row("base", 0, 10.0, hash="of another budget")
     (tmp_path / "small.json").write_text(json.dumps([stale]))
-    assert sweep.rows(jobs, tmp_path / "small.json") == []
+    assert sweep.rows(jobs, tmp_path) == []
     (tmp_path / "small.json").write_text(json.dumps([stale, fresh := row("base", 0, 20.0, hash=jobs[0].asked["hash"])]))
-    (found,) = sweep.rows(jobs, tmp_path / "small.json")
+    (found,) = sweep.rows(jobs, tmp_path)
     assert found["hash"] == fresh["hash"] and found["probe"] == fresh["probe"]
 
 

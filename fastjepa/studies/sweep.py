@@ -96,7 +96,7 @@ def job(study: str, arm: Arm, seed: int, config: Config, data: str, images: int,
 
 
 def rows(jobs: Iterable[Job], kept: Path | None = None) -> list[dict[str, Any]]:
-    """The rows of these jobs that exist, in their folders or in a file that a report has written, under these arms' names."""
+    """The rows of these jobs that exist, in their folders or in the folder `kept` of reports, under these arms' names."""
     found, stored = [], stored_rows(kept)
     for job in jobs:
         row = json.loads(job.row.read_text()) if job.row.is_file() else stored.get(job.asked["hash"])
@@ -105,12 +105,13 @@ def rows(jobs: Iterable[Job], kept: Path | None = None) -> list[dict[str, Any]]:
 
 
 def stored_rows(kept: Path | None) -> dict[str, dict[str, Any]]:
-    """The rows of a file that a report has written, by the hash of what was trained."""
-    return {row["hash"]: row for row in json.loads(kept.read_text())} if kept and kept.is_file() else {}
+    """The rows that reports have written to a folder, by the hash of what was trained: studies share arms."""
+    files = [kept / f"{name}.json" for name in STUDIES] if kept else []
+    return {row["hash"]: row for file in files if file.is_file() for row in json.loads(file.read_text())}
 
 
 def sweep(jobs: list[Job], side_by_side: int, console: Console, kept: Path | None = None) -> list[str]:
-    """Run the jobs that have no row yet, in their folders or in the file `kept`; returns the labels of those that failed."""
+    """Run the jobs that have no row yet, in their folders or in `kept`; returns the labels of those that failed."""
     stored, failed = stored_rows(kept), []
     waiting = [job for job in jobs if not (job.row.is_file() or job.asked["hash"] in stored)]
     with progress(console) as bar, Children() as children:
