@@ -155,7 +155,7 @@ def turns(
         runs = {row: build(row, known[row.model], device, count, options.reference) for row in group}
         shapes = {shape for model in dict.fromkeys(row.model for row in group) for shape in linears(known[model])}
         ceiling = Ceiling([*sorted(shapes), timing.square(device)], dtype, device)
-        seconds = timing.interleave({"ceiling": ceiling, **runs}, rounds, device, count, steps)
+        seconds = timing.interleave({"ceiling": ceiling, **runs}, rounds, device, warmup=-(-count // steps), steps=steps)
     except torch.OutOfMemoryError as error:
         names = ", ".join(map(str, group))
         raise ConfigError(f"{names} fit alone but not together; measure fewer --columns, or lower --batch") from error
