@@ -22,7 +22,7 @@ from fastjepa import cli, masks
 from fastjepa import config as configs
 from fastjepa.config import ConfigError
 from fastjepa.schedule import Schedule
-from fastjepa.studies import arm, subset, sweep
+from fastjepa.studies import arm, shares, subset, sweep
 from fastjepa.studies.sweep import STUDIES
 
 EVERY = [(name, each) for name, study in STUDIES.items() for each in study.arms]
@@ -158,6 +158,19 @@ def test_floors_train_nothing(data, tmp_path):
     pixels, random = (work(job) for job in planned(data, tmp_path, "raw pixels", "random encoder"))
     assert random["images"] == random["flops"] == pixels["flops"] == 0
     assert pixels["probe"]["effective_rank"] > random["probe"]["effective_rank"]
+
+
+def test_a_row_says_what_tokens_are_made_of(data, tmp_path):
+    pixels, random = (work(job)["shares"] for job in planned(data, tmp_path, "raw pixels", "random encoder"))
+    assert pixels is None and sum(random.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("part", ["common", "position", "image", "local"])
+def test_shares_find_the_part_that_tokens_were_made_of(part: str):
+    shape = {"common": (1, 1, 8), "position": (1, 30, 8), "image": (50, 1, 8), "local": (50, 30, 8)}[part]
+    tokens = torch.randn(shape, generator=torch.Generator().manual_seed(0)).expand(50, 30, 8)
+    found = shares.shares(tokens)
+    assert sum(found.values()) == pytest.approx(1) and max(found, key=found.get) == part and found[part] > 0.75
 
 
 def test_an_arm_goes_on_from_its_checkpoint(data, tmp_path):

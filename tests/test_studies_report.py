@@ -22,7 +22,7 @@ def row(arm: str, seed: int, accuracy: float, **more) -> dict:
     result = {"accuracy": accuracy / 100, "ci95": [0.0, 1.0], "n_test": 10_000}
     probes = {name: result for name in ("knn", "linear", "linear_bn")} | {"effective_rank": 7.25}
     return {"study": "s", "arm": arm, "seed": seed, "hash": f"{arm}{seed}", "probe": probes, "images": 100_000, "flops": 8.4e12,
-            "seconds": 390.0, "fraction": 1.0} | more  # fmt: skip
+            "seconds": 390.0, "fraction": 1.0, "shares": {"common": 0.86}} | more  # fmt: skip
 
 
 ROWS = [row("one", 0, 40.0), row("one", 1, 41.0), row("one", 2, 42.0), row("two", 0, 39.0), row("two", 1, 39.5),
@@ -36,10 +36,15 @@ def found() -> list[report.Line]:
 
 def test_a_line_says_mean_spread_seeds_cost_and_the_papers_number(found):
     one, two, three, none = report.cells(found)
-    assert one == ["pair", "one", "3", "41.0 ± 1.0", "41.0 ± 1.0", "41.0 ± 1.0", "7.2", "100,000", "8.4", "6.5", "54.2"]
+    assert one == ["pair", "one", "3", "41.0 ± 1.0", "41.0 ± 1.0", "41.0 ± 1.0", "7.2", "86", "100,000", "8.4", "6.5", "54.2"]
     assert two[:4] == ["", "two", "2 *", "39.2 ± 0.4"] and two[-1] == "17.6"
     assert three[:4] == ["alone", "three", "1 *", "35.0"]
     assert none[:3] == ["", "none yet", "0"] and set(none[3:]) == {""}
+
+
+def test_pixels_have_no_tokens_to_share_anything():
+    (line,) = report.lines(ARMS[:1], [row("one", 0, 40.0, shares=None)])
+    assert line.common() == ""
 
 
 def test_what_the_numbers_are_is_said(found):

@@ -24,7 +24,7 @@ from fastjepa.evals import features, table
 from fastjepa.evals.subject import open_splits, open_subject
 from fastjepa.manifest import step_of
 from fastjepa.sources import open_source
-from fastjepa.studies import mae, subset
+from fastjepa.studies import mae, shares, subset
 
 JOB, ROW, CONFIG = "job.json", "row.json", "arm.yaml"
 WARMUP = 0.1  # share of the steps
@@ -87,7 +87,7 @@ def run(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     else:
         (folder / "config.yaml").write_text((folder / CONFIG).read_text())
     kept = {name: value for name, value in job.items() if name != "config"}
-    return kept | trained | {"changed": departures(config), "probe": probe(job, folder), "made_by": made_by()}
+    return kept | trained | {"changed": departures(config)} | evaluated(job, folder) | {"made_by": made_by()}
 
 
 def departures(config: Config) -> dict[str, dict[str, Any]]:
@@ -129,12 +129,14 @@ def rate(folder: Path) -> float:
     return sum(steps) / sum(count / line["images_per_s"] for count, line in zip(steps, lines, strict=True))
 
 
-def probe(job: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """k-NN, linear and BN + linear with their defaults, and the effective rank, of the encoder that the method evaluates."""
-    splits = open_splits(job["data"], N_TRAIN, None, job["seed"])
+def evaluated(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Of the encoder that the method evaluates: k-NN, linear and BN + linear with their defaults, and the effective rank of
+    its pooled features (`probe`); what its tokens are made of (`shares`), None of pixels."""
+    splits, which = open_splits(job["data"], N_TRAIN, None, job["seed"]), PROBED[job["method"]]
     subject = open_subject(folder, cache=False)
-    pair = subject.features(PROBED[job["method"]], splits, seed=job["seed"])
-    return table.probe(*pair, len(splits[0].source.classes), job["seed"], subject.device)
+    pair = subject.features(which, splits, seed=job["seed"])
+    probe = table.probe(*pair, len(splits[0].source.classes), job["seed"], subject.device)
+    return {"probe": probe, "shares": None if which == "pixels" else shares.of(subject, which, splits[1])}
 
 
 def made_by() -> dict[str, Any]:

@@ -20,7 +20,7 @@ from fastjepa.studies.arm import Arm
 
 FEW = 3  # seeds below which an arm shows a lead, not a result
 HEAD = "linear_bn"  # the probe that arms are ranked by: its features are conditioned alike
-HEADS = ("", "arm", "seeds", *NAMES.values(), "rank", "images", "TFLOP", "min", "paper")
+HEADS = ("", "arm", "seeds", *NAMES.values(), "rank", "common", "images", "TFLOP", "min", "paper")
 
 
 class Line(NamedTuple):
@@ -38,11 +38,16 @@ class Line(NamedTuple):
 
     def cells(self) -> list[str]:
         if not self.rows:
-            return ["0", *["" for _ in NAMES], "", "", "", "", paper(self.arm)]
+            return ["0", *["" for _ in NAMES], "", "", "", "", "", paper(self.arm)]
         rank = statistics.fmean(row["probe"]["effective_rank"] for row in self.rows)
         effort = [f"{self.mean('images'):,.0f}", f"{self.mean('flops') / 1e12:.1f}", f"{self.mean('seconds') / 60:.1f}"]
         seeds = str(len(self.rows)) + (" *" if len(self.rows) < FEW else "")
-        return [seeds, *(spread(self.values(p)) for p in NAMES), f"{rank:.1f}", *effort, paper(self.arm)]
+        return [seeds, *(spread(self.values(p)) for p in NAMES), f"{rank:.1f}", self.common(), *effort, paper(self.arm)]
+
+    def common(self) -> str:
+        """In %, of the rows that have it."""
+        found = [row["shares"]["common"] for row in self.rows if row.get("shares")]
+        return f"{100 * statistics.fmean(found):.0f}" if found else ""
 
 
 def paper(arm: Arm) -> str:
@@ -76,8 +81,9 @@ def footnote(study: Any, found: list[Line]) -> str:
     tests = sorted({row["probe"][HEAD]["n_test"] for line in found for row in line.rows})
     noise = f", each on {tests[0]:,} test images" if len(tests) == 1 else ""
     return (
-        f"Accuracy in %, mean ± standard deviation over seeds{noise}; rank: effective rank of the features; min: minutes of "
-        f"training steps, on a machine that did other work too.{few} Paper: {study.paper}."
+        f"Accuracy in %, mean ± standard deviation over seeds{noise}; rank: effective rank of the features; common: what all "
+        "tokens share of their energy, layer-normalised as targets are, in %; min: minutes of training steps, on a machine "
+        f"that did other work too.{few} Paper: {study.paper}."
     )
 
 
