@@ -303,6 +303,12 @@ def methods(rows: list[dict]) -> str:
     )  # fmt: skip
 
 
+def columns(rows: list[dict]) -> str:
+    """Images/s by column, and how many views of an image a pass of the target network serves where they are several."""
+    views = {row["column"]: f" ({row['views']} contexts an image)" if row["views"] > 1 else "" for row in rows}
+    return "; ".join(f"{row['column']}{views[row['column']]} {flatten(row)['images/s']}" for row in rows)
+
+
 def updates(rows: list[dict]) -> str:
     """Ours beside torch's loop and its fastest calls."""
     shown = ("ours", "torch._foreach_lerp_", "torch fused + foreach", "for loop", "torch for loops")
@@ -313,6 +319,7 @@ HEADLINE = {  # result -> what it is of, what its rows come to
     "step_vit_small": ("a ViT-S/16 step at 224, batch 16, bf16, beside the official code's at equal work", against_official),
     "step_vit_small_fp32": ("the same in fp32", against_official),
     "gpu_hours_cpu": ("images/s of I-JEPA, MAE and iBOT, ViT-S/16 at 224, batch 8", methods),
+    "faster_cpu": ("images/s of the keys in docs/faster.md, I-JEPA ViT-S/16 at 224, batch 8", columns),
     "ema": ("averaging the weights of a ViT-B/16 in fp32, alone and with AdamW in one call", updates),
 }
 

@@ -36,7 +36,7 @@ Method = Literal["ijepa", "mae", "random", "pixels"]
 
 
 class Arm(NamedTuple):
-    """What is compared. Arms of a group differ from the study's base in one thing, which the group is named after."""
+    """What is compared. Arms of a group differ from the base in one thing, which the group is named after (but `together`)."""
 
     name: str
     group: str

@@ -1,9 +1,13 @@
-"""Why I-JEPA learns little on small data, and what helps: each arm one change of the base, then MAE and two floors."""
+"""Why I-JEPA learns little on small data, and what helps: each arm one change of the base, beside MAE and two floors.
+
+The arms of `together` are several changes at once, drawn up after the first seed of the others.
+"""
 
 from fastjepa.studies.arm import Arm
 
 PAPER = "none at this scale"
 
+OVER_THE_BATCH = ("loss.normalize=batch",)
 # fmt: off
 ARMS = (
     Arm("base", "base"),
@@ -24,7 +28,7 @@ ARMS = (
     Arm("predictor lr x 4", "predictor's learning rate", ("optimization.pred_lr_scale=4",)),
     Arm("predictor lr / 4", "predictor's learning rate", ("optimization.pred_lr_scale=0.25",)),
     Arm("targets as they are", "target normalisation", ("loss.normalize=none",)),
-    Arm("targets over the batch", "target normalisation", ("loss.normalize=batch",)),
+    Arm("targets over the batch", "target normalisation", OVER_THE_BATCH),
     Arm("predictor 16 x 1", "predictor", ("meta.pred_emb_dim=16", "meta.pred_depth=1")),
     Arm("predictor 64 x 4", "predictor", ("meta.pred_emb_dim=64", "meta.pred_depth=4")),
     Arm("crops .3 to 1", "augmentation", ("data.crop_scale=[0.3,1.0]",)),
@@ -33,5 +37,19 @@ ARMS = (
     Arm("half the schedule", "schedule", length=0.5),
     Arm("twice the schedule", "schedule", length=2),
     Arm("four times the schedule", "schedule", length=4),
+    Arm("over the batch, lr 3e-3", "together", (*OVER_THE_BATCH, "optimization.lr=3e-3")),
+    Arm("over the batch, momentum .99", "together", (*OVER_THE_BATCH, "optimization.ema=[0.99,1.0]")),
+    Arm("over the batch, a quarter at random", "together",
+        (*OVER_THE_BATCH, "mask.truncate=fraction", "mask.context_fraction=0.25")),
+    Arm("over the batch, VICReg", "together", (*OVER_THE_BATCH, "loss.regularizer=vicreg")),
+    Arm("over the batch, lr 3e-3, VICReg / 5", "together",
+        (*OVER_THE_BATCH, "optimization.lr=3e-3", "loss.regularizer=vicreg", "loss.regularizer_weight=0.02")),
+    Arm("over the batch, lr 3e-3, random masks", "together",
+        (*OVER_THE_BATCH, "optimization.lr=3e-3", "mask.strategy=random")),
+    Arm("over the batch, lr 3e-3, momentum .9", "together",
+        (*OVER_THE_BATCH, "optimization.lr=3e-3", "optimization.ema=[0.9,1.0]")),
+    Arm("over the batch, lr 3e-3, predictor 64 x 4", "together",
+        (*OVER_THE_BATCH, "optimization.lr=3e-3", "meta.pred_emb_dim=64", "meta.pred_depth=4")),
+    Arm("over the batch, lr 3e-3, twice the schedule", "together", (*OVER_THE_BATCH, "optimization.lr=3e-3"), length=2),
 )
 # fmt: on
