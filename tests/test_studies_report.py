@@ -72,11 +72,18 @@ def test_of_one_seed_nothing_is_claimed():
     assert "by 30.0 points, of one seed: nothing can be said" in sentence
 
 
+def test_a_lead_is_of_the_seeds_that_both_have():
+    """The base's first seed was a lucky one; against its mean the other would lead."""
+    rows = [row("one", seed, value) for seed, value in enumerate((40.0, 35.0, 36.0))] + [row("two", 0, 39.0)]
+    (sentence,) = report.verdict(report.lines(ARMS, rows))
+    assert sentence.startswith("pair: one leads two by 1.0 points, of one seed")
+
+
 def test_the_standard_error_is_that_of_a_difference_of_means():
-    first, second = [40.0, 41.0, 43.0], [30.0, 32.0]
+    first, second = [40.0, 41.0, 43.0], [30.0, 32.0, 33.0]
     rows = [row("one", i, v) for i, v in enumerate(first)] + [row("two", i, v) for i, v in enumerate(second)]
     (sentence,) = report.verdict(report.lines(ARMS, rows))
-    expected = np.sqrt(np.var(first, ddof=1) / 3 + np.var(second, ddof=1) / 2)
+    expected = np.sqrt(np.var(first, ddof=1) / 3 + np.var(second, ddof=1) / 3)
     assert f"({expected:.2f})" in sentence
 
 
@@ -94,7 +101,7 @@ def test_markdown_is_a_table_with_its_sentences(found):
     text = report.markdown(STUDY, found)
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(ARMS) and len({line.count("|") for line in table}) == 1
-    assert "- pair: one leads two by 1.8 points" in text
+    assert "- pair: one leads two by 1.2 points" in text
 
 
 def test_the_table_is_shown(found):

@@ -99,13 +99,24 @@ def verdict(found: list[Line]) -> list[str]:
 
 
 def lead(group: str, members: list[Line]) -> str:
-    first, second = sorted(members, key=lambda line: -statistics.fmean(line.values(HEAD)))[:2]
+    """The first two of a group, compared on the seeds that both have: a seed moves all arms alike."""
+    first, second = ranked(shared(*ranked(members)[:2]))
     gap = statistics.fmean(first.values(HEAD)) - statistics.fmean(second.values(HEAD))
     said = f"{group}: {first.arm.name} leads {second.arm.name} by {gap:.1f} points"
-    if min(len(first.rows), len(second.rows)) < 2:
+    if len(first.rows) < 2:
         return f"{said}, of one seed: nothing can be said of the spread."
     error = math.sqrt(sum(statistics.variance(line.values(HEAD)) / len(line.rows) for line in (first, second)))
     return f"{said}, {'more' if gap > 2 * error else 'not more'} than twice its standard error ({error:.2f})."
+
+
+def ranked(members: Iterable[Line]) -> list[Line]:
+    return sorted(members, key=lambda line: -statistics.fmean(line.values(HEAD)))
+
+
+def shared(*pair: Line) -> list[Line]:
+    """Two lines with the rows of the seeds that both have; a sweep runs every arm's first seed first."""
+    seeds = set.intersection(*({row["seed"] for row in line.rows} for line in pair))
+    return [Line(line.arm, [row for row in line.rows if row["seed"] in seeds]) for line in pair]
 
 
 def show(study: Any, found: list[Line], console: Console) -> None:
