@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -35,13 +36,18 @@ def register(commands) -> None:
         "--jobs", type=positive, metavar="N", help="arms side by side, one CPU thread each (default: a core each; 1 on a GPU)"
     )
     sub.add_argument("--budget", type=positive, metavar="IMAGES", help="that an arm sees (default: the study's)")
-    sub.add_argument("--arms", type=lambda text: text.split(","), metavar="A,B", help="these alone (default: all)")
+    sub.add_argument("--arms", type=names, metavar="A,B", help="these alone (default: all)")
     sub.add_argument("--report", action="store_true", help="train nothing; print what there is")
     written = "where rows, table and plot are written, <study>.json, .md, .svg and .png (default: --output)"
     sub.add_argument("--write", type=Path, metavar="DIR", help=written)
     pages = "Markdown pages whose block `<!-- study: NAME -->` ... `<!-- end -->` becomes the table"
     sub.add_argument("--pages", type=Path, nargs="+", default=[], metavar="FILE", help=pages)
     sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of every arm")
+
+
+def names(text: str) -> list[str]:
+    """Of arms, some of which have a comma and a space in them."""
+    return re.split(",(?! )", text)
 
 
 def sweep(args: argparse.Namespace) -> int:

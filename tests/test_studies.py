@@ -18,7 +18,7 @@ from rich.console import Console
 from test_data import write_idx
 from test_train import same, weights
 
-from fastjepa import cli, masks
+from fastjepa import cli, cli_sweep, masks
 from fastjepa import config as configs
 from fastjepa.config import ConfigError
 from fastjepa.schedule import Schedule
@@ -152,6 +152,12 @@ def test_an_arm_whose_row_is_among_the_kept_ones_is_not_run(data, tmp_path):
     assert sweep.sweep(jobs, 1, Console(), tmp_path) == []
     assert [job.row.is_file() for job in jobs] == [True, False]
     assert [row["arm"] for row in sweep.rows(jobs, tmp_path)] == ["raw pixels", "random encoder"]
+
+
+def test_every_arm_can_be_named_on_the_command_line():
+    for study in STUDIES.values():
+        listed = [each.name for each in study.arms]
+        assert cli_sweep.names(",".join(listed)) == listed
 
 
 def test_floors_train_nothing(data, tmp_path):
