@@ -36,7 +36,7 @@ def register(commands) -> None:
         "--jobs", type=positive, metavar="N", help="arms side by side, one CPU thread each (default: a core each; 1 on a GPU)"
     )
     sub.add_argument("--budget", type=positive, metavar="IMAGES", help="that an arm sees (default: the study's)")
-    sub.add_argument("--arms", type=names, metavar="A,B", help="these alone (default: all)")
+    sub.add_argument("--arms", type=names, metavar="A,B", help="these alone, no space after the comma (default: all)")
     sub.add_argument("--report", action="store_true", help="train nothing; print what there is")
     written = "where rows, table and plot are written, <study>.json, .md, .svg and .png (default: --output)"
     sub.add_argument("--write", type=Path, metavar="DIR", help=written)

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastjepa.evals.features import EvalImages
-from fastjepa.evals.subject import Split, Subject, Which
+from fastjepa.evals.features import EvalImages, Which, normalise
+from fastjepa.evals.subject import Split, Subject
 
 IMAGES, BATCH = 1000, 250
 
@@ -30,7 +30,7 @@ def shares(tokens: Tensor) -> dict[str, float]:
 @torch.inference_mode()
 def of(subject: Subject, which: Which, split: Split) -> dict[str, float]:
     """The shares of an encoder's features of the split's first IMAGES images, whole."""
-    encoder = subject.encoder(which).to(subject.device)
-    images = EvalImages(split.source, subject.size, subject.config.data.channels, split.rows[:IMAGES])
-    stacked = torch.stack([images[i] for i in range(len(images))]).to(subject.device)
-    return shares(torch.cat([encoder(part).unflatten(0, (len(part), -1)) for part in stacked.split(BATCH)]).cpu())
+    encoder, config = subject.encoder(which).to(subject.device), subject.config
+    stream = EvalImages(split.source, subject.size, config.data.channels, split.rows[:IMAGES])
+    blocks = (normalise(pixels.to(subject.device), config.mean_std) for pixels in stream.batches(BATCH, about="tokens"))
+    return shares(torch.cat([encoder(block).unflatten(0, (len(block), -1)) for block in blocks]).cpu())
