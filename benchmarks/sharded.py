@@ -46,9 +46,15 @@ def start(config: Config, stage: int, ranks: int) -> dict:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), __file__, asked]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if re.match(r"\S*Error: ", line)]
-        raise ConfigError(f"stage {stage} on {ranks} ranks failed: {said[0] if said else done.stderr[-300:]}")
+        raise ConfigError(f"stage {stage} on {ranks} ranks failed: {said(done.stderr)}")
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def said(stderr: str) -> str:
+    """The first rank's error, which torch marks with the rank once they have met; of a rank that was killed, torchrun's words."""
+    errors = re.findall(r"^(?:\[rank\d+\]: )?\S*Error: .+", stderr, re.MULTILINE)
+    causes = re.findall(r"^ +(?:rank|exitcode) +: .+", stderr.partition("Root Cause")[2], re.MULTILINE)
+    return errors[0] if errors else "; ".join(" ".join(line.split()) for line in causes) or stderr[-300:]
 
 
 def row(stage: int, ranks: int, starts: list[dict]) -> dict:

@@ -81,8 +81,9 @@ def barrier() -> None:
 
 
 def shutdown() -> None:
-    """Leave the process group, where there is one."""
+    """Leave the process group, where there is one, together: what a rank closes, a slower one may still be reading from."""
     if dist.is_initialized():
+        linger(60.0)
         dist.destroy_process_group()
 
 

@@ -1,6 +1,7 @@
 """benchmarks/growth.py: exponents of what was measured and of the maths, on made-up costs and on one small real run."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from fastjepa.config import ConfigError
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))  # as `python benchmarks/growth.py` has it
 
 import growth  # noqa: E402  (only importable from here on)
+import sharded  # noqa: E402
 import step  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -153,6 +155,27 @@ def test_memory_and_ranks_in_processes_of_their_own(capsys: pytest.CaptureFixtur
     times, state = json.loads(capsys.readouterr().out)
     assert (times["against"], state["cost"], state["exponent"]) == ("ranks", "state", pytest.approx(0))
     assert len(set(state["measured"])) == 1 and min(times["measured"]) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "end, said",
+    [
+        ("raise RuntimeError(f'rank {place.rank} is tired')", "RuntimeError: rank 1 is tired"),
+        ("os.kill(os.getpid(), 9)", r"rank : 1 \(local_rank: 1\); exitcode : -9"),
+    ],
+)
+def test_what_ended_a_rank_is_said(end: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Not that torchrun has noticed it."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import os, time\nfrom fastjepa import distributed\nplace = distributed.init('cpu', timeout=240)\n"
+        f"if place.rank == 1:\n    {end}\ntime.sleep(240)\n"
+    )
+    monkeypatch.setattr(sharded, "__file__", str(worker))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    with pytest.raises(ConfigError, match=f"stage 0 on 2 ranks failed: .*{said}"):
+        sharded.start(growth.to_config(growth.parse(SMALL)), 0, 2)
 
 
 def test_what_start_up_reads_is_what_it_says(tmp_path: Path):
