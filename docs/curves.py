@@ -35,13 +35,14 @@ def panel(left: float, title: str, curves: list[Points]) -> str:
 
 
 def svg(runs: list[Path]) -> str:
-    """A panel for each of PANELS, a colour for each run, at most four; a run is named by its file, or its directory."""
+    """A panel for each of PANELS that a run has, a colour for each of at most four runs, named by file or directory."""
     names = [path.parent.name if path.stem == "metrics" else path.stem for path in runs]
-    width, height = len(PANELS) * (WIDTH + GAP) + GAP, HEIGHT + 2 * GAP + 20
+    panels = {title: curves for reading, title in PANELS.items() if any(curves := [points(path, reading) for path in runs])}
+    width, height = len(panels) * (WIDTH + GAP) + GAP, HEIGHT + 2 * GAP + 20
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="13">',
              f'<rect width="{width}" height="{height}" fill="#fff"/>']  # fmt: skip
-    for number, (reading, title) in enumerate(PANELS.items()):
-        parts.append(panel(GAP + number * (WIDTH + GAP), title, [points(path, reading) for path in runs]))
+    for number, (title, curves) in enumerate(panels.items()):
+        parts.append(panel(GAP + number * (WIDTH + GAP), title, curves))
     for number, (name, colour) in enumerate(zip(names, COLOURS, strict=False)):
         parts.append(f'<text x="{GAP + 130 * number}" y="{height - 10}" fill="{colour}">{escape(name)}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
