@@ -74,12 +74,12 @@ def plan(name: str, output: Path, data: str, seeds: int, budget: int | None = No
     """
     study = STUDIES[name]
     budget = budget or study.budget
-    base = flops.of_config(configs.load(BASE, overrides)) if study.equal == "flops" else 0.0
     jobs = []
     for seed in range(seeds):
+        asked = (f"data.source={data}", *overrides, f"runtime.seed={seed}")  # a seed's masks have FLOPs of their own
+        base = flops.of_config(configs.load(BASE, asked)) if study.equal == "flops" else 0.0
         for arm in study.named(arms):
-            given = (f"data.source={data}", *overrides, *arm.overrides, f"runtime.seed={seed}")
-            config = configs.load(BASE, given)
+            config = configs.load(BASE, (*asked, *arm.overrides))
             share = base / flops.of_config(config) if base else 1.0
             images = round(budget * arm.length * share) if PROBED[arm.method] == "target" else 0
             jobs.append(job(name, arm, seed, config, data, images, output))
