@@ -74,6 +74,7 @@ docs: $(VENV)/dev.stamp ## the documentation, into site/; a broken link is an er
 pictures: $(VENV)/dev.stamp ## draw every picture of the documentation again, from the run that make demo trains
 	@test -d $(DEMO)/checkpoints || { echo "make: $(DEMO) holds no checkpoint; run make demo first." >&2; exit 1; }
 	$(BIN)/python docs/curves.py docs/pictures/runs.svg docs/metrics/healthy.jsonl docs/metrics/collapsing.jsonl
+	$(BIN)/python docs/curves.py docs/pictures/small.svg $(patsubst %,docs/metrics/%.jsonl,base over-the-batch vicreg)
 	$(BIN)/fastjepa decoder $(DEMO) --data fashion-mnist
 	$(BIN)/fastjepa visualize $(DEMO) --data fashion-mnist --images 6 --output docs/pictures
 

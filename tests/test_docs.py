@@ -245,17 +245,12 @@ def test_the_kernels_page_is_tested_elsewhere():
     assert "<!-- file: kernels/README.md -->" in (ROOT / "docs/kernels.md").read_text()
 
 
-def test_the_picture_is_of_the_runs_beside_it(tmp_path: Path):
-    command = [
-        sys.executable,
-        "docs/curves.py",
-        tmp_path / "runs.svg",
-        "docs/metrics/healthy.jsonl",
-        "docs/metrics/collapsing.jsonl",
-    ]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=60)
-    ElementTree.parse(tmp_path / "runs.svg")
-    assert (tmp_path / "runs.svg").read_text() == (ROOT / "docs/pictures/runs.svg").read_text()
+@pytest.mark.parametrize("name, runs", [("runs", "healthy collapsing"), ("small", "base over-the-batch vicreg")])
+def test_the_picture_is_of_the_runs_beside_it(name: str, runs: str, tmp_path: Path):
+    drawn, files = tmp_path / "drawn.svg", [f"docs/metrics/{run}.jsonl" for run in runs.split()]
+    subprocess.run([sys.executable, "docs/curves.py", drawn, *files], cwd=ROOT, check=True, timeout=60)
+    ElementTree.parse(drawn)
+    assert drawn.read_text() == (ROOT / f"docs/pictures/{name}.svg").read_text()
 
 
 @pytest.mark.slow
