@@ -60,9 +60,10 @@ def said(labels: list[str], flops: list[float], error: list[float]) -> list[str]
 
 
 def figure(lines: Sequence[Any]) -> Any:
-    """Error against FLOPs, with the law, and against hours of steps: a colour a size, hollow where data is scarce."""
+    """Error against FLOPs, with the law, and against time of steps: a colour a size, hollow where data is scarce."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     picture = Figure(figsize=(10, 4.2))
     panels = picture.subplots(1, 2, sharey=True)
@@ -70,18 +71,21 @@ def figure(lines: Sequence[Any]) -> Any:
     for line in lines:
         colour = colours[line.arm.name.partition(",")[0]]
         error = 100 - statistics.fmean(line.values("linear_bn"))
-        for axes, x in zip(panels, (line.mean("flops"), line.mean("seconds") / 3600), strict=True):
+        for axes, x in zip(panels, (line.mean("flops") / 1e12, line.mean("seconds") / 60), strict=True):
             axes.plot(x, error, "o", color=colour, markerfacecolor=colour if line.arm.fraction == 1 else "none")
     _, flops, error = points([row for line in lines for row in line.rows])
     if len(flops) > 3:
         x = np.geomspace(min(flops), max(flops))
-        panels[0].plot(x, 100 * law(x, *fit(flops, error)[0]), color="#888", zorder=0)
+        panels[0].plot(x / 1e12, 100 * law(x, *fit(flops, error)[0]), color="#888", zorder=0)
     keys = [Line2D([], [], color=colour, marker="o", linestyle="", label=f"size {size}") for size, colour in colours.items()]
     keys += [Line2D([], [], color="#444", marker="o", linestyle="", markerfacecolor="none", label="a tenth of the data"),
              Line2D([], [], color="#888", label="fitted to all of the data")]  # fmt: skip
     panels[0].legend(handles=keys)
-    for axes, name in zip(panels, ("FLOPs", "hours of steps, as measured"), strict=True):
+    for axes, name in zip(panels, ("TFLOP", "minutes of steps, as measured"), strict=True):
         axes.set(xscale="log", xlabel=name)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(color="#eee")
     panels[0].set_ylabel("error of BN + linear, %")
     return picture
