@@ -51,7 +51,7 @@ def start(config: Config, stage: int, ranks: int) -> dict:
 
 
 def said(stderr: str) -> str:
-    """The first rank's error, which torch marks with the rank once they have met; of a rank that was killed, torchrun's words."""
+    """The first rank's error, which torch marks with its rank once all have met; of one killed, torchrun's words."""
     errors = re.findall(r"^(?:\[rank\d+\]: )?\S*Error: .+", stderr, re.MULTILINE)
     causes = re.findall(r"^ +(?:rank|exitcode) +: .+", stderr.partition("Root Cause")[2], re.MULTILINE)
     return errors[0] if errors else "; ".join(" ".join(line.split()) for line in causes) or stderr[-300:]
