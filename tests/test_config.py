@@ -401,3 +401,9 @@ def test_any_value_loads_or_is_refused_by_name(key, value):
         assert name in str(error)
     else:
         assert from_dict(loaded.to_dict()) == loaded
+
+
+@pytest.mark.parametrize("name", ["demo", "cifar10"])
+def test_a_small_preset_asks_for_no_deepspeed_on_several_ranks(name):
+    """`make demo` runs a process a core where DeepSpeed is not installed."""
+    assert load(name).runtime.zero == 0
