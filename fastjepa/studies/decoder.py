@@ -246,8 +246,8 @@ def reduced(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def keep(file: Path, state: State) -> None:
-    """All of it in one file, there whole or not at all."""
-    write_atomic(file, save(state.tensors(), {"about": json.dumps(state.about), "step": str(state.step)}))
+    """All of it in one file, there whole or not at all; one entry of metadata, as several are written in any order."""
+    write_atomic(file, save(state.tensors(), {"decoder": json.dumps({"about": state.about, "step": state.step})}))
 
 
 def resume(file: Path, state: State) -> None:
@@ -265,8 +265,8 @@ def read(file: Path) -> tuple[dict[str, Any], int, dict[str, Tensor]]:
     """(about, step, tensors); ConfigError where it is no decoder."""
     try:
         with safe_open(file, "pt") as stored:
-            metadata, names = stored.metadata() or {}, list(stored.keys())
-            return json.loads(metadata["about"]), int(metadata["step"]), {name: stored.get_tensor(name) for name in names}
+            header, names = json.loads((stored.metadata() or {})["decoder"]), list(stored.keys())
+            return header["about"], header["step"], {name: stored.get_tensor(name) for name in names}
     except FileNotFoundError as error:
         raise ConfigError(f"{file.parent}: holds no decoder; `fastjepa decoder` trains one") from error
     except (SafetensorError, KeyError, ValueError) as error:
