@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 from test_train import BIN, ROOT, lines, trained, write_config
 
 LAUNCH = ROOT / "configs/launch"
-LONG = "optimization.epochs=16"  # 80 steps: time for a signal to arrive
+LONG = "optimization.epochs=160"  # 800 steps: none ends before a signal has come, however slowly
 HALF = ["data.batch_size=4", "runtime.zero=0"]  # on each of two ranks; launching is the same with DeepSpeed, only slower
 GRACE = 30  # seconds between SIGTERM and SIGKILL
 
@@ -25,9 +26,14 @@ def config(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(config, tmp_path_factory) -> list[float]:
-    """The losses of one process, never interrupted."""
-    return losses(trained(config, tmp_path_factory.mktemp("one"), LONG))
+def expected(config, tmp_path_factory) -> Callable[[int], list[float]]:
+    """The losses of the first `steps` steps of one process, never interrupted."""
+
+    @cache
+    def alone(steps: int) -> list[float]:
+        return losses(trained(config, tmp_path_factory.mktemp("one"), LONG, "--max-steps", steps))
+
+    return alone
 
 
 def losses(entries: list[dict]) -> list[float]:
@@ -95,18 +101,18 @@ def test_sigterm_to_the_launcher_saves_and_the_run_goes_on(config, expected, tmp
     took = time.monotonic() - asked
     assert took < GRACE, f"{took:.0f} s"
     assert process.returncode != 0, "launchers report a run that was told to stop as one that failed"
-    step = int(re.search(r"stopped by SIGTERM after step (\d+) of 80", said)[1])
-    assert 3 <= step < 80
+    step = int(re.search(r"stopped by SIGTERM after step (\d+) of 800", said)[1])
+    assert 3 <= step < 800
     assert (tmp_path / f"checkpoints/jepa-{step:08d}").is_dir()
     assert len(lines(tmp_path)) == step
-    assert losses(trained(config, tmp_path, LONG)) == pytest.approx(expected, rel=1e-5)
+    assert losses(trained(config, tmp_path, LONG, "--max-steps", step + 5)) == pytest.approx(expected(step + 5), rel=1e-5)
 
 
 @pytest.mark.slow
 def test_torchrun_restarts_the_run_of_a_killed_rank_by_itself(config, expected, tmp_path):
     """At the first attempt: one restart is all there is."""
     process = start(*TORCHRUN, "--max-restarts", 1, "fastjepa/train.py", "--config", config, "--output", tmp_path, LONG, *HALF,
-                    "runtime.timeout=20")  # fmt: skip
+                    "runtime.timeout=20", "--max-steps", 80)  # fmt: skip
     wait_for(tmp_path, 12)
     victim = ranks(tmp_path)[-1]
     os.kill(victim, signal.SIGKILL)
@@ -114,7 +120,7 @@ def test_torchrun_restarts_the_run_of_a_killed_rank_by_itself(config, expected, 
     assert process.returncode == 0, said
     assert len(re.findall(rf"rank [01] \(process {victim} on .+\) has given no sign of life after step \d+", said)) == 1, said
     assert re.search(r"resuming from \S+/jepa-\d{8}", said)
-    assert losses(lines(tmp_path)) == pytest.approx(expected, rel=1e-5)
+    assert losses(lines(tmp_path)) == pytest.approx(expected(80), rel=1e-5)
 
 
 def two_hosts(*command: object) -> list[str]:
@@ -129,8 +135,8 @@ def two_hosts(*command: object) -> list[str]:
 @pytest.mark.slow
 def test_two_torchrun_nodes_give_the_run_of_one_process(config, expected, tmp_path):
     two_hosts(BIN / "torchrun", "--nnodes", 2, "--nproc_per_node", 1, "--master_addr", "127.0.0.1", "--master_port", port(),
-              "fastjepa/train.py", "--config", config, "--output", tmp_path, LONG, *HALF)  # fmt: skip
-    assert losses(lines(tmp_path)) == pytest.approx(expected, rel=1e-5)
+              "fastjepa/train.py", "--config", config, "--output", tmp_path, "--max-steps", 80, LONG, *HALF)  # fmt: skip
+    assert losses(lines(tmp_path)) == pytest.approx(expected(80), rel=1e-5)
 
 
 @pytest.mark.slow
@@ -140,7 +146,7 @@ def test_two_deepspeed_hosts_without_ssh_give_the_run_of_one_process(config, exp
     two_hosts(BIN / "deepspeed", "--no_ssh", "--hostfile", hostfile, "--master_addr", "127.0.0.1", "--master_port", port(),
               "fastjepa/train.py", "--config", config, "--output", tmp_path / "run", "--max-steps", 10, LONG,
               HALF[0], "runtime.zero=1")  # fmt: skip
-    assert losses(lines(tmp_path / "run")) == pytest.approx(expected[:10], rel=1e-5)
+    assert losses(lines(tmp_path / "run")) == pytest.approx(expected(80)[:10], rel=1e-5)
 
 
 STAND_INS = {
@@ -171,14 +177,15 @@ def test_a_preempted_slurm_job_saves_and_goes_back_into_the_queue_and_on(config,
     job.send_signal(signal.SIGUSR1)  # to the batch shell alone: --signal=B:USR1@120
     said = end(job, 100)
     assert job.returncode == 0, said
-    assert "stopped by SIGTERM after step" in said
+    assert (stopped := re.search(r"stopped by SIGTERM after step (\d+) of 800", said)), said
     assert "requeue 17" in (tmp_path / "asked").read_text()
-    again = slurm(*command)
+    until = int(stopped[1]) + 5
+    again = slurm(*command, "--max-steps", until)
     said = end(again)
     assert again.returncode == 0, said
-    assert "finished after step 80" in said
+    assert f"stopped after step {until} of 800" in said
     assert (tmp_path / "asked").read_text().count("requeue") == 1, "a job that has finished is not requeued"
-    assert losses(lines(tmp_path / "run")) == pytest.approx(expected, rel=1e-5)
+    assert losses(lines(tmp_path / "run")) == pytest.approx(expected(until), rel=1e-5)
 
 
 @pytest.mark.slow
