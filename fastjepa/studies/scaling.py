@@ -23,7 +23,7 @@ SIZES = {
 ARMS = tuple(
     Arm(f"{size}, {fraction:.0%} of the data, budget x {length:g}", f"size {size}",
         (*OVER_THE_BATCH, *overrides), length=length, fraction=fraction)
-    for size, overrides in SIZES.items() for fraction in (1.0, 0.1) for length in (0.5, 1.0, 2.0)
+    for size, overrides in SIZES.items() for fraction, length in ((1.0, 0.5), (1.0, 1.0), (1.0, 2.0), (0.1, 1.0))
 )  # fmt: skip
 
 
