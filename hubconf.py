@@ -12,6 +12,6 @@ if importlib.util.find_spec("fastjepa_kernels") is None:
 
 def encoder(path, which=None):
     """A pretrained encoder, as `fastjepa.load_encoder`: `forward_features(images)` gives (B, N, D)."""
-    import fastjepa
+    from fastjepa import load_encoder
 
-    return fastjepa.load_encoder(path, which)
+    return load_encoder(path, which)

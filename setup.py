@@ -64,7 +64,7 @@ setup(
     keywords=["i-jepa", "self-supervised learning", "vision transformer", "pytorch", "deepspeed", "dali", "triton"],
     classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
     packages=find_packages(include=["fastjepa", "fastjepa.*"]),
-    package_data={"fastjepa": ["configs/*.yaml", "page/*"]},  # fastjepa/configs is a link to configs/: --config demo
+    package_data={"fastjepa": ["configs/*.yaml", "report/page/*"]},  # fastjepa/configs is a link to configs/: --config demo
     python_requires=">=3.11",
     install_requires=[
         "fastjepa-kernels>=0.1,<0.2",  # kernels/ of this repository: pip install -e ./kernels -e .
@@ -78,5 +78,5 @@ setup(
         "jinja2",  # the report's page; torch brings it as well
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["fastjepa=fastjepa.cli:main"]},
+    entry_points={"console_scripts": ["fastjepa=fastjepa.cli.main:main"]},
 )

@@ -8,7 +8,7 @@ from loaders import Contender, Sets, open_batches, prepare
 from protocol import ROUNDS, missing
 from timing import Spread
 
-from fastjepa import config as configs
+from fastjepa.config.load import load_config
 
 CONTENDERS = {
     "folder torch": Contender("folder", "torch", 0),
@@ -32,7 +32,7 @@ def test_batch(provider: str, benchmark, sets: Sets, request: pytest.FixtureRequ
         benchmark.extra_info["not_measured"] = reason
         benchmark.pedantic(lambda: None)
         return
-    config = configs.load(os.devnull, [f"data.batch_size={BATCH}", f"runtime.device={setting.device.type}"])
+    config = load_config(os.devnull, [f"data.batch_size={BATCH}", f"runtime.device={setting.device.type}"])
     rounds, warmup = ROUNDS[setting.scale]
     seconds = []
     with open_batches(one, config, sets, setting.device) as batches:

@@ -22,14 +22,17 @@ from roofline import Machine, Work
 from timing import Clock, Spread
 from torch import Tensor
 
-from fastjepa import assembly, distributed, train
-from fastjepa.config import Config, ConfigError
-from fastjepa.data import Batch, Loader
-from fastjepa.distributed import World
-from fastjepa.ema import Average
-from fastjepa.engine import Engine
-from fastjepa.schedule import Now, Schedule
-from fastjepa.sources import open_source
+from fastjepa.config.schema import Config
+from fastjepa.data.sources import open_source
+from fastjepa.engine.average import Average
+from fastjepa.engine.plain import PlainEngine
+from fastjepa.engine.schedule import Schedule, StepSettings
+from fastjepa.errors import ConfigError
+from fastjepa.loader.batch import Batch
+from fastjepa.loader.loader import Loader
+from fastjepa.ranks.world import World, join_world
+from fastjepa.run.build import build_networks, build_regularizer
+from fastjepa.run.step import take_step
 
 WAIT, GAPS, REST = "data wait", "launch gaps", "remainder"  # REST: Python between the marks, and the log's means
 PARTS = (WAIT, "target forward", "context forward", "predictor forward", "loss", "predictor backward", "context backward",
@@ -40,17 +43,17 @@ WARMUP, TRACED = 2, 3  # steps before those that are timed, and after them with 
 class Dissected:
     """Engine and average of a training step, in one, that mark where its parts begin."""
 
-    def __init__(self, engine: Engine, average: Average, config: Config, world: World):
+    def __init__(self, engine: PlainEngine, average: Average, config: Config, world: World):
         self.engine, self.average, self.config, self.device = engine, average, config, world.device
-        self.spread = assembly.batch_regularizer(config, world)
+        self.spread = build_regularizer(config, world)
         self.encoder, self.predictor = engine.jepa.encoder, engine.jepa.predictor
         if config.runtime.compile:  # not the step as a whole: it would have no parts
             self.encoder, self.predictor = (torch.compile(one, dynamic=True) for one in (self.encoder, self.predictor))
 
-    def take(self, batches: Iterable[Batch], now: Now) -> Clock:
+    def take(self, batches: Iterable[Batch], now: StepSettings) -> Clock:
         """One training step; its clock reads milliseconds by part."""
         self.clock, self.part = Clock(self.device), REST
-        train.step(self, self, self.waited(batches), now, self.config, self.spread)
+        take_step(self, self, self.waited(batches), now, self.config, self.spread)
         self.begin(REST)
         self.clock.mark(REST)
         return self.clock
@@ -89,7 +92,7 @@ class Dissected:
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)  # its last part goes on: the activations are let go as the caller returns
 
-    def step(self, now: Now) -> Tensor:
+    def step(self, now: StepSettings) -> Tensor:
         self.begin("optimizer")
         return self.engine.step(now)
 
@@ -103,8 +106,8 @@ class Steps:
     """Training steps on the loader's batches, one after the other: call it for the next one's clock."""
 
     def __init__(self, config: Config, world: World, loader: Loader):
-        jepa, target_encoder = assembly.networks(config, world.device)
-        engine = Engine(jepa, micro_batches=config.data.batch_size // config.micro_batch)
+        jepa, target_encoder = build_networks(config, world.device)
+        engine = PlainEngine(jepa, micro_batches=config.data.batch_size // config.micro_batch)
         self.dissected = Dissected(engine, Average(target_encoder, jepa.encoder), config, world)
         self.loader, self.now, self.number = loader, Schedule(config.optimization, loader.steps_per_epoch)(0), 0
         self.packed: list[tuple] = []  # context, target and blocks of every micro-batch
@@ -125,7 +128,7 @@ def measure(config: Config, rounds: int, trace: Path | None = None) -> list[dict
         raise ConfigError("--breakdown: a step that is one CUDA graph has no parts to be timed; set runtime.cuda_graph=false")
     if config.loss.target == "pixels":
         raise ConfigError("--breakdown: pixels need no target encoder, whose forward is a part here; set loss.target=output")
-    world = distributed.init(config.runtime.device)
+    world = join_world(config.runtime.device)
     with feeding(config) as config, Loader(config, open_source(config.data), 0, 1, 0, world.device) as loader:
         steps = Steps(config, world, loader)
         for _ in range(WARMUP):

@@ -6,8 +6,6 @@ for `--seconds`: what is counted was decoded in that time. Files are in the page
 is measured. All hand over uint8 batches on the device; ours also draw their masks, which the others have not.
 """
 
-import fastjepa.cli  # isort: skip  # noqa: F401  (before torch: threads that wait must not spin beside loaders)
-
 import argparse
 import contextlib
 import functools
@@ -36,14 +34,20 @@ from timing import Spread
 from torch import Tensor
 from torchvision.transforms.v2.functional import hflip, pil_to_tensor, resized_crop
 
-from fastjepa import assembly, decode_dali, distributed, train
-from fastjepa.arguments import among
-from fastjepa.config import MODELS, Config, ConfigError
-from fastjepa.data import Batch, EncodedBatches, Loader
-from fastjepa.ema import Average
-from fastjepa.engine import Engine
-from fastjepa.schedule import Schedule
-from fastjepa.sources import open_source
+from fastjepa.cli.options import some_of
+from fastjepa.config.schema import MODELS, Config
+from fastjepa.data.decode_dali import dali_installed, require_dali
+from fastjepa.data.sources import open_source
+from fastjepa.engine.average import Average
+from fastjepa.engine.plain import PlainEngine
+from fastjepa.engine.schedule import Schedule
+from fastjepa.errors import ConfigError
+from fastjepa.loader.batch import Batch
+from fastjepa.loader.loader import Loader
+from fastjepa.loader.micro_batches import EncodedBatches
+from fastjepa.ranks.world import join_world
+from fastjepa.run.build import apply_process_settings, build_networks
+from fastjepa.run.step import take_step
 
 VERSIONS = "torch", "torchvision", "pillow"
 FAR = 8  # of 255: a difference that can be seen
@@ -127,13 +131,13 @@ class Training:
 
     def __init__(self, config: Config, device: torch.device):
         self.config = config
-        self.jepa, self.target_encoder = assembly.networks(config, device)
-        self.engine = Engine(self.jepa, micro_batches=config.data.batch_size // config.micro_batch)
+        self.jepa, self.target_encoder = build_networks(config, device)
+        self.engine = PlainEngine(self.jepa, micro_batches=config.data.batch_size // config.micro_batch)
         self.average = Average(self.target_encoder, self.jepa.encoder)
         self.now = Schedule(config.optimization, steps_per_epoch=1000)(0)
 
     def __call__(self, batches: Iterable[Batch]) -> None:
-        train.step(self.engine, self.average, batches, self.now, self.config)
+        take_step(self.engine, self.average, batches, self.now, self.config)
 
 
 @contextlib.contextmanager
@@ -147,7 +151,7 @@ def contenders(options: argparse.Namespace) -> tuple[list[Contender], list[dict[
     """Those asked for that can run here, and why the others cannot."""
     asked = [Contender(source, loader, workers) for workers in options.workers for source in options.sources
              for loader in options.loaders if RIVALS.get(loader, source) == source]  # fmt: skip
-    absent = [name for name, there in (("dali", decode_dali.installed()), ("webdataset", find_spec("webdataset"))) if not there]
+    absent = [name for name, there in (("dali", dali_installed()), ("webdataset", find_spec("webdataset"))) if not there]
     missing = [{"what": str(one), "reason": f"{one.loader} is not installed"} for one in asked if one.loader in absent]
     return [one for one in asked if one.loader not in absent], missing
 
@@ -196,7 +200,7 @@ def under_step(entrants: Sequence[Contender], config: Config, sets: Sets, option
 
 def difference(config: Config, sets: Sets, device: torch.device) -> dict[str, float]:
     """DALI against Pillow and torchvision's `resized_crop` on the same boxes, over one epoch."""
-    decode_dali.require()
+    require_dali()
     config = set_for(Contender("folder", "dali", 0), config, sets)
     source, total, far, values = open_source(config.data), 0, 0, 0
     boxed, per_step = EncodedBatches(config, source, 0, 1), config.data.batch_size // config.micro_batch
@@ -221,8 +225,8 @@ def seen(file: np.ndarray, start: np.ndarray, shape: np.ndarray, flip: int, conf
 def measure(options: argparse.Namespace) -> dict:
     """The result, with the keys that `--json` prints."""
     config = to_config(options)
-    device = distributed.init(config.runtime.device).device
-    assembly.settle(config)
+    device = join_world(config.runtime.device).device
+    apply_process_settings(config)
     entrants, missing = contenders(options)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     about = {"machine": machine, "device": device.type, "cores": len(os.sched_getaffinity(0)), "rounds": options.rounds,
@@ -283,9 +287,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--images", type=int, default=512, help="taken of it, evenly spaced, and copied (default 512)")
     parser.add_argument("--workers", type=numbers, default="0,1,2", metavar="N,...", help="loader processes (default 0,1,2)")
-    parser.add_argument("--sources", type=among("folder", "shards"), default="folder,shards", metavar="NAME,...")
+    parser.add_argument("--sources", type=some_of("folder", "shards"), default="folder,shards", metavar="NAME,...")
     loaders = ",".join([*OURS, *RIVALS])
-    parser.add_argument("--loaders", type=among(*OURS, *RIVALS), default=loaders, metavar="NAME,...", help=f"default {loaders}")
+    parser.add_argument(
+        "--loaders", type=some_of(*OURS, *RIVALS), default=loaders, metavar="NAME,...", help=f"default {loaders}"
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--batch", type=int, default=32, help="images a batch (default 32)")
     parser.add_argument("--size", type=int, default=224, help="side of a view in pixels (default 224)")

@@ -37,12 +37,13 @@ EATERS = {
 
 def eaten() -> list[dict]:
     """Estimates of the images/s that training takes on an H100: its closed-form FLOPs at a share of what products reach."""
-    from fastjepa import config, flops
+    from fastjepa.config.load import load_config
+    from fastjepa.plan.flops import flops_per_image
 
     found = []
     for name, (model, patch, depth) in EATERS.items():
         keys = {"meta.model_name": model, "mask.patch_size": patch, "meta.pred_depth": depth, "data.batch_size": BATCH}
-        per_image = flops.of_config(config.load(os.devnull, [f"{key}={value}" for key, value in keys.items()]), steps=4)
+        per_image = flops_per_image(load_config(os.devnull, [f"{key}={value}" for key, value in keys.items()]), steps=4)
         found += [{"model": name, "utilisation": share, "images_per_s_estimate": share * GEMM_FLOPS / per_image}
                   for share in UTILISATIONS]  # fmt: skip
     return found
@@ -69,20 +70,20 @@ class Work:
 
 
 def dali(work: Work, device: torch.device) -> Iterator[Tensor]:
-    from fastjepa.config import DataConfig
-    from fastjepa.decode_dali import GPU_OPTIONS, Decoder, Encoded, Settings, View, require
+    from fastjepa.config.schema import DataConfig
+    from fastjepa.data.decode_dali import GPU_OPTIONS, DaliDecoder, DaliSettings, Encoded, View, require_dali
 
     @dataclass(frozen=True)
     class Batch:
         images: Encoded | Tensor
 
-    require()
+    require_dali()
     pairs = zip(work.files, work.boxes, strict=True)
     batches = [Batch(Encoded.of([View(*view, False) for view in zip(*pair, strict=True)])) for pair in pairs]
     gpu = {name: getattr(DataConfig(), name) for name in GPU_OPTIONS}
     threads = min(8, len(os.sched_getaffinity(0)))
-    settings = Settings(len(work.files[0]), 3, SIZE, device, threads, AHEAD, gpu)
-    return (batch.images for batch in Decoder(itertools.cycle(batches), undecoded, settings))
+    settings = DaliSettings(len(work.files[0]), 3, SIZE, device, threads, AHEAD, gpu)
+    return (batch.images for batch in DaliDecoder(itertools.cycle(batches), undecoded, settings))
 
 
 def undecoded(position: int, refused: dict[int, str]) -> None:

@@ -35,9 +35,13 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from fastjepa import checkpoint, cli, pieces, train
-from fastjepa.data import MicroBatches
-from fastjepa.heartbeat import LOST
+from fastjepa import train
+from fastjepa.checkpoint import shard_files
+from fastjepa.checkpoint.directory import complete_checkpoints, step_of, verify_checkpoint
+from fastjepa.cli import main as main_module
+from fastjepa.errors import CheckpointError
+from fastjepa.loader.micro_batches import MicroBatches
+from fastjepa.ranks.heartbeat import RANK_LOST
 
 STEPS, EVERY, TIMEOUT = 60, 2, 4.0  # steps in all, steps between checkpoints, seconds without progress
 NEARLY = STEPS - 14  # from where on a run starts anew, so that the next fault still meets it
@@ -109,7 +113,7 @@ class Run:
         try:
             if what:
                 what()
-            code = cli.main(["train", "--config", str(self.scratch / "config.yaml"), "--output", str(self.output),
+            code = main_module.main(["train", "--config", str(self.scratch / "config.yaml"), "--output", str(self.output),
                              "--max-steps", str(until), f"runtime.zero={self.zero}"])  # fmt: skip
         except BaseException:
             traceback.print_exc()
@@ -124,12 +128,12 @@ class Run:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def complete(self) -> list[Path]:
-        return checkpoint.complete(self.checkpoints)
+        return complete_checkpoints(self.checkpoints)
 
     def settle(self) -> list[Path]:
         """Two complete checkpoints to break, trained for where they are not there; a run that is nearly over starts anew."""
         complete = self.complete()
-        taken = checkpoint.step_of(complete[-1]) if complete else 0
+        taken = step_of(complete[-1]) if complete else 0
         if taken > NEARLY:
             self.go_on(1)
             shutil.rmtree(self.checkpoints)
@@ -139,7 +143,7 @@ class Run:
         return self.complete()
 
     def go_on(self, steps: int) -> None:
-        self.start(until=checkpoint.step_of(self.complete()[-1]) + steps)
+        self.start(until=step_of(self.complete()[-1]) + steps)
 
     def left(self, before: list[Path], ended: Ended, told: dict[int, tuple[int, str]]) -> Outcome:
         """What a fault has left; `told` gives the exit code and a part of the one sentence of each rank that tells of it."""
@@ -153,15 +157,15 @@ class Run:
             wrong.append(f"{before[-1].name} is gone")
         for path in complete:
             try:
-                checkpoint.verify(path)
-            except checkpoint.CheckpointError as error:
+                verify_checkpoint(path)
+            except CheckpointError as error:
                 wrong.append(str(error))
         return self.outcome(wrong)
 
     def outcome(self, wrong: list[str]) -> Outcome:
         found = self.complete()[-1]
         taken = max(entry["step"] for entry in self.entries())
-        self.last = Outcome(taken - checkpoint.step_of(found), found, wrong)
+        self.last = Outcome(taken - step_of(found), found, wrong)
         return self.last
 
 
@@ -217,10 +221,10 @@ def kill_mid_step(run: Run, random: Random) -> Outcome:
     """kill -9 of a rank somewhere in one of its next steps."""
     before, victim, moment, after = run.settle(), random.randrange(2), random.randint(1, 5), random.random() < 0.5
     what = lambda: at_call(moment, [(train, "jepa_loss")], signal_self(signal.SIGKILL), after)  # noqa: E731
-    return run.left(before, run.start(only(victim, what)), {1 - victim: (LOST, f"rank {victim} (process ")})
+    return run.left(before, run.start(only(victim, what)), {1 - victim: (RANK_LOST, f"rank {victim} (process ")})
 
 
-WRITES = [(os, "fsync"), (os, "replace"), (pieces, "save_file")]
+WRITES = [(os, "fsync"), (os, "replace"), (shard_files, "save_file")]
 
 
 def kill_in_save(run: Run, random: Random) -> Outcome:
@@ -228,21 +232,21 @@ def kill_in_save(run: Run, random: Random) -> Outcome:
     before, victim, after = run.settle(), random.randrange(2), random.random() < 0.5
     moment = random.randint(1, 2 * (8, 14)[victim == 0])  # how many there are
     what = lambda: at_call(moment, WRITES, signal_self(signal.SIGKILL), after)  # noqa: E731
-    return run.left(before, run.start(only(victim, what)), {1 - victim: (LOST, f"rank {victim} (process ")})
+    return run.left(before, run.start(only(victim, what)), {1 - victim: (RANK_LOST, f"rank {victim} (process ")})
 
 
 def stopped(run: Run, random: Random) -> Outcome:
     """A rank that does nothing any more (SIGSTOP), not even beat."""
     before, victim, moment = run.settle(), random.randrange(2), random.randint(1, 5)
     what = lambda: at_call(moment, [(train, "jepa_loss")], signal_self(signal.SIGSTOP))  # noqa: E731
-    return run.left(before, run.start(only(victim, what)), {1 - victim: (LOST, f"rank {victim} (process ")})
+    return run.left(before, run.start(only(victim, what)), {1 - victim: (RANK_LOST, f"rank {victim} (process ")})
 
 
 def data_hangs(run: Run, random: Random) -> Outcome:
     """A rank whose data do not come, as from a file server that no longer answers: both ranks name it."""
     before, victim, moment = run.settle(), random.randrange(2), random.randint(4, 6)
     what = lambda: at_call(moment, [(MicroBatches, "__getitem__")], lambda: time.sleep(30))  # noqa: E731
-    named = LOST, f"rank {victim} (process "
+    named = RANK_LOST, f"rank {victim} (process "
     return run.left(before, run.start(only(victim, what)), {0: named, 1: named})
 
 

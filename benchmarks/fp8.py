@@ -16,13 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastjepa import attention, fp8, interop, model
-from fastjepa import config as configs
-from fastjepa.config import MODELS, Config, ConfigError
-from fastjepa.data import MicroBatches
-from fastjepa.decode_torch import crop, decode
-from fastjepa.manifest import CheckpointError
-from fastjepa.sources import open_source
+from fastjepa.config.load import load_config
+from fastjepa.config.schema import MODELS, Config
+from fastjepa.data.crops import crop_image
+from fastjepa.data.decode_pillow import decode_image
+from fastjepa.data.sources import open_source
+from fastjepa.errors import CheckpointError, ConfigError
+from fastjepa.loader.micro_batches import MicroBatches
+from fastjepa.model.fp8 import use_fp8
+from fastjepa.model.jepa import build_pair
+from fastjepa.model.vit import Encoder, choose_attention, use_attention
+from fastjepa.weights.read import starting_networks
 
 
 def pictures(config: Config, count: int) -> Tensor:
@@ -30,14 +34,14 @@ def pictures(config: Config, count: int) -> Tensor:
     if config.data.source:
         views = MicroBatches(config, open_source(config.data), 0, 1)
         return torch.stack([views.view(0, sample)[0] for sample in range(count)])
-    decoded = [decode(raw, config.data.channels) for raw in photographs.photographs(count)]
-    return torch.stack([crop(image, (0, 0, *image.shape[1:]), config.image_size, False) for image in decoded])
+    decoded = [decode_image(raw, config.data.channels) for raw in photographs.photographs(count)]
+    return torch.stack([crop_image(image, (0, 0, *image.shape[1:]), config.image_size, False) for image in decoded])
 
 
 @torch.no_grad()
-def features(encoder: model.Encoder, images: Tensor, dtype: torch.dtype) -> Tensor:
+def features(encoder: Encoder, images: Tensor, dtype: torch.dtype) -> Tensor:
     """(b * N, D) fp32, layer-normalised."""
-    model.use_attention(encoder, attention.choose("auto", images.device, dtype))
+    use_attention(encoder, choose_attention("auto", images.device, dtype))
     with torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         return F.layer_norm(encoder(images).float(), (encoder.embed_dim,))
 
@@ -50,13 +54,13 @@ def error(found: Tensor, expected: Tensor) -> dict[str, float]:
 
 def measure(config: Config, images: Tensor, weights: Path | None, bf16: bool) -> dict:
     device = images.device
-    encoder = model.build(config)[1].to(device)
+    encoder = build_pair(config)[1].to(device)
     if weights:
-        given = interop.networks(weights)
+        given = starting_networks(weights)
         encoder.load_state_dict(given.get("target_encoder") or given["encoder"])
     exact = features(encoder, images, torch.float32)
     errors = {"bf16": error(features(encoder, images, torch.bfloat16), exact)} if bf16 else {}
-    fp8.use(encoder)
+    use_fp8(encoder)
     errors["fp8"] = error(features(encoder, images, torch.bfloat16 if device.type == "cuda" else torch.float32), exact)
     return {"model": config.meta.model_name, "weights": str(weights or "initial"), "images": len(images), "errors": errors}
 
@@ -78,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     keys = [f"meta.model_name={options.model}", f"data.crop_size={options.size}", *options.overrides]
     try:
-        config = configs.load(os.devnull, keys)
+        config = load_config(os.devnull, keys)
         images = pictures(config, options.images).to(options.device)
         found = measure(config, images, options.weights, options.bf16)
     except (ConfigError, CheckpointError, OSError) as failed:

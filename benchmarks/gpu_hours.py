@@ -34,11 +34,17 @@ from rich.console import Console
 from rich.progress import track
 from timing import Ceiling, Spread
 
-from fastjepa import assembly, attention, distributed, flops, masks, precision
-from fastjepa import config as configs
-from fastjepa.arguments import among
-from fastjepa.config import MODELS, Config, ConfigError
-from fastjepa.plan import CARDS, IMAGENET
+from fastjepa.cli.options import some_of
+from fastjepa.config.load import config_from_dict
+from fastjepa.config.schema import MODELS, Config
+from fastjepa.engine.precision import compute_dtype
+from fastjepa.errors import ConfigError
+from fastjepa.masks.check import check_masks
+from fastjepa.model.vit import choose_attention
+from fastjepa.plan.flops import flops_of_packed
+from fastjepa.plan.plan import CARD_PEAKS, IMAGENET_IMAGES
+from fastjepa.ranks.world import join_world
+from fastjepa.run.build import apply_process_settings, check_compute
 
 METHODS = {"ijepa": IJepa, "mae": Mae, "ibot": Ibot}
 VARIANTS = {  # column -> keys beside those of `packed`
@@ -68,7 +74,7 @@ PATCHES = {"vit_huge": 14}  # else 16
 PREDICTOR_DEPTHS = {"vit_large": 12, "vit_huge": 12, "vit_giant": 16}  # else 6
 DISTINCT = 2  # batches that the rounds take turns with
 BATCH = {"cpu": 8, "cuda": 128}
-FORMULA = f"hours = epochs x {IMAGENET} images / (images/s) / 3600, on one such device; hours a point = hours / published top-1"
+FORMULA = f"hours = epochs x {IMAGENET_IMAGES} images / (images/s) / 3600, on one such device; hours a point = hours / published top-1"
 EXAMPLES = """examples:
   python benchmarks/gpu_hours.py --device cuda --models vit_huge --methods ijepa,mae
   python benchmarks/gpu_hours.py --device cpu --models vit_tiny,vit_small --batch 8 --rounds 10 --json
@@ -124,13 +130,13 @@ def varied(row: Row, config: Config) -> Config:
     """The config with what the row's column sets."""
     for section, keys in VARIANTS.get(row.column, {}).items():
         config = replace(config, **{section: replace(getattr(config, section), **keys)})
-    return configs.from_dict(config.to_dict(), row.column)
+    return config_from_dict(config.to_dict(), row.column)
 
 
 def refusal(row: Row, config: Config) -> str:
     """Why a row's column cannot run on this device, or nothing."""
     try:
-        assembly.check(varied(row, config), distributed.init(config.runtime.device).device)
+        check_compute(varied(row, config), join_world(config.runtime.device).device)
     except ConfigError as error:
         return str(error)
     return ""
@@ -148,7 +154,7 @@ def turns(
     group: list[Row], known: dict[str, Config], peaks: dict[Row, int], options: argparse.Namespace, device: torch.device
 ) -> list[dict]:
     """Rounds of some steps of every row, and of the matrix products that are the ceiling of all."""
-    dtype = precision.dtype_of(next(iter(known.values())))
+    dtype = compute_dtype(next(iter(known.values())))
     rounds, steps = options.rounds, options.steps
     count = min(rounds * steps, DISTINCT)
     try:
@@ -171,9 +177,9 @@ def of_rounds(of_step: Callable[[int], float], rounds: int, steps: int) -> list[
 
 def start(config: Config) -> torch.device:
     """Check the config, set the threads, and return the device."""
-    device = distributed.init(config.runtime.device).device
-    masks.check(config, config.mask.truncate_group)
-    assembly.settle(config)
+    device = join_world(config.runtime.device).device
+    check_masks(config, config.mask.truncate_group)
+    apply_process_settings(config)
     torch.manual_seed(config.runtime.seed)
     return device
 
@@ -217,9 +223,9 @@ def result(
     shares = Spread.of([a / rate for a, rate in zip(achieved, rates, strict=True)])
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     sheet = datasheet(name, config.runtime.dtype)
-    dtype = precision.dtype_of(config)
+    dtype = compute_dtype(config)
     chosen = row.column in (*OURS, "same")
-    way = attention.choose(config.runtime.attention, device, dtype) if chosen else "materialised"
+    way = choose_attention(config.runtime.attention, device, dtype) if chosen else "materialised"
     return {
         **row._asdict(), **labels(row, config), "device": name, "attention": way, "dtype": config.runtime.dtype,
         "batch": batch, "size": config.image_size[0], "patch": config.mask.patch_size, "n": len(seconds),
@@ -230,7 +236,7 @@ def result(
         "mfu": shares.median, "mfu_spread": (shares.p80 - shares.p20) / shares.median,
         "share_of_datasheet": None if sheet is None else per_image * speed.median / sheet,
         "peak_bytes": peak_bytes, **(found := projected(row, speed.median)),
-        "arithmetic": f"{found['epochs']} epochs x {IMAGENET} images / {speed.median:.2f} images/s / 3600 s",
+        "arithmetic": f"{found['epochs']} epochs x {IMAGENET_IMAGES} images / {speed.median:.2f} images/s / 3600 s",
     }  # fmt: skip
 
 
@@ -242,7 +248,7 @@ def projected(row: Row, images_per_s: float) -> dict:
     """What FORMULA gives; `epochs_published` is false where the number of epochs is another model's."""
     published = None if row.column in OTHER_OBJECTIVES else PUBLISHED.get((row.method, row.model))
     epochs, accuracy = published or (ASSUMED[row.method], None)
-    hours = epochs * IMAGENET / images_per_s / 3600
+    hours = epochs * IMAGENET_IMAGES / images_per_s / 3600
     return {"epochs": epochs, "epochs_published": published is not None, "hours": hours, "accuracy": accuracy,
             "hours_per_point": hours / accuracy if accuracy else None}  # fmt: skip
 
@@ -250,12 +256,12 @@ def projected(row: Row, images_per_s: float) -> dict:
 def datasheet(name: str, dtype: str) -> float | None:
     """Dense FLOP/s of a card's data sheet; None for a CPU and for cards that `fastjepa.plan` does not know."""
     alike = {"h100": "h100", "h200": "h100", "a100": "a100"}  # an H200 computes as an H100 does
-    return next((CARDS[card][dtype] for word, card in alike.items() if word in name.lower()), None)
+    return next((CARD_PEAKS[card][dtype] for word, card in alike.items() if word in name.lower()), None)
 
 
 def estimate(options: argparse.Namespace) -> dict:
     """Rows without a measurement: FLOPs over a stated share of a data sheet's peak."""
-    peak_flops = CARDS[options.estimate]["bf16"]
+    peak_flops = CARD_PEAKS[options.estimate]["bf16"]
     found = []
     for model in options.models:
         config = to_config(options, model)
@@ -269,7 +275,7 @@ def estimated(row: Row, config: Config, peak_flops: float, options: argparse.Nam
     per_image = counted(row, config)
     images_per_s = options.share * peak_flops / per_image
     found = projected(row, images_per_s)
-    arithmetic = (f"{found['epochs']} epochs x {IMAGENET} images x {per_image / 1e9:.1f} GFLOP / "
+    arithmetic = (f"{found['epochs']} epochs x {IMAGENET_IMAGES} images x {per_image / 1e9:.1f} GFLOP / "
                   f"({options.share:.0%} of {peak_flops / 1e12:.0f} TFLOP/s) / 3600 s")  # fmt: skip
     return {"estimate": True, **row._asdict(), **labels(row, config), "device": options.estimate,
             "gflop_per_image": per_image / 1e9, "gflop_per_view": per_image / config.mask.num_enc_masks / 1e9,
@@ -283,7 +289,7 @@ def counted(row: Row, config: Config) -> float:
         method = METHODS[row.method]
         return float(np.mean([method.flops(config, method.draw(config, cpu, number)) for number in numbers]))
     packed = [work(config, cpu, number).packed(config, pad=False)[0] for number in numbers]
-    return float(np.mean([flops.packed(config, b.context, b.target, b.blocks).total for b in packed]))
+    return float(np.mean([flops_of_packed(config, b.context, b.target, b.blocks).total for b in packed]))
 
 
 def report(found: dict) -> Iterator[str]:
@@ -326,9 +332,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--models", type=among(*MODELS), default="vit_small,vit_base,vit_huge", metavar="NAME,...")
-    parser.add_argument("--methods", type=among(*METHODS), default=",".join(METHODS), metavar="NAME,...")
-    parser.add_argument("--columns", type=among(*OURS, "same", "naive"), default="packed,same,naive", metavar="NAME,...",
+    parser.add_argument("--models", type=some_of(*MODELS), default="vit_small,vit_base,vit_huge", metavar="NAME,...")
+    parser.add_argument("--methods", type=some_of(*METHODS), default=",".join(METHODS), metavar="NAME,...")
+    parser.add_argument("--columns", type=some_of(*OURS, "same", "naive"), default="packed,same,naive", metavar="NAME,...",
                         help="packed,same,naive, and variants of packed: " + ",".join(VARIANTS))  # fmt: skip
     parser.add_argument("--reference", metavar="DIR", help="clone of the official I-JEPA code, for a column of its own")
     parser.add_argument("--batch", type=int, help="images a step (default: 8 on a CPU, 128 on a card)")
@@ -339,7 +345,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--rounds", type=int, default=10, help="timed rounds of each row (default 10)")
     parser.add_argument("--steps", type=int, default=1, help="steps of a round in a row, timed together (default 1)")
-    parser.add_argument("--estimate", choices=tuple(CARDS), help="measure nothing: FLOPs over a share of this card's peak")
+    parser.add_argument("--estimate", choices=tuple(CARD_PEAKS), help="measure nothing: FLOPs over a share of this card's peak")
     parser.add_argument("--share", type=float, default=0.4, help="of the peak, for --estimate (default 0.4)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any further key of the config")

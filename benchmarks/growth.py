@@ -7,8 +7,6 @@ the host does the number of things done. What grows faster than they do, beyond 
 The tolerance is what a sort of 1,000 or more things adds, and a cache that no longer holds what a smaller value needs.
 """
 
-import fastjepa.cli  # isort: skip  # noqa: F401  (before torch: threads that wait must not spin beside ranks)
-
 import argparse
 import contextlib
 import json
@@ -30,12 +28,18 @@ from options import config_of, numbers
 from rich.console import Console
 from rich.progress import track
 
-from fastjepa import checkpoint, masks, memory, packing, shards
-from fastjepa.arguments import among
-from fastjepa.checkpoint import TrainState
-from fastjepa.config import MODELS, Config, ConfigError
-from fastjepa.data import MicroBatches
-from fastjepa.sources import ImageFolder
+from fastjepa.checkpoint.save import save_checkpoint
+from fastjepa.checkpoint.state import TrainState
+from fastjepa.cli.options import some_of
+from fastjepa.config.schema import MODELS, Config
+from fastjepa.data.sources import ImageFolder
+from fastjepa.data.tar_shards import scan_tar
+from fastjepa.errors import ConfigError
+from fastjepa.loader.micro_batches import MicroBatches
+from fastjepa.masks.check import check_masks
+from fastjepa.masks.draw import draw_masks
+from fastjepa.masks.pack import pack
+from fastjepa.plan.memory import FP32_BYTES, activation_bytes, buffer_bytes, network_sizes, row_counts, state_bytes
 
 TOLERANCE, CONFIDENCE = 0.15, 0.975
 LEAST = 3  # values, so that the fit has an error
@@ -120,7 +124,7 @@ def along(config: Config, axis: str, value: int) -> tuple[float, Config]:
 
 def step_point(config: Config, axis: str, value: int, device: torch.device) -> Point:
     value, config = along(config, axis, value)
-    masks.check(config, config.data.batch_size)
+    check_masks(config, config.data.batch_size)
     works = [step.Work.draw(config, device, number) for number in range(step.DISTINCT)]
     run = step.Ours(config, device, works)
     return Point(value, run, config.data.batch_size * float(np.mean(run.flops)),
@@ -129,9 +133,9 @@ def step_point(config: Config, axis: str, value: int, device: torch.device) -> P
 
 def step_bytes(config: Config) -> int:
     """What a step on one device holds at its peak, as `fastjepa.memory` counts it."""
-    size, rows = memory.sizes(config), memory.rows(config, config.micro_batch)
-    held = memory.activations(config, rows)
-    parts = memory.states(size, config.runtime.dtype, 1, 0) | memory.buffers(size, config.runtime.dtype, 0)
+    size, rows = network_sizes(config), row_counts(config, config.micro_batch)
+    held = activation_bytes(config, rows)
+    parts = state_bytes(size, config.runtime.dtype, 1, 0) | buffer_bytes(size, config.runtime.dtype, 0)
     return sum(parts.values()) + held.saved + held.loss
 
 
@@ -156,15 +160,15 @@ def mask_points(config: Config, batches: Sequence[int]) -> Iterator[Point]:
     for batch in batches:
 
         def draw(number: int, batch: int = batch) -> None:
-            masks.draw(config.mask, config.grid, config.runtime.seed, number, 0, batch, batch)
+            draw_masks(config.mask, config.grid, config.runtime.seed, number, 0, batch, batch)
 
         yield Point(batch, draw, batch)
 
 
 def packing_points(config: Config, batches: Sequence[int]) -> Iterator[Point]:
     for batch in batches:
-        drawn = masks.draw(config.mask, config.grid, config.runtime.seed, 0, 0, batch, batch)
-        yield Point(batch, lambda number, drawn=drawn: packing.pack(*drawn), batch)
+        drawn = draw_masks(config.mask, config.grid, config.runtime.seed, 0, 0, batch, batch)
+        yield Point(batch, lambda number, drawn=drawn: pack(*drawn), batch)
 
 
 def checkpoint_points(config: Config, depths: Sequence[int], folder: Path, device: torch.device) -> Iterator[Point]:
@@ -178,11 +182,11 @@ def checkpoint_points(config: Config, depths: Sequence[int], folder: Path, devic
 
         def save(number: int, state: TrainState = state, root: Path = root) -> None:
             state.step += 1
-            checkpoint.save(root, state, keep_last=1)
+            save_checkpoint(root, state, keep_last=1)
 
-        size = memory.sizes(deeper)
+        size = network_sizes(deeper)
         numbers = 3 * size.trained + size.encoder
-        yield Point(numbers, save, numbers, lambda root=root: size_of(root), memory.FP32 * numbers)
+        yield Point(numbers, save, numbers, lambda root=root: size_of(root), FP32_BYTES * numbers)
 
 
 def size_of(folder: Path) -> int:
@@ -207,7 +211,7 @@ def shard_points(images: Sequence[int], scratch: Path) -> Iterator[Point]:
         with tarfile.open(path, "w") as tar:
             for number in range(count):
                 tar.addfile(tarfile.TarInfo(f"{number:07d}.jpg"))
-        yield Point(count, lambda number, path=path: shards.scan(path), count)
+        yield Point(count, lambda number, path=path: scan_tar(path), count)
 
 
 def order_points(config: Config, images: Sequence[int]) -> Iterator[Point]:
@@ -268,7 +272,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument(
-        "--along", type=among(*COSTS), default=list(COSTS), metavar="NAME,...", help=f"default {','.join(COSTS)}"
+        "--along", type=some_of(*COSTS), default=list(COSTS), metavar="NAME,...", help=f"default {','.join(COSTS)}"
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--model", default="vit_tiny", choices=tuple(MODELS), metavar="NAME", help="where it does not grow")

@@ -13,7 +13,7 @@ import torch
 import vit
 from torch import Tensor, nn
 
-from fastjepa.config import Config
+from fastjepa.config.schema import Config
 
 GLOBAL, LOCAL, LOCAL_PATCHES = 2, 10, 6  # views an image, and the side of a small one in patches: 96 pixels
 HIDDEN, BOTTLENECK, PROTOTYPES = 2048, 256, 8192

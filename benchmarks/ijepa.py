@@ -12,8 +12,10 @@ import vit
 from step import Work
 from torch import Tensor, nn
 
-from fastjepa import flops, masks, model
-from fastjepa.config import Config
+from fastjepa.config.schema import Config
+from fastjepa.masks.draw import draw_masks
+from fastjepa.model.vit import init_weights, sincos_positions
+from fastjepa.plan.flops import official_flops
 
 GROUP = 128  # the official batch of a GPU: that many images share a cut, however few of them are measured
 TRIED = 64
@@ -23,14 +25,14 @@ def work(config: Config, device: torch.device, number: int) -> Work:
     """A batch whose contexts are cut to the shortest of GROUP images (more, where the batch has more)."""
     batch = config.data.batch_size
     total = -(-batch // GROUP) * GROUP
-    drawn = masks.draw(config.mask, config.grid, config.runtime.seed, number, 0, batch, total)
+    drawn = draw_masks(config.mask, config.grid, config.runtime.seed, number, 0, batch, total)
     return Work(vit.images(config, number, batch).to(device), *drawn)
 
 
 def typical(config: Config, count: int) -> list[int]:
     """Numbers of the `count` batches, among the first TRIED, whose FLOPs are nearest the mean of all: masks differ in size."""
-    drawn = [masks.draw(config.mask, config.grid, config.runtime.seed, n, 0, 1, GROUP) for n in range(TRIED)]
-    cost = np.array([flops.official(config, *(mask.sum(axis=2).mean() for mask in pair)).total for pair in drawn])
+    drawn = [draw_masks(config.mask, config.grid, config.runtime.seed, n, 0, 1, GROUP) for n in range(TRIED)]
+    cost = np.array([official_flops(config, *(mask.sum(axis=2).mean() for mask in pair)).total for pair in drawn])
     return np.argsort(np.abs(cost - cost.mean()), kind="stable")[:count].tolist()
 
 
@@ -44,13 +46,13 @@ class Predictor(nn.Module):
         width, heads = config.meta.pred_emb_dim, config.meta.pred_num_heads or heads
         self.predictor_embed = nn.Linear(dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.register_buffer("predictor_pos_embed", model.sincos_positions(width, config.grid))
+        self.register_buffer("predictor_pos_embed", sincos_positions(width, config.grid))
         self.predictor_blocks = nn.Sequential(
             *(vision_transformer.Block(width, heads, qkv_bias=True, norm_layer=vit.NORM) for _ in range(config.meta.pred_depth))
         )
         self.predictor_norm = vit.NORM(width)
         self.predictor_proj = nn.Linear(width, dim)
-        self.apply(model.init_weights)
+        self.apply(init_weights)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(self, features: Tensor, context: Tensor, blocks: Tensor) -> Tensor:
@@ -69,7 +71,7 @@ class IJepa(nn.Module):
     def __init__(self, config: Config, device: torch.device, whole: bool = False):
         """`whole` changes nothing here: every token is finished anyway."""
         super().__init__()
-        positions = model.sincos_positions(config.encoder_shape[0], config.grid)
+        positions = sincos_positions(config.encoder_shape[0], config.grid)
         self.encoder = vit.backbone(config, class_token=False, positions=positions)
         self.predictor = Predictor(config)
         self.target_encoder = vit.backbone(config, class_token=False, positions=positions).requires_grad_(False)
@@ -106,4 +108,4 @@ class IJepa(nn.Module):
     def flops(config: Config, batch: tuple[Tensor, Tensor, Tensor], whole: bool = False) -> float:
         """FLOPs per image of a training step."""
         _, context, blocks = batch
-        return flops.official(config, context.shape[1], blocks.shape[2]).total
+        return official_flops(config, context.shape[1], blocks.shape[2]).total

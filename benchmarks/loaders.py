@@ -19,12 +19,14 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import Compose, PILToTensor, RandomResizedCrop
 
-from fastjepa import decode_torch, shard_writer
-from fastjepa.check import MEGA, judge
-from fastjepa.config import Config, ConfigError
-from fastjepa.data import Loader
-from fastjepa.shards import ENDINGS
-from fastjepa.sources import IdxPair, open_source
+from fastjepa.config.schema import Config
+from fastjepa.data.decode_pillow import MAX_PIXELS
+from fastjepa.data.prepare.check_images import MEGA, judge_image
+from fastjepa.data.prepare.write_shards import write_shards
+from fastjepa.data.sources import IdxPair, open_source
+from fastjepa.data.tar_shards import ENDINGS
+from fastjepa.errors import ConfigError
+from fastjepa.loader.loader import Loader
 
 OURS, RIVALS = ("torch", "dali"), {"torchvision": "folder", "webdataset": "shards"}  # a rival reads one kind of source
 
@@ -56,7 +58,7 @@ def prepare(data: str | None, images: int, shards: int, scratch: Path) -> Sets:
         (sets.folder / "all" / f"{number:06d}{suffix if suffix in ENDINGS else '.jpg'}").write_bytes(raw)
     source = open_source(sets.folder)
     total = sum(path.stat().st_size for path in sets.folder.rglob("*.*"))
-    shard_writer.write(source, sets.shards, {"path": data or "made", "split": "train"}, -(-total // shards))
+    write_shards(source, sets.shards, {"path": data or "made", "split": "train"}, -(-total // shards))
     origin = data or f"made here: {SIZE[0]}x{SIZE[1]} JPEGs of waves, edges and grain"
     sets.about.update(origin=origin, images=len(source), mean_bytes=round(total / len(source)))
     return sets
@@ -67,7 +69,7 @@ def copied(where: str, images: int) -> Iterator[tuple[str, bytes]]:
     if isinstance(source, IdxPair):
         raise ConfigError(f"--data {where}: idx files need no decoding; give image files, shards or Parquet files")
     for i in np.linspace(0, len(source) - 1, min(images, len(source))).astype(int).tolist():
-        if isinstance(judge(source, i, decode_torch.MAX_PIXELS / MEGA), tuple):  # torchvision stops at a bad file
+        if isinstance(judge_image(source, i, MAX_PIXELS / MEGA), tuple):  # torchvision stops at a bad file
             yield source.name(i), source.read(i)
 
 

@@ -9,12 +9,13 @@ import torch
 import vit
 from torch import Tensor, nn
 
-from fastjepa import attention, precision
-from fastjepa.config import Config
-from fastjepa.ema import Average
-from fastjepa.engine import Engine
-from fastjepa.optim import apply_schedule
-from fastjepa.schedule import Schedule
+from fastjepa.config.schema import Config
+from fastjepa.engine.adamw import apply_schedule
+from fastjepa.engine.average import Average
+from fastjepa.engine.plain import PlainEngine
+from fastjepa.engine.precision import autocast_of, compute_dtype
+from fastjepa.engine.schedule import Schedule
+from fastjepa.model.vit import choose_attention
 
 
 class Same:
@@ -32,17 +33,17 @@ class Same:
 
     def prepare(self) -> None:
         """Attention is materialised where `runtime.attention` does so here (bf16 on a CPU), else torch's fused one."""
-        if attention.choose(self.config.runtime.attention, self.device, self.dtype()) == "matmul":
+        if choose_attention(self.config.runtime.attention, self.device, self.dtype()) == "matmul":
             vit.materialise(self.method.networks)
         if self.config.runtime.compile:
             for network in self.method.networks:
                 network.compile(dynamic=True)
-        self.engine = Engine(self.method)
+        self.engine = PlainEngine(self.method)
         self.engine.parameters = self.parameters  # its own list has the frozen ones, which have no gradients
         self.average = Average(*self.method.averaged) if self.method.averaged else None
 
     def dtype(self) -> torch.dtype:
-        return precision.dtype_of(self.config)
+        return compute_dtype(self.config)
 
     def __call__(self, number: int) -> Tensor:
         loss = self.loss(number)
@@ -53,7 +54,7 @@ class Same:
         return loss.detach()
 
     def loss(self, number: int) -> Tensor:
-        with precision.autocast(self.config, self.device):
+        with autocast_of(self.config, self.device):
             outputs = self.method(*self.batches[number % len(self.batches)])
         return self.method.loss(*outputs)
 
@@ -68,7 +69,7 @@ class Naive(Same):
 
     def prepare(self) -> None:
         vit.materialise(self.method.networks)
-        grouped = Engine(self.method).optimizer.param_groups
+        grouped = PlainEngine(self.method).optimizer.param_groups
         groups = [{"params": group["params"], "decayed": group["decayed"], "lr_scale": 1.0} for group in grouped]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0)
 

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 import vit
 from torch import Tensor, nn
 
-from fastjepa import model
-from fastjepa.config import Config
+from fastjepa.config.schema import Config
+from fastjepa.model.vit import sincos_positions
 
 MASKED, WIDTH, DEPTH, HEADS = 0.75, 512, 8, 16  # of the paper, for every encoder
 
@@ -42,7 +42,7 @@ class Mae(nn.Module):
         """`whole` predicts the pixels of all patches and drops those that were seen, as the official code does."""
         super().__init__()
         self.patch = config.mask.patch_size
-        positions = model.sincos_positions(config.encoder_shape[0], config.grid)
+        positions = sincos_positions(config.encoder_shape[0], config.grid)
         self.encoder = vit.backbone(config, positions=F.pad(positions, (0, 0, 1, 0)))
         self.predictor = Decoder(config, whole)
         self.networks = self.encoder, self.predictor

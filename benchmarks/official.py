@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastjepa.config import Config, ConfigError, LossConfig
-from fastjepa.model import Jepa
+from fastjepa.config.schema import Config, LossConfig
+from fastjepa.errors import ConfigError
+from fastjepa.model.jepa import Jepa
 
 MODULES = ("src.helper", "src.masks.utils", "src.utils.tensors", "src.utils.logging")
 STEPS_PER_EPOCH = 1000  # only the schedules' pace depends on it

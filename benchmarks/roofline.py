@@ -20,10 +20,20 @@ import timing
 import torch
 from timing import Ceiling
 
-from fastjepa import flops, memory, precision
-from fastjepa.config import Config, ConfigError
-from fastjepa.memory import FP32, Rows
-from fastjepa.packing import Blocks, Packed
+from fastjepa.config.schema import Config
+from fastjepa.engine.precision import compute_dtype
+from fastjepa.errors import ConfigError
+from fastjepa.masks.packed import Blocks, Packed
+from fastjepa.plan.flops import flops_of_packed
+from fastjepa.plan.memory import (
+    FP32_BYTES,
+    RowCounts,
+    activation_bytes,
+    block_bytes,
+    blocks_bytes,
+    compute_width,
+    network_sizes,
+)
 
 Micro = tuple[Packed, Packed, Blocks]  # context, target, blocks: what packing.pack returns
 NETWORK_PARTS = ("target forward", "context forward", "context backward", "predictor forward", "predictor backward")
@@ -46,7 +56,7 @@ class Machine(NamedTuple):
         (dim, _, _, mlp_ratio), narrow = config.encoder_shape, config.meta.pred_emb_dim
         tokens, sequences = config.micro_batch * int(np.prod(config.grid)), len(micro[2].sequences.idx)
         shapes = [(tokens, dim, round(dim * mlp_ratio)), (sequences, narrow, 4 * narrow), timing.square(device)]
-        ceiling = Ceiling(shapes, precision.dtype_of(config), device)
+        ceiling = Ceiling(shapes, compute_dtype(config), device)
         ceiling(0)
         return cls(ceiling.rates[0], timing.copy_rate(device))
 
@@ -61,15 +71,15 @@ def works(config: Config, micros: Sequence[Micro], steps: int) -> dict[str, Work
     """The work of a step's parts, as the mean over the `steps` steps that these micro-batches are of."""
     found = [of_micro_batch(config, *micro) for micro in micros]
     mean = {part: Work(*(np.array([one[part] for one in found]).sum(axis=0) / steps).tolist()) for part in found[0]}
-    size = memory.sizes(config)
-    optimizer, ema = OPTIMIZER_PASSES * FP32 * size.trained, EMA_PASSES * FP32 * size.encoder
+    size = network_sizes(config)
+    optimizer, ema = OPTIMIZER_PASSES * FP32_BYTES * size.trained, EMA_PASSES * FP32_BYTES * size.encoder
     return mean | {"optimizer": Work(0.0, optimizer), "EMA": Work(0.0, ema)}
 
 
 def of_micro_batch(config: Config, context: Packed, target: Packed, blocks: Blocks) -> dict[str, Work]:
     images = len(target.cu_seqlens) - 1
-    spent = [images * part for part in astuple(flops.packed(config, context, target, blocks))]
-    rows, size = Rows.of(context, target, blocks), memory.sizes(config)
+    spent = [images * part for part in astuple(flops_of_packed(config, context, target, blocks))]
+    rows, size = RowCounts.of(context, target, blocks), network_sizes(config)
     everything, seen, predicted = activations(config, rows, images)
     encoder, predictor = weights(config, size.encoder), weights(config, size.trained - size.encoder)
     moved = (
@@ -79,16 +89,16 @@ def of_micro_batch(config: Config, context: Packed, target: Packed, blocks: Bloc
         2 * predicted + predictor[0],
         3 * predicted + predictor[1],
     )
-    loss = memory.activations(config, rows).loss
+    loss = activation_bytes(config, rows).loss
     return dict(zip(NETWORK_PARTS, map(Work, spent, moved), strict=True)) | {"loss": Work(0.0, loss)}
 
 
-def activations(config: Config, rows: Rows, images: int) -> tuple[int, int, int]:
+def activations(config: Config, rows: RowCounts, images: int) -> tuple[int, int, int]:
     """Bytes that the blocks of target network, context encoder and predictor hold between their products."""
-    (dim, depth, heads, mlp_ratio), e = config.encoder_shape, memory.width(config.runtime.dtype)
+    (dim, depth, heads, mlp_ratio), e = config.encoder_shape, compute_width(config.runtime.dtype)
     every = images * int(np.prod(config.grid))
-    whole, last = (memory.block(dim, heads, mlp_ratio, every, every, finished, e) for finished in (every, rows.target))
-    held = [inside for _, inside in memory.blocks(config, rows)]
+    whole, last = (block_bytes(dim, heads, mlp_ratio, every, every, finished, e) for finished in (every, rows.target))
+    held = [inside for _, inside in blocks_bytes(config, rows)]
     return (depth - 1) * whole + last, sum(held[:depth]), sum(held[depth:])
 
 

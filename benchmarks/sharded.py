@@ -17,10 +17,17 @@ import timing
 import torch
 from timing import Spread
 
-from fastjepa import assembly, distributed, engine, train
-from fastjepa import config as configs
-from fastjepa.config import Config, ConfigError
-from fastjepa.schedule import Schedule
+from fastjepa.config.load import config_from_dict
+from fastjepa.config.schema import Config
+from fastjepa.engine.build import build_engine
+from fastjepa.engine.plain import PlainEngine
+from fastjepa.engine.schedule import Schedule
+from fastjepa.engine.zero import ZeroEngine
+from fastjepa.errors import ConfigError
+from fastjepa.ranks.collectives import barrier, gather_objects
+from fastjepa.ranks.world import join_world, leave_world
+from fastjepa.run.build import apply_process_settings, build_average, build_networks
+from fastjepa.run.step import take_step
 
 STEPS, WARMUP = 3, 1  # of each start
 
@@ -76,33 +83,33 @@ def worker(config: Config) -> dict | None:
     """Steps of this rank on its own batches; rank 0 returns the times and the most that any rank held."""
     from step import Work
 
-    world = distributed.init(config.runtime.device)
-    assembly.settle(config)
-    jepa, target_encoder = assembly.networks(config, world.device)
-    running = engine.build(jepa, config, world)
-    average, _ = assembly.averaged(running, target_encoder, config)
+    world = join_world(config.runtime.device)
+    apply_process_settings(config)
+    jepa, target_encoder = build_networks(config, world.device)
+    running = build_engine(jepa, config, world)
+    average, _ = build_average(running, target_encoder, config)
     batches = [batch.to(world.device) for batch in Work.draw(config, world.device, world.rank).packed(config)]
     now, times, ema_times = Schedule(config.optimization, steps_per_epoch=1000)(0), [], []
     timed = Timed(average, ema_times)
     for _ in range(WARMUP + STEPS):
-        distributed.barrier()
+        barrier()
         begun = time.perf_counter()
-        train.step(running, timed, batches, now, config)
+        take_step(running, timed, batches, now, config)
         wait()
         times.append(1000 * (time.perf_counter() - begun))
     resident = timing.resident_bytes("VmHWM") if world.device.type == "cpu" else torch.cuda.max_memory_allocated()
-    peak, state = (max(distributed.gather(mine)) for mine in (resident, held(running, average)))
-    distributed.shutdown()
+    peak, state = (max(gather_objects(mine)) for mine in (resident, held(running, average)))
+    leave_world()
     kept = {"ms": times[WARMUP:], "ema_ms": ema_times[WARMUP:], "peak_bytes": peak, "state_bytes": state}
     return kept if world.is_main else None
 
 
-def held(running: engine.Engine | engine.ShardedEngine, average) -> int:
+def held(running: PlainEngine | ZeroEngine, average) -> int:
     """Bytes of the weights, moments and averages that this rank keeps between steps; tensors that share storage count once."""
     tensors = [*running.jepa.parameters(), *average.target_encoder.parameters()]
     tensors += [p.ds_tensor for p in running.jepa.parameters() if hasattr(p, "ds_tensor")]
     tensors += [tensor for state in running.optimizer.state.values() for tensor in state.values()]
-    tensors += [piece.tensor for piece in running.masters().values()] if isinstance(running, engine.ShardedEngine) else []
+    tensors += [piece.tensor for piece in running.masters().values()] if isinstance(running, ZeroEngine) else []
     tensors += [flat for part in getattr(average, "parts", ()) for flat in (part.average, part.sent)]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
@@ -127,5 +134,5 @@ def wait() -> None:
 
 
 if __name__ == "__main__":
-    if (measured := worker(configs.from_dict(json.loads(sys.argv[1])))) is not None:
+    if (measured := worker(config_from_dict(json.loads(sys.argv[1])))) is not None:
         print(json.dumps(measured), flush=True)

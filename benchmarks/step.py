@@ -26,13 +26,21 @@ from options import config_of, numbers
 from timing import Ceiling, Clock, Spread
 from torch import Tensor
 
-from fastjepa import assembly, budget, distributed, flops, masks, packing, precision, train
-from fastjepa.config import MODELS, Config, ConfigError
-from fastjepa.data import Batch
-from fastjepa.ema import Average
-from fastjepa.engine import Engine
-from fastjepa.flops import Flops
-from fastjepa.schedule import Schedule
+from fastjepa.config.schema import MODELS, Config
+from fastjepa.engine.average import Average
+from fastjepa.engine.plain import PlainEngine
+from fastjepa.engine.precision import compute_dtype
+from fastjepa.engine.schedule import Schedule
+from fastjepa.errors import ConfigError
+from fastjepa.loader.batch import Batch
+from fastjepa.masks.check import check_masks
+from fastjepa.masks.draw import draw_masks
+from fastjepa.masks.pack import pack
+from fastjepa.masks.padding import padding_budget
+from fastjepa.plan.flops import Flops, flops_of_packed, official_flops
+from fastjepa.ranks.world import join_world
+from fastjepa.run.build import apply_process_settings, build_networks
+from fastjepa.run.step import micro_step, take_step
 
 DISTINCT = 4  # batches that the rounds take turns with
 EXAMPLES = """examples:
@@ -55,14 +63,14 @@ class Work:
         total, seed = config.data.batch_size, config.runtime.seed
         generator = torch.Generator().manual_seed(seed + number)
         images = torch.randn(total, config.data.channels, *config.image_size, generator=generator)
-        return cls(images.to(device), *masks.draw(config.mask, config.grid, seed, number, 0, total, total))
+        return cls(images.to(device), *draw_masks(config.mask, config.grid, seed, number, 0, total, total))
 
     def packed(self, config: Config, pad: bool = True) -> list[Batch]:
         """The trainer's micro-batches, on the host but for their images; for a CUDA graph padded."""
-        room = budget.of(config, len(self.images)) if pad and config.runtime.cuda_graph else None
+        room = padding_budget(config, len(self.images)) if pad and config.runtime.cuda_graph else None
         starts = range(0, len(self.images), config.micro_batch)
         parts = [slice(start, start + config.micro_batch) for start in starts]
-        return [Batch(self.images[s], *packing.pack(self.context_mask[s], self.target_mask[s], len(self.images),
+        return [Batch(self.images[s], *pack(self.context_mask[s], self.target_mask[s], len(self.images),
                                                     config.joint, room, config.separate), bad=()) for s in parts]  # fmt: skip
 
     def indices(self, mask: np.ndarray) -> list[Tensor]:
@@ -78,21 +86,21 @@ class Ours:
 
     def __init__(self, config: Config, device: torch.device, works: list[Work]):
         self.config, self.device = config, device
-        self.jepa, self.target_encoder = assembly.networks(config, device)
+        self.jepa, self.target_encoder = build_networks(config, device)
         pieces, static = config.data.batch_size // config.micro_batch, config.runtime.cuda_graph
-        self.engine = Engine(self.jepa, micro_batches=pieces, static_gradients=static)
+        self.engine = PlainEngine(self.jepa, micro_batches=pieces, static_gradients=static)
         self.average = Average(self.target_encoder, self.jepa.encoder)
-        self.dissected = Dissected(self.engine, self.average, config, distributed.init(config.runtime.device))
+        self.dissected = Dissected(self.engine, self.average, config, join_world(config.runtime.device))
         self.spread = self.dissected.spread
-        self.micro = train.micro_step(self.engine, self.average, config, spread=self.spread)
-        self.flops = [mean_total([flops.packed(config, b.context, b.target, b.blocks) for b in work.packed(config, pad=False)])
+        self.micro = micro_step(self.engine, self.average, config, spread=self.spread)
+        self.flops = [mean_total([flops_of_packed(config, b.context, b.target, b.blocks) for b in work.packed(config, pad=False)])
                       for work in works]  # fmt: skip
         self.batches = [[batch.to(device) for batch in work.packed(config)] for work in works]
         self.now = Schedule(config.optimization, steps_per_epoch=1000)(0)
 
     def __call__(self, number: int) -> Tensor:
         batches = self.batches[number % len(self.batches)]
-        return train.step(self.engine, self.average, batches, self.now, self.config, self.spread, self.micro).loss
+        return take_step(self.engine, self.average, batches, self.now, self.config, self.spread, self.micro).loss
 
     def phases(self, number: int) -> dict[str, float]:
         """Milliseconds of each part of one step; none of a CUDA graph, which is one launch."""
@@ -109,7 +117,7 @@ class Theirs:
         self.official, self.device = official.Official(directory, config, device), device
         self.works = [(w.images, w.indices(w.context_mask), w.indices(w.target_mask)) for w in works]
         self.flops = [
-            flops.official(config, contexts[0].shape[1], blocks[0].shape[1]).total for _, contexts, blocks in self.works
+            official_flops(config, contexts[0].shape[1], blocks[0].shape[1]).total for _, contexts, blocks in self.works
         ]
 
     def __call__(self, number: int, mark: Callable[[str], None] = lambda phase: None) -> float:
@@ -137,7 +145,7 @@ def measure(config: Config, rounds: int, directory: str | None = None) -> dict:
     runs = {name: build(name, config, device, works, directory) for name in contenders(directory)}
     if directory:
         runs["theirs"].official.start_from(runs["ours"].jepa)
-    dtype = precision.dtype_of(config)
+    dtype = compute_dtype(config)
     ceiling = Ceiling([*linears(config, works[0]), timing.square(device)], dtype, device)
     seconds = timing.interleave({"ceiling": ceiling, **runs}, rounds, device, warmup=len(works))
     rates = [ceiling.rates[number] for number in range(rounds)]
@@ -155,9 +163,9 @@ def contenders(directory: str | None) -> tuple[str, ...]:
 
 def start(config: Config) -> torch.device:
     """Check the config, set the threads, and return the device."""
-    device = distributed.init(config.runtime.device).device
-    masks.check(config, config.data.batch_size)
-    assembly.settle(config)
+    device = join_world(config.runtime.device).device
+    check_masks(config, config.data.batch_size)
+    apply_process_settings(config)
     torch.manual_seed(config.runtime.seed)
     return device
 
@@ -252,7 +260,7 @@ def lines(name: str, one: dict) -> Iterator[str]:
 
 
 def where(config: Config) -> str:
-    device = distributed.init(config.runtime.device).device
+    device = join_world(config.runtime.device).device
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return f"{machine}, torch {torch.__version__}"
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastjepa.config import ConfigError
+from fastjepa.errors import ConfigError
 
 SQUARE = {"cpu": 2048, "cuda": 8192}  # side of the large square product
 COPIED = {"cpu": 256 << 20, "cuda": 1 << 30}

@@ -6,7 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from fastjepa.config import Config, ConfigError
+from fastjepa.config.schema import Config
+from fastjepa.errors import ConfigError
 
 NORM = partial(nn.LayerNorm, eps=1e-6)
 

@@ -13,8 +13,9 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from fastjepa import cli, config
-from fastjepa.keys import type_name
+from fastjepa.cli.main import main
+from fastjepa.config.fields import type_name
+from fastjepa.config.schema import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./([^)#]+)\)")  # a link to a file of the repository that is no page
@@ -30,7 +31,7 @@ def on_page_markdown(markdown: str, **about: Any) -> str:
 
 def keys(section: str) -> str:
     """A table of a section's keys, from the dataclass that the trainer reads them into."""
-    cls = typing.get_type_hints(config.Config)[section]
+    cls = typing.get_type_hints(Config)[section]
     hints = typing.get_type_hints(cls)
     rows = [f"| `{field.name}` | {kind(hints[field.name])} | {shown(field.default)} | {meaning(field)} |"
             for field in dataclasses.fields(cls)]  # fmt: skip
@@ -69,7 +70,7 @@ def help_of(command: str) -> str:
     """What `fastjepa COMMAND --help` prints."""
     os.environ["COLUMNS"] = "100"
     with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
-        cli.main([*command.split(), "--help"])
+        main([*command.split(), "--help"])
     return f"```text\n{printed.getvalue().rstrip()}\n```"
 
 

@@ -13,6 +13,6 @@ def load_encoder(path, which=None):
             there is. The encoder's `which` says it; its other attributes are image_size, patch_size, channels, mean_std
             and origin.
     """
-    from fastjepa.interop import load_encoder
+    from fastjepa.weights import read
 
-    return load_encoder(path, which)
+    return read.load_encoder(path, which)

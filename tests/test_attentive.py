@@ -7,24 +7,25 @@ import pytest
 import torch
 from test_evals import write_images, write_run
 
-from fastjepa import cli
-from fastjepa.config import ConfigError
-from fastjepa.evals import attentive, subject, tokens
-from fastjepa.evals.attentive import AttentiveProbe
-from fastjepa.evals.tokens import Tokens
+from fastjepa.cli.main import main
+from fastjepa.errors import ConfigError
+from fastjepa.evals import patch_features
+from fastjepa.evals.attentive import AttentiveProbe, attentive_accuracy
+from fastjepa.evals.inputs import open_splits, open_subject
+from fastjepa.evals.patch_features import PatchFeatures, held_in_memory, patch_features_of
 
 
-def patches(n: int, seed: int = 0, signal: float = 3.0, classes: int = 3) -> Tokens:
+def patches(n: int, seed: int = 0, signal: float = 3.0, classes: int = 3) -> PatchFeatures:
     """(n, 6, 16) in bf16: one patch, at a random place, carries the class; pooling buries it among the other five."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(classes, 16, generator=torch.Generator().manual_seed(9))
     y, x = torch.arange(n) % classes, 0.5 * torch.randn(n, 6, 16, generator=generator)
     x[torch.arange(n), torch.randint(6, (n,), generator=generator)] += signal * centres[y]
-    return tokens.held(x.bfloat16(), y)
+    return held_in_memory(x.bfloat16(), y)
 
 
-def with_labels(data: Tokens, order: torch.Tensor) -> Tokens:
-    return Tokens(data.y[order], data.read)
+def with_labels(data: PatchFeatures, order: torch.Tensor) -> PatchFeatures:
+    return PatchFeatures(data.y[order], data.read)
 
 
 SHORT = {"classes": 3, "heads": 2, "epochs": 4, "batch": 32}
@@ -56,20 +57,20 @@ def test_probe_attends_as_written_out():
 
 
 def test_probe_finds_the_patch_that_pooling_buries():
-    result = attentive.attentive(patches(600), patches(200, seed=1), 3, 2, epochs=10, batch=32, lrs=(3e-3,))
+    result = attentive_accuracy(patches(600), patches(200, seed=1), 3, 2, epochs=10, batch=32, lrs=(3e-3,))
     assert result.accuracy > 0.95 and result.chosen == {"lr": 3e-3} and result.validation_accuracy is None
 
 
 def test_permuted_labels_leave_chance():
     """Chance is a third; the bound is four standard deviations at 400 test images."""
     shuffled = with_labels(patches(300), torch.randperm(300, generator=torch.Generator().manual_seed(1)))
-    assert abs(attentive.attentive(shuffled, patches(400, seed=1), **SHORT).accuracy - 1 / 3) < 0.1
+    assert abs(attentive_accuracy(shuffled, patches(400, seed=1), **SHORT).accuracy - 1 / 3) < 0.1
 
 
 def test_test_labels_do_not_touch_the_choice():
     train, test = patches(300), patches(200, seed=1)
     wrong = with_labels(test, torch.randperm(200, generator=torch.Generator().manual_seed(1)))
-    right, other = (attentive.attentive(train, data, lrs=(1e-6, 3e-3), **SHORT) for data in (test, wrong))
+    right, other = (attentive_accuracy(train, data, lrs=(1e-6, 3e-3), **SHORT) for data in (test, wrong))
     assert right.chosen == other.chosen == {"lr": 3e-3} and right.validation_accuracy == other.validation_accuracy
     assert right.accuracy > other.accuracy + 0.2
 
@@ -82,18 +83,18 @@ def test_images_that_choose_are_not_fitted():
             seen["held" if about == "validation" else "fitted"] |= set(rows.tolist())
         return train.read(rows, size, about)
 
-    attentive.attentive(Tokens(train.y, read), patches(30, seed=1), lrs=(1e-3, 1e-4), **SHORT)
+    attentive_accuracy(PatchFeatures(train.y, read), patches(30, seed=1), lrs=(1e-3, 1e-4), **SHORT)
     assert len(seen["held"]) == 18 and seen["fitted"] == set(range(120)) - seen["held"]
 
 
 def test_a_learning_rate_that_diverges_is_named():
     with pytest.raises(ConfigError, match="--lr 1e[+]30: the loss of epoch 1 is"):
-        attentive.attentive(patches(60), patches(30, seed=1), lrs=(1e30,), **SHORT)
+        attentive_accuracy(patches(60), patches(30, seed=1), lrs=(1e30,), **SHORT)
 
 
 def test_an_interrupted_probe_ends_as_an_undisturbed_one(tmp_path: Path):
     train, test = patches(200), patches(100, seed=1)
-    whole = attentive.attentive(train, test, **SHORT)
+    whole = attentive_accuracy(train, test, **SHORT)
 
     def stop(rows, size, about):
         if about == "epoch 3 of 4":
@@ -102,21 +103,21 @@ def test_an_interrupted_probe_ends_as_an_undisturbed_one(tmp_path: Path):
 
     states = lambda name: tmp_path / f"{name}.pt"  # noqa: E731
     with pytest.raises(KeyboardInterrupt):
-        attentive.attentive(Tokens(train.y, stop), test, states=states, **SHORT)
+        attentive_accuracy(PatchFeatures(train.y, stop), test, states=states, **SHORT)
     seen = []
-    watching = Tokens(train.y, lambda rows, size, about: seen.append(about) or train.read(rows, size, about))
-    assert attentive.attentive(watching, test, states=states, **SHORT) == whole
+    watching = PatchFeatures(train.y, lambda rows, size, about: seen.append(about) or train.read(rows, size, about))
+    assert attentive_accuracy(watching, test, states=states, **SHORT) == whole
     assert seen == ["width", "epoch 3 of 4", "epoch 4 of 4"]
     states("final").write_bytes(b"PK")
     with pytest.raises(OSError, match="final.pt: cannot be read .* delete the file"):
-        attentive.attentive(train, test, states=states, **SHORT)
+        attentive_accuracy(train, test, states=states, **SHORT)
 
 
 def test_patch_features_are_the_same_from_the_disk_and_from_the_encoder(run: Path, images: Path):
-    kept, streamed = (subject.open_subject(run, "cpu", cache) for cache in (True, False))
-    split = subject.open_splits(str(images), 30, None, 0)[0]
+    kept, streamed = (open_subject(run, "cpu", cache) for cache in (True, False))
+    split = open_splits(str(images), 30, None, 0)[0]
     encoder, rows = kept.encoder("target", split), torch.tensor([29, 3, 14, 0])
-    first, second, other = (tokens.of(one, encoder, split) for one in (kept, kept, streamed))
+    first, second, other = (patch_features_of(one, encoder, split) for one in (kept, kept, streamed))
     assert len(list((run / "features").iterdir())) == 1
     for found in (first, second, other):
         blocks = list(found.read(rows, 3, "test"))
@@ -128,10 +129,10 @@ def test_patch_features_are_the_same_from_the_disk_and_from_the_encoder(run: Pat
 def test_patch_features_that_do_not_fit_on_the_disk_are_made_anew(
     run: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    monkeypatch.setattr(tokens, "SHARE", 0.0)
-    one = subject.open_subject(run, "cpu")
-    split = subject.open_splits(str(images), None, None, 0)[1]
-    found = tokens.of(one, one.encoder("target", split), split)
+    monkeypatch.setattr(patch_features, "MEMORY_SHARE", 0.0)
+    one = open_subject(run, "cpu")
+    split = open_splits(str(images), None, None, 0)[1]
+    found = patch_features_of(one, one.encoder("target", split), split)
     assert next(iter(found.read(torch.arange(2), 2, ""))).shape == (2, 16, 32)
     assert not list((run / "features").iterdir())
     assert "each epoch makes them anew" in " ".join(capsys.readouterr().err.split())
@@ -139,7 +140,7 @@ def test_patch_features_that_do_not_fit_on_the_disk_are_made_anew(
 
 def test_command_gives_a_row_and_leaves_features_alone(run: Path, images: Path, capsys: pytest.CaptureFixture):
     command = ["eval", "attentive", "--checkpoint", str(run), "--data", str(images), "--epochs", "6", "--batch-size", "8"]
-    assert cli.main([*command, "--encoder", "context", "--seed", "2", "--json"]) == 0
+    assert main([*command, "--encoder", "context", "--seed", "2", "--json"]) == 0
     row = json.loads(capsys.readouterr().out)
     assert row["checkpoint"] == str(run / "checkpoints" / "jepa-00000003") and row["step"] == 3
     assert (row["probe"], row["protocol"], row["encoder"], row["split"]) == ("attentive", "v-jepa", "context", "test")

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from test_data import write_idx_pairs
 
-from fastjepa.sources import open_source
+from fastjepa.data.sources import open_source
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # as `python benchmarks/data.py` has it

@@ -19,9 +19,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fastjepa import config as configs
-from fastjepa import flops, model, packing
-from fastjepa.config import Config, ConfigError
+from fastjepa.config.schema import MODELS, Config
+from fastjepa.errors import ConfigError
+from fastjepa.masks.pack import pack
+from fastjepa.masks.packed import Packed, full_sequences
+from fastjepa.model.predictor import Predictor
+from fastjepa.model.vit import Encoder
+from fastjepa.plan.flops import flops_of_packed
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # as `python benchmarks/step.py` has it
@@ -160,7 +164,7 @@ def test_phases_are_the_parts_of_a_step(result: dict):
 def test_flops_are_those_of_the_batches_timed(result: dict):
     config = config_of(*SHALLOW, "--dtype=fp32")
     works = [step.Work.draw(config, CPU, number) for number in range(2)]
-    each = [flops.packed(config, *packing.pack(work.context_mask, work.target_mask)).total for work in works]
+    each = [flops_of_packed(config, *pack(work.context_mask, work.target_mask)).total for work in works]
     assert result["gflop_per_image"] == pytest.approx(np.mean(each) / 1e9)
 
 
@@ -214,18 +218,18 @@ def flat(masks: list[Tensor], tokens: int) -> Tensor:
     return torch.cat([mask + tokens * torch.arange(len(mask))[:, None] for mask in masks])
 
 
-class DenseEncoder(model.Encoder):
+class DenseEncoder(Encoder):
     def forward(self, images: Tensor, masks: list[Tensor] | None = None) -> Tensor:
         if masks is None:
             return self.features(images)
         rows = flat(masks, self.grid[0] * self.grid[1])
-        return super().forward(images, packing.Packed.of(rows.flatten().numpy(), np.full(*rows.shape))).unflatten(0, rows.shape)
+        return super().forward(images, Packed.of(rows.flatten().numpy(), np.full(*rows.shape))).unflatten(0, rows.shape)
 
     def features(self, images: Tensor) -> Tensor:
         return super().forward(images).unflatten(0, (len(images), -1))
 
 
-class DensePredictor(model.Predictor):
+class DensePredictor(Predictor):
     def forward(self, x: Tensor, masks_x: list[Tensor], masks: list[Tensor]) -> Tensor:
         positions = self.predictor_pos_embed[0]
         seen = self.predictor_embed(x) + positions[torch.cat(masks_x)]  # (K*B, L, P)
@@ -234,7 +238,7 @@ class DensePredictor(model.Predictor):
         b, length, _ = x.shape
         x = x.flatten(0, 1)
         for block in self.predictor_blocks:
-            x = block(x, packing.full(b, length))
+            x = block(x, full_sequences(b, length))
         return self.predictor_proj(self.predictor_norm(x)).view(b, length, -1)[:, seen.shape[1] :]
 
 
@@ -251,7 +255,7 @@ class Paced:
 
 def init_model(device, patch_size, model_name, crop_size, pred_depth, pred_emb_dim) -> tuple[nn.Module, nn.Module]:
     grid = (crop_size // patch_size,) * 2
-    dim, depth, heads, mlp_ratio = configs.MODELS[model_name]
+    dim, depth, heads, mlp_ratio = MODELS[model_name]
     encoder = DenseEncoder(grid, patch_size, 3, ((0.0,) * 3, (1.0,) * 3), dim, depth, heads, mlp_ratio)
     return encoder, DensePredictor(grid, dim, pred_emb_dim, pred_depth, heads)
 
@@ -296,7 +300,7 @@ def stand_in(clone: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         SimpleNamespace(grad_logger=lambda parameters: None),
     )
     monkeypatch.setattr(official, "load", lambda directory: parts)
-    monkeypatch.setitem(configs.MODELS, "vit_tiny", (48, 2, 3, 4.0))
+    monkeypatch.setitem(MODELS, "vit_tiny", (48, 2, 3, 4.0))
     return clone
 
 

@@ -10,10 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastjepa import ema, engine, flops, memory, model, packing, train
-from fastjepa import masks as mask_draws
-from fastjepa.config import Config, ConfigError
-from fastjepa.data import Loader
+from fastjepa import train
+from fastjepa.config.schema import Config
+from fastjepa.engine.average import Average
+from fastjepa.engine.plain import PlainEngine
+from fastjepa.errors import ConfigError
+from fastjepa.loader.loader import Loader
+from fastjepa.masks.draw import draw_masks
+from fastjepa.masks.pack import pack
+from fastjepa.model.predictor import Predictor
+from fastjepa.model.vit import Encoder
+from fastjepa.plan.flops import flops_of_packed
+from fastjepa.plan.memory import RowCounts, activation_bytes, network_sizes
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))  # as `python benchmarks/step.py` has it
 
@@ -104,15 +112,15 @@ def only_averaged(method):
     "part, owner, name, slow",
     [
         ("data wait", Loader, "micro_batches", slower_batches),
-        ("target forward", model.Encoder, "forward", only_averaged),
-        ("context forward", model.Encoder, "forward", only_trained(slower)),
-        ("predictor forward", model.Predictor, "forward", slower),
+        ("target forward", Encoder, "forward", only_averaged),
+        ("context forward", Encoder, "forward", only_trained(slower)),
+        ("predictor forward", Predictor, "forward", slower),
         ("loss", train, "jepa_loss", slower),
         ("loss", train, "jepa_loss", slower_gradient),
-        ("predictor backward", model.Predictor, "forward", slower_gradient),
-        ("context backward", model.Encoder, "forward", only_trained(slower_gradient)),
-        ("optimizer", engine.Engine, "step", slower),
-        ("EMA", ema.Average, "update", slower),
+        ("predictor backward", Predictor, "forward", slower_gradient),
+        ("context backward", Encoder, "forward", only_trained(slower_gradient)),
+        ("optimizer", PlainEngine, "step", slower),
+        ("EMA", Average, "update", slower),
     ],
 )
 @pytest.mark.parametrize("pieces", [1, 2])
@@ -139,8 +147,8 @@ def test_the_dissected_step_is_the_trainer_s():
 
 
 def micro_batch(config: Config, batch: int) -> tuple:
-    drawn = mask_draws.draw(config.mask, config.grid, 0, 0, 0, batch, batch)
-    return packing.pack(*drawn)
+    drawn = draw_masks(config.mask, config.grid, 0, 0, 0, batch, batch)
+    return pack(*drawn)
 
 
 def test_work_of_the_parts_is_that_of_the_step():
@@ -149,13 +157,13 @@ def test_work_of_the_parts_is_that_of_the_step():
     one = micro_batch(config, 4)
     found, twice = roofline.works(config, [one], 1), roofline.works(config, [one, one], 1)
     assert set(found) == set(breakdown.PARTS) - {"data wait"}
-    assert sum(work.flops for work in found.values()) == pytest.approx(4 * flops.packed(config, *one).total)
-    size = memory.sizes(config)
+    assert sum(work.flops for work in found.values()) == pytest.approx(4 * flops_of_packed(config, *one).total)
+    size = network_sizes(config)
     assert found["optimizer"] == (0, 32 * size.trained) == twice["optimizer"]
     assert found["EMA"] == (0, 12 * size.encoder) == twice["EMA"]
     for part in roofline.NETWORK_PARTS:
         assert twice[part] == pytest.approx([2 * quantity for quantity in found[part]])
-    saved = memory.activations(config, memory.Rows.of(*one)).saved
+    saved = activation_bytes(config, RowCounts.of(*one)).saved
     weights = 4 * size.trained
     forward = found["context forward"].moved + found["predictor forward"].moved
     assert forward == pytest.approx(2 * saved + weights, rel=0.1)  # the ends of the networks are left out

@@ -12,13 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_model import N, perturbed, small
 
-from fastjepa import budget, flops, graphs, masks, memory, model
-from fastjepa.config import ConfigError
-from fastjepa.data import Batch
-from fastjepa.loss import jepa_loss
-from fastjepa.packing import Budget, Size, pack
+from fastjepa.engine.cuda_graph import check_cuda_graph, padded_size
+from fastjepa.errors import ConfigError
+from fastjepa.loader.batch import Batch
+from fastjepa.loss.jepa_loss import jepa_loss
+from fastjepa.masks.draw import draw_masks
+from fastjepa.masks.pack import pack
+from fastjepa.masks.packed import PackedSize, PaddingBudget
+from fastjepa.masks.padding import drawn_sizes, padding_budget
+from fastjepa.model.jepa import build_pair
+from fastjepa.model.vit import use_attention
+from fastjepa.plan.flops import flops_per_image
+from fastjepa.plan.memory import row_counts
+from fastjepa.plan.padding_cost import draws_over_budget, padding_note
 
-JEPA, TARGET = (perturbed(network) for network in model.build(small()))
+JEPA, TARGET = (perturbed(network) for network in build_pair(small()))
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
@@ -29,19 +37,19 @@ def padded_pairs(draw):
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
     context, target = random.random((3, k, N)) < 0.4, random.random((3, r, N)) < 0.4
     context[:, :, 0] = target[:, :, 1] = True
-    size = Size.of(context, target.any(axis=1, keepdims=True) if joint else target)
+    size = PackedSize.of(context, target.any(axis=1, keepdims=True) if joint else target)
     more, longer = (draw(st.integers(0, most)) for most in (20, 3))
     wanted = min(size.target + draw(st.integers(0, 9)), 3 * N)
     context_rows, queries = size.context + more, size.queries + draw(st.integers(0, 20))
     sequences = (1 if joint else r) * context_rows + queries
-    bigger = Size(context_rows, wanted, queries, sequences, *(length + longer for length in size[4:]))
+    bigger = PackedSize(context_rows, wanted, queries, sequences, *(length + longer for length in size[4:]))
     dummies = max(-(-(bigger[i] - size[i]) // bigger[j]) for i, j in ((0, 4), (2, 5), (3, 6)))
-    return context, target, joint, Budget(bigger, dummies + draw(st.integers(0, 2)))
+    return context, target, joint, PaddingBudget(bigger, dummies + draw(st.integers(0, 2)))
 
 
 def learned(way: str, context_mask, target_mask, **how) -> tuple[torch.Tensor, list[torch.Tensor]]:
     for network in (JEPA, TARGET):
-        model.use_attention(network, way)
+        use_attention(network, way)
     context, target, blocks = pack(context_mask, target_mask, **how)
     with torch.no_grad():
         features = TARGET(IMAGES, wanted=target)
@@ -89,7 +97,7 @@ def test_every_batch_within_the_budget_has_its_shape(pair):
     context, target, joint, room = pair
     packed, plain = (pack(context, target, joint=joint, budget=b) for b in (room, None))
     batch = Batch(IMAGES, *packed, bad=())
-    assert graphs.size(batch) == room.size
+    assert padded_size(batch) == room.size
     ragged = [(one[0], one[2].sequences, one[2].queries) for one in (packed, plain)]
     for padded, bare in zip(*ragged, strict=True):
         lengths = padded.cu_seqlens.diff()
@@ -113,27 +121,29 @@ def masks_of(context: int, block: int) -> tuple[np.ndarray, np.ndarray]:
 def test_a_budget_that_is_met_exactly_pads_nothing():
     pair = masks_of(6, 4)
     for dummies in (0, 3):  # three dummies, all of them empty
-        padded, plain = pack(*pair, budget=Budget(Size.of(*pair), dummies)), pack(*pair)
+        padded, plain = pack(*pair, budget=PaddingBudget(PackedSize.of(*pair), dummies)), pack(*pair)
         assert torch.equal(padded[2].sequences.idx, plain[2].sequences.idx)
         assert padded[0].cu_seqlens.tolist() == plain[0].cu_seqlens.tolist() + [18] * dummies
-        assert_same(learned("matmul", *pair, budget=Budget(Size.of(*pair), dummies)), learned("matmul", *pair))
+        assert_same(learned("matmul", *pair, budget=PaddingBudget(PackedSize.of(*pair), dummies)), learned("matmul", *pair))
 
 
 @pytest.mark.parametrize("count", range(7))
 def test_a_batch_over_any_count_is_left_as_it_is(count):
     pair = masks_of(6, 4)
-    size = list(Size.of(*pair))
+    size = list(PackedSize.of(*pair))
     size[count] -= 1
-    padded, plain = pack(*pair, budget=Budget(Size(*size), 9)), pack(*pair)
+    padded, plain = pack(*pair, budget=PaddingBudget(PackedSize(*size), 9)), pack(*pair)
     assert [t.tolist() for part in padded for t in part.tensors()] == [t.tolist() for part in plain for t in part.tensors()]
-    assert graphs.size(Batch(IMAGES, *padded, bad=())) != Size(*size)
+    assert padded_size(Batch(IMAGES, *padded, bad=())) != PackedSize(*size)
 
 
 def test_a_batch_too_small_for_its_dummies_is_left_as_it_is():
-    small_pair, size = masks_of(6, 4), Size.of(*masks_of(10, 5))
-    lacking = [(size[i] - Size.of(*small_pair)[i], size[j]) for i, j in ((0, 4), (2, 5), (3, 6))]
+    small_pair, size = masks_of(6, 4), PackedSize.of(*masks_of(10, 5))
+    lacking = [(size[i] - PackedSize.of(*small_pair)[i], size[j]) for i, j in ((0, 4), (2, 5), (3, 6))]
     enough = max(-(-rows // longest) for rows, longest in lacking)
-    assert Budget(size, enough).holds(Size.of(*small_pair)) and not Budget(size, enough - 1).holds(Size.of(*small_pair))
+    assert PaddingBudget(size, enough).holds(PackedSize.of(*small_pair)) and not PaddingBudget(size, enough - 1).holds(
+        PackedSize.of(*small_pair)
+    )
 
 
 def configured(**runtime):
@@ -143,23 +153,23 @@ def configured(**runtime):
 
 def test_the_default_budget_holds_what_a_run_draws():
     config = configured()
-    found = budget.of(config, 8)
-    sizes = [Size(*size) for size in budget.drawn(config, 8, 8).tolist()]
-    assert sizes[5] == Size.of(*masks.draw(config.mask, config.grid, 0, 5, 0, 8, 8))
+    found = padding_budget(config, 8)
+    sizes = [PackedSize(*size) for size in drawn_sizes(config, 8, 8).tolist()]
+    assert sizes[5] == PackedSize.of(*draw_masks(config.mask, config.grid, 0, 5, 0, 8, 8))
     assert all(found.holds(size) for size in sizes)
-    held = [found.holds(Size.of(*masks.draw(config.mask, config.grid, 0, step, 0, 8, 8))) for step in range(1000, 1300)]
+    held = [found.holds(PackedSize.of(*draw_masks(config.mask, config.grid, 0, step, 0, 8, 8))) for step in range(1000, 1300)]
     assert np.mean(held) > 0.98
-    assert "0 of 1000 draws" in budget.note(config, 8)
-    assert memory.rows(config, 8).sequences == found.size.sequences, "the graph's memory"
-    assert flops.of_config(config) == flops.of_config(small(data={"crop_size": 64, "batch_size": 8}, mask={
+    assert "0 of 1000 draws" in padding_note(config, 8)
+    assert row_counts(config, 8).sequences == found.size.sequences, "the graph's memory"
+    assert flops_per_image(config) == flops_per_image(small(data={"crop_size": 64, "batch_size": 8}, mask={
         "patch_size": 4, "min_keep": 4, "truncate_group": 8})), "padding is no work"  # fmt: skip
 
 
 def test_a_budget_that_is_given_replaces_rows_alone():
     config = configured(token_budget=[400, 900, 1200])
-    assert budget.of(config, 8).size[:4] == (400, 900, 1200, 4 * 400 + 1200)
-    assert budget.of(config, 8).size[4:] == budget.of(configured(), 8).size[4:]
-    assert budget.over(config, 8) == sum(budget.drawn(config, 8, 8)[:, :3].__gt__((400, 900, 1200)).any(axis=1)) > 0
+    assert padding_budget(config, 8).size[:4] == (400, 900, 1200, 4 * 400 + 1200)
+    assert padding_budget(config, 8).size[4:] == padding_budget(configured(), 8).size[4:]
+    assert draws_over_budget(config, 8) == sum(drawn_sizes(config, 8, 8)[:, :3].__gt__((400, 900, 1200)).any(axis=1)) > 0
 
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -173,7 +183,7 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 ])  # fmt: skip
 def test_what_cannot_be_captured_is_refused_in_a_sentence(device, way, ranks, zero, words):
     with pytest.raises(ConfigError, match=f"runtime.cuda_graph: .*{words}"):
-        graphs.check(configured(zero=zero), device, way, ranks)
+        check_cuda_graph(configured(zero=zero), device, way, ranks)
 
 
 def test_a_regularizer_that_would_pool_the_padding_is_refused():

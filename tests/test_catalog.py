@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastjepa import catalog
-from fastjepa.config import ConfigError
-from fastjepa.sources import open_source
+from fastjepa.data.prepare import catalog
+from fastjepa.data.prepare.catalog import CIFAR10_CLASSES, FASHION_FOLDER, FASHION_MNIST, data_dir, get_dataset
+from fastjepa.data.sources import open_source
+from fastjepa.errors import ConfigError
 
-CONTENT = {name: f"content of {name}".encode() for name in catalog.FASHION_MNIST}
+CONTENT = {name: f"content of {name}".encode() for name in FASHION_MNIST}
 
 
 @pytest.fixture(autouse=True)
@@ -51,9 +52,9 @@ def debian(monkeypatch, *, content: dict[str, bytes] = CONTENT, fail: tuple[str,
             Path(cwd, f"{command[2]}_1_all.deb").write_bytes(b"package")
         if command[0] == "dpkg":
             assert Path(cwd, command[2]).read_bytes() == b"package"
-            (Path(cwd, command[3]) / catalog.FASHION_FOLDER).mkdir(parents=True)
+            (Path(cwd, command[3]) / FASHION_FOLDER).mkdir(parents=True)
             for name, raw in content.items():
-                (Path(cwd, command[3]) / catalog.FASHION_FOLDER / f"{name}.gz").write_bytes(gzip.compress(raw))
+                (Path(cwd, command[3]) / FASHION_FOLDER / f"{name}.gz").write_bytes(gzip.compress(raw))
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", run)
@@ -67,27 +68,27 @@ def names(directory: Path) -> list[str]:
 
 def test_fashion_mnist_from_debian_without_root(store: Path, monkeypatch):
     commands = debian(monkeypatch)
-    path = catalog.get("fashion-mnist")
+    path = get_dataset("fashion-mnist")
     assert path == store / "fashion-mnist"
     assert names(path) == sorted(f"{name}.gz" for name in CONTENT)
     assert names(store) == ["fashion-mnist"]
-    assert catalog.get("fashion-mnist") == path and commands == ["apt-get download", "dpkg -x"]
+    assert get_dataset("fashion-mnist") == path and commands == ["apt-get download", "dpkg -x"]
 
 
 def test_directory_replaces_the_default(tmp_path: Path, monkeypatch):
     debian(monkeypatch)
-    assert catalog.get("fashion-mnist", directory=tmp_path / "mine") == tmp_path / "mine" / "fashion-mnist"
+    assert get_dataset("fashion-mnist", directory=tmp_path / "mine") == tmp_path / "mine" / "fashion-mnist"
 
 
 @pytest.mark.parametrize("root", [False, True])
 def test_empty_package_lists_are_updated_by_root_only(root: bool, monkeypatch):
     commands = debian(monkeypatch, fail=("apt-get download",), root=root)
     if root:
-        assert catalog.get("fashion-mnist").is_dir()
+        assert get_dataset("fashion-mnist").is_dir()
         assert commands == ["apt-get download", "apt-get update", "apt-get download", "dpkg -x"]
     else:
         with pytest.raises(OSError, match="no way to fetch it worked .*Unable to locate package.*no network.*copy its four"):
-            catalog.get("fashion-mnist")
+            get_dataset("fashion-mnist")
         assert commands == ["apt-get download"]
 
 
@@ -100,22 +101,22 @@ def test_fashion_mnist_from_torchvision_where_there_is_no_apt(monkeypatch):
 
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr("torchvision.datasets.FashionMNIST", download)
-    assert len(names(catalog.get("fashion-mnist"))) == 4
+    assert len(names(get_dataset("fashion-mnist"))) == 4
 
 
 def test_wrong_content_never_becomes_visible(store: Path, monkeypatch):
     debian(monkeypatch, content=CONTENT | {"t10k-labels-idx1-ubyte": b"other labels"})
     with pytest.raises(OSError, match="not the published data set"):
-        catalog.get("fashion-mnist")
+        get_dataset("fashion-mnist")
     assert names(store) == []
 
 
 def test_damaged_files_are_named_and_left_alone(store: Path, monkeypatch):
     debian(monkeypatch)
-    path = catalog.get("fashion-mnist")
+    path = get_dataset("fashion-mnist")
     (path / "train-labels-idx1-ubyte.gz").write_bytes(b"damaged")
     with pytest.raises(OSError, match=f"{path}: incomplete or damaged; delete it and run: fastjepa data get fashion-mnist"):
-        catalog.get("fashion-mnist")
+        get_dataset("fashion-mnist")
     assert len(names(path)) == 4
 
 
@@ -128,7 +129,7 @@ def jpeg(seed: int) -> bytes:
 def cifar10_members() -> dict[str, bytes]:
     """A small CIFAR-10: two train images and one test image a class."""
     counts = {"train": 2, "test": 1}
-    places = [f"cifar10/{s}/{c}/{i:04d}.jpg" for s, n in counts.items() for c in catalog.CIFAR10_CLASSES for i in range(n)]
+    places = [f"cifar10/{s}/{c}/{i:04d}.jpg" for s, n in counts.items() for c in CIFAR10_CLASSES for i in range(n)]
     return {place: jpeg(seed) for seed, place in enumerate(places)}
 
 
@@ -150,15 +151,15 @@ def write_archive(path: Path, members: dict[str, bytes]) -> Path:
 def test_cifar10_from_an_archive(tmp_path: Path, store: Path, kind: str):
     members = cifar10_members()
     extra = {"cifar10/README.txt": b"x", "__MACOSX/cifar10/train/cat/._0000.jpg": b"x", "../train/elephant/0.jpg": b"x"}
-    path = catalog.get("cifar10", archive=write_archive(tmp_path / kind, members | extra))
+    path = get_dataset("cifar10", archive=write_archive(tmp_path / kind, members | extra))
     assert names(store) == ["cifar10"]
     written = {str(file.relative_to(store)): file.read_bytes() for file in path.rglob("*.*")}
     assert written == members
     train, test = open_source("cifar10"), open_source("cifar10", "test")
     assert (len(train), len(test)) == (20, 10)
-    assert train.classes == test.classes == catalog.CIFAR10_CLASSES
+    assert train.classes == test.classes == CIFAR10_CLASSES
     assert [train.label(i) for i in range(20)] == [i // 2 for i in range(20)]
-    assert catalog.get("cifar10") == path
+    assert get_dataset("cifar10") == path
 
 
 def test_incomplete_archive_leaves_nothing(tmp_path: Path, store: Path):
@@ -166,7 +167,7 @@ def test_incomplete_archive_leaves_nothing(tmp_path: Path, store: Path):
     del members["cifar10/train/ship/0001.jpg"]
     message = "a.zip: holds 19 of 20 train and 10 of 10 test images of CIFAR-10; give an archive of"
     with pytest.raises(ConfigError, match=message):
-        catalog.get("cifar10", archive=write_archive(tmp_path / "a.zip", members))
+        get_dataset("cifar10", archive=write_archive(tmp_path / "a.zip", members))
     assert names(store) == []
 
 
@@ -178,7 +179,7 @@ def test_unreadable_archive_says_what_to_give(tmp_path: Path, store: Path, spoil
     else:
         archive.write_bytes(archive.read_bytes()[:3000] if spoil == "truncated" else b"text")
     with pytest.raises(OSError, match=r"a\.tar\.gz: cannot be unpacked .*; give a whole zip or tar with --archive"):
-        catalog.get("cifar10", archive=archive)
+        get_dataset("cifar10", archive=archive)
     assert names(store) == []
 
 
@@ -193,7 +194,7 @@ def test_cifar10_from_its_binary_version(store: Path, monkeypatch):
         write_archive(Path(root, url.rpartition("/")[2]), members | {"cifar-10-batches-bin/readme.html": b"x"})
 
     monkeypatch.setattr("torchvision.datasets.utils.download_url", download)
-    catalog.get("cifar10")
+    get_dataset("cifar10")
     test = open_source("cifar10", "test")
     assert [test.label(i) for i in range(10)] == list(range(10))
     decoded = np.stack([np.array(Image.open(test.name(i))) for i in range(10)])
@@ -204,29 +205,29 @@ def test_cifar10_from_its_binary_version(store: Path, monkeypatch):
 def test_offline_cifar10_asks_for_an_archive(store: Path):
     message = r"cannot be downloaded \(no network\); run: fastjepa data get cifar10 --archive FILE"
     with pytest.raises(OSError, match=message):
-        catalog.get("cifar10")
+        get_dataset("cifar10")
     assert names(store) == []
 
 
 def test_unknown_name_names_the_nearest():
     with pytest.raises(ConfigError, match="unknown data set 'cifar-10'; did you mean 'cifar10'"):
-        catalog.get("cifar-10")
+        get_dataset("cifar-10")
     with pytest.raises(ConfigError, match="unknown data set 'x'; data sets: fashion-mnist, cifar10"):
-        catalog.get("x")
+        get_dataset("x")
 
 
 def test_archive_for_fashion_mnist_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match="--archive is for cifar10"):
-        catalog.get("fashion-mnist", archive=tmp_path / "a.zip")
+        get_dataset("fashion-mnist", archive=tmp_path / "a.zip")
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(OSError, match="cannot be written .*; set FASTJEPA_DATA"):
-        catalog.get("cifar10", directory=tmp_path / "file" / "below")
+        get_dataset("cifar10", directory=tmp_path / "file" / "below")
 
 
 def test_data_dir(monkeypatch):
     monkeypatch.delenv("FASTJEPA_DATA")
     monkeypatch.setenv("HOME", "/home/someone")
-    assert catalog.data_dir() == Path("/home/someone/.cache/fastjepa")
+    assert data_dir() == Path("/home/someone/.cache/fastjepa")

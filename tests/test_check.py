@@ -12,11 +12,13 @@ import pytest
 from PIL import Image
 from test_data import save_image, settings
 
-from fastjepa import cli, decode_torch, shard_writer
-from fastjepa.check import check
-from fastjepa.config import ConfigError
-from fastjepa.data import MicroBatches
-from fastjepa.sources import open_source
+from fastjepa.cli.main import main
+from fastjepa.data import decode_pillow
+from fastjepa.data.prepare.check_images import check_images
+from fastjepa.data.prepare.write_shards import write_shards
+from fastjepa.data.sources import open_source
+from fastjepa.errors import ConfigError
+from fastjepa.loader.micro_batches import MicroBatches
 
 
 def noise(*shape: int) -> np.ndarray:
@@ -79,7 +81,7 @@ REASONS = {name: reason for name, (_, reason) in (BAD | LINKS).items()}
 @pytest.mark.parametrize("workers", [1, 2])
 def test_planted_files_are_found_with_their_reasons(planted: Path, workers: int):
     shown = []
-    report = check(str(planted), workers=workers, show=shown.append)
+    report = check_images(str(planted), workers=workers, show=shown.append)
     assert {Path(bad.path).name: bad.reason for bad in report.bad} == REASONS
     assert shown == report.bad and report.images == len(GOOD) + len(REASONS)
     assert (report.smallest, report.largest) == ((1, 1), (20_000, 1))
@@ -99,36 +101,36 @@ def test_bad_is_what_a_run_replaces(planted: Path):
 def test_a_limit_is_judged_before_decoding(tmp_path: Path, monkeypatch):
     save_image(tmp_path / "large.png", seed=1, size=(200, 100))
     save_image(tmp_path / "small.png", seed=1, size=(100, 100))
-    monkeypatch.setattr("fastjepa.check.decode", lambda raw, channels: 1 / (len(raw) < 40_000))
-    report = check(str(tmp_path), max_pixels=0.01)
+    monkeypatch.setattr("fastjepa.data.prepare.check_images.decode_image", lambda raw, channels: 1 / (len(raw) < 40_000))
+    report = check_images(str(tmp_path), max_pixels=0.01)
     assert [str(bad) for bad in report.bad] == [f"{tmp_path}/large.png: too large (200x100, 0.0 megapixels)"]
 
 
 @pytest.mark.parametrize("limit", [0, -1, float("nan"), 90])
 def test_a_limit_that_a_run_does_not_keep_is_refused(tmp_path: Path, limit: float):
     with pytest.raises(ConfigError, match=r"at most 89.4785, the megapixels that a run decodes"):
-        check(str(tmp_path), max_pixels=limit)
+        check_images(str(tmp_path), max_pixels=limit)
 
 
 def test_the_decoders_limit_is_the_default(tmp_path: Path, monkeypatch):
     save_image(tmp_path / "0.png", seed=1, size=(40, 30))
-    monkeypatch.setattr(decode_torch, "MAX_PIXELS", 1199)
-    assert [bad.reason for bad in check(str(tmp_path)).bad] == ["too large"]
-    monkeypatch.setattr(decode_torch, "MAX_PIXELS", 1200)
-    assert check(str(tmp_path)).bad == []
+    monkeypatch.setattr(decode_pillow, "MAX_PIXELS", 1199)
+    assert [bad.reason for bad in check_images(str(tmp_path)).bad] == ["too large"]
+    monkeypatch.setattr(decode_pillow, "MAX_PIXELS", 1200)
+    assert check_images(str(tmp_path)).bad == []
 
 
 def test_the_command_prints_writes_and_exits_with_1(planted: Path, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     os.rename(os.fsencode(planted / "empty.jpg"), os.fsencode(planted) + b"/\xff.jpg")  # not UTF-8
-    assert cli.main(["data", "check", "in", "--workers", "2"]) == 1
+    assert main(["data", "check", "in", "--workers", "2"]) == 1
     out = capsys.readouterr().out
     assert "in/notes.jpg: not an image (UnidentifiedImageError)\n" in out and "in/\\udcff.jpg: zero bytes\n" in out
     assert "16 images read, smallest 1x1, largest 20000x1\nbad: 9, 2 too large, 2 truncated, 1 " in out
     assert "their paths are in bad.txt" in out
     listed = (tmp_path / "bad.txt").read_bytes().splitlines()
     assert sorted(listed) == sorted(b"in/" + (b"\xff.jpg" if n == "empty.jpg" else n.encode()) for n in REASONS)
-    assert cli.main(["data", "check", "in", "--output", "other.txt", "--json", "--max-pixels", "0.005"]) == 1
+    assert main(["data", "check", "in", "--output", "other.txt", "--json", "--max-pixels", "0.005"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["by_reason"]["too large"] == 3 and found["list"] == "other.txt" and len(found["bad"]) == 10
     assert (tmp_path / "other.txt").is_file()
@@ -137,11 +139,11 @@ def test_the_command_prints_writes_and_exits_with_1(planted: Path, tmp_path: Pat
 def test_a_good_source_exits_with_0_and_writes_nothing(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save_image(tmp_path / "in" / "0.png", seed=1)
-    assert cli.main(["data", "check", "in"]) == 0
+    assert main(["data", "check", "in"]) == 0
     assert capsys.readouterr().out == "1 images read, smallest 40x30, largest 40x30\nbad: 0\n"
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
-    assert cli.main(["data", "check", "nowhere"]) == 2
-    assert cli.main(["data", "check", "in", "--split", "val"]) == 2
+    assert main(["data", "check", "nowhere"]) == 2
+    assert main(["data", "check", "in", "--split", "val"]) == 2
     assert "has no val split" in capsys.readouterr().err
 
 
@@ -150,12 +152,12 @@ def sharded(tmp_path: Path) -> Path:
     for i in range(12):
         save_image(tmp_path / "in" / f"{i}.png", seed=i)
     out = tmp_path / "out"
-    shard_writer.write(open_source(tmp_path / "in"), out / "train", {"path": "in", "split": "train"}, shard_bytes=20_000)
+    write_shards(open_source(tmp_path / "in"), out / "train", {"path": "in", "split": "train"}, shard_bytes=20_000)
     return out
 
 
 def test_whole_shards_agree_with_their_manifest(sharded: Path, capsys):
-    assert cli.main(["data", "check", str(sharded)]) == 0
+    assert main(["data", "check", str(sharded)]) == 0
     assert "3 shards compared with their manifest, 12 images read" in capsys.readouterr().out
 
 
@@ -186,7 +188,7 @@ def test_damaged_shards_are_found(sharded: Path, damage: str, said: str, tmp_pat
         stated = json.loads(manifest.read_text())
         stated["shards"][1]["images"] += 1
         manifest.write_text(json.dumps(stated | {"images": 13}))
-    assert cli.main(["data", "check", str(sharded), "--output", str(tmp_path / "list")]) == 1
+    assert main(["data", "check", str(sharded), "--output", str(tmp_path / "list")]) == 1
     assert f"{tar}: {said}" in capsys.readouterr().out
     assert (tmp_path / "list").read_text() == f"{tar}\n"
 
@@ -194,6 +196,6 @@ def test_damaged_shards_are_found(sharded: Path, damage: str, said: str, tmp_pat
 def test_a_bad_image_in_a_shard_is_named_by_its_member(tmp_path: Path):
     save_image(tmp_path / "in" / "0.png", seed=1)
     (tmp_path / "in" / "letter.png").write_text("text")
-    shard_writer.write(open_source(tmp_path / "in"), tmp_path / "out", {"path": "in", "split": "train"}, 20_000)
-    (bad,) = check(str(tmp_path / "out")).bad
+    write_shards(open_source(tmp_path / "in"), tmp_path / "out", {"path": "in", "split": "train"}, 20_000)
+    (bad,) = check_images(str(tmp_path / "out")).bad
     assert bad.path == f"{tmp_path}/out/000000.tar/00000001-letter.png" and bad.reason == "not an image"

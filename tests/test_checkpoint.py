@@ -12,28 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastjepa import checkpoint
-from fastjepa.checkpoint import (
-    CheckpointError,
-    TrainState,
-    complete,
-    differences,
-    find,
-    latest,
-    load_networks,
-    restore,
-    save,
-    verify,
-)
-from fastjepa.config import ConfigError
+from fastjepa.checkpoint.directory import complete_checkpoints, find_checkpoint, latest_checkpoint, verify_checkpoint
+from fastjepa.checkpoint.restore import load_networks, restore_checkpoint
+from fastjepa.checkpoint.save import save_checkpoint
+from fastjepa.checkpoint.state import NETWORKS, TrainState, read_state, record_differences
+from fastjepa.errors import CheckpointError, ConfigError
 
 
 def make(seed=0, fused=True, width=8, step=0) -> TrainState:
     """Three small networks and an AdamW over two of them; one buffer is bf16."""
     torch.manual_seed(seed)
-    networks = {
-        name: nn.Sequential(nn.Linear(4, width), nn.LayerNorm(width), nn.Linear(width, 4)) for name in checkpoint.NETWORKS
-    }
+    networks = {name: nn.Sequential(nn.Linear(4, width), nn.LayerNorm(width), nn.Linear(width, 4)) for name in NETWORKS}
     networks["target_encoder"].register_buffer("shadow", torch.randn(5).bfloat16())
     weights = [p for name in ("encoder", "predictor") for p in networks[name].parameters() if p.ndim > 1]
     others = [p for name in ("encoder", "predictor") for p in networks[name].parameters() if p.ndim <= 1]
@@ -44,7 +33,7 @@ def make(seed=0, fused=True, width=8, step=0) -> TrainState:
 def train(state: TrainState, steps: int) -> list[float]:
     """Steps whose data depend on the step alone, and an EMA."""
     losses = []
-    encoder, predictor, target = (state.networks[name] for name in checkpoint.NETWORKS)
+    encoder, predictor, target = (state.networks[name] for name in NETWORKS)
     for _ in range(steps):
         x = torch.randn(16, 4, generator=torch.Generator().manual_seed(state.step))
         loss = (predictor(encoder(x)) - target(x).detach()).square().mean()
@@ -82,12 +71,12 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, fused, stepped
     train(run, 3)
     run.skipped, run.skipped_in_row, run.bad_files = 4, 1, ["a/b é.jpg"]
     at_save = everything(run)
-    path = save(tmp_path, run)
+    path = save_checkpoint(tmp_path, run)
     assert path.name == "jepa-00000003" and everything(run) == at_save
 
     resumed = make(seed=1, fused=fused)
     train(resumed, stepped)  # restores over an optimizer with and without state
-    assert restore(path, resumed) is resumed
+    assert restore_checkpoint(path, resumed) is resumed
     assert everything(resumed) == at_save
     assert train(run, 4) == train(resumed, 4)
     assert everything(resumed) == everything(run)
@@ -97,26 +86,26 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, fused, stepped
 def test_restoring_works_in_place(tmp_path):
     run = make()
     train(run, 1)
-    path = save(tmp_path, run)
+    path = save_checkpoint(tmp_path, run)
     weight = run.networks["encoder"][0].weight
     kept = [weight.data_ptr(), *(t.data_ptr() for t in run.optimizer.state[weight].values())]
     train(run, 1)
-    restore(path, run)
+    restore_checkpoint(path, run)
     assert kept == [weight.data_ptr(), *(t.data_ptr() for t in run.optimizer.state[weight].values())]
 
 
 def test_a_checkpoint_before_the_first_step_takes_the_optimizer_back_to_no_state(tmp_path):
-    path = save(tmp_path, make())
+    path = save_checkpoint(tmp_path, make())
     later = make(seed=1)
     train(later, 2)
-    restore(path, later)
+    restore_checkpoint(path, later)
     assert everything(later) == everything(make()) and not later.optimizer.state
 
 
 def test_names_come_from_the_modules_and_no_file_is_a_pickle(tmp_path):
     run = make()
     train(run, 1)
-    path = save(tmp_path, run)
+    path = save_checkpoint(tmp_path, run)
     stored = load_file(path / "optimizer.safetensors")
     assert {name for name in stored if name.startswith("predictor.2.")} == {
         f"predictor.2.{parameter}.{moment}" for parameter in ("weight", "bias") for moment in ("step", "exp_avg", "exp_avg_sq")
@@ -124,7 +113,7 @@ def test_names_come_from_the_modules_and_no_file_is_a_pickle(tmp_path):
     weights = [f"{name}.safetensors" for name in ("encoder", "optimizer", "predictor", "target_encoder")]
     assert names(path) == sorted([*weights, "manifest.json", "state.json"])
     assert set(json.loads((path / "manifest.json").read_text())["files"]) == set(names(path)) - {"manifest.json"}
-    assert checkpoint.read_state(path)["record"] == {"threads": 1}
+    assert read_state(path)["record"] == {"threads": 1}
     assert {file.stat().st_mode for file in path.iterdir()} == {(path / "state.json").stat().st_mode}
 
 
@@ -139,51 +128,51 @@ def test_optimizer_state_that_shares_one_buffer_is_saved(tmp_path):
         state["step"] = states[0]["step"]
     before = everything(run)
     restored = make(seed=1)
-    restore(save(tmp_path, run), restored)
+    restore_checkpoint(save_checkpoint(tmp_path, run), restored)
     assert everything(restored) == before
 
 
 def test_keep_last_prunes_older_ones_and_never_what_is_newer_or_of_another_tag(tmp_path):
     for step in (1, 2, 3, 4):
-        save(tmp_path, make(step=step), keep_last=2)
-    save(tmp_path, make(step=1), tag="other")
+        save_checkpoint(tmp_path, make(step=step), keep_last=2)
+    save_checkpoint(tmp_path, make(step=1), tag="other")
     assert names(tmp_path) == ["jepa-00000003", "jepa-00000004", "other-00000001"]
-    save(tmp_path, make(step=2), keep_last=1)  # a run taken back to an earlier step
-    assert [path.name for path in complete(tmp_path)] == ["jepa-00000002", "jepa-00000003", "jepa-00000004"]
-    assert latest(tmp_path).name == "jepa-00000004" and latest(tmp_path, "other").name == "other-00000001"
+    save_checkpoint(tmp_path, make(step=2), keep_last=1)  # a run taken back to an earlier step
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["jepa-00000002", "jepa-00000003", "jepa-00000004"]
+    assert latest_checkpoint(tmp_path).name == "jepa-00000004" and latest_checkpoint(tmp_path, "other").name == "other-00000001"
 
 
 def test_a_damaged_newest_one_does_not_cost_the_last_good_one(tmp_path):
-    good, damaged = save(tmp_path, make(step=1)), save(tmp_path, make(step=2))
+    good, damaged = save_checkpoint(tmp_path, make(step=1)), save_checkpoint(tmp_path, make(step=2))
     (damaged / "encoder.safetensors").write_bytes(b"")
-    newest = save(tmp_path, make(step=3), keep_last=2)
-    assert complete(tmp_path) == [good, newest]
+    newest = save_checkpoint(tmp_path, make(step=3), keep_last=2)
+    assert complete_checkpoints(tmp_path) == [good, newest]
 
 
 def test_keep_last_and_the_tag_are_checked(tmp_path):
     with pytest.raises(ConfigError, match=r"logging\.keep_last"):
-        save(tmp_path, make(), keep_last=0)
+        save_checkpoint(tmp_path, make(), keep_last=0)
     with pytest.raises(ConfigError, match=r"logging\.write_tag"):
-        save(tmp_path, make(), tag="a/b")
+        save_checkpoint(tmp_path, make(), tag="a/b")
 
 
 def test_saving_a_step_again(tmp_path):
-    path = save(tmp_path, make(step=5))
+    path = save_checkpoint(tmp_path, make(step=5))
     inode = path.stat().st_ino
-    assert save(tmp_path, make(step=5)) == path and path.stat().st_ino == inode  # equal: left alone
-    save(tmp_path, make(seed=1, step=5))  # other weights: replaced
-    restored = restore(path, make(seed=2))
+    assert save_checkpoint(tmp_path, make(step=5)) == path and path.stat().st_ino == inode  # equal: left alone
+    save_checkpoint(tmp_path, make(seed=1, step=5))  # other weights: replaced
+    restored = restore_checkpoint(path, make(seed=2))
     assert everything(restored) == everything(make(seed=1, step=5)) and names(tmp_path) == [path.name]
 
 
 def test_saving_a_step_again_over_a_damaged_one_mends_it(tmp_path):
-    path = save(tmp_path, make(step=5))
+    path = save_checkpoint(tmp_path, make(step=5))
     flip(path / "encoder.safetensors")
-    save(tmp_path, make(step=5))
-    verify(path)
+    save_checkpoint(tmp_path, make(step=5))
+    verify_checkpoint(path)
     (path / "manifest.json").unlink()
-    save(tmp_path, make(step=5))
-    verify(path)
+    save_checkpoint(tmp_path, make(step=5))
+    verify_checkpoint(path)
 
 
 def flip(file) -> None:
@@ -201,27 +190,27 @@ def truncate(file) -> None:
 def test_damage_is_named_with_what_was_expected_and_found_and_changes_nothing(tmp_path, name, damage):
     run = make()
     train(run, 1)
-    path = save(tmp_path, run)
+    path = save_checkpoint(tmp_path, run)
     damage(path / name)
-    assert (latest(tmp_path) is None) == (damage is truncate)  # a wrong size is seen without reading the file
+    assert (latest_checkpoint(tmp_path) is None) == (damage is truncate)  # a wrong size is seen without reading the file
     other = make(seed=1)
     before = everything(other)
     with pytest.raises(
         CheckpointError, match=rf"{name}: damaged, expected {'sha256' if damage is flip else 'bytes'} \w+ and found \w+"
     ):
-        restore(path, other)
+        restore_checkpoint(path, other)
     assert everything(other) == before
 
 
 def test_a_missing_file_or_manifest_is_named(tmp_path):
-    path = save(tmp_path, make())
+    path = save_checkpoint(tmp_path, make())
     (path / "predictor.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"predictor\.safetensors: expected, and not there"):
-        verify(path)
+        verify_checkpoint(path)
     (path / "manifest.json").write_text("{")
-    assert complete(tmp_path) == []
+    assert complete_checkpoints(tmp_path) == []
     with pytest.raises(CheckpointError, match=r"manifest\.json: missing or unreadable"):
-        restore(path, make())
+        restore_checkpoint(path, make())
 
 
 def wider() -> TrainState:
@@ -276,11 +265,11 @@ def rounded_moments() -> TrainState:
 def test_a_mismatch_names_the_first_parameter_and_changes_nothing(tmp_path, other, message):
     run = make()
     train(run, 2)
-    path = save(tmp_path, run)
+    path = save_checkpoint(tmp_path, run)
     state = other()
     before = everything(state)
     with pytest.raises(CheckpointError, match=message):
-        restore(path, state)
+        restore_checkpoint(path, state)
     assert everything(state) == before
 
 
@@ -290,22 +279,22 @@ def test_an_optimizer_that_is_not_adamw_or_holds_strangers_is_refused(tmp_path):
     run.networks["encoder"](torch.ones(1, 4)).sum().backward()
     run.optimizer.step()
     with pytest.raises(CheckpointError, match="is not AdamW's"):
-        save(tmp_path, run)
+        save_checkpoint(tmp_path, run)
     run.optimizer = torch.optim.AdamW(nn.Linear(2, 3).parameters())
     with pytest.raises(CheckpointError, match=r"a parameter \(3, 2\) of no saved network"):
-        save(tmp_path, run)
+        save_checkpoint(tmp_path, run)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_networks_load_from_a_run_a_checkpoint_or_a_file(tmp_path):
     run = make(step=3)
-    save(tmp_path / "checkpoints", make(seed=1, step=2), tag="z")
-    path = save(tmp_path / "checkpoints", run)
+    save_checkpoint(tmp_path / "checkpoints", make(seed=1, step=2), tag="z")
+    path = save_checkpoint(tmp_path / "checkpoints", run)
     expected = run.networks["target_encoder"].state_dict()
     for where in (tmp_path, tmp_path / "checkpoints", path, str(tmp_path)):
-        assert find(where) == path
+        assert find_checkpoint(where) == path
         loaded = load_networks(where)
-        assert list(loaded) == list(checkpoint.NETWORKS)
+        assert list(loaded) == list(NETWORKS)
         assert all(torch.equal(loaded["target_encoder"][name], tensor) for name, tensor in expected.items())
     assert list(load_networks(path / "target_encoder.safetensors")) == ["target_encoder"]
     save_file({f"target_encoder.{name}": tensor for name, tensor in expected.items()}, tmp_path / "one.safetensors")
@@ -322,7 +311,7 @@ def test_loading_what_is_not_there_or_damaged_says_so(tmp_path):
     torch.save({"a": torch.ones(1)}, tmp_path / "pickle.pth")
     with pytest.raises(CheckpointError, match=r"pickle\.pth: not a readable safetensors file"):
         load_networks(tmp_path / "pickle.pth")
-    path = save(tmp_path, make())
+    path = save_checkpoint(tmp_path, make())
     flip(path / "encoder.safetensors")
     with pytest.raises(CheckpointError, match=r"encoder\.safetensors: damaged"):
         load_networks(path)
@@ -333,10 +322,10 @@ def test_differences_between_records_are_lines(tmp_path):
         json.dumps({"threads": 2, "world": 1, "versions": {"torch": "2.11"}, "config": {"data": {"crop": (1, 2)}}})
     )
     same = {"threads": 2, "world": 1, "versions": {"torch": "2.11"}, "config": {"data": {"crop": (1, 2)}}}
-    assert differences(saved, same) == []
+    assert record_differences(saved, same) == []
     now = same | {"threads": 4, "versions": {"torch": "2.14"}, "machine": "b"}
     del now["world"]
-    assert differences(saved, now) == [
+    assert record_differences(saved, now) == [
         "threads: 2 in the checkpoint, 4 now",
         "world: 1 in the checkpoint, nothing now",
         "versions.torch: 2.11 in the checkpoint, 2.14 now",
@@ -349,7 +338,7 @@ def test_everything_is_on_disk_before_the_rename_and_the_rename_after_it(tmp_pat
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
     monkeypatch.setattr(os, "replace", lambda old, new: (events.append("rename"), replace(old, new)))
-    path = save(tmp_path, make())
+    path = save_checkpoint(tmp_path, make())
     rename = events.index("rename")
     before = [os.path.basename(event) for event in events[:rename]]
     assert sorted(before[:-2]) == sorted(set(names(path)) - {"manifest.json"})
@@ -479,5 +468,5 @@ def test_leftovers_of_dead_writers_go_and_those_of_living_ones_stay(tmp_path):
     for name in left.values():
         (tmp_path / name).mkdir()
     os.utime(tmp_path / left["elsewhere long ago"], (0, 0))
-    save(tmp_path, make(step=9))
+    save_checkpoint(tmp_path, make(step=9))
     assert set(names(tmp_path)) == {left["living"], left["elsewhere"], left["not ours"], "jepa-00000009"}

@@ -8,7 +8,8 @@ import yaml
 from PIL import Image
 from test_train import TINY
 
-from fastjepa import cli
+from fastjepa.cli.main import main
+from fastjepa.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def config(images, tmp_path_factory):
 
 
 def test_masks_json_has_the_promised_keys(config, capsys):
-    assert cli.main(["masks", "--config", str(config), "--groups", "20", "--json", "data.batch_size=128"]) == 0
+    assert main(["masks", "--config", str(config), "--groups", "20", "--json", "data.batch_size=128"]) == 0
     statistics = json.loads(capsys.readouterr().out)
     assert statistics.keys() == {"tokens", "context_before", "context_after", "target_block", "target_union",
                                  "row_share", "col_share", "ms_per_2048"}  # fmt: skip
@@ -43,18 +44,18 @@ def test_masks_json_has_the_promised_keys(config, capsys):
 
 def test_masks_writes_a_picture_of_the_configs_images(config, tmp_path, capsys):
     picture = tmp_path / "masks.png"
-    assert cli.main(["masks", "--config", str(config), "--groups", "2", "--picture", str(picture)]) == 0
+    assert main(["masks", "--config", str(config), "--groups", "2", "--picture", str(picture)]) == 0
     assert "context_before" in capsys.readouterr().out
     with Image.open(picture) as sheet:
         assert sheet.width > 6 * 32 and sheet.height > 8 * 32
 
 
 def test_train_then_eval(config, images, tmp_path, capsys):
-    assert cli.main(["train", "--config", str(config), "--output", str(tmp_path), "--max-steps", "2"]) == 0
+    assert main(["train", "--config", str(config), "--output", str(tmp_path), "--max-steps", "2"]) == 0
     capsys.readouterr()
     for kind in ("knn", "linear"):
         command = ["eval", kind, "--checkpoint", str(tmp_path), "--data", str(images), "--encoder", "random", "--json"]
-        assert cli.main(command) == 0
+        assert main(command) == 0
         result = json.loads(capsys.readouterr().out)
         assert {"accuracy", "ci95", "encoder", "data", "n_train", "n_test"} <= result.keys()
         assert (result["encoder"], result["n_train"], result["n_test"]) == ("random", 60, 20)
@@ -75,21 +76,21 @@ def test_train_then_eval(config, images, tmp_path, capsys):
 def test_a_mistake_is_one_sentence_and_exit_code_2(command, sentence, config, images, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     named = {"CONFIG": str(config), "IMAGES": str(images)}
-    assert cli.main([named.get(word, word) for word in command]) == 2
+    assert main([named.get(word, word) for word in command]) == 2
     message = capsys.readouterr().err.strip()
     assert sentence in message
     assert "Traceback" not in message
 
 
 def test_debug_shows_the_traceback(tmp_path):
-    with pytest.raises(cli.ConfigError):
-        cli.main(["train", "--config", str(tmp_path / "none.yaml"), "--debug"])
+    with pytest.raises(ConfigError):
+        main(["train", "--config", str(tmp_path / "none.yaml"), "--debug"])
 
 
 @pytest.mark.parametrize("command", ["train", "verify", "masks", "eval", "data"])
 def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main([command, "--help"])
+        main([command, "--help"])
     assert stop.value.code == 0
     assert f"fastjepa {command}" in capsys.readouterr().out.partition("example")[2]
 
@@ -98,6 +99,6 @@ def test_ctrl_c_is_one_word_and_code_130(monkeypatch, capsys):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastjepa.catalog.get", interrupted)
-    assert cli.main(["data", "get", "cifar10"]) == 130
+    monkeypatch.setattr("fastjepa.data.prepare.catalog.get_dataset", interrupted)
+    assert main(["data", "get", "cifar10"]) == 130
     assert capsys.readouterr().err == "fastjepa data: interrupted\n"

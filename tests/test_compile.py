@@ -8,14 +8,15 @@ import torch
 from test_model import perturbed, small
 from torch._dynamo.utils import counters
 
-from fastjepa import model, train
-from fastjepa.data import Batch
-from fastjepa.ema import Average
-from fastjepa.engine import Engine
-from fastjepa.packing import pack
-from fastjepa.schedule import Now
+from fastjepa.engine.average import Average
+from fastjepa.engine.plain import PlainEngine
+from fastjepa.engine.schedule import StepSettings
+from fastjepa.loader.batch import Batch
+from fastjepa.masks.pack import pack
+from fastjepa.model.jepa import build_pair
+from fastjepa.run.step import micro_step, take_step
 
-NOW = Now(lr=1e-3, weight_decay=0.1, ema_momentum=0.9)
+NOW = StepSettings(lr=1e-3, weight_decay=0.1, ema_momentum=0.9)
 
 
 def batches(steps: int, equal_every: int = 5):
@@ -29,12 +30,12 @@ def batches(steps: int, equal_every: int = 5):
         yield Batch(torch.from_numpy(random.random((3, 3, 32, 32), np.float32)), *pack(context, target), bad=())
 
 
-def contender(compiled: bool) -> tuple[Engine, Average, object]:
+def contender(compiled: bool) -> tuple[PlainEngine, Average, object]:
     config = small(meta={"depth": 1, "pred_depth": 2}, runtime={"compile": compiled})
-    jepa, target_encoder = model.build(config)
+    jepa, target_encoder = build_pair(config)
     perturbed(jepa)
     target_encoder.load_state_dict(jepa.encoder.state_dict())
-    return Engine(jepa), Average(target_encoder, jepa.encoder), config
+    return PlainEngine(jepa), Average(target_encoder, jepa.encoder), config
 
 
 @pytest.fixture
@@ -51,11 +52,11 @@ def test_fifty_ragged_steps_compile_a_few_graphs_and_none_breaks(fresh, monkeypa
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **how: compile(f, **how, backend="aot_eager", fullgraph=True))
     engine, average, config = contender(True)
-    micro = train.micro_step(engine, average, config)
+    micro = micro_step(engine, average, config)
     plain, plain_average, eager = contender(False)
     for batch in batches(50):
-        taken = train.step(engine, average, [batch], NOW, config, micro=micro)
-        expected = train.step(plain, plain_average, [batch], NOW, eager)
+        taken = take_step(engine, average, [batch], NOW, config, micro=micro)
+        expected = take_step(plain, plain_average, [batch], NOW, eager)
         torch.testing.assert_close(taken.loss, expected.loss, rtol=1e-4, atol=1e-6)
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] <= 4
@@ -69,7 +70,7 @@ def test_inductor_gives_the_eager_loss_and_gradients(fresh):
     results = []
     for compiled in (False, True):
         engine, average, config = contender(compiled)
-        loss, target = train.micro_step(engine, average, config)(batch)
+        loss, target = micro_step(engine, average, config)(batch)
         results.append((loss, target, copy.copy([p.grad for p in engine.parameters])))
     (loss, target, gradients), (fused_loss, fused_target, fused) = results
     torch.testing.assert_close(fused_loss, loss, rtol=1e-5, atol=1e-6)

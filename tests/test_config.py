@@ -9,8 +9,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastjepa import config
-from fastjepa.config import Config, ConfigError, LossConfig, from_dict, load
+from fastjepa.config.load import config_from_dict, load_config
+from fastjepa.config.schema import MODELS, Config, LossConfig
+from fastjepa.errors import ConfigError
 
 # The keys and values of the official ViT-H/14 run, 300 epochs of ImageNet-1k, in the official sections.
 OFFICIAL = {
@@ -60,7 +61,7 @@ def refusal(folder: Path, raw: object, *overrides: str) -> str:
     """The one-line message with which a file holding `raw` is refused; it always names the file."""
     path = written(folder, raw)
     with pytest.raises(ConfigError) as error:
-        load(path, overrides)
+        load_config(path, overrides)
     message = str(error.value)
     assert str(path) in message
     assert "\n" not in message
@@ -80,7 +81,7 @@ def refusal(folder: Path, raw: object, *overrides: str) -> str:
 )
 def test_official_files_load_unmodified(tmp_path, changes, grid, shape):
     raw = merged(changes)
-    loaded = load(written(tmp_path, raw))
+    loaded = load_config(written(tmp_path, raw))
     assert (loaded.grid, loaded.encoder_shape) == (grid, shape)
     assert loaded.runtime.dtype == "bf16"
     for section, values in raw.items():
@@ -90,7 +91,7 @@ def test_official_files_load_unmodified(tmp_path, changes, grid, shape):
 
 def test_official_objective_is_the_default(tmp_path):
     """Nothing that the official files do not say changes their objective."""
-    loaded = load(written(tmp_path, OFFICIAL))
+    loaded = load_config(written(tmp_path, OFFICIAL))
     assert (loaded.mask.strategy, loaded.mask.sampling, loaded.mask.truncate) == ("multiblock", "official", "batch_min")
     assert loaded.loss == LossConfig(kind="smooth_l1", target="output", normalize="layer", regularizer="none")
     assert (loaded.mask.share, loaded.optimization.pred_lr_scale) == ("image", 1.0)
@@ -98,62 +99,62 @@ def test_official_objective_is_the_default(tmp_path):
 
 
 def test_an_empty_file_and_an_empty_section_are_the_defaults(tmp_path):
-    assert load(written(tmp_path, "")) == Config()
-    assert load(written(tmp_path, "data:\nmask: {}\n")) == Config()
+    assert load_config(written(tmp_path, "")) == Config()
+    assert load_config(written(tmp_path, "data:\nmask: {}\n")) == Config()
 
 
 @pytest.mark.parametrize("spelling", ["1e-3", "1E-3", "0.001", "1.0e-3"])
 def test_every_spelling_of_a_float_is_a_float(tmp_path, spelling):
     """YAML 1.1 reads 1e-3 as text."""
-    assert load(written(tmp_path, f"optimization: {{lr: {spelling}}}")).optimization.lr == 0.001
-    assert load(written(tmp_path, ""), [f"optimization.lr={spelling}"]).optimization.lr == 0.001
+    assert load_config(written(tmp_path, f"optimization: {{lr: {spelling}}}")).optimization.lr == 0.001
+    assert load_config(written(tmp_path, ""), [f"optimization.lr={spelling}"]).optimization.lr == 0.001
 
 
 def test_a_whole_number_is_a_float_where_one_is_asked_for():
-    loaded = from_dict({"optimization": {"warmup": 40, "ema": [1, 1]}})
+    loaded = config_from_dict({"optimization": {"warmup": 40, "ema": [1, 1]}})
     assert isinstance(loaded.optimization.warmup, float)
     assert loaded.optimization.ema == (1.0, 1.0)
 
 
 def test_sequences_become_tuples():
     """A Config can be hashed and shared: nothing in it changes."""
-    loaded = from_dict({"data": {"crop_scale": [0.5, 1], "channels": 1, "mean": [0.3], "std": [0.2]}})
+    loaded = config_from_dict({"data": {"crop_scale": [0.5, 1], "channels": 1, "mean": [0.3], "std": [0.2]}})
     assert (loaded.data.crop_scale, loaded.mean_std) == ((0.5, 1.0), ((0.3,), (0.2,)))
-    assert hash(loaded) == hash(from_dict(loaded.to_dict()))
+    assert hash(loaded) == hash(config_from_dict(loaded.to_dict()))
     with pytest.raises(dataclasses.FrozenInstanceError):
         loaded.data.channels = 3
 
 
 def test_a_non_square_image_has_rows_and_columns():
-    loaded = from_dict({"data": {"crop_size": [128, 192]}, "mask": {"patch_size": 16}})
+    loaded = config_from_dict({"data": {"crop_size": [128, 192]}, "mask": {"patch_size": 16}})
     assert (loaded.image_size, loaded.grid) == ((128, 192), (8, 12))
 
 
 def test_mean_and_std_default_to_imagenet_by_channels():
     assert Config().mean_std == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    assert from_dict({"data": {"channels": 1}}).mean_std == ((0.449,), (0.226,))
+    assert config_from_dict({"data": {"channels": 1}}).mean_std == ((0.449,), (0.226,))
 
 
 def test_meta_overrides_the_shape_of_a_named_model():
-    loaded = from_dict({"meta": {"model_name": "vit_tiny", "embed_dim": 128, "depth": 4, "num_heads": 4}})
+    loaded = config_from_dict({"meta": {"model_name": "vit_tiny", "embed_dim": 128, "depth": 4, "num_heads": 4}})
     assert loaded.encoder_shape == (128, 4, 4, 4.0)
 
 
 def test_the_micro_batch_defaults_to_the_batch():
-    assert from_dict({"data": {"batch_size": 48}}).micro_batch == 48
-    assert from_dict({"data": {"batch_size": 48}, "runtime": {"micro_batch": 12}}).micro_batch == 12
+    assert config_from_dict({"data": {"batch_size": 48}}).micro_batch == 48
+    assert config_from_dict({"data": {"batch_size": 48}, "runtime": {"micro_batch": 12}}).micro_batch == 12
 
 
 @pytest.mark.parametrize("official, dtype", [(True, "bf16"), (False, "fp32")])
 def test_use_bfloat16_says_runtime_dtype(official, dtype):
-    assert from_dict({"meta": {"use_bfloat16": official}}).runtime.dtype == dtype
-    assert from_dict({"meta": {"use_bfloat16": official}, "runtime": {"dtype": dtype}}).runtime.dtype == dtype
+    assert config_from_dict({"meta": {"use_bfloat16": official}}).runtime.dtype == dtype
+    assert config_from_dict({"meta": {"use_bfloat16": official}, "runtime": {"dtype": dtype}}).runtime.dtype == dtype
 
 
-@pytest.mark.parametrize("name", config.MODELS)
+@pytest.mark.parametrize("name", MODELS)
 def test_every_model_name_loads(name):
-    dim, depth, heads, _ = from_dict({"meta": {"model_name": name}}).encoder_shape
-    assert (dim, depth, heads) == config.MODELS[name][:3]
+    dim, depth, heads, _ = config_from_dict({"meta": {"model_name": name}}).encoder_shape
+    assert (dim, depth, heads) == MODELS[name][:3]
 
 
 # Overrides
@@ -161,29 +162,29 @@ def test_every_model_name_loads(name):
 
 def test_overrides_win_over_the_file_and_the_last_one_wins(tmp_path):
     path = written(tmp_path, OFFICIAL)
-    loaded = load(path, ["data.batch_size=64", "data.batch_size=32", "mask.truncate=none", "data.crop_scale=[0.5, 1.0]"])
+    loaded = load_config(path, ["data.batch_size=64", "data.batch_size=32", "mask.truncate=none", "data.crop_scale=[0.5, 1.0]"])
     assert (loaded.data.batch_size, loaded.mask.truncate, loaded.data.crop_scale) == (32, "none", (0.5, 1.0))
-    assert loaded.optimization == load(path).optimization
+    assert loaded.optimization == load_config(path).optimization
 
 
 def test_an_override_opens_a_section_and_unsets_a_key(tmp_path):
-    assert load(written(tmp_path, "data:\n"), ["data.source=cifar10"]).data.source == "cifar10"
-    assert load(written(tmp_path, "runtime: {micro_batch: 8}"), ["runtime.micro_batch=null"]).micro_batch == 64
+    assert load_config(written(tmp_path, "data:\n"), ["data.source=cifar10"]).data.source == "cifar10"
+    assert load_config(written(tmp_path, "runtime: {micro_batch: 8}"), ["runtime.micro_batch=null"]).micro_batch == 64
 
 
 def test_an_override_keeps_equals_signs_in_its_value(tmp_path):
-    assert load(written(tmp_path, ""), ["data.source=a=b"]).data.source == "a=b"
+    assert load_config(written(tmp_path, ""), ["data.source=a=b"]).data.source == "a=b"
 
 
 @pytest.mark.parametrize("text", ["batch_size=3", "data.batch_size", "data.=3", ".batch_size=3", "=3", ""])
 def test_a_malformed_override_says_how_to_write_one(tmp_path, text):
     with pytest.raises(ConfigError, match="section.key=value"):
-        load(written(tmp_path, ""), [text])
+        load_config(written(tmp_path, ""), [text])
 
 
 def test_an_override_whose_value_is_no_yaml_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="data.crop_scale"):
-        load(written(tmp_path, ""), ["data.crop_scale=[0.5"])
+        load_config(written(tmp_path, ""), ["data.crop_scale=[0.5"])
 
 
 def test_an_override_into_a_section_that_holds_no_keys_is_refused(tmp_path):
@@ -201,7 +202,7 @@ def test_an_override_is_as_strict_as_the_file(tmp_path):
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     for path, why in ((tmp_path / "absent.yaml", "No such file"), (tmp_path, "Is a directory")):
         with pytest.raises(ConfigError, match=why) as error:
-            load(path)
+            load_config(path)
         assert f"{path}: " in str(error.value) and "--config FILE" in str(error.value)
 
 
@@ -211,7 +212,7 @@ def test_a_file_that_is_no_yaml_mapping_is_refused(tmp_path):
     assert "'data' must hold keys, not [1]" in refusal(tmp_path, "data: [1]")
     (tmp_path / "run.bin").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="run.bin: not a YAML file"):
-        load(tmp_path / "run.bin")
+        load_config(tmp_path / "run.bin")
 
 
 @pytest.mark.parametrize("section, near", [("optimisation", "optimization"), ("masks", "mask"), ("log", "logging")])
@@ -319,7 +320,7 @@ def test_a_value_out_of_range_is_refused_in_words(tmp_path, section, name, value
 )
 def test_the_ends_of_a_range_belong_to_it(key, value):
     section, name = key.split(".")
-    assert from_dict({section: {name: value}}).to_dict()[section][name] == value
+    assert config_from_dict({section: {name: value}}).to_dict()[section][name] == value
 
 
 def test_an_unknown_model_names_the_nearest(tmp_path):
@@ -374,9 +375,9 @@ def test_keys_that_contradict_each_other_are_both_named(tmp_path, raw, named):
 
 def test_to_dict_is_plain_and_reads_back(tmp_path):
     """The resolved config beside a checkpoint starts the same run."""
-    loaded = load(written(tmp_path, merged(G16)), ["data.crop_size=[224, 448]", "runtime.micro_batch=4"])
-    assert from_dict(loaded.to_dict()) == loaded
-    assert load(written(tmp_path, loaded.to_dict())) == loaded
+    loaded = load_config(written(tmp_path, merged(G16)), ["data.crop_size=[224, 448]", "runtime.micro_batch=4"])
+    assert config_from_dict(loaded.to_dict()) == loaded
+    assert load_config(written(tmp_path, loaded.to_dict())) == loaded
     assert json.loads(json.dumps(loaded.to_dict())) == loaded.to_dict()
 
 
@@ -395,15 +396,15 @@ def test_any_value_loads_or_is_refused_by_name(key, value):
     """Whatever a key is given, the answer is a Config that reads back or a ConfigError: no other exception."""
     section, name = key
     try:
-        loaded = from_dict({section: {name: value}}, "run.yaml")
+        loaded = config_from_dict({section: {name: value}}, "run.yaml")
     except ConfigError as error:
         assert str(error).startswith("run.yaml: ")
         assert name in str(error)
     else:
-        assert from_dict(loaded.to_dict()) == loaded
+        assert config_from_dict(loaded.to_dict()) == loaded
 
 
 @pytest.mark.parametrize("name", ["demo", "cifar10"])
 def test_a_small_preset_asks_for_no_deepspeed_on_several_ranks(name):
     """`make demo` runs a process a core where DeepSpeed is not installed."""
-    assert load(name).runtime.zero == 0
+    assert load_config(name).runtime.zero == 0

@@ -17,11 +17,17 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import resized_crop
 
-from fastjepa import config, draws
-from fastjepa.check import judge
-from fastjepa.data import Batch, Loader, MicroBatches, crop_box
-from fastjepa.decode_torch import decode
-from fastjepa.sources import open_source
+from fastjepa.config.load import config_from_dict
+from fastjepa.config.schema import Config, DataConfig
+from fastjepa.data.crops import crop_box
+from fastjepa.data.decode_pillow import decode_image
+from fastjepa.data.prepare.check_images import judge_image
+from fastjepa.data.sources import open_source
+from fastjepa.errors import ConfigError
+from fastjepa.loader.batch import Batch
+from fastjepa.loader.loader import Loader
+from fastjepa.loader.micro_batches import MicroBatches
+from fastjepa.rng import BOX_STREAM, ORDER_STREAM, generator
 
 CPU = torch.device("cpu")
 
@@ -47,14 +53,14 @@ def loader(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def settings(source: Path | str | None = None, micro_batch: int | None = None, seed: int = 5, **keys) -> config.Config:
+def settings(source: Path | str | None = None, micro_batch: int | None = None, seed: int = 5, **keys) -> Config:
     """Batches of 4 crops of 32 pixels, an 8x8 grid of patches, no worker processes."""
     keys = {"batch_size": 4, "crop_size": 32, "num_workers": 0, "loader": "torch", "source": source and str(source)} | keys
     mask = {"patch_size": 4, "min_keep": 2, "truncate_group": 4}
-    return config.from_dict({"data": keys, "mask": mask, "runtime": {"micro_batch": micro_batch, "seed": seed}})
+    return config_from_dict({"data": keys, "mask": mask, "runtime": {"micro_batch": micro_batch, "seed": seed}})
 
 
-def load(setting: config.Config, steps: range, rank: int = 0, world: int = 1, stop: int | None = None) -> list[list[Batch]]:
+def load(setting: Config, steps: range, rank: int = 0, world: int = 1, stop: int | None = None) -> list[list[Batch]]:
     """The micro-batches of each step."""
     with Loader(setting, open_source(setting.data), rank, world, steps.start, CPU, stop) as loader:
         return [list(loader.micro_batches(step)) for step in steps]
@@ -117,14 +123,14 @@ def test_official_root_path_and_image_folder(folder: Path):
         ("empty", "train", "empty: no image files in it; give a directory that holds"),
         ("images", "test", "images: has no test split; put its images into train/ and test/ folders"),
         ("*.tar", "train", "no images in its 0 tar shards"),
-        (config.DataConfig(), "train", "data.source is not set"),
+        (DataConfig(), "train", "data.source is not set"),
     ],
 )
 def test_unusable_source_says_what_to_do(folder, monkeypatch, source, split, message):
     monkeypatch.chdir(folder.parent)
     monkeypatch.setenv("FASTJEPA_DATA", str(folder.parent / "no-data"))
     Path("empty").mkdir()
-    with pytest.raises(config.ConfigError, match=message.replace("*", r"\*")):
+    with pytest.raises(ConfigError, match=message.replace("*", r"\*")):
         open_source(source, split)
 
 
@@ -165,7 +171,7 @@ def test_damaged_shard_is_named(tmp_path: Path, keep: int):
     image = save_image(tmp_path / "x.png", seed=1).read_bytes()
     pack_shard(tmp_path / "0.tar", {"0.png": image})
     os.truncate(tmp_path / "0.tar", keep)
-    with pytest.raises(config.ConfigError, match=r"0\.tar: .*again"):
+    with pytest.raises(ConfigError, match=r"0\.tar: .*again"):
         open_source(tmp_path / "0.tar")
 
 
@@ -200,7 +206,7 @@ def test_damaged_idx_is_named(tmp_path: Path):
     whole = images.read_bytes()
     for damaged in (whole[:-400], gzip.compress(gzip.decompress(whole)[:-1]), b"text"):
         images.write_bytes(damaged)
-        with pytest.raises(config.ConfigError, match="train-images-idx3-ubyte.gz: .*delete it and get it again"):
+        with pytest.raises(ConfigError, match="train-images-idx3-ubyte.gz: .*delete it and get it again"):
             open_source(tmp_path)
 
 
@@ -215,7 +221,7 @@ def test_incomplete_last_batch_is_dropped(folder: Path):
     setting = settings(folder)
     with Loader(setting, open_source(folder), 0, 1, 0, CPU) as loader:
         assert loader.steps_per_epoch == 6
-    order = draws.generator(5, draws.ORDER, 1).permutation(26)
+    order = generator(5, ORDER_STREAM, 1).permutation(26)
     samples = MicroBatches(setting, open_source(folder), 0, 1).samples(7, 1, 3)
     assert samples.tolist() == order[4 + 1 : 4 + 3].tolist()
 
@@ -261,9 +267,9 @@ def test_seed_and_epoch_change_the_crops(folder: Path):
 def test_view_is_torchvisions_resized_crop(folder: Path):
     setting, source = settings(folder, crop_size=[32, 24]), open_source(folder)
     for sample in range(6):
-        uniforms = draws.generator(5, draws.BOXES, 2, 11 * sample).random(44)
+        uniforms = generator(5, BOX_STREAM, 2, 11 * sample).random(44)
         box = crop_box(30, 40, (0.3, 1.0), uniforms)
-        image = decode(source.read(sample), 3)
+        image = decode_image(source.read(sample), 3)
         theirs = resized_crop(image.contiguous(), *box, [32, 24], antialias=True)
         assert torch.equal(MicroBatches(setting, source, 0, 1).view(2, sample)[0], theirs)
 
@@ -320,7 +326,7 @@ def test_what_would_be_read_for_ever_is_bad(folder: Path, loader: str):
     source = open_source(folder)
     odd = {str(folder / "cat" / "pipe.png"), str(folder / "dog" / "endless.png")}
     for i in (i for i in range(28) if source.name(i) in odd):
-        assert str(judge(source, i, limit=1)) == f"{source.name(i)}: unreadable (a pipe or a device, not a file)"
+        assert str(judge_image(source, i, limit=1)) == f"{source.name(i)}: unreadable (a pipe or a device, not a file)"
     with Loader(settings(folder, loader=loader, num_workers=1), source, 0, 1, 0, CPU, 7) as made:
         assert sum(len(batch.images) for step in range(7) for batch in made.micro_batches(step)) == 28
         assert made.bad == odd
@@ -331,7 +337,7 @@ def test_too_many_bad_files_stop_the_run(folder: Path, loader: str, workers: int
     plant(folder)
     setting = settings(folder, max_bad=2, num_workers=workers, loader=loader)
     message = r"3 files cannot be decoded, more than the 2 allowed, for example .*\.png; .* or raise data.max_bad"
-    with pytest.raises(config.ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message):
         load(setting, range(8), stop=8)
     load(settings(folder, max_bad=3, loader=loader), range(8))
 
@@ -339,7 +345,7 @@ def test_too_many_bad_files_stop_the_run(folder: Path, loader: str, workers: int
 def test_bad_files_of_an_earlier_part_of_the_run_count(folder: Path, loader: str):
     plant(folder)
     setting = settings(folder, max_bad=3, loader=loader)
-    with Loader(setting, open_source(folder), 0, 1, 0, CPU) as loader, pytest.raises(config.ConfigError, match="4 files"):
+    with Loader(setting, open_source(folder), 0, 1, 0, CPU) as loader, pytest.raises(ConfigError, match="4 files"):
         loader.bad.add("met before")
         for step in range(8):
             list(loader.micro_batches(step))
@@ -348,14 +354,12 @@ def test_bad_files_of_an_earlier_part_of_the_run_count(folder: Path, loader: str
 def test_a_source_without_a_readable_image_stops(folder: Path, loader: str):
     for path in folder.rglob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(config.ConfigError, match="26 files cannot be decoded, more than the 25 allowed"):
+    with pytest.raises(ConfigError, match="26 files cannot be decoded, more than the 25 allowed"):
         load(settings(folder, max_bad=10_000, loader=loader), range(1))
 
 
 def test_too_few_images_names_both_numbers(folder: Path):
-    with pytest.raises(
-        config.ConfigError, match=r"26 images, fewer than one global batch of 32 \(data.batch_size 16 x 2 ranks\)"
-    ):
+    with pytest.raises(ConfigError, match=r"26 images, fewer than one global batch of 32 \(data.batch_size 16 x 2 ranks\)"):
         Loader(settings(folder, batch_size=16), open_source(folder), 0, 2, 0, CPU)
 
 

@@ -21,11 +21,18 @@ import pytest
 import torch
 from PIL import Image
 
-from fastjepa import config, data, decode_dali, doctor
-from fastjepa.data import Batch, EncodedBatches, Loader, MicroBatches, decodes_with_dali
-from fastjepa.decode_dali import Decoder, Encoded, View, pnm
-from fastjepa.decode_torch import crop, decode, header
-from fastjepa.sources import open_source
+from fastjepa.cli.survey import decoder_rows
+from fastjepa.config.load import config_from_dict
+from fastjepa.config.schema import Config, DataConfig
+from fastjepa.data import decode_dali
+from fastjepa.data.crops import crop_image
+from fastjepa.data.decode_dali import GPU_OPTIONS, DaliDecoder, DaliSettings, Encoded, View, _pipeline, as_pnm, dali_reads
+from fastjepa.data.decode_pillow import decode_image, read_header
+from fastjepa.data.sources import open_source
+from fastjepa.errors import ConfigError
+from fastjepa.loader.batch import Batch
+from fastjepa.loader.loader import Loader, _dali_settings, decodes_with_dali
+from fastjepa.loader.micro_batches import EncodedBatches, MicroBatches
 from fastjepa_kernels.layers import MaskedPatchEmbed
 
 CPU = torch.device("cpu")
@@ -107,8 +114,8 @@ def refuse(position: int, refused: dict[int, str]) -> Images:
 
 
 def decoder(batches: Iterator[Images], size=(32, 32), channels: int = 3, again=refuse, batch: int = 64, ahead: int = 2):
-    settings = decode_dali.Settings(batch, channels, size, CPU, threads=2, ahead=ahead, gpu={})
-    return Decoder(batches, again, settings)
+    settings = DaliSettings(batch, channels, size, CPU, threads=2, ahead=ahead, gpu={})
+    return DaliDecoder(batches, again, settings)
 
 
 def decoded(views: list[View], size: tuple[int, int], channels: int = 3) -> torch.Tensor:
@@ -129,8 +136,8 @@ def boxes(height: int, width: int, count: int) -> list[tuple[int, int, int, int]
 def test_boxes_of_natural_images_are_alike(kind: str, size: tuple[int, int], channels: int):
     raw = encode(natural(300, 220), kind)
     views = [View(raw, box, flip=i % 2 == 1) for i, box in enumerate(boxes(220, 300, 64))]
-    image = decode(raw, channels)
-    theirs = torch.stack([crop(image, box, size, flip) for _, box, flip in views])
+    image = decode_image(raw, channels)
+    theirs = torch.stack([crop_image(image, box, size, flip) for _, box, flip in views])
     ours = decoded(views, size, channels)
     assert ours.dtype == torch.uint8
     assert alike(ours, theirs), differ(ours, theirs)
@@ -139,24 +146,26 @@ def test_boxes_of_natural_images_are_alike(kind: str, size: tuple[int, int], cha
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("name", READ)
 def test_files_given_to_dali_become_the_same_pixels(name: str, channels: int):
-    raw, image = READ[name], decode(READ[name], channels)
-    found = header(raw)
-    assert (found.height, found.width) == tuple(image.shape[1:]) and decode_dali.reads(found, raw)
+    raw, image = READ[name], decode_image(READ[name], channels)
+    found = read_header(raw)
+    assert (found.height, found.width) == tuple(image.shape[1:]) and dali_reads(found, raw)
     for box in boxes(found.height, found.width, 4):
         exact = decoded([View(raw, box, False)], box[2:], channels)[0]
-        assert (exact.int() - crop(image, box, box[2:]).int()).abs().max() <= (channels == 1)  # luminance may round otherwise
+        assert (exact.int() - crop_image(image, box, box[2:]).int()).abs().max() <= (
+            channels == 1
+        )  # luminance may round otherwise
 
 
 @pytest.mark.parametrize("name", NOT_READ)
 def test_files_that_dali_reads_otherwise_are_kept_from_it(name: str):
-    assert not decode_dali.reads(header(NOT_READ[name]), NOT_READ[name])
+    assert not dali_reads(read_header(NOT_READ[name]), NOT_READ[name])
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("grey", [True, False])
 def test_pixels_reach_dali_unchanged(channels: int, grey: bool):
-    image = decode(np.array(PICTURE.convert("L") if grey else PICTURE), channels)[:, 3:50, 7:60]
-    assert torch.equal(decoded([View(pnm(image), (0, 0, 47, 53), False)], (47, 53), channels)[0], image)
+    image = decode_image(np.array(PICTURE.convert("L") if grey else PICTURE), channels)[:, 3:50, 7:60]
+    assert torch.equal(decoded([View(as_pnm(image), (0, 0, 47, 53), False)], (47, 53), channels)[0], image)
 
 
 def test_images_stay_valid_as_long_as_they_are_held():
@@ -221,13 +230,13 @@ def test_what_fails_again_is_raised():
 # Whole loaders
 
 
-def settings(source: Path | str, loader: str, **keys) -> config.Config:
+def settings(source: Path | str, loader: str, **keys) -> Config:
     """Batches of 4 crops of 32 pixels, an 8x8 grid of patches, no worker processes."""
     data = {"batch_size": 4, "crop_size": 32, "num_workers": 0, "source": str(source), "loader": loader} | keys
-    return config.from_dict({"data": data, "mask": {"patch_size": 4, "min_keep": 2, "truncate_group": 4}})
+    return config_from_dict({"data": data, "mask": {"patch_size": 4, "min_keep": 2, "truncate_group": 4}})
 
 
-def load(setting: config.Config, steps: int) -> tuple[list[Batch], set[str]]:
+def load(setting: Config, steps: int) -> tuple[list[Batch], set[str]]:
     with Loader(setting, open_source(setting.data), 0, 1, 0, CPU, steps) as loader:
         batches = [batch for step in range(steps) for batch in loader.micro_batches(step)]
         return batches, loader.bad
@@ -346,14 +355,14 @@ def test_loaders_are_chosen(tmp_path: Path, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert chosen("auto", "dali", "torch") == [False, True, False]
-    assert doctor.decoder()[0][:2] == ("auto", "torch") and "CPU" in doctor.decoder()[0][2]
+    assert decoder_rows()[0][:2] == ("auto", "torch") and "CPU" in decoder_rows()[0][2]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert chosen("auto", "dali", "torch") == [True, True, False]
-    assert doctor.decoder()[0] == ("auto", "dali", "it decodes on the GPU")
+    assert decoder_rows()[0] == ("auto", "dali", "it decodes on the GPU")
     monkeypatch.setattr(decode_dali, "find_spec", lambda name: None)
     assert chosen("auto", "torch") == [False, False]
-    assert "pip install 'fastjepa[dali]'" in doctor.decoder()[0][2] and doctor.decoder()[1][:2] == ("dali", "no")
-    with pytest.raises(config.ConfigError, match=r"dali needs NVIDIA DALI; run: pip install 'fastjepa\[dali\]'"):
+    assert "pip install 'fastjepa[dali]'" in decoder_rows()[0][2] and decoder_rows()[1][:2] == ("dali", "no")
+    with pytest.raises(ConfigError, match=r"dali needs NVIDIA DALI; run: pip install 'fastjepa\[dali\]'"):
         Loader(settings(folder, "dali", batch_size=1), source, 0, 1, 0, CPU)
 
 
@@ -364,19 +373,19 @@ def test_hints_reach_the_decoder_of_a_gpu_alone(tmp_path: Path, monkeypatch, dev
 
     given, real = {}, fn.decoders.image_slice
     monkeypatch.setattr(fn.decoders, "image_slice", lambda *files, **options: given.update(options) or real(*files, **options))
-    hints = dict(zip(decode_dali.GPU_OPTIONS, (0.25, 1 << 20, 2 << 20, 640, 480), strict=True))
-    made = data._dali_settings(settings(tmp_path, "dali", **hints), torch.device(device))
+    hints = dict(zip(GPU_OPTIONS, (0.25, 1 << 20, 2 << 20, 640, 480), strict=True))
+    made = _dali_settings(settings(tmp_path, "dali", **hints), torch.device(device))
     with contextlib.suppress(RuntimeError):
-        decode_dali._pipeline(deque(), made)
+        _pipeline(deque(), made)
     assert {name: given[name] for name in hints if name in given} == (hints if device == "cuda" else {})
 
 
 def test_hints_are_dalis_own_unless_set():
     from nvidia.dali.backend import GetSchema
 
-    schema, defaults = GetSchema("decoders__ImageSlice"), config.DataConfig()
-    dalis = {name: float(schema.GetArgumentDefaultValueString(name)) for name in decode_dali.GPU_OPTIONS}
-    assert dalis == pytest.approx({name: getattr(defaults, name) for name in decode_dali.GPU_OPTIONS})
+    schema, defaults = GetSchema("decoders__ImageSlice"), DataConfig()
+    dalis = {name: float(schema.GetArgumentDefaultValueString(name)) for name in GPU_OPTIONS}
+    assert dalis == pytest.approx({name: getattr(defaults, name) for name in GPU_OPTIONS})
 
 
 def test_workers_hand_over_one_block_of_files(tmp_path: Path):
@@ -483,7 +492,7 @@ def test_two_ranks_stopped_and_resumed_see_the_batches_of_the_whole_run(tmp_path
 
     whole, bad = [], []
     for rank in (0, 1):
-        with Loader(config.from_dict(setting), open_source(folder), rank, 2, 0, CPU, 10) as loader:
+        with Loader(config_from_dict(setting), open_source(folder), rank, 2, 0, CPU, 10) as loader:
             batches = [batch for step in range(10) for batch in loader.micro_batches(step)]
         whole.append([digest(batch) for batch in batches])
         bad += [batch.bad for batch in batches[12:]]

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms.v2.functional import resized_crop
 
-from fastjepa import decode_torch
-from fastjepa.data import crop_box
-from fastjepa.decode_torch import DecodeError, crop, decode
+from fastjepa.data import decode_pillow
+from fastjepa.data.crops import crop_box, crop_image
+from fastjepa.data.decode_pillow import DecodeError, decode_image
 
 
 def noise(*shape: int) -> np.ndarray:
@@ -83,15 +83,15 @@ def test_crop_box_falls_back_to_the_centre():
 def test_crop_is_torchvisions(channels, box, size):
     """From one channel, from RGB as decoded (channels last) and from contiguous RGB."""
     pixels = noise(90, 120) if channels == 1 else noise(90, 120, 3)
-    for image in (decode(pixels, channels), decode(pixels, channels).contiguous()):
-        ours = crop(image, box, size)
+    for image in (decode_image(pixels, channels), decode_image(pixels, channels).contiguous()):
+        ours = crop_image(image, box, size)
         assert torch.equal(ours, resized_crop(image, *box, list(size), antialias=True))
-        assert torch.equal(crop(image, box, size, flip=True), ours.flip(-1))
+        assert torch.equal(crop_image(image, box, size, flip=True), ours.flip(-1))
 
 
 def test_grey_as_three_channels_is_cropped_like_its_copies():
-    grey = decode(noise(28, 28), 3)
-    assert torch.equal(crop(grey, (2, 3, 20, 22), (28, 28)), crop(grey.contiguous(), (2, 3, 20, 22), (28, 28)))
+    grey = decode_image(noise(28, 28), 3)
+    assert torch.equal(crop_image(grey, (2, 3, 20, 22), (28, 28)), crop_image(grey.contiguous(), (2, 3, 20, 22), (28, 28)))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -100,7 +100,7 @@ def test_every_mode_becomes_grey_or_rgb(mode: str, channels: int):
     image = Image.fromarray(noise(20, 30, 3)).convert(mode)
     kind = "TIFF" if mode in ("CMYK", "YCbCr") else "PNG"
     expected = np.array(Image.open(io.BytesIO(encode(image, kind))).convert("L" if channels == 1 else "RGB"))
-    decoded = decode(encode(image, kind), channels)
+    decoded = decode_image(encode(image, kind), channels)
     assert decoded.shape == (channels, 20, 30) and decoded.dtype == torch.uint8
     assert np.array_equal(decoded.permute(1, 2, 0).numpy(), expected.reshape(20, 30, channels))
 
@@ -108,21 +108,21 @@ def test_every_mode_becomes_grey_or_rgb(mode: str, channels: int):
 def test_cmyk_jpeg_keeps_its_colours():
     """Adobe's CMYK JPEGs store inverted ink; a red square stays red."""
     jpeg = encode(Image.new("RGB", (16, 16), (255, 0, 0)).convert("CMYK"), "JPEG")
-    red, green, blue = decode(jpeg, 3).float().mean((1, 2)).tolist()
+    red, green, blue = decode_image(jpeg, 3).float().mean((1, 2)).tolist()
     assert red > 240 and green < 15 and blue < 15
 
 
 def test_palette_with_transparent_entries_keeps_its_colours():
     image = Image.new("P", (4, 4), 1)
     image.putpalette([0, 0, 0, 200, 100, 50])
-    assert decode(encode(image, transparency=b"\x00\x80"), 3)[:, 0, 0].tolist() == [200, 100, 50]
+    assert decode_image(encode(image, transparency=b"\x00\x80"), 3)[:, 0, 0].tolist() == [200, 100, 50]
 
 
 def test_exif_rotation_is_applied():
     pixels = noise(20, 30)
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees clockwise to see it upright
-    decoded = decode(encode(Image.fromarray(pixels), exif=exif), 1)
+    decoded = decode_image(encode(Image.fromarray(pixels), exif=exif), 1)
     assert np.array_equal(decoded[0].numpy(), np.rot90(pixels, k=-1))
 
 
@@ -130,16 +130,16 @@ def test_exif_rotation_is_applied():
 def test_16_bit_grey_is_scaled(kind: str):
     """Rounded x * 255 / 65535: not clipped at 255, not the high byte."""
     values = np.array([[0, 128, 129, 255, 256], [32767, 32768, 65407, 65406, 65535]], dtype=np.uint16)
-    decoded = decode(encode(Image.fromarray(values), kind), 1)
+    decoded = decode_image(encode(Image.fromarray(values), kind), 1)
     assert np.array_equal(decoded[0].numpy(), np.round(values * (255 / 65535)))
 
 
 def test_arrays_need_no_decoding():
     grey, colour = noise(5, 6), noise(5, 6, 3)
-    assert np.array_equal(decode(grey, 1).numpy(), grey[None])
-    assert np.array_equal(decode(grey, 3).numpy(), np.stack([grey] * 3))
-    assert np.array_equal(decode(colour, 3).numpy(), colour.transpose(2, 0, 1))
-    assert np.array_equal(decode(colour, 1)[0].numpy(), np.array(Image.fromarray(colour).convert("L")))
+    assert np.array_equal(decode_image(grey, 1).numpy(), grey[None])
+    assert np.array_equal(decode_image(grey, 3).numpy(), np.stack([grey] * 3))
+    assert np.array_equal(decode_image(colour, 3).numpy(), colour.transpose(2, 0, 1))
+    assert np.array_equal(decode_image(colour, 1)[0].numpy(), np.array(Image.fromarray(colour).convert("L")))
 
 
 JPEG = encode(Image.fromarray(noise(40, 40, 3)), "JPEG")
@@ -153,16 +153,16 @@ PNG = encode(Image.fromarray(noise(40, 40, 3)))
 )
 def test_broken_files_raise(raw: bytes):
     with pytest.raises(DecodeError, match="not an image Pillow can read in full"):
-        decode(raw, 3)
+        decode_image(raw, 3)
 
 
 @pytest.mark.parametrize("values", [np.full((4, 4), 0.5, np.float32), np.full((4, 4), 70_000, np.int32)])
 def test_pixels_without_a_known_range_are_refused(values: np.ndarray):
     with pytest.raises(DecodeError, match="no known range; save them as 8 or 16 bits"):
-        decode(encode(Image.fromarray(values), "TIFF"), 1)
+        decode_image(encode(Image.fromarray(values), "TIFF"), 1)
 
 
 def test_decompression_bombs_are_refused(monkeypatch):
-    monkeypatch.setattr(decode_torch, "MAX_PIXELS", 1599)
+    monkeypatch.setattr(decode_pillow, "MAX_PIXELS", 1599)
     with pytest.raises(DecodeError, match="40x40 pixels are more than 1599"):
-        decode(PNG, 3)
+        decode_image(PNG, 3)

@@ -12,8 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fastjepa import distributed
-from fastjepa.config import ConfigError
+from fastjepa.errors import ConfigError
+from fastjepa.ranks import world
+from fastjepa.ranks.collectives import all_gather, barrier, max_over_ranks, mean_over_ranks, text_of_main, union_of_names
+from fastjepa.ranks.meet import meet_ranks
+from fastjepa.ranks.world import World, join_world, leave_world, wait_for_ranks
 
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -68,25 +71,25 @@ def run_ranks(code: str, ranks: int, world: int = 2) -> list[subprocess.Complete
 
 def test_a_process_alone_is_the_main_rank_and_leaves_the_world_alone():
     before = dict(os.environ)
-    place = distributed.init("cpu")
-    assert place == distributed.World(0, 0, 1, torch.device("cpu")) and place.is_main
+    place = join_world("cpu")
+    assert place == World(0, 0, 1, torch.device("cpu")) and place.is_main
     assert not dist.is_initialized() and dict(os.environ) == before
 
 
 def test_a_launcher_with_one_rank_makes_no_process_group(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert distributed.init("cpu").size == 1
+    assert join_world("cpu").size == 1
     assert not dist.is_initialized()
 
 
 def test_reductions_of_one_process_are_identities():
     rows = torch.arange(6.0).view(3, 2)
-    assert torch.equal(distributed.all_gather(rows), rows)
-    assert torch.equal(distributed.mean(rows), rows)
-    assert distributed.from_main("run") == "run" and distributed.highest(2) == 2
-    assert distributed.union({"b", "a"}) == ["a", "b"]
-    distributed.barrier()
-    distributed.shutdown()
+    assert torch.equal(all_gather(rows), rows)
+    assert torch.equal(mean_over_ranks(rows), rows)
+    assert text_of_main("run") == "run" and max_over_ranks(2) == 2
+    assert union_of_names({"b", "a"}) == ["a", "b"]
+    barrier()
+    leave_world()
 
 
 def test_two_ranks_gather_in_rank_order_and_average():
@@ -118,7 +121,7 @@ def test_ranks_that_are_started_again_meet_each_other_and_not_the_dead(monkeypat
 
     def found(start: int, rank: int, late: int) -> list[bytes]:
         time.sleep(0.3 if rank == late else 0)
-        store = distributed._meet(distributed.World(rank, rank, ranks, torch.device("cpu")), timeout=20)
+        store = meet_ranks(World(rank, rank, ranks, torch.device("cpu")), timeout=20)
         store.set(f"address/{rank}", str(start))
         return store.multi_get([f"address/{other}" for other in range(ranks)])
 
@@ -135,25 +138,25 @@ def test_a_rank_that_finds_only_the_dead_says_so_in_time(monkeypatch):
     for name, value in (*zip(LAUNCHER, environment, strict=True), ("TORCHELASTIC_USE_AGENT_STORE", "True")):
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=r"rank 1 of 2 could not meet .* within 0\.5 s; .* \[those who are in the store"):
-        distributed.init("cpu", timeout=0.5)
+        join_world("cpu", timeout=0.5)
 
 
 def test_a_rank_lingers_for_the_others_but_not_for_ever(monkeypatch):
-    monkeypatch.setattr(distributed, "_store", dist.HashStore())
+    monkeypatch.setattr(world, "_store", dist.HashStore())
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     begun = time.monotonic()
-    distributed.linger(0.5)
+    wait_for_ranks(0.5)
     assert time.monotonic() - begun >= 0.5
-    distributed.linger(60)  # the second of two
+    wait_for_ranks(60)  # the second of two
     assert time.monotonic() - begun < 30
 
 
 def test_cuda_without_a_gpu_is_one_sentence(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"runtime\.device: cuda .* set runtime\.device=cpu"):
-        distributed.init("cuda")
-    assert distributed.init("auto").device.type == "cpu"
+        join_world("cuda")
+    assert join_world("auto").device.type == "cpu"
 
 
 def test_more_ranks_than_gpus_is_refused(monkeypatch):
@@ -162,7 +165,7 @@ def test_more_ranks_than_gpus_is_refused(monkeypatch):
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="local rank 1 has no GPU of its own"):
-        distributed.init("auto")
+        join_world("auto")
 
 
 @pytest.mark.parametrize(
@@ -178,4 +181,4 @@ def test_an_incomplete_launch_names_the_variable(monkeypatch, environment, messa
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=message):
-        distributed.init("cpu")
+        join_world("cpu")

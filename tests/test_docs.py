@@ -6,6 +6,8 @@ at all, and why.
 
 import dataclasses
 import functools
+import importlib
+import pkgutil
 import re
 import shlex
 import shutil
@@ -22,8 +24,10 @@ from PIL import Image
 from test_data import write_idx
 from test_house import ROOT
 
-from fastjepa import catalog, cli, cli_convert, cli_data, cli_decoder, cli_eval, cli_plan, cli_sweep, cli_visualize
-from fastjepa.config import Config
+from fastjepa import cli
+from fastjepa.cli.main import build_parser
+from fastjepa.config.schema import Config
+from fastjepa.data.prepare.catalog import CIFAR10_CLASSES
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(bash|sh|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -76,12 +80,10 @@ def inline_commands() -> list[str]:
 
 def examples() -> list[str]:
     """Those that end the help of a command."""
-    texts = [text for module in (cli, cli_data, cli_eval) for text in module.EXAMPLES.values()]
-    lines = [
-        line
-        for text in (*texts, *(m.EXAMPLES for m in (cli_convert, cli_decoder, cli_plan, cli_sweep, cli_visualize)))
-        for line in text.splitlines()
-    ]
+    modules = [importlib.import_module(f"fastjepa.cli.{module.name}") for module in pkgutil.iter_modules(cli.__path__)]
+    found = [value for module in modules for name, value in vars(module).items() if name.endswith("_EXAMPLES")]
+    texts = [text for value in found for text in (value.values() if isinstance(value, dict) else [value])]
+    lines = [line for text in texts for line in text.splitlines()]
     shown = [line.strip() for line in lines if re.match("  (fastjepa|torchrun|deepspeed|python) ", line)]
     return list(dict.fromkeys(command for line in shown for command in line.split(" && ") if not command.endswith("--help")))
 
@@ -120,7 +122,7 @@ def _train(script: str) -> list[str]:
 
 def accepted(words: list[str]) -> None:
     """Whether the command line takes these words, as `cli.main` reads them."""
-    args, rest = cli.parser().parse_known_args(words)
+    args, rest = build_parser().parse_known_args(words)
     assert not [word for word in rest if word.startswith("-")] and (not rest or "overrides" in args), rest
 
 
@@ -173,7 +175,7 @@ def place(tmp_path_factory, request) -> Path:
         write_idx(root / f"sets/fashion-mnist/{prefix}-images-idx3-ubyte.gz", draw.integers(0, 256, (count, 28, 28), np.uint8))
         write_idx(root / f"sets/fashion-mnist/{prefix}-labels-idx1-ubyte.gz", np.arange(count, dtype=np.uint8) % 4)
     for split, count in (("train", 12), ("test", 2)):
-        for label in catalog.CIFAR10_CLASSES:
+        for label in CIFAR10_CLASSES:
             folder = root / "sets/cifar10" / split / label
             folder.mkdir(parents=True)
             for i in range(count):
@@ -184,7 +186,7 @@ def place(tmp_path_factory, request) -> Path:
     shutil.copytree("runs/cifar10", "runs/h14")
     shutil.copyfile("runs/h14/config.yaml", "in1k_vith14_ep300.yaml")
     for name in ("IN1K-vit.h.14-300e.pth.tar", "jepa-ep100.pth.tar"):
-        assert cli.main(["convert", "runs/h14", name, "--to", "meta", "--steps-per-epoch", "1"]) == 0
+        assert main.main(["convert", "runs/h14", name, "--to", "meta", "--steps-per-epoch", "1"]) == 0
     return root
 
 
@@ -205,7 +207,7 @@ def toy(words: list[str], place: Path, output: Path) -> None:
         for old in (Path(words[2]), Path(words[2]).with_suffix(".pt2")):
             shutil.rmtree(old, ignore_errors=True)
             old.unlink(missing_ok=True)
-    assert cli.main([*words, *TOY.get(kind, []), *more]) in (None, 0)
+    assert main.main([*words, *TOY.get(kind, []), *more]) in (None, 0)
 
 
 @pytest.mark.slow

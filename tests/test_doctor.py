@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastjepa import cli, doctor, precision
-from fastjepa.config import load
+from fastjepa.cli.survey import DEEPSPEED_OPS, OPTIONAL_PACKAGES, deepspeed_op_rows, driver_row, precision_row, survey_machine
+from fastjepa.cli.main import main
+from fastjepa.config.load import load_config
+from fastjepa.engine import precision
+from fastjepa.engine.precision import settle_dtype
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -17,7 +20,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict[str, tuple[str, str]]]:
-    return {topic: {what: (state, why) for what, state, why in rows} for topic, rows in doctor.survey().items()}
+    return {topic: {what: (state, why) for what, state, why in rows} for topic, rows in survey_machine().items()}
 
 
 def test_it_covers_the_machine(found):
@@ -27,10 +30,10 @@ def test_it_covers_the_machine(found):
 
 
 def test_the_dtype_of_auto_is_the_trainers(found, monkeypatch):
-    settled = precision.settled(load("study", ["runtime.dtype=auto"]), CPU).runtime.dtype
+    settled = settle_dtype(load_config("study", ["runtime.dtype=auto"]), CPU).runtime.dtype
     assert found["precision"]["auto"][0] == settled
     monkeypatch.setattr(precision, "has_bf16", lambda device: False)
-    assert doctor.precision_of(CPU) == ("auto", "fp32", "this CPU has no bf16 instructions")
+    assert precision_row(CPU) == ("auto", "fp32", "this CPU has no bf16 instructions")
 
 
 def test_what_cannot_run_says_why(found):
@@ -40,17 +43,17 @@ def test_what_cannot_run_says_why(found):
 
 def test_every_extra_that_a_command_asks_for_is_named(found):
     extras = set(re.findall(r'^    "(\w+)": \[', (ROOT / "setup.py").read_text(), re.MULTILINE))
-    named = {why.partition("fastjepa[")[2].partition("]")[0] for _, why in doctor.EXTRAS.values()}
+    named = {why.partition("fastjepa[")[2].partition("]")[0] for _, why in OPTIONAL_PACKAGES.values()}
     assert named <= extras
     assert named >= {"dali", "deepspeed", "lightly", "eval", "pyarrow", "onnx", "remote"}
 
 
 def test_deepspeeds_parts_are_asked_of_deepspeed(found, monkeypatch):
-    assert found["DeepSpeed ops"].keys() == doctor.OPS.keys()
+    assert found["DeepSpeed ops"].keys() == DEEPSPEED_OPS.keys()
     assert found["DeepSpeed ops"]["cpu_adam"][1].endswith("torch's AdamW as well")
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    assert {state for _, state, _ in doctor.deepspeed_ops(CPU)} == {"no"}
-    assert "pip install 'fastjepa[deepspeed]'" in doctor.deepspeed_ops(CPU)[0][2]
+    assert {state for _, state, _ in deepspeed_op_rows(CPU)} == {"no"}
+    assert "pip install 'fastjepa[deepspeed]'" in deepspeed_op_rows(CPU)[0][2]
 
 
 @pytest.mark.parametrize(
@@ -64,16 +67,16 @@ def test_the_driver_is_asked_for_its_version(script, state, why, tmp_path, monke
     (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    said = doctor.driver(CPU)
+    said = driver_row(CPU)
     assert said[0] == state and why in said[1]
     monkeypatch.setenv("PATH", "/no/such/folder")
-    assert doctor.driver(CPU)[0] == "none"
+    assert driver_row(CPU)[0] == "none"
 
 
 def test_the_screen_and_the_json_are_the_same(found, capsys):
-    assert cli.main(["doctor", "--json"]) == 0
+    assert main(["doctor", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {topic: [row[0] for row in rows[topic]] for topic in rows} == {topic: list(found[topic]) for topic in found}
-    assert cli.main(["doctor"]) == 0
+    assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
     assert all(what in shown for topic in found.values() for what in topic)

@@ -7,10 +7,11 @@ from hypothesis import strategies as some
 from test_train import TINY
 from torch import Tensor, nn
 
-from fastjepa import distributed, ema, model
-from fastjepa.config import from_dict
-from fastjepa.ema import ShardedAverage
-from fastjepa.pieces import Piece
+from fastjepa.config.load import config_from_dict
+from fastjepa.engine.average import ShardedAverage, _Part
+from fastjepa.model.jepa import build_pair
+from fastjepa.ranks import collectives
+from fastjepa.ranks.shard import Piece
 
 YES, NO = torch.tensor(True), torch.tensor(False)
 
@@ -49,13 +50,13 @@ def test_every_rank_gets_the_whole_average(shapes, world, way, dtype):
     extents = [[(name, piece.start, piece.tensor.numel()) for name, piece in mine.items()] for mine in cuts]
     parts, networks = [], []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributed, "gather", lambda _: extents)
+        patch.setattr(collectives, "gather_objects", lambda _: extents)
         for rank in range(world):  # as if this were that rank's process
-            patch.setattr(distributed, "rank", lambda rank=rank: rank)
+            patch.setattr(collectives, "this_rank", lambda rank=rank: rank)
             networks.append({name: nn.Parameter(value.clone(), requires_grad=False) for name, value in start.items()})
-            parts.append(ema._Part(networks[rank], cuts[rank], dtype))
+            parts.append(_Part(networks[rank], cuts[rank], dtype))
             parts[rank].update(0.75, YES)
-        patch.setattr(distributed, "all_gather", lambda _, into=None: into.copy_(sent) if into is not None else sent)
+        patch.setattr(collectives, "all_gather", lambda _, into=None: into.copy_(sent) if into is not None else sent)
         sent = torch.cat([part.sent for part in parts])
         for part in parts:
             part.gather()
@@ -74,7 +75,7 @@ def test_every_rank_gets_the_whole_average(shapes, world, way, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_average_starts_as_the_target_encoder_is_and_not_as_the_encoder(dtype):
     """Weights given by --init need not be alike."""
-    jepa, target_encoder = model.build(from_dict(TINY))
+    jepa, target_encoder = build_pair(config_from_dict(TINY))
     for p in target_encoder.parameters():
         p.copy_(torch.randn_like(p))
     start = {name: p.clone() for name, p in target_encoder.named_parameters()}

@@ -6,18 +6,21 @@ import pytest
 import torch
 from test_model import masks, small
 
-from fastjepa import assembly, model, optim, train
-from fastjepa.data import Batch
-from fastjepa.ema import Average
-from fastjepa.engine import Engine
-from fastjepa.loss import BatchRegularizer
-from fastjepa.packing import pack
-from fastjepa.schedule import Now, Schedule
+from fastjepa.engine.adamw import apply_schedule, build_adamw
+from fastjepa.engine.average import Average
+from fastjepa.engine.plain import PlainEngine
+from fastjepa.engine.schedule import Schedule, StepSettings
+from fastjepa.loader.batch import Batch
+from fastjepa.loss.regularizers import BatchRegularizer
+from fastjepa.masks.pack import pack
+from fastjepa.model.jepa import build_pair
+from fastjepa.run.build import build_networks
+from fastjepa.run.step import take_step
 
-NOW = Now(lr=1e-2, weight_decay=0.1, ema_momentum=0.9)
+NOW = StepSettings(lr=1e-2, weight_decay=0.1, ema_momentum=0.9)
 
 
-def stepped(engine: Engine, poison: float | None = None) -> torch.Tensor:
+def stepped(engine: PlainEngine, poison: float | None = None) -> torch.Tensor:
     context, _, blocks = pack(*masks())
     prediction, _ = engine(torch.ones(3, 3, 32, 32), context, blocks)
     engine.backward(prediction.square().mean())
@@ -26,15 +29,15 @@ def stepped(engine: Engine, poison: float | None = None) -> torch.Tensor:
     return engine.step(NOW)
 
 
-def snapshot(engine: Engine) -> list[torch.Tensor]:
+def snapshot(engine: PlainEngine) -> list[torch.Tensor]:
     moments = [value for state in engine.optimizer.state.values() for value in state.values()]
     return [tensor.detach().clone() for tensor in (*engine.parameters, *moments)]
 
 
 def test_groups_are_the_official_ones():
-    jepa, _ = model.build(small())
-    optimizer = optim.adamw(jepa.encoder, jepa.predictor)
-    optim.apply_schedule(optimizer, NOW)
+    jepa, _ = build_pair(small())
+    optimizer = build_adamw(jepa.encoder, jepa.predictor)
+    apply_schedule(optimizer, NOW)
     groups = optimizer.param_groups
     assert [group["weight_decay"] for group in groups] == [0.1, 0.1, 0.0, 0.0]
     assert all(group["lr"] == 1e-2 for group in groups)
@@ -47,7 +50,7 @@ def test_the_predictor_may_learn_at_a_rate_of_its_own():
     """AdamW's first step without decay is lr in every direction: the two networks move by lr and by 4 lr."""
     jepa, _ = perturbed_pair()
     before = {name: p.detach().clone() for name, p in jepa.named_parameters()}
-    engine, now = Engine(jepa, pred_lr_scale=4.0), Now(lr=1e-3, weight_decay=0.0, ema_momentum=0.9)
+    engine, now = PlainEngine(jepa, pred_lr_scale=4.0), StepSettings(lr=1e-3, weight_decay=0.0, ema_momentum=0.9)
     for p in engine.parameters:
         p.grad = torch.ones_like(p)
     assert engine.step(now)
@@ -58,7 +61,7 @@ def test_the_predictor_may_learn_at_a_rate_of_its_own():
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
 def test_a_non_finite_gradient_leaves_weights_moments_and_counts(poison):
-    engine = Engine(perturbed_pair()[0])
+    engine = PlainEngine(perturbed_pair()[0])
     assert stepped(engine).item()
     before = snapshot(engine)
     assert not stepped(engine, poison).item()
@@ -68,7 +71,7 @@ def test_a_non_finite_gradient_leaves_weights_moments_and_counts(poison):
 
 
 def test_the_step_after_a_skipped_one_is_the_one_that_would_have_been():
-    clean, skipping = (Engine(perturbed_pair()[0]) for _ in range(2))
+    clean, skipping = (PlainEngine(perturbed_pair()[0]) for _ in range(2))
     stepped(clean)
     stepped(skipping, float("nan"))
     stepped(skipping)
@@ -77,7 +80,7 @@ def test_the_step_after_a_skipped_one_is_the_one_that_would_have_been():
 
 def perturbed_pair():
     torch.manual_seed(0)
-    return model.build(small())
+    return build_pair(small())
 
 
 def test_ema_moves_the_target_only_when_the_step_was_taken():
@@ -110,7 +113,7 @@ def test_micro_batches_add_up_to_the_batch(dtype):
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     gradients = []
     for size in (4, 2, 1):
-        engine = Engine(perturbed_pair()[0], micro_batches=4 // size)
+        engine = PlainEngine(perturbed_pair()[0], micro_batches=4 // size)
         for start in range(0, 4, size):
             part = slice(start, start + size)
             context, _, blocks = pack(context_mask[part], target_mask[part], images=4)
@@ -129,13 +132,13 @@ def test_micro_batches_add_up_to_the_batch(dtype):
 def test_a_step_never_waits_for_the_device(dtype):
     config = small(runtime={"dtype": dtype, "device": "cuda"})
     device = torch.device("cuda")
-    jepa, target_encoder = assembly.networks(config, device)
-    engine, average = Engine(jepa), Average(target_encoder, jepa.encoder)
+    jepa, target_encoder = build_networks(config, device)
+    engine, average = PlainEngine(jepa), Average(target_encoder, jepa.encoder)
     batches = [Batch(torch.randn(3, 3, 32, 32), *pack(*masks()), bad=()).to(device)]
-    train.step(engine, average, batches, NOW, config)  # compiles kernels and makes tables
+    take_step(engine, average, batches, NOW, config)  # compiles kernels and makes tables
     torch.cuda.set_sync_debug_mode("error")
     try:
-        taken = train.step(engine, average, batches, NOW, config)
+        taken = take_step(engine, average, batches, NOW, config)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert taken.finite.item()
@@ -149,5 +152,5 @@ def test_a_step_tells_the_regularizer_its_number():
     jepa, target_encoder = perturbed_pair()
     batch = Batch(torch.ones(3, 3, 32, 32), *pack(*masks()), bad=())
     for now in (Schedule(config.optimization, 4)(step) for step in (5, 2)):
-        train.step(Engine(jepa), Average(target_encoder, jepa.encoder), [batch], now, config, spread)
+        take_step(PlainEngine(jepa), Average(target_encoder, jepa.encoder), [batch], now, config, spread)
     assert seen == [5, 2]

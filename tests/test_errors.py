@@ -12,7 +12,8 @@ import pytest
 import torch
 from test_train import ROOT, write_config
 
-from fastjepa import cli
+from fastjepa.cli.main import main
+from fastjepa.errors import is_users_to_mend
 
 TRAIN = ["train", "--config", "CONFIG", "--output", "OUT"]
 MISTAKES = {  # what is wrong: the command, what its sentence says
@@ -63,7 +64,7 @@ def places(tmp_path_factory) -> dict[str, str]:
     for name in ("IMAGES", "EMPTY"):
         found[name].mkdir()
     config = write_config(found["IMAGES"])
-    assert cli.main(["train", "--config", str(config), "--output", str(found["RUN"]), "--max-steps", "1"]) == 0
+    assert main(["train", "--config", str(config), "--output", str(found["RUN"]), "--max-steps", "1"]) == 0
     shutil.copytree(found["RUN"], found["DAMAGED"])
     (weights,) = found["DAMAGED"].rglob("encoder.safetensors")
     weights.write_bytes(weights.read_bytes()[:-4] + b"????")
@@ -83,12 +84,12 @@ def sentence(places, tmp_path, monkeypatch, capsys):
     def say(command: list[str]) -> str:
         words = [re.sub(r"\b[A-Z]{3,}\b", lambda name: names[name[0]], word) for word in command]
         capsys.readouterr()
-        assert cli.main(words) == 2
+        assert main(words) == 2
         said = capsys.readouterr().err
         assert "Traceback" not in said
         assert said.startswith(f"fastjepa {command[0]}: ") and said.count("\n") == 1, said
         with pytest.raises(Exception):  # noqa: B017  --debug shows whatever it was
-            cli.main([*words, "--debug"])
+            main([*words, "--debug"])
         for name in sorted(names, key=lambda name: -len(names[name])):
             said = said.replace(names[name], name)
         return said.strip()
@@ -130,27 +131,27 @@ def raises(error: Exception):
 
 
 def test_out_of_memory_in_training(sentence, monkeypatch):
-    monkeypatch.setattr("fastjepa.model.Jepa.forward", raises(torch.OutOfMemoryError(OUT_OF_MEMORY)))
+    monkeypatch.setattr("fastjepa.model.jepa.Jepa.forward", raises(torch.OutOfMemoryError(OUT_OF_MEMORY)))
     said = sentence(TRAIN)
     assert said.startswith("fastjepa train: out of memory, 2.00 GiB more were asked for; lower runtime.micro_batch")
 
 
 def test_what_counts_as_out_of_memory():
     cublas = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
-    assert all(map(cli.expected, (torch.OutOfMemoryError(OUT_OF_MEMORY), MemoryError(), cublas)))
-    assert not cli.expected(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert all(map(is_users_to_mend, (torch.OutOfMemoryError(OUT_OF_MEMORY), MemoryError(), cublas)))
+    assert not is_users_to_mend(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
 def test_out_of_memory_in_an_evaluation(sentence, monkeypatch):
-    monkeypatch.setattr("fastjepa.model.Encoder.forward", raises(torch.OutOfMemoryError(OUT_OF_MEMORY)))
+    monkeypatch.setattr("fastjepa.model.vit.Encoder.forward", raises(torch.OutOfMemoryError(OUT_OF_MEMORY)))
     said = sentence(["eval", "knn", "--checkpoint", "RUN", "--data", "SPLITS", "--encoder", "context", "--no-cache"])
     assert said.startswith("fastjepa eval: out of memory, 2.00 GiB more were asked for") and "--device cpu" in said
 
 
 def test_another_error_keeps_its_traceback(monkeypatch, places, tmp_path):
-    monkeypatch.setattr("fastjepa.model.Jepa.forward", raises(RuntimeError("a bug")))
+    monkeypatch.setattr("fastjepa.model.jepa.Jepa.forward", raises(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
-        cli.main(["train", "--config", places["CONFIG"], "--output", str(tmp_path)])
+        main(["train", "--config", places["CONFIG"], "--output", str(tmp_path)])
 
 
 def python(*words: object, **variables: str) -> subprocess.CompletedProcess:
@@ -206,5 +207,5 @@ def test_a_sentence_is_written_in_one_piece(monkeypatch):
     """Under torchrun standard error is not buffered: what is written in parts runs into the lines of other ranks."""
     written = []
     monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=written.append, flush=lambda: None))
-    assert cli.main(["train", "--config", "nowhere"]) == 2
+    assert main(["train", "--config", "nowhere"]) == 2
     assert len(written) == 1 and written[0].startswith("fastjepa train: ") and written[0].endswith("\n")

@@ -14,12 +14,25 @@ from PIL import Image
 from rich.console import Console
 from torchvision.transforms.v2 import functional as vision
 
-from fastjepa import checkpoint, config, model, optim
-from fastjepa.config import ConfigError
-from fastjepa.evals import features, knn, linear, table
-from fastjepa.evals.result import Features
-from fastjepa.monitors import effective_rank
-from fastjepa.sources import open_source
+from fastjepa.checkpoint.restore import load_networks
+from fastjepa.checkpoint.save import save_checkpoint
+from fastjepa.checkpoint.state import TrainState
+from fastjepa.config.load import config_from_dict
+from fastjepa.data.crops import fit_to
+from fastjepa.data.sources import open_source
+from fastjepa.engine.adamw import build_adamw
+from fastjepa.errors import ConfigError
+from fastjepa.evals import features, linear
+from fastjepa.evals.cache import weights_fingerprint
+from fastjepa.evals.collapse import effective_rank
+from fastjepa.evals.features import extract_features, raw_pixels
+from fastjepa.evals.inputs import open_splits, open_subject
+from fastjepa.evals.knn import knn_accuracy
+from fastjepa.evals.linear import linear_accuracy
+from fastjepa.evals.scoring import Features
+from fastjepa.evals.table import evaluate_probe, evaluate_table, table_verdict
+from fastjepa.model.jepa import build_pair
+from fastjepa.weights.encoders import load_run_encoder, read_config
 
 GREY = ((0.5,), (0.25,))
 SMALL = {
@@ -48,15 +61,15 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_run(root: Path, change: float = 0.5, step: int = 3) -> Path:
     """A run directory with one checkpoint whose encoders differ from each other and, by `change`, from untrained ones."""
-    small = config.from_dict(SMALL, "test")
-    jepa, target = model.build(small)
+    small = config_from_dict(SMALL, "test")
+    jepa, target = build_pair(small)
     with torch.no_grad():
         for factor, encoder in ((1 + change, target), (1 - change, jepa.encoder)):
             for parameter in encoder.parameters():
                 parameter.mul_(factor)
     networks = {"encoder": jepa.encoder, "predictor": jepa.predictor, "target_encoder": target}
-    state = checkpoint.TrainState(step, networks, optim.adamw(jepa.encoder, jepa.predictor), record={"config": small.to_dict()})
-    checkpoint.save(root / "checkpoints", state)
+    state = TrainState(step, networks, build_adamw(jepa.encoder, jepa.predictor), record={"config": small.to_dict()})
+    save_checkpoint(root / "checkpoints", state)
     (root / "config.yaml").write_text(json.dumps(small.to_dict()))  # JSON is YAML
     return root
 
@@ -77,7 +90,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_evaluation_view_equals_torchvision(height: int, width: int, size: tuple[int, int]):
     """Resize the short side to 8/7 of the crop, then crop the centre; an image of the right size is left alone."""
     image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(height))
-    found = features.fit_to(image, size)
+    found = fit_to(image, size)
     if (height, width) == size:
         assert torch.equal(found, image)
     else:
@@ -88,32 +101,32 @@ def test_evaluation_view_equals_torchvision(height: int, width: int, size: tuple
 @given(st.integers(4, 80), st.integers(4, 80), st.integers(4, 40), st.integers(4, 40))
 @settings(max_examples=40)
 def test_evaluation_view_fills_any_size(height: int, width: int, rows: int, columns: int):
-    view = features.fit_to(torch.full((1, height, width), 7, dtype=torch.uint8), (rows, columns))
+    view = fit_to(torch.full((1, height, width), 7, dtype=torch.uint8), (rows, columns))
     assert view.shape == (1, rows, columns) and (view == 7).all()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_features_lie_in_source_order(images: Path, workers: int):
-    source, encoder = open_source(images), model.build(config.from_dict(SMALL, "test"))[1]
-    found = features.extract(encoder, source, (16, 16), 1, GREY, batch=7, workers=workers)
+    source, encoder = open_source(images), build_pair(config_from_dict(SMALL, "test"))[1]
+    found = extract_features(encoder, source, (16, 16), 1, GREY, batch=7, workers=workers)
     assert found.y.tolist() == [source.label(i) for i in range(len(source))] == [0] * 20 + [1] * 20
     for i in (0, 13, 39):
         pixels = torch.from_numpy(np.array(Image.open(source.name(i))))[None, None] / 255
         expected = encoder.features((pixels - 0.5) / 0.25).mean(dim=1)[0]
         assert torch.allclose(found.x[i], expected, atol=1e-5)
     rows = np.array([39, 2, 13])
-    assert torch.equal(features.extract(encoder, source, (16, 16), 1, GREY, rows=rows).y, found.y[rows])
-    assert torch.allclose(features.extract(encoder, source, (16, 16), 1, GREY, rows=rows).x, found.x[rows], atol=1e-5)
+    assert torch.equal(extract_features(encoder, source, (16, 16), 1, GREY, rows=rows).y, found.y[rows])
+    assert torch.allclose(extract_features(encoder, source, (16, 16), 1, GREY, rows=rows).x, found.x[rows], atol=1e-5)
 
 
 def test_raw_pixels_separate_dark_from_bright(images: Path):
-    train, test = (features.raw_pixels(open_source(images, split), (16, 16), 1, GREY) for split in ("train", "test"))
+    train, test = (raw_pixels(open_source(images, split), (16, 16), 1, GREY) for split in ("train", "test"))
     assert train.x.shape == (40, 256) and -2 <= float(train.x.min()) < float(train.x.max()) <= 2
     first = np.array(Image.open(open_source(images).name(0))).reshape(-1)
     assert torch.allclose(train.x[0], torch.from_numpy((first / 255 - 0.5) / 0.25).float())
-    assert linear.linear(train, test, 2).accuracy == 1.0
+    assert linear_accuracy(train, test, 2).accuracy == 1.0
     centred = [Features(part.x - train.x.mean(), part.y) for part in (train, test)]
-    assert knn.knn(*centred, 2).accuracy == 1.0
+    assert knn_accuracy(*centred, 2).accuracy == 1.0
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -121,7 +134,7 @@ def test_a_broken_image_is_named_in_one_sentence(tmp_path: Path, workers: int):
     source = open_source(write_images(tmp_path))
     Path(source.name(11)).write_bytes(b"not a png")
     with pytest.raises(OSError, match="cannot be evaluated") as error:
-        features.raw_pixels(source, (16, 16), 1, GREY, workers=workers)
+        raw_pixels(source, (16, 16), 1, GREY, workers=workers)
     assert source.name(11) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -129,16 +142,16 @@ def test_a_broken_image_is_named_in_one_sentence(tmp_path: Path, workers: int):
     "size, channels, message", [((16, 16), 3, "takes 1-channel images, not 3"), ((18, 16), 1, "18x16 pixels .* 4x4")]
 )
 def test_images_the_encoder_cannot_take_are_refused(images: Path, size: tuple[int, int], channels: int, message: str):
-    encoder = model.build(config.from_dict(SMALL, "test"))[1]
+    encoder = build_pair(config_from_dict(SMALL, "test"))[1]
     with pytest.raises(ConfigError, match=message):
-        features.extract(encoder, open_source(images), size, channels, ((0.5,) * channels, (0.25,) * channels))
+        extract_features(encoder, open_source(images), size, channels, ((0.5,) * channels, (0.25,) * channels))
 
 
 def test_features_that_are_not_finite_are_refused(images: Path):
-    encoder = model.build(config.from_dict(SMALL, "test"))[1]
+    encoder = build_pair(config_from_dict(SMALL, "test"))[1]
     encoder.norm.bias.data[0] = math.nan
     with pytest.raises(ConfigError, match="not finite"):
-        features.extract(encoder, open_source(images), (16, 16), 1, GREY)
+        extract_features(encoder, open_source(images), (16, 16), 1, GREY)
 
 
 def test_images_without_labels_are_refused(tmp_path: Path, run: Path, images: Path, monkeypatch: pytest.MonkeyPatch):
@@ -146,89 +159,89 @@ def test_images_without_labels_are_refused(tmp_path: Path, run: Path, images: Pa
         (tmp_path / "flat" / split).mkdir(parents=True)
         Image.new("L", (16, 16)).save(tmp_path / "flat" / split / "a.png")
     with pytest.raises(ConfigError, match="class folders"):
-        table.run("knn", run, str(tmp_path / "flat"))
+        evaluate_probe("knn", run, str(tmp_path / "flat"))
     with pytest.raises(ConfigError, match="a.png: has no label"):
-        features.raw_pixels(open_source(tmp_path / "flat"), (16, 16), 1, GREY)
+        raw_pixels(open_source(tmp_path / "flat"), (16, 16), 1, GREY)
     partly = open_source(images)
     monkeypatch.setattr(partly, "label", lambda i: None if i == 5 else 0)
     with pytest.raises(ConfigError, match=re.escape(partly.name(5))):
-        features.raw_pixels(partly, (16, 16), 1, GREY)
+        raw_pixels(partly, (16, 16), 1, GREY)
 
 
 def test_splits_with_different_classes_are_refused(tmp_path: Path, run: Path):
     data = write_images(tmp_path / "data")
     (data / "test" / "class0").rename(data / "test" / "class7")
     with pytest.raises(ConfigError, match="different classes .'class0'"):
-        table.run("knn", run, str(data))
+        evaluate_probe("knn", run, str(data))
 
 
 def test_each_encoder_is_the_one_asked_for(run: Path):
-    target, context, untrained = (features.load_encoder(run, which) for which in ("target", "context", "random"))
-    stored = checkpoint.load_networks(run)
+    target, context, untrained = (load_run_encoder(run, which) for which in ("target", "context", "random"))
+    stored = load_networks(run)
     for encoder, name in ((target, "target_encoder"), (context, "encoder")):
         assert all(torch.equal(tensor, stored[name][key]) for key, tensor in encoder.state_dict().items())
-    fresh = model.build(config.from_dict(SMALL, "test"))[0].encoder
-    assert features.fingerprint(untrained) == features.fingerprint(fresh)
-    assert features.fingerprint(target) != features.fingerprint(context)
+    fresh = build_pair(config_from_dict(SMALL, "test"))[0].encoder
+    assert weights_fingerprint(untrained) == weights_fingerprint(fresh)
+    assert weights_fingerprint(target) != weights_fingerprint(context)
     assert not target.training and not any(p.requires_grad for p in target.parameters())
 
 
 def test_a_checkpoint_is_found_from_its_run_or_by_itself(run: Path):
     lone = run / "checkpoints" / "jepa-00000003"
-    assert features.fingerprint(features.load_encoder(lone)) == features.fingerprint(features.load_encoder(run))
+    assert weights_fingerprint(load_run_encoder(lone)) == weights_fingerprint(load_run_encoder(run))
     moved = lone.rename(run.parent / "jepa-00000003")
-    assert features.read_config(moved) == config.from_dict(SMALL, "test")
+    assert read_config(moved) == config_from_dict(SMALL, "test")
     with pytest.raises(ConfigError, match="name the run directory"):
-        features.read_config(moved / "encoder.safetensors")
+        read_config(moved / "encoder.safetensors")
 
 
 def test_weights_of_another_shape_are_refused(run: Path):
-    other = config.from_dict(SMALL | {"meta": SMALL["meta"] | {"embed_dim": 64}}, "test")
+    other = config_from_dict(SMALL | {"meta": SMALL["meta"] | {"embed_dim": 64}}, "test")
     with pytest.raises(ConfigError, match="target_encoder does not fit its config: size mismatch"):
-        features.load_encoder(run, "target", other)
+        load_run_encoder(run, "target", other)
 
 
 def test_cache_gives_the_same_bytes_and_misses_changed_weights(run: Path, images: Path, monkeypatch: pytest.MonkeyPatch):
-    made, extract = [], features.extract
-    monkeypatch.setattr(features, "extract", lambda *args, **kw: made.append(1) or extract(*args, **kw))
-    splits = table.open_splits(str(images), None, 10, 0)
-    first = table.open_subject(run).features("target", splits)
+    made, extract = [], extract_features
+    monkeypatch.setattr(features, "extract_features", lambda *args, **kw: made.append(1) or extract(*args, **kw))
+    splits = open_splits(str(images), None, 10, 0)
+    first = open_subject(run).features("target", splits)
     assert len(made) == 2 and len(list((run / "features").glob("*.safetensors"))) == 2
-    second = table.open_subject(run).features("target", splits)
+    second = open_subject(run).features("target", splits)
     assert len(made) == 2  # both from the cache
     for before, after in zip(first, second, strict=True):
         assert torch.equal(before.x, after.x) and torch.equal(before.y, after.y)
     write_run(run, change=0.4, step=4)
-    third = table.open_subject(run).features("target", splits)
+    third = open_subject(run).features("target", splits)
     assert len(made) == 4 and not torch.equal(third[0].x, first[0].x)
-    table.open_subject(run).features("target", table.open_splits(str(images), None, 11, 0))
+    open_subject(run).features("target", open_splits(str(images), None, 11, 0))
     assert len(made) == 5  # another count of test images, the same training images
-    table.open_subject(run, cache=False).features("target", splits)
+    open_subject(run, cache=False).features("target", splits)
     assert len(made) == 7
     assert not list((run / "features").glob(".*"))
 
 
 def test_cache_misses_when_an_image_is_exchanged_for_another(run: Path, tmp_path: Path):
     data = write_images(tmp_path / "data")
-    before = table.open_subject(run).features("target", table.open_splits(str(data), None, None, 0))
+    before = open_subject(run).features("target", open_splits(str(data), None, None, 0))
     Image.new("L", (16, 16)).save(data / "test" / "class1" / "0001b.png")
     (data / "test" / "class1" / "0001.png").unlink()
-    after = table.open_subject(run).features("target", table.open_splits(str(data), None, None, 0))
+    after = open_subject(run).features("target", open_splits(str(data), None, None, 0))
     assert torch.equal(before[0].x, after[0].x) and torch.equal(before[1].y, after[1].y)
     assert torch.equal(before[1].x[:10], after[1].x[:10]) and not torch.equal(before[1].x[10], after[1].x[10])
 
 
 def test_a_damaged_cache_file_is_named(run: Path, images: Path):
-    table.run("knn", run, str(images))
+    evaluate_probe("knn", run, str(images))
     for file in (run / "features").iterdir():
         file.write_bytes(file.read_bytes()[:40])
     with pytest.raises(OSError, match="delete the file"):
-        table.run("knn", run, str(images))
+        evaluate_probe("knn", run, str(images))
 
 
 @pytest.mark.parametrize("kind", ["knn", "linear", "linear_bn"])
 def test_run_gives_what_its_json_promises(run: Path, images: Path, kind: str, quick: None):
-    result = json.loads(json.dumps(table.run(kind, run, str(images), "context", n_train=30)))
+    result = json.loads(json.dumps(evaluate_probe(kind, run, str(images), "context", n_train=30)))
     assert result["encoder"] == "context" and result["data"] == str(images)
     assert (result["n_train"], result["n_test"]) == (30, 20)
     assert 0 <= result["ci95"][0] <= result["accuracy"] <= result["ci95"][1] <= 1
@@ -236,20 +249,20 @@ def test_run_gives_what_its_json_promises(run: Path, images: Path, kind: str, qu
 
 def test_an_unknown_probe_is_refused(run: Path, images: Path):
     with pytest.raises(ConfigError, match="choose knn or linear"):
-        table.run("forest", run, str(images))
+        evaluate_probe("forest", run, str(images))
 
 
 def test_table_puts_every_encoder_through_the_same_probes(run: Path, images: Path, quick: None):
     out = Console(record=True, width=140, file=open("/dev/null", "w"))  # noqa: SIM115
-    found = table.demo_table(run, str(images), out=out)
+    found = evaluate_table(run, str(images), out=out)
     assert json.loads((run / "evaluation.json").read_text()) == found
     assert list(found["rows"]) == ["raw pixels", "random encoder", "context encoder", "target encoder"]
     for which in ("random", "context", "target"):
         row = found["rows"][f"{which} encoder"]
-        test = features.extract(features.load_encoder(run, which), open_source(images, "test"), (16, 16), 1, GREY)
+        test = extract_features(load_run_encoder(run, which), open_source(images, "test"), (16, 16), 1, GREY)
         assert row["effective_rank"] == pytest.approx(effective_rank(test.x), rel=1e-5)
-        assert row["knn"]["accuracy"] == table.run("knn", run, str(images), which)["accuracy"]
-        assert row["linear"]["chosen"] == table.run("linear", run, str(images), which)["chosen"]
+        assert row["knn"]["accuracy"] == evaluate_probe("knn", run, str(images), which)["accuracy"]
+        assert row["linear"]["chosen"] == evaluate_probe("linear", run, str(images), which)["chosen"]
     assert len({row["effective_rank"] for row in found["rows"].values()}) == 4
     printed = out.export_text()
     assert all(text in printed for text in ("k-NN", "effective rank", *found["rows"], *found["verdict"]))
@@ -272,6 +285,6 @@ def test_verdict_says_where_raw_pixels_win(knn_target: float, linear_target: flo
         "random encoder": row(0.5, 0.6),
         "target encoder": row(knn_target, linear_target),
     }
-    over_random, pixels = table.verdict(rows)
+    over_random, pixels = table_verdict(rows)
     assert pixels == sentence
     assert f"{100 * (knn_target - 0.5):+.1f} points k-NN" in over_random

@@ -10,10 +10,12 @@ import torch
 from test_interop import IJEPA, SHAPE, convert, make_state
 from transformers import IJepaConfig, IJepaModel
 
-import fastjepa
-from fastjepa import checkpoint, cli, export
-from fastjepa.config import from_dict
-from fastjepa.pretrained import PretrainedEncoder
+from fastjepa import load_encoder
+from fastjepa.checkpoint.save import save_checkpoint
+from fastjepa.cli.main import main
+from fastjepa.config.load import config_from_dict
+from fastjepa.weights.export import WholeImages
+from fastjepa.weights.pretrained import PretrainedEncoder
 
 TOLERANCE = 1e-5
 
@@ -21,13 +23,13 @@ TOLERANCE = 1e-5
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("run")
-    checkpoint.save(path / "checkpoints", make_state(from_dict(SHAPE)))
+    save_checkpoint(path / "checkpoints", make_state(config_from_dict(SHAPE)))
     return path
 
 
 @pytest.fixture(scope="module")
 def encoder(run) -> PretrainedEncoder:
-    return fastjepa.load_encoder(run)
+    return load_encoder(run)
 
 
 @pytest.fixture(scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["fixed", "dynamic"])
@@ -48,14 +50,14 @@ def error(found, expected: torch.Tensor) -> float:
 
 
 def test_the_plain_path_is_the_packed_one_on_the_same_weights(encoder, dynamic):
-    plain = export.WholeImages(encoder, dynamic)
+    plain = WholeImages(encoder, dynamic)
     assert {p.data_ptr() for p in plain.parameters()} == {p.data_ptr() for p in encoder.parameters()}
     images = torch.randn(3, 3, 32, 48)
     assert error(plain(images), encoder.forward_features(images)) < TOLERANCE
 
 
 def test_positions_are_those_of_the_trainer_at_any_grid(encoder):
-    plain = export.WholeImages(encoder, dynamic=True)
+    plain = WholeImages(encoder, dynamic=True)
     for grid in ((4, 6), (1, 1), (28, 32)):
         assert error(plain.positions(*grid), encoder.positions(grid)) < TOLERANCE
 
@@ -89,9 +91,9 @@ def test_a_torch_program_gives_the_same_features(run, encoder, tmp_path, dynamic
 def test_learned_positions_fit_one_size_alone(tmp_path, capsys):
     IJepaModel(IJepaConfig(**IJEPA, image_size=32)).save_pretrained(tmp_path / "hf")
     command = ["convert", str(tmp_path / "hf"), str(tmp_path / "encoder.onnx"), "--to", "onnx"]
-    assert cli.main([*command, "--dynamic"]) == 2
+    assert main([*command, "--dynamic"]) == 2
     assert "positions were learned for one size" in capsys.readouterr().err
     assert not (tmp_path / "encoder.onnx").exists()
-    ours = fastjepa.load_encoder(tmp_path / "hf")  # with its eps of 1e-12
+    ours = load_encoder(tmp_path / "hf")  # with its eps of 1e-12
     images = torch.randn(2, 3, 32, 32)
-    assert error(export.WholeImages(ours)(images), ours.forward_features(images)) < TOLERANCE
+    assert error(WholeImages(ours)(images), ours.forward_features(images)) < TOLERANCE

@@ -10,15 +10,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastjepa import attention, config, flops, masks, model, packing, targets
-from fastjepa.config import Config, LossConfig
-from fastjepa.data import Batch
-from fastjepa.packing import Packed
+from fastjepa.config.load import config_from_dict
+from fastjepa.config.schema import Config, LossConfig
+from fastjepa.loader.batch import Batch
+from fastjepa.loss.targets import TARGETS_OF
+from fastjepa.masks.draw import draw_masks
+from fastjepa.masks.pack import pack
+from fastjepa.masks.packed import Blocks, Packed
+from fastjepa.model import vit
+from fastjepa.model.jepa import build_pair
+from fastjepa.model.vit import use_attention
+from fastjepa.plan.flops import Flops, count_flops, encoder_flops, flops_of_packed, flops_per_image, official_flops
 
 
 def tiny(depth: int = 3, pred_depth: int = 3, images: int = 2, **mask: object) -> Config:
     """A network of few rows, in which no width equals another, so that no product can stand for another."""
-    return config.from_dict(
+    return config_from_dict(
         {
             "data": {"crop_size": [24, 32], "batch_size": images, "channels": 1},
             "mask": {"patch_size": 4, "min_keep": 2, **mask},
@@ -38,11 +45,11 @@ def loop(q: Tensor, k: Tensor, v: Tensor, queries: Packed, keys: Packed, way: st
     return torch.cat(parts)
 
 
-def counted(config: Config, context: Packed, target: Packed, blocks: packing.Blocks) -> flops.Flops:
+def counted(config: Config, context: Packed, target: Packed, blocks: Blocks) -> Flops:
     """What FlopCounterMode sees of each part, per image."""
-    jepa, target_encoder = model.build(config)
+    jepa, target_encoder = build_pair(config)
     for network in (jepa, target_encoder):
-        model.use_attention(network, "matmul")
+        use_attention(network, "matmul")
     b = config.micro_batch
     images = torch.randn(b, config.data.channels, *config.image_size)
     parts = []
@@ -54,22 +61,22 @@ def counted(config: Config, context: Packed, target: Packed, blocks: packing.Blo
         return result
 
     with torch.no_grad():
-        spent(lambda: targets.OF[config.loss.target](target_encoder, Batch(images, context, target, blocks, bad=())))
+        spent(lambda: TARGETS_OF[config.loss.target](target_encoder, Batch(images, context, target, blocks, bad=())))
     features = spent(lambda: jepa.encoder(images, context))
     spent(lambda: features.sum().backward())
     features = features.detach().requires_grad_()
     prediction = spent(lambda: jepa.predictor(features, context, blocks))
     spent(lambda: prediction.sum().backward())
-    return flops.Flops(*parts)
+    return Flops(*parts)
 
 
-def assert_close(found: flops.Flops, expected: flops.Flops, relative: float = 0.01) -> None:
+def assert_close(found: Flops, expected: Flops, relative: float = 0.01) -> None:
     assert dataclasses.asdict(found) == pytest.approx(dataclasses.asdict(expected), rel=relative)
 
 
 def draw(config: Config, step: int = 0) -> tuple[np.ndarray, np.ndarray]:
     images = config.data.batch_size
-    return masks.draw(config.mask, config.grid, 0, step, 0, images, images)
+    return draw_masks(config.mask, config.grid, 0, step, 0, images, images)
 
 
 @pytest.mark.parametrize("depth, pred_depth", [(3, 3), (1, 3), (3, 1), (2, 2)])
@@ -77,18 +84,18 @@ def draw(config: Config, step: int = 0) -> tuple[np.ndarray, np.ndarray]:
 def test_equal_lengths_match_torch(depth: int, pred_depth: int, contexts: int):
     """The trainer's own matmul attention; equal lengths, so that nothing is padded."""
     c = tiny(depth, pred_depth, num_enc_masks=contexts, truncate="batch_min")
-    packed = packing.pack(*draw(c))
+    packed = pack(*draw(c))
     assert packed[0].length and packed[2].sequences.length
-    assert_close(flops.packed(c, *packed), counted(c, *packed))
+    assert_close(flops_of_packed(c, *packed), counted(c, *packed))
 
 
 @pytest.mark.parametrize("sampling", ["official", "uniform"])
 def test_ragged_lengths_match_torch(monkeypatch: pytest.MonkeyPatch, sampling: str):
     c = tiny(images=4, truncate="none", sampling=sampling)
-    packed = packing.pack(*draw(c))
+    packed = pack(*draw(c))
     assert packed[0].length is None
-    monkeypatch.setattr(attention, "attention", loop)
-    assert_close(flops.packed(c, *packed), counted(c, *packed))
+    monkeypatch.setattr(vit, "packed_attention", loop)
+    assert_close(flops_of_packed(c, *packed), counted(c, *packed))
 
 
 @pytest.mark.parametrize("target", ["input", "pixels"])
@@ -96,20 +103,20 @@ def test_ragged_lengths_match_torch(monkeypatch: pytest.MonkeyPatch, sampling: s
 def test_other_targets_match_torch(monkeypatch: pytest.MonkeyPatch, target: str, strategy: str):
     """Blocks that the target network sees alone, a sequence each; or no target network, and pixels to predict."""
     c = dataclasses.replace(tiny(images=4, truncate="none", strategy=strategy), loss=LossConfig(target=target))
-    packed = packing.pack(*draw(c), separate=c.separate)
-    monkeypatch.setattr(attention, "attention", loop)
-    found = flops.packed(c, *packed)
+    packed = pack(*draw(c), separate=c.separate)
+    monkeypatch.setattr(vit, "packed_attention", loop)
+    found = flops_of_packed(c, *packed)
     assert_close(found, counted(c, *packed))
     assert (found.target_forward == 0) == (target == "pixels")
-    assert flops.of_config(c, steps=1) == pytest.approx(found.total)
+    assert flops_per_image(c, steps=1) == pytest.approx(found.total)
 
 
 def test_a_block_by_itself_is_counted_as_it_is_packed():
     c = dataclasses.replace(tiny(num_pred_masks=2), loss=LossConfig(target="input"))
     context_mask, target_mask = np.zeros((2, 1, 48), bool), np.zeros((2, 2, 48), bool)
     context_mask[..., :20] = target_mask[..., 30:42] = True
-    packed = packing.pack(context_mask, target_mask, separate=True)
-    assert_close(flops.count(c, 20, 12, 12), flops.packed(c, *packed), 1e-12)
+    packed = pack(context_mask, target_mask, separate=True)
+    assert_close(count_flops(c, 20, 12, 12), flops_of_packed(c, *packed), 1e-12)
 
 
 def test_attention_costs_the_sum_of_squares(monkeypatch: pytest.MonkeyPatch):
@@ -118,29 +125,27 @@ def test_attention_costs_the_sum_of_squares(monkeypatch: pytest.MonkeyPatch):
     context_mask, target_mask = np.zeros((2, 1, 48), bool), np.zeros((2, 4, 48), bool)
     context_mask[0, 0, :2] = context_mask[1, 0, :46] = True
     target_mask[0, :, :20] = target_mask[1, :, -2:] = True
-    packed = packing.pack(context_mask, target_mask)
-    monkeypatch.setattr(attention, "attention", loop)
-    assert_close(flops.packed(c, *packed), counted(c, *packed), 1e-9)
+    packed = pack(context_mask, target_mask)
+    monkeypatch.setattr(vit, "packed_attention", loop)
+    assert_close(flops_of_packed(c, *packed), counted(c, *packed), 1e-9)
 
 
 def test_wide_heads_and_mlp_ratios_match_torch():
     """The mlp ratio of vit_giant is 48/11, while the predictor's stays 4."""
     c = tiny(truncate="batch_min")
     c = dataclasses.replace(c, meta=dataclasses.replace(c.meta, model_name="vit_giant", embed_dim=88))
-    packed = packing.pack(*draw(c))
-    assert_close(flops.packed(c, *packed), counted(c, *packed))
+    packed = pack(*draw(c))
+    assert_close(flops_of_packed(c, *packed), counted(c, *packed))
 
 
-def lengths(
-    context: int, block: int, union: int, contexts: int, blocks: int, images: int
-) -> tuple[Packed, Packed, packing.Blocks]:
+def lengths(context: int, block: int, union: int, contexts: int, blocks: int, images: int) -> tuple[Packed, Packed, Blocks]:
     """Masks of given lengths: a context, `blocks` blocks of one length, and an exact union of them."""
     context_mask, target_mask = np.zeros((images, contexts, 48), bool), np.zeros((images, blocks, 48), bool)
     context_mask[:, :, 48 - context :] = True
     for r in range(blocks):
         start = (union - block) * r // max(1, blocks - 1)
         target_mask[:, r, start : start + block] = True
-    return packing.pack(context_mask, target_mask)
+    return pack(context_mask, target_mask)
 
 
 @given(context=st.integers(1, 48), block=st.integers(1, 20), extra=st.integers(0, 20), contexts=st.integers(1, 2),
@@ -148,15 +153,15 @@ def lengths(
 def test_count_is_packed_for_equal_lengths(context, block, extra, contexts, images, depth, pred_depth):
     c = tiny(depth, pred_depth, images, num_enc_masks=contexts, num_pred_masks=2)
     union = block + min(extra, block)
-    exact = flops.packed(c, *lengths(context, block, union, contexts, 2, images))
-    assert_close(flops.count(c, context, block, union), exact, 1e-12)
-    assert_close(flops.count(c, context, block, union, images=images), exact, 1e-12)
+    exact = flops_of_packed(c, *lengths(context, block, union, contexts, 2, images))
+    assert_close(count_flops(c, context, block, union), exact, 1e-12)
+    assert_close(count_flops(c, context, block, union, images=images), exact, 1e-12)
 
 
 def test_the_savings_are_those_the_model_makes():
     """Against the official code's work: the same context forward but for patches nobody sees, and less of all the rest."""
     c = tiny(truncate="batch_min")
-    ours, theirs = flops.count(c, 12, 6, 18), flops.official(c, 12, 6)
+    ours, theirs = count_flops(c, 12, 6, 18), official_flops(c, 12, 6)
     patches = 2 * 48 * 16 * 48  # 2 x N x patch pixels x D
     assert theirs.context_forward - ours.context_forward == pytest.approx(patches * (1 - 12 / 48))
     unwanted = 2 * 48 * 30 * (2 * 48 + 2 * 48 + 2 * 4 * 48)  # 30 of 48 rows lack q, attention, proj and mlp in the last block
@@ -178,8 +183,8 @@ DERIVED = {  # GFLOP an image and the shares of target, context and predictor, r
 @pytest.mark.parametrize("name, patch, pred_depth", DERIVED)
 def test_official_totals(name: str, patch: int, pred_depth: int):
     """Within rounding and the sampling error of the lengths."""
-    c = config.from_dict({"mask": {"patch_size": patch}, "meta": {"model_name": name, "pred_depth": pred_depth}})
-    f = flops.official(c, *LENGTHS[patch])
+    c = config_from_dict({"mask": {"patch_size": patch}, "meta": {"model_name": name, "pred_depth": pred_depth}})
+    f = official_flops(c, *LENGTHS[patch])
     gflop, target, context, predictor = DERIVED[name, patch, pred_depth]
     assert f.total / 1e9 == pytest.approx(gflop, abs=0.5, rel=0.005)
     shares = f.target_forward, f.context_forward + f.context_backward, f.predictor_forward + f.predictor_backward
@@ -188,8 +193,8 @@ def test_official_totals(name: str, patch: int, pred_depth: int):
 
 def test_of_config_is_the_mean_over_steps():
     c = tiny(images=4, truncate="none")
-    steps = [flops.packed(c, *packing.pack(*draw(c, step))).total for step in range(3)]
-    assert flops.of_config(c, steps=3) == pytest.approx(np.mean(steps))
+    steps = [flops_of_packed(c, *pack(*draw(c, step))).total for step in range(3)]
+    assert flops_per_image(c, steps=3) == pytest.approx(np.mean(steps))
     assert len(set(steps)) > 1
 
 
@@ -197,11 +202,11 @@ def test_of_config_cuts_as_the_whole_batch_does():
     """More images share a cut, so contexts get shorter."""
     c = tiny(images=2, truncate="batch_min", truncate_group=2, sampling="uniform")
     many = dataclasses.replace(c, mask=dataclasses.replace(c.mask, truncate_group=64))
-    assert flops.of_config(many, total=64) < flops.of_config(c, total=64)
+    assert flops_per_image(many, total=64) < flops_per_image(c, total=64)
 
 
 @pytest.mark.parametrize("target", ["output", "input", "pixels"])
 def test_the_encoder_on_a_whole_image_is_the_same_whatever_the_targets(target: str):
     c = tiny()
-    everything = flops.count(c, 1, 1, 48).target_forward
-    assert flops.encoder(dataclasses.replace(c, loss=LossConfig(target=target))) == pytest.approx(everything)
+    everything = count_flops(c, 1, 1, 48).target_forward
+    assert encoder_flops(dataclasses.replace(c, loss=LossConfig(target=target))) == pytest.approx(everything)

@@ -8,10 +8,12 @@ import pytest
 import torch
 from test_model import masks, small
 
-from fastjepa import assembly, fp8, model
-from fastjepa.config import ConfigError
-from fastjepa.ema import Average
-from fastjepa.packing import pack
+from fastjepa.engine.average import Average
+from fastjepa.errors import ConfigError
+from fastjepa.masks.pack import pack
+from fastjepa.model.fp8 import FP8_CAPABILITY, Linear8, fp8_linear, fp8_linear_ref, quantise, use_fp8
+from fastjepa.model.jepa import build_pair
+from fastjepa.run.build import build_networks
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -23,7 +25,7 @@ WIDE = {"meta": {"model_name": "vit_base", "depth": 2, "embed_dim": None, "num_h
 def test_a_product_is_its_definition_within_bf16():
     torch.manual_seed(0)
     x, weight, bias = torch.randn(37, 64) * torch.logspace(-3, 3, 37)[:, None], torch.randn(48, 64), torch.randn(48)
-    found, expected = fp8.linear(x, weight, bias), fp8.linear_ref(x, weight, bias)
+    found, expected = fp8_linear(x, weight, bias), fp8_linear_ref(x, weight, bias)
     assert found.dtype == torch.bfloat16
     largest = expected.abs().amax(dim=1, keepdim=True)
     assert ((found.float() - expected).abs() / largest).max() < 2**-7
@@ -34,28 +36,28 @@ def test_a_product_is_its_definition_within_bf16():
 def test_rows_have_scales_of_their_own():
     """A row a million times smaller than its neighbour keeps its digits; zeros stay zeros."""
     x = torch.tensor([[1e6] * 16, [1.0] * 16, [0.0] * 16])
-    rounded, scale = fp8.quantise(x)
+    rounded, scale = quantise(x)
     assert scale.shape == (3, 1)
     torch.testing.assert_close(rounded.float() * scale, x)
-    assert not fp8.quantise(torch.full((1, 16), 3e38))[0].float().isnan().any()
+    assert not quantise(torch.full((1, 16), 3e38))[0].float().isnan().any()
 
 
 def test_the_network_keeps_its_parameters_and_state_dict():
-    target = model.build(small())[1]
+    target = build_pair(small())[1]
     before, names = list(target.parameters()), list(target.state_dict())
-    fp8.use(target)
+    use_fp8(target)
     assert all(a is b for a, b in zip(before, target.parameters(), strict=True)) and names == list(target.state_dict())
-    assert sum(isinstance(module, fp8.Linear8) for module in target.modules()) == 4 * len(target.blocks)
+    assert sum(isinstance(module, Linear8) for module in target.modules()) == 4 * len(target.blocks)
 
 
 def test_features_move_by_the_rounding_and_follow_the_average():
     """Of ViT-B's width, with weights as in training: some percent, and again after the average has moved."""
-    jepa, plain = model.build(small(**WIDE))
+    jepa, plain = build_pair(small(**WIDE))
     for network in (jepa, plain):
         perturbed_little(network)
-    narrow = model.build(small(**WIDE))[1]
+    narrow = build_pair(small(**WIDE))[1]
     narrow.load_state_dict(plain.state_dict())
-    fp8.use(narrow)
+    use_fp8(narrow)
     images, target = torch.randn(3, 3, 32, 32), pack(*masks())[1]
     errors = []
     for _ in range(2):
@@ -78,7 +80,7 @@ def test_it_is_refused_below_vit_b_and_off_such_a_gpu():
         small(meta={"embed_dim": 384}, runtime={"target_fp8": True})
     config = small(**WIDE, runtime={"target_fp8": True, "dtype": "bf16"})
     with pytest.raises(ConfigError, match="runtime.target_fp8: it needs a GPU of sm_89"):
-        assembly.networks(config, torch.device("cpu"))
+        build_networks(config, torch.device("cpu"))
 
 
 def test_the_benchmark_states_the_error_of_the_features(capsys):
@@ -93,9 +95,9 @@ def test_the_benchmark_states_the_error_of_the_features(capsys):
 
 @pytest.mark.gpu
 def test_the_product_is_the_same_on_a_gpu():
-    if torch.cuda.get_device_capability() < fp8.COMPUTE:
+    if torch.cuda.get_device_capability() < FP8_CAPABILITY:
         pytest.skip("needs sm_89")
     x, weight, bias = torch.randn(1000, 768), torch.randn(3072, 768), torch.randn(3072)
-    found = fp8.linear(x.cuda(), weight.cuda(), bias.cuda()).cpu().float()
-    expected = fp8.linear_ref(x, weight, bias)
+    found = fp8_linear(x.cuda(), weight.cuda(), bias.cuda()).cpu().float()
+    expected = fp8_linear_ref(x, weight, bias)
     assert ((found - expected).abs() / expected.abs().amax(dim=1, keepdim=True)).max() < 2**-6

@@ -13,8 +13,10 @@ from test_bench_step import clone, stand_in  # noqa: F401  (fixtures)
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastjepa import flops, masks, precision
-from fastjepa.config import Config
+from fastjepa.config.schema import Config
+from fastjepa.engine.precision import has_bf16
+from fastjepa.masks.draw import draw_masks
+from fastjepa.plan.flops import flops_per_image
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # as `python benchmarks/gpu_hours.py` has it
@@ -102,7 +104,7 @@ def test_ijepa_on_timm_is_our_ijepa():
 
 def test_contexts_are_cut_as_the_official_batch_of_a_gpu_is():
     config = config_of()
-    small, whole = ijepa.work(config, CPU, 3), masks.draw(config.mask, config.grid, config.runtime.seed, 3, 0, 128, 128)
+    small, whole = ijepa.work(config, CPU, 3), draw_masks(config.mask, config.grid, config.runtime.seed, 3, 0, 128, 128)
     assert (small.context_mask == whole[0][:2]).all() and (small.target_mask == whole[1][:2]).all()
     assert len(ijepa.work(config_of("--batch=130"), CPU, 0).images) == 130
 
@@ -273,7 +275,7 @@ def test_flops_of_the_paper_are_those_derived_elsewhere(model: str, gigaflops: f
     config = gpu_hours.to_config(options, model)
     assert gpu_hours.counted(gpu_hours.Row("ijepa", model, "same"), config) / 1e9 == pytest.approx(gigaflops, rel=0.03)
     packed = gpu_hours.counted(gpu_hours.Row("ijepa", model, "packed"), config)
-    assert packed == pytest.approx(flops.of_config(config, 128), rel=0.05)
+    assert packed == pytest.approx(flops_per_image(config, 128), rel=0.05)
 
 
 def test_datasheets():
@@ -419,5 +421,5 @@ def test_a_view_is_cheaper_and_a_joint_predictor_too():
 
 def test_the_dtype_is_what_the_device_computes_in_and_named():
     config = gpu_hours.to_config(gpu_hours.parse(["--device=cpu", "--models=vit_tiny"]), "vit_tiny")
-    assert config.runtime.dtype == ("bf16" if precision.has_bf16(CPU) else "fp32")
+    assert config.runtime.dtype == ("bf16" if has_bf16(CPU) else "fp32")
     assert gpu_hours.to_config(gpu_hours.parse(["--estimate=h100"]), "vit_tiny").runtime.dtype == "bf16"

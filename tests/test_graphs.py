@@ -9,12 +9,19 @@ import torch
 from test_budget import configured
 from test_model import perturbed
 
-from fastjepa import assembly, budget, graphs, masks, model, train
-from fastjepa.data import Batch
-from fastjepa.ema import Average
-from fastjepa.engine import Engine
-from fastjepa.packing import Size, pack
-from fastjepa.schedule import Now
+from fastjepa.engine.average import Average
+from fastjepa.engine.cuda_graph import padded_size
+from fastjepa.engine.plain import PlainEngine
+from fastjepa.engine.schedule import StepSettings
+from fastjepa.loader.batch import Batch
+from fastjepa.masks.draw import draw_masks
+from fastjepa.masks.pack import pack
+from fastjepa.masks.packed import PackedSize
+from fastjepa.masks.padding import drawn_sizes, padding_budget
+from fastjepa.model.jepa import build_pair
+from fastjepa.monitoring.lines import graph_counts
+from fastjepa.run.build import build_networks
+from fastjepa.run.step import micro_step, take_step
 
 STEPS = 20
 
@@ -22,15 +29,15 @@ STEPS = 20
 def tight():
     """A config whose budget is the median of each count, so that many batches are over it."""
     config = configured()
-    rows = np.median(budget.drawn(config, 8, 8), axis=0)[:3].astype(int).tolist()
+    rows = np.median(drawn_sizes(config, 8, 8), axis=0)[:3].astype(int).tolist()
     return configured(token_budget=rows)
 
 
 def drawn(config, step: int, pieces: int = 1, device: str = "cpu") -> list[Batch]:
     """The padded micro-batches of a step."""
-    room = budget.of(config, 8, 8 // pieces)
+    room = padding_budget(config, 8, 8 // pieces)
     images = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(step))
-    pair = masks.draw(config.mask, config.grid, 0, step, 0, 8, 8)
+    pair = draw_masks(config.mask, config.grid, 0, step, 0, 8, 8)
     parts = [slice(start, start + 8 // pieces) for start in range(0, 8, 8 // pieces)]
     packed = [Batch(images[s], *pack(*(mask[s] for mask in pair), images=8, budget=room), bad=()) for s in parts]
     return [batch.to(torch.device(device)) for batch in packed]
@@ -38,21 +45,21 @@ def drawn(config, step: int, pieces: int = 1, device: str = "cpu") -> list[Batch
 
 def test_a_batch_over_the_budget_runs_without_and_is_counted():
     config = tight()
-    jepa, target_encoder = model.build(config)
-    engine, average = Engine(jepa, static_gradients=True), Average(target_encoder, jepa.encoder)
-    eager = train.micro_step(engine, average, replace(config, runtime=replace(config.runtime, cuda_graph=False)))
-    graph = train.micro_step(engine, average, config)
-    room = budget.of(config, 8)
-    sizes = [Size(*size) for size in budget.drawn(config, 8, 8)[:STEPS].tolist()]
+    jepa, target_encoder = build_pair(config)
+    engine, average = PlainEngine(jepa, static_gradients=True), Average(target_encoder, jepa.encoder)
+    eager = micro_step(engine, average, replace(config, runtime=replace(config.runtime, cuda_graph=False)))
+    graph = micro_step(engine, average, config)
+    room = padding_budget(config, 8)
+    sizes = [PackedSize(*size) for size in drawn_sizes(config, 8, 8)[:STEPS].tolist()]
     over = [step for step, size in enumerate(sizes) if not room.holds(size)]
     assert 0 < len(over) < STEPS
-    assert [graphs.size(drawn(config, step)[0]) == room.size for step in range(STEPS)] == [s not in over for s in range(STEPS)]
+    assert [padded_size(drawn(config, step)[0]) == room.size for step in range(STEPS)] == [s not in over for s in range(STEPS)]
     for step in over[:2]:
         loss, _ = graph(drawn(config, step)[0])
         engine.optimizer.zero_grad()
         assert torch.equal(loss, eager(drawn(config, step)[0])[0])
-    assert train.counts(graph) == {"replayed": 0, "uncaptured": 2}
-    assert train.counts(eager) == {}
+    assert graph_counts(graph) == {"replayed": 0, "uncaptured": 2}
+    assert graph_counts(eager) == {}
 
 
 def test_gradients_stay_where_they_are():
@@ -60,11 +67,11 @@ def test_gradients_stay_where_they_are():
     config = configured()
     results, places = [], []
     for static in (False, True):
-        jepa, target_encoder = model.build(config)
-        engine, average = Engine(jepa, static_gradients=static), Average(target_encoder, jepa.encoder)
+        jepa, target_encoder = build_pair(config)
+        engine, average = PlainEngine(jepa, static_gradients=static), Average(target_encoder, jepa.encoder)
         plain = replace(config, runtime=replace(config.runtime, cuda_graph=False))
         for step in range(3):
-            train.step(engine, average, drawn(config, step), Now(1e-3, 0.1, 0.9), plain)
+            take_step(engine, average, drawn(config, step), StepSettings(1e-3, 0.1, 0.9), plain)
             places.append([p.grad.data_ptr() for p in engine.parameters] if static else [p.grad for p in engine.parameters])
         results.append(engine.parameters)
     assert places[:3] == [[None] * len(results[0])] * 3 and places[3] == places[4] == places[5]
@@ -83,17 +90,19 @@ def test_captured_steps_are_the_eager_ones(pieces, dtype):
     device, runs = torch.device("cuda"), []
     for captured in (False, True):
         ours = replace(config, runtime=replace(config.runtime, cuda_graph=captured))
-        jepa, target_encoder = assembly.networks(ours, device)
+        jepa, target_encoder = build_networks(ours, device)
         perturbed(jepa.cpu()).to(device)
         target_encoder.load_state_dict(copy.deepcopy(jepa.encoder.state_dict()))
-        engine = Engine(jepa, micro_batches=pieces, static_gradients=captured)
+        engine = PlainEngine(jepa, micro_batches=pieces, static_gradients=captured)
         average = Average(target_encoder, jepa.encoder)
-        micro, losses = train.micro_step(engine, average, ours), []
+        micro, losses = micro_step(engine, average, ours), []
         for step in range(STEPS):
             batches = drawn(config, step, pieces, "cuda")
             if step == 7:
                 batches[0].images.fill_(float("nan"))
-            losses.append(train.step(engine, average, batches, Now(1e-4 * step, 0.1, 0.9 + step / 400), ours, None, micro).loss)
+            losses.append(
+                take_step(engine, average, batches, StepSettings(1e-4 * step, 0.1, 0.9 + step / 400), ours, None, micro).loss
+            )
         runs.append((torch.stack(losses), engine.parameters, list(target_encoder.parameters()), micro))
     (eager, parameters, averages, _), (replayed, ours, our_averages, graph) = runs
     tolerance = 1e-4 if dtype == "fp32" else 2e-2
@@ -107,14 +116,14 @@ def test_captured_steps_are_the_eager_ones(pieces, dtype):
 @pytest.mark.gpu
 def test_a_replay_never_waits_for_the_device():
     config = configured(device="cuda")
-    jepa, target_encoder = assembly.networks(config, torch.device("cuda"))
-    engine, average = Engine(jepa, static_gradients=True), Average(target_encoder, jepa.encoder)
-    micro = train.micro_step(engine, average, config)
+    jepa, target_encoder = build_networks(config, torch.device("cuda"))
+    engine, average = PlainEngine(jepa, static_gradients=True), Average(target_encoder, jepa.encoder)
+    micro = micro_step(engine, average, config)
     batches = [drawn(config, step, device="cuda") for step in range(2)]
-    train.step(engine, average, batches[0], Now(1e-3, 0.1, 0.9), config, None, micro)
+    take_step(engine, average, batches[0], StepSettings(1e-3, 0.1, 0.9), config, None, micro)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        train.step(engine, average, batches[1], Now(1e-3, 0.1, 0.9), config, None, micro)
+        take_step(engine, average, batches[1], StepSettings(1e-3, 0.1, 0.9), config, None, micro)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert micro.replayed == 2

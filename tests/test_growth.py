@@ -12,9 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastjepa import flops, memory, packing
-from fastjepa import masks as mask_draws
-from fastjepa.config import ConfigError
+from fastjepa.errors import ConfigError
+from fastjepa.masks.check import check_masks
+from fastjepa.masks.draw import draw_masks
+from fastjepa.masks.pack import pack
+from fastjepa.plan.flops import flops_of_packed
+from fastjepa.plan.memory import activation_bytes, network_sizes, row_counts
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))  # as `python benchmarks/growth.py` has it
 
@@ -113,19 +116,19 @@ def test_masks_can_be_drawn_at_every_default_value():
     values = {"batch": options.batch, "tokens": options.size, "width": options.width, "depth": options.depth}
     for axis, value in ((name, one) for name in values for one in values[name]):
         config = growth.along(growth.to_config(options), axis, value)[1]
-        mask_draws.check(config, config.data.batch_size)
+        check_masks(config, config.data.batch_size)
 
 
 def test_the_maths_of_a_step_are_flops_and_memory():
     config = growth.to_config(growth.parse(SMALL))
     point = growth.step_point(config, "batch", 4, CPU)
     _, config = growth.along(config, "batch", 4)
-    drawn = [mask_draws.draw(config.mask, config.grid, 0, number, 0, 4, 4) for number in range(step.DISTINCT)]
-    each = [4 * flops.packed(config, *packing.pack(*one)).total for one in drawn]
+    drawn = [draw_masks(config.mask, config.grid, 0, number, 0, 4, 4) for number in range(step.DISTINCT)]
+    each = [4 * flops_of_packed(config, *pack(*one)).total for one in drawn]
     assert point.work == pytest.approx(np.mean(each))
-    size = memory.sizes(config)
+    size = network_sizes(config)
     states = 4 * (4 * size.trained + size.encoder)
-    held = memory.activations(config, memory.rows(config, 4))
+    held = activation_bytes(config, row_counts(config, 4))
     assert point.counted == states + held.saved + held.loss
 
 
@@ -169,7 +172,7 @@ def test_what_ended_a_rank_is_said(end: str, said: str, tmp_path: Path, monkeypa
     """Not that torchrun has noticed it."""
     worker = tmp_path / "worker.py"
     worker.write_text(
-        "import os, time\nfrom fastjepa import distributed\nplace = distributed.init('cpu', timeout=240)\n"
+        "import os, time\nfrom fastjepa.ranks.world import join_world\nplace = join_world('cpu', timeout=240)\n"
         f"if place.rank == 1:\n    {end}\ntime.sleep(240)\n"
     )
     monkeypatch.setattr(sharded, "__file__", str(worker))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_distributed import LAUNCHER, run_ranks
 
-from fastjepa.distributed import World
-from fastjepa.heartbeat import LOST, Heartbeat
+from fastjepa.ranks.heartbeat import RANK_LOST, Heartbeat
+from fastjepa.ranks.world import World
 
 SETUP = """
     import os, sys, time, torch
@@ -63,7 +63,7 @@ def test_a_rank_that_computes_on_is_not_the_one_that_waits_for_data():
         for batch in heart.batches(batches()):
             distributed.barrier()
     """
-    for said in sentences(code, (LOST, LOST)):
+    for said in sentences(code, (RANK_LOST, RANK_LOST)):
         assert (
             "rank 1 (process " in said and "has stood still for 1.5 s after step 41, waiting for its next micro-batch" in said
         )
@@ -78,7 +78,7 @@ def test_a_rank_that_comes_late_to_a_reduction_is_named_though_its_steps_are_as_
             time.sleep(60)
         distributed.mean(torch.ones(()))
     """
-    for said in sentences(code, (LOST, LOST)):
+    for said in sentences(code, (RANK_LOST, RANK_LOST)):
         assert "rank 0 (process " in said and "after step 3, between two steps" in said
 
 
@@ -88,7 +88,7 @@ def test_where_all_stand_still_none_is_blamed():
     with Heartbeat(world, timeout=1.5):
         time.sleep(60)
     """
-    for said in sentences(code, (LOST, LOST)):
+    for said in sentences(code, (RANK_LOST, RANK_LOST)):
         assert "all 2 ranks have stood still for 1.5 s (runtime.timeout) after step 0" in said
 
 
@@ -103,7 +103,7 @@ def test_a_rank_that_dies_is_named_long_before_the_time_is_up(rank):
         time.sleep(0.1)
         distributed.barrier()
     """
-    said = sentences(code, (-9, LOST) if rank == 0 else (LOST, -9))[1 - rank]
+    said = sentences(code, (-9, RANK_LOST) if rank == 0 else (RANK_LOST, -9))[1 - rank]
     assert f"rank {rank} (process " in said and "has given no sign of life after step 0" in said
 
 
@@ -121,7 +121,7 @@ def test_an_error_of_one_rank_is_told_by_the_other():
         time.sleep(3)
         sys.exit(3)
     """
-    said = sentences(code, (3, LOST))[1]
+    said = sentences(code, (3, RANK_LOST))[1]
     assert "rank 0 (process " in said and "ended after step 7 with ValueError: a broken image of many words; mend that" in said
 
 
@@ -154,7 +154,7 @@ def test_a_runtime_error_with_all_peers_alive_is_raised():
         assert "shapes" in str(error)
         sys.exit(3)
     """
-    told = sentences(code, (LOST, 3))
+    told = sentences(code, (RANK_LOST, 3))
     assert "rank 1 (process " in told[0] and "RuntimeError: shapes do not agree" in told[0] and told[1] == ""
 
 
@@ -168,4 +168,4 @@ def test_a_store_that_is_gone_ends_the_run():
             os._exit(0)
         time.sleep(60)
     """
-    assert "the launcher that keeps the ranks together at 127.0.0.1:" in sentences(code, (0, LOST))[1]
+    assert "the launcher that keeps the ranks together at 127.0.0.1:" in sentences(code, (0, RANK_LOST))[1]

@@ -14,11 +14,21 @@ from safetensors.torch import load_file, save_file
 from timm.models._hub import save_for_hf
 from transformers import IJepaConfig, IJepaForImageClassification, IJepaModel
 
-from fastjepa import checkpoint, cli, interop, model, model_folder, pretrained, train
-from fastjepa import config as configs
-from fastjepa.checkpoint import CheckpointError, TrainState
-from fastjepa.config import Config, ConfigError, from_dict
-from fastjepa.schedule import Schedule
+from fastjepa.checkpoint.directory import find_checkpoint
+from fastjepa.checkpoint.restore import load_networks
+from fastjepa.checkpoint.save import save_checkpoint
+from fastjepa.checkpoint.state import TrainState
+from fastjepa.cli.main import main
+from fastjepa.config.load import config_from_dict
+from fastjepa.config.schema import MODELS, Config
+from fastjepa.engine.plain import PlainEngine
+from fastjepa.engine.schedule import Schedule
+from fastjepa.errors import CheckpointError, ConfigError
+from fastjepa.model.jepa import build_pair
+from fastjepa.weights.convert import convert_weights, write_encoder
+from fastjepa.weights.hub_folders import timm_arguments
+from fastjepa.weights.pretrained import EncoderForm
+from fastjepa.weights.read import NETWORK_OF, load_encoder, read_weights, starting_networks
 
 SHAPE = {
     "data": {"crop_size": [32, 48], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]},
@@ -31,12 +41,12 @@ FOLDERS = ("fastjepa", "timm", "transformers")
 
 def make_state(config: Config, step: int = 7) -> TrainState:
     """Three networks that differ everywhere, and an optimizer that has stepped."""
-    jepa, target = model.build(config)
+    jepa, target = build_pair(config)
     torch.manual_seed(1)
     for network in (jepa, target):
         for p in network.parameters():
             p.data += 0.1 * torch.randn_like(p)
-    engine = train.Engine(jepa)
+    engine = PlainEngine(jepa)
     for p in jepa.parameters():
         p.grad = torch.randn_like(p)
     engine.step(Schedule(config.optimization, 5)(0))
@@ -48,7 +58,7 @@ def make_state(config: Config, step: int = 7) -> TrainState:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("run")
-    checkpoint.save(path / "checkpoints", make_state(from_dict(SHAPE)))
+    save_checkpoint(path / "checkpoints", make_state(config_from_dict(SHAPE)))
     return path
 
 
@@ -58,13 +68,13 @@ def images() -> torch.Tensor:
 
 
 def convert(*words: object) -> None:
-    assert cli.main(["convert", *map(str, words)]) == 0
+    assert main(["convert", *map(str, words)]) == 0
 
 
 def official_file(path: Path, prefix: str = "module.", meta: dict | None = None, patch: int = 8) -> tuple[Path, TrainState]:
     """As the official code writes it, with nothing of ours inside: a ViT-T on 32x32 pixels."""
     shape = {"model_name": "vit_tiny", "pred_depth": 1, "pred_emb_dim": 12} | (meta or {})
-    state = make_state(from_dict(SHAPE | {"data": {"crop_size": 32}, "mask": {"patch_size": patch}, "meta": shape}))
+    state = make_state(config_from_dict(SHAPE | {"data": {"crop_size": 32}, "mask": {"patch_size": patch}, "meta": shape}))
     networks = {name: {prefix + k: v for k, v in net.state_dict().items()} for name, net in state.networks.items()}
     torch.save(
         networks | {"opt": {}, "scaler": None, "epoch": 300, "loss": 0.1, "batch_size": 8, "world_size": 1, "lr": 1.0}, path
@@ -87,9 +97,9 @@ def test_a_round_trip_is_bitwise_and_records_which_encoder_it_is(run, tmp_path, 
     assert f"the {which} encoder" in capsys.readouterr().out
     convert(middle, tmp_path / "back", "--to", "fastjepa")
     back = load_file(tmp_path / "back" / "model.safetensors")
-    assert same(back, checkpoint.load_networks(run)[interop.NETWORK[which]])
+    assert same(back, load_networks(run)[NETWORK_OF[which]])
     said = json.loads((tmp_path / "back" / "config.json").read_text())["form"]
-    assert said == interop.read(run, which).form.to_dict()
+    assert said == read_weights(run, which).form.to_dict()
     if to != "meta":
         assert f'"which": "{which}"' in (middle / "config.json").read_text()
         assert f"**the {which} encoder**" in (middle / "README.md").read_text()
@@ -100,33 +110,33 @@ def test_every_pair_of_formats_is_bitwise(run, tmp_path):
     path = run
     for step, to in enumerate(("timm", "transformers", "meta", "fastjepa", "transformers", "timm")):
         made = tmp_path / f"{step}.pth.tar"
-        interop.convert(path, made, to)
+        convert_weights(path, made, to)
         path = made
-    assert same(interop.read(path).tensors, interop.read(run).tensors)
-    assert interop.read(path).form == interop.read(run).form
+    assert same(read_weights(path).tensors, read_weights(run).tensors)
+    assert read_weights(path).form == read_weights(run).form
 
 
 def test_the_choice_is_target_unless_one_is_named(run):
-    assert interop.load_encoder(run).which == "target"
-    assert interop.load_encoder(run, "context").which == "context"
-    stored = checkpoint.load_networks(run)
-    assert torch.equal(interop.load_encoder(run).norm.weight, stored["target_encoder"]["norm.weight"])
+    assert load_encoder(run).which == "target"
+    assert load_encoder(run, "context").which == "context"
+    stored = load_networks(run)
+    assert torch.equal(load_encoder(run).norm.weight, stored["target_encoder"]["norm.weight"])
 
 
 def test_an_encoder_that_is_not_there_is_not_given(run, tmp_path):
     convert(run, tmp_path / "context", "--to", "transformers", "--which", "context")
     with pytest.raises(ConfigError, match="holds the context encoder, not the target"):
-        interop.load_encoder(tmp_path / "context", "target")
+        load_encoder(tmp_path / "context", "target")
     convert(run, tmp_path / "one.pth.tar", "--to", "meta", "--which", "context")
     with pytest.raises(ConfigError, match="holds encoder, and not the target_encoder"):
-        interop.load_encoder(tmp_path / "one.pth.tar", "target")
+        load_encoder(tmp_path / "one.pth.tar", "target")
 
 
 @pytest.mark.parametrize("prefix", ["module.", ""])
 def test_official_files_are_read_with_and_without_module(tmp_path, prefix):
     path, state = official_file(tmp_path / "jepa-ep300.pth.tar", prefix)
-    for which, network in interop.NETWORK.items():
-        loaded = interop.read(path, which)
+    for which, network in NETWORK_OF.items():
+        loaded = read_weights(path, which)
         assert same(loaded.tensors, state.networks[network].state_dict())
         assert (loaded.form.num_heads, loaded.form.image_size, loaded.form.which) == (3, (32, 32), which)
         assert "epoch 300" in loaded.form.origin
@@ -135,18 +145,18 @@ def test_official_files_are_read_with_and_without_module(tmp_path, prefix):
 def test_official_files_of_another_shape_need_their_yaml(tmp_path, capsys):
     meta = {"embed_dim": 48, "depth": 2, "num_heads": 6}
     path, state = official_file(tmp_path / "odd.pth.tar", meta=meta)
-    assert cli.main(["convert", str(path), str(tmp_path / "out"), "--to", "fastjepa"]) == 2
+    assert main(["convert", str(path), str(tmp_path / "out"), "--to", "fastjepa"]) == 2
     assert "the heads of width 48, depth 2; name" in capsys.readouterr().err
     shape = {"data": {"crop_size": 32}, "mask": {"patch_size": 8}, "meta": {"model_name": "vit_tiny"} | meta}
     (tmp_path / "odd.yaml").write_text(yaml.safe_dump(shape))
     convert(path, tmp_path / "out", "--to", "fastjepa", "--config", tmp_path / "odd.yaml")
-    assert interop.load_encoder(tmp_path / "out").blocks[0].attn.num_heads == 6
+    assert load_encoder(tmp_path / "out").blocks[0].attn.num_heads == 6
 
 
 def test_official_files_run_no_code(tmp_path):
     torch.save({"encoder": {}, "code": pickle.PickleBuffer}, tmp_path / "evil.pth.tar")
     with pytest.raises(CheckpointError, match="not a checkpoint of tensors and numbers alone"):
-        interop.read(tmp_path / "evil.pth.tar")
+        read_weights(tmp_path / "evil.pth.tar")
 
 
 def test_official_to_official_keeps_everything(tmp_path):
@@ -168,7 +178,7 @@ def test_a_transformers_model_gives_the_same_features(tmp_path, image_size):
     torch.manual_seed(0)
     theirs = IJepaModel(IJepaConfig(**IJEPA, image_size=image_size)).eval()
     theirs.save_pretrained(tmp_path / "hf")
-    ours = interop.load_encoder(tmp_path / "hf")
+    ours = load_encoder(tmp_path / "hf")
     assert ours.which == "context" and ours.norm.eps == ours.blocks[1].norm2.eps == 1e-12
     x = torch.randn(2, 3, *ours.image_size)
     expected = theirs(x).last_hidden_state
@@ -188,7 +198,7 @@ def test_a_transformers_classifier_leaves_its_head_behind(tmp_path, capsys):
     convert(tmp_path / "hf", tmp_path / "out", "--to", "fastjepa")
     assert "left out: classifier.bias, classifier.weight" in capsys.readouterr().err
     x = torch.randn(2, 3, 32, 32)
-    found = interop.load_encoder(tmp_path / "out").forward_features(x)
+    found = load_encoder(tmp_path / "out").forward_features(x)
     assert (found - theirs.ijepa(x).last_hidden_state).abs().max() < 1e-5
 
 
@@ -197,7 +207,7 @@ def test_a_sharded_transformers_folder_is_read(tmp_path):
     theirs.save_pretrained(tmp_path / "one")
     theirs.save_pretrained(tmp_path / "many", max_shard_size="20KB")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
-    assert same(interop.read(tmp_path / "many").tensors, interop.read(tmp_path / "one").tensors)
+    assert same(read_weights(tmp_path / "many").tensors, read_weights(tmp_path / "one").tensors)
 
 
 TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "class_token": False,
@@ -217,7 +227,7 @@ def test_a_timm_vit_gives_the_same_features(tmp_path, capsys):
     theirs = timm_folder(tmp_path / "timm", mlp_ratio=3)
     convert(tmp_path / "timm", tmp_path / "ours", "--to", "fastjepa", "--which", "context")
     assert "left out: head.bias, head.weight" in capsys.readouterr().err
-    ours = interop.load_encoder(tmp_path / "ours")
+    ours = load_encoder(tmp_path / "ours")
     assert ours.mean_std == ((0.5,) * 3, (0.5,) * 3)  # as its config says
     x = torch.randn(2, 3, 32, 32)
     assert (ours.forward_features(x) - theirs.forward_features(x)).abs().max() < 1e-5
@@ -229,26 +239,26 @@ def test_a_timm_vit_gives_the_same_features(tmp_path, capsys):
 
 def test_an_encoder_nobody_labelled_stays_unstated_until_the_user_says(tmp_path):
     timm_folder(tmp_path / "timm")
-    assert interop.load_encoder(tmp_path / "timm").which == "unstated"
-    assert interop.load_encoder(tmp_path / "timm", "target").which == "target"
+    assert load_encoder(tmp_path / "timm").which == "unstated"
+    assert load_encoder(tmp_path / "timm", "target").which == "target"
     with pytest.raises(ConfigError, match="no word on which it is"):
-        interop.convert(tmp_path / "timm", tmp_path / "x.pth.tar", "meta")
+        convert_weights(tmp_path / "timm", tmp_path / "x.pth.tar", "meta")
 
 
-@pytest.mark.parametrize("name", configs.MODELS)
+@pytest.mark.parametrize("name", MODELS)
 def test_timms_arithmetic_reaches_the_width_of_the_mlp(name):
-    form = pretrained.Form.of_config(from_dict(SHAPE | {"meta": {"model_name": name}}), "target", "a test")
-    architecture, arguments = model_folder.timm_arguments(form)
+    form = EncoderForm.of_config(config_from_dict(SHAPE | {"meta": {"model_name": name}}), "target", "a test")
+    architecture, arguments = timm_arguments(form)
     assert int(form.embed_dim * arguments["mlp_ratio"]) == form.mlp_hidden
     assert timm.is_model(architecture) and name in architecture
 
 
 def test_timm_takes_what_is_written_for_it(tmp_path):
     """By checkpoint_path and as a local folder."""
-    config = from_dict(SHAPE)
-    _, encoder = model.build(config)
-    form = pretrained.Form.of_config(config, "target", "a test")
-    interop.write(tmp_path / "out", "timm", form, encoder.state_dict())
+    config = config_from_dict(SHAPE)
+    _, encoder = build_pair(config)
+    form = EncoderForm.of_config(config, "target", "a test")
+    write_encoder(tmp_path / "out", "timm", form, encoder.state_dict())
     said = json.loads((tmp_path / "out" / "config.json").read_text())
     common = said["model_args"] | {"num_classes": 0}
     file = tmp_path / "out" / "model.safetensors"
@@ -272,20 +282,20 @@ def test_timm_takes_what_is_written_for_it(tmp_path):
 def test_a_vit_that_is_no_ijepa_encoder_is_refused(tmp_path, arguments, name):
     timm_folder(tmp_path / "timm", **arguments)
     with pytest.raises(ConfigError, match=f"{name}.* has no place in an I-JEPA encoder"):
-        interop.read(tmp_path / "timm")
+        read_weights(tmp_path / "timm")
 
 
 def test_an_eps_that_a_format_cannot_say_is_refused_and_leaves_nothing(tmp_path, capsys):
     IJepaModel(IJepaConfig(**IJEPA, image_size=32)).save_pretrained(tmp_path / "hf")
     for to in ("timm", "meta"):
-        assert cli.main(["convert", str(tmp_path / "hf"), str(tmp_path / "out"), "--to", to]) == 2
+        assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "out"), "--to", to]) == 2
         assert "1e-12" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_a_name_that_is_taken_is_left_alone(run, tmp_path, capsys):
     (tmp_path / "out").write_text("mine")
-    assert cli.main(["convert", str(run), str(tmp_path / "out"), "--to", "fastjepa"]) == 2
+    assert main(["convert", str(run), str(tmp_path / "out"), "--to", "fastjepa"]) == 2
     assert "exists already" in capsys.readouterr().err
     assert (tmp_path / "out").read_text() == "mine"
 
@@ -310,7 +320,7 @@ def test_what_cannot_be_read_is_named(run, tmp_path):
     }  # fmt: skip
     for name, sentence in sentences.items():
         with pytest.raises((ConfigError, CheckpointError), match=sentence) as caught:
-            interop.read(tmp_path / name)
+            read_weights(tmp_path / name)
         assert name in str(caught.value)
 
 
@@ -320,29 +330,29 @@ def test_half_precision_stays_as_it_is_and_computes_in_fp32(run, tmp_path, image
     halved = {name: tensor.bfloat16() for name, tensor in load_file(file).items()}
     save_file(halved, file)
     convert(tmp_path / "out", tmp_path / "hf", "--to", "transformers")
-    assert same(interop.read(tmp_path / "hf").tensors, halved)
-    assert interop.load_encoder(tmp_path / "hf").forward_features(images).dtype == torch.float32
+    assert same(read_weights(tmp_path / "hf").tensors, halved)
+    assert load_encoder(tmp_path / "hf").forward_features(images).dtype == torch.float32
 
 
 def test_an_encoder_lies_in_a_lone_file_too(run, tmp_path):
     """One of a checkpoint's needs its config; one of ours says its form itself."""
-    found = checkpoint.find(run)
+    found = find_checkpoint(run)
     with pytest.raises(ConfigError, match="name the run directory"):
-        interop.read(found / "target_encoder.safetensors")
-    lone = interop.read(found / "target_encoder.safetensors", config=from_dict(SHAPE))
+        read_weights(found / "target_encoder.safetensors")
+    lone = read_weights(found / "target_encoder.safetensors", config=config_from_dict(SHAPE))
     assert lone.form.which == "target"
     convert(run, tmp_path / "out", "--to", "fastjepa", "--which", "context")
-    assert interop.read(tmp_path / "out" / "model.safetensors").form == interop.read(run, "context").form
+    assert read_weights(tmp_path / "out" / "model.safetensors").form == read_weights(run, "context").form
 
 
 def test_training_starts_from_anything(run, tmp_path):
     path, state = official_file(tmp_path / "jepa.pth.tar", meta={"depth": 1})
-    given = interop.networks(path)
+    given = starting_networks(path)
     assert given.keys() == state.networks.keys()
     assert all(same(given[name], network.state_dict()) for name, network in state.networks.items())
     convert(run, tmp_path / "hf", "--to", "transformers")
-    assert interop.networks(tmp_path / "hf").keys() == {"encoder"}
-    assert interop.networks(run).keys() == {"encoder", "predictor", "target_encoder"}
+    assert starting_networks(tmp_path / "hf").keys() == {"encoder"}
+    assert starting_networks(run).keys() == {"encoder", "predictor", "target_encoder"}
 
 
 def test_ijepa_weights_that_timm_publishes_are_context_encoders(tmp_path):
@@ -350,7 +360,7 @@ def test_ijepa_weights_that_timm_publishes_are_context_encoders(tmp_path):
     file = tmp_path / "timm" / "config.json"
     said = json.loads(file.read_text())
     file.write_text(json.dumps(said | {"pretrained_cfg": said["pretrained_cfg"] | {"tag": "in1k_ijepa"}}))
-    assert interop.load_encoder(tmp_path / "timm").which == "context"
+    assert load_encoder(tmp_path / "timm").which == "context"
 
 
 def test_a_plain_state_dict_of_a_known_size_is_read(tmp_path):
@@ -358,16 +368,16 @@ def test_a_plain_state_dict_of_a_known_size_is_read(tmp_path):
     shape = {"img_size": 32, "patch_size": 8, "class_token": False, "global_pool": "avg", "fc_norm": False, "num_classes": 0}
     theirs = timm.create_model("vit_tiny_patch16_224", **shape).eval()
     torch.save(theirs.state_dict(), tmp_path / "vit.pth")
-    ours = interop.load_encoder(tmp_path / "vit.pth", "context")
+    ours = load_encoder(tmp_path / "vit.pth", "context")
     x = torch.randn(1, 3, 32, 32)
     assert (ours.forward_features(x) - theirs.forward_features(x)).abs().max() < 1e-5
-    assert (ours.which, interop.load_encoder(tmp_path / "vit.pth").which) == ("context", "unstated")
+    assert (ours.which, load_encoder(tmp_path / "vit.pth").which) == ("context", "unstated")
 
 
 def test_a_transformers_model_of_another_kind_is_refused(tmp_path):
     IJepaModel(IJepaConfig(**IJEPA, image_size=32, qkv_bias=False)).save_pretrained(tmp_path / "hf")
     with pytest.raises(ConfigError, match="qkv_bias is False"):
-        interop.read(tmp_path / "hf")
+        read_weights(tmp_path / "hf")
 
 
 @pytest.mark.parametrize(("missing", "to", "extra"), [("timm", "fastjepa", "timm"), ("onnxscript", "onnx", "onnx")])
@@ -375,14 +385,14 @@ def test_a_missing_library_is_one_sentence(tmp_path, monkeypatch, capsys, missin
     timm_folder(tmp_path / "timm")
     source = tmp_path / "timm"
     if to == "onnx":
-        interop.convert(source, tmp_path / "ours", "fastjepa")
+        convert_weights(source, tmp_path / "ours", "fastjepa")
         source = tmp_path / "ours"
     monkeypatch.setitem(sys.modules, missing, None)
-    assert cli.main(["convert", str(source), str(tmp_path / "out"), "--to", to]) == 2
+    assert main(["convert", str(source), str(tmp_path / "out"), "--to", to]) == 2
     assert f"pip install 'fastjepa[{extra}]'" in capsys.readouterr().err
 
 
 def test_help_has_examples(capsys):
     with pytest.raises(SystemExit):
-        cli.main(["convert", "--help"])
+        main(["convert", "--help"])
     assert "fastjepa convert runs/demo" in capsys.readouterr().out

@@ -10,14 +10,18 @@ from hypothesis import strategies as st
 from test_flops import assert_close, counted, draw, lengths, loop, tiny
 from test_model import N, masks, perturbed, plain_jepa, small
 
-from fastjepa import attention, flops, memory, model, packing, train
-from fastjepa.config import Config
-from fastjepa.data import Batch
-from fastjepa.ema import Average
-from fastjepa.engine import Engine
-from fastjepa.loss import jepa_loss
-from fastjepa.packing import pack
-from fastjepa.schedule import Now
+from fastjepa.config.schema import Config
+from fastjepa.engine.average import Average
+from fastjepa.engine.plain import PlainEngine
+from fastjepa.engine.schedule import StepSettings
+from fastjepa.loader.batch import Batch
+from fastjepa.loss.jepa_loss import jepa_loss
+from fastjepa.masks.pack import pack
+from fastjepa.model import vit
+from fastjepa.model.jepa import build_pair
+from fastjepa.plan.flops import count_flops, flops_of_packed, flops_per_image
+from fastjepa.plan.memory import row_counts
+from fastjepa.run.step import take_step
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -27,7 +31,7 @@ def joint(c: Config) -> Config:
 
 
 def learned(context_mask, target_mask, together: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    jepa, target_encoder = (perturbed(network) for network in model.build(small()))
+    jepa, target_encoder = (perturbed(network) for network in build_pair(small()))
     context, target, blocks = pack(context_mask, target_mask, joint=together)
     with torch.no_grad():
         features = target_encoder(IMAGES, wanted=target)
@@ -46,7 +50,7 @@ def test_with_one_block_joint_is_the_papers_predictor_bit_for_bit(contexts):
 
 def test_with_several_it_is_a_loop_over_images_whose_block_is_the_union():
     """Every query attends to the context and to the patches of all blocks, each of which is there once."""
-    jepa = perturbed(model.build(small())[0])
+    jepa = perturbed(build_pair(small())[0])
     context_mask, target_mask = masks()
     context, _, blocks = pack(context_mask, target_mask, joint=True)
     expected, _ = plain_jepa(jepa, IMAGES, context_mask, target_mask.any(axis=1, keepdims=True))
@@ -68,11 +72,11 @@ def test_a_patch_weighs_what_it_does_in_all_blocks_together(k, r, of_step, seed)
 def test_flops_and_rows_are_those_of_the_joint_predictor(monkeypatch: pytest.MonkeyPatch):
     c = joint(tiny(images=3, truncate="none", num_enc_masks=2))
     packed = pack(*draw(c), joint=True)
-    monkeypatch.setattr(attention, "attention", loop)
-    assert_close(flops.packed(c, *packed), counted(c, *packed))
-    steps = [flops.packed(c, *pack(*draw(c, step), joint=True)).total for step in range(16)]
-    assert flops.of_config(c) == pytest.approx(np.mean(steps))
-    assert memory.rows(c, 3, steps=1).sequences == len(packed[2].sequences.idx)
+    monkeypatch.setattr(vit, "packed_attention", loop)
+    assert_close(flops_of_packed(c, *packed), counted(c, *packed))
+    steps = [flops_of_packed(c, *pack(*draw(c, step), joint=True)).total for step in range(16)]
+    assert flops_per_image(c) == pytest.approx(np.mean(steps))
+    assert row_counts(c, 3, steps=1).sequences == len(packed[2].sequences.idx)
 
 
 @pytest.mark.parametrize("contexts", [1, 2])
@@ -81,24 +85,24 @@ def test_the_closed_form_is_exact_for_equal_lengths(contexts):
     context_mask, target_mask = (np.zeros((2, count, 48), bool) for count in (contexts, 2))
     context_mask[:, :, 36:] = target_mask[:, 0, :8] = target_mask[:, 1, 4:12] = True
     packed = pack(context_mask, target_mask, joint=True)
-    assert_close(flops.count(c, 12, 8, 12), flops.packed(c, *packed), 1e-12)
-    assert flops.count(c, 12, 8, 12).total < flops.packed(c, *lengths(12, 8, 12, contexts, 2, 2)).total
+    assert_close(count_flops(c, 12, 8, 12), flops_of_packed(c, *packed), 1e-12)
+    assert count_flops(c, 12, 8, 12).total < flops_of_packed(c, *lengths(12, 8, 12, contexts, 2, 2)).total
 
 
 @pytest.mark.parametrize("contexts", [1, 4])
 def test_all_contexts_share_one_pass_of_the_target_network(contexts):
-    jepa, target_encoder = model.build(small())
+    jepa, target_encoder = build_pair(small())
     passes, rows = [], []
     target_encoder.register_forward_hook(lambda *_: passes.append(1))
     jepa.encoder.register_forward_hook(lambda _m, inputs, _o: rows.append(len(inputs[1].cu_seqlens) - 1))
     batch = Batch(IMAGES, *pack(*masks(k=contexts)), bad=())
-    now = Now(lr=1e-3, weight_decay=0.1, ema_momentum=0.9)
-    train.step(Engine(jepa), Average(target_encoder, jepa.encoder), [batch], now, small())
+    now = StepSettings(lr=1e-3, weight_decay=0.1, ema_momentum=0.9)
+    take_step(PlainEngine(jepa), Average(target_encoder, jepa.encoder), [batch], now, small())
     assert (passes, rows) == ([1], [3 * contexts])
 
 
 def test_a_view_gets_cheaper_by_the_target_pass_it_shares():
-    one, four = (flops.count(tiny(images=2, num_enc_masks=k), 12, 6, 18) for k in (1, 4))
+    one, four = (count_flops(tiny(images=2, num_enc_masks=k), 12, 6, 18) for k in (1, 4))
     assert four.target_forward == one.target_forward
     assert four.context_forward == pytest.approx(4 * one.context_forward)
     assert one.total - four.total / 4 >= 0.75 * one.target_forward
@@ -108,9 +112,9 @@ def test_a_view_gets_cheaper_by_the_target_pass_it_shares():
 def test_the_loss_falls(setting):
     """On one batch the pair learns what its target says, with a target that moves slowly."""
     config = small(**setting)
-    jepa, target_encoder = model.build(config)
-    engine, average = Engine(jepa), Average(target_encoder, jepa.encoder)
-    batch = Batch(IMAGES, *packing.pack(*masks(k=config.mask.num_enc_masks), joint=config.joint), bad=())
-    now = Now(lr=2e-3, weight_decay=0.0, ema_momentum=0.999)
-    found = [float(train.step(engine, average, [batch], now, config).loss) for _ in range(60)]
+    jepa, target_encoder = build_pair(config)
+    engine, average = PlainEngine(jepa), Average(target_encoder, jepa.encoder)
+    batch = Batch(IMAGES, *pack(*masks(k=config.mask.num_enc_masks), joint=config.joint), bad=())
+    now = StepSettings(lr=2e-3, weight_decay=0.0, ema_momentum=0.999)
+    found = [float(take_step(engine, average, [batch], now, config).loss) for _ in range(60)]
     assert found[-1] < 0.5 * found[0]

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastjepa.packing import Packed, pack
+from fastjepa.masks.pack import pack
+from fastjepa.masks.packed import Packed
 from fastjepa_kernels import occurrences, predictor_layout
 
 

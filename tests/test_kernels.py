@@ -12,9 +12,9 @@ import yaml
 from PIL import Image
 
 import fastjepa_kernels
-from fastjepa import cli
-from fastjepa.assembly import use_kernels
-from fastjepa.config import ConfigError
+from fastjepa.cli.main import main
+from fastjepa.errors import ConfigError
+from fastjepa.run.build import use_kernels
 
 TINY = {
     "data": {"batch_size": 4, "crop_size": 32, "num_workers": 0},
@@ -84,13 +84,13 @@ def test_what_cannot_run_is_refused(asked, says, monkeypatch, as_it_was):
 
 
 def test_the_doctor_says_what_would_run_and_why(capsys):
-    assert cli.main(["doctor", "--json"]) == 0
+    assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     kernels = {name: (state, why) for name, state, why in found["kernels"]}
     assert kernels.keys() == set(fastjepa_kernels.dispatch.OPS)
     assert dict(row[:2] for row in found["attention"])["sdpa"] == "usable"
     assert dict(row[:2] for row in found["packages"])["lightly"] != "no"
-    assert cli.main(["doctor"]) == 0
+    assert main(["doctor"]) == 0
     assert "patchify_tokens" in capsys.readouterr().out
 
 

@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from test_distributed import run_ranks
 
-from fastjepa.config import LossConfig
-from fastjepa.loss import BatchRegularizer, jepa_loss, pool, regularizer
-from fastjepa.packing import Packed, pack
+from fastjepa.config.schema import LossConfig
+from fastjepa.loss.jepa_loss import jepa_loss
+from fastjepa.loss.regularizers import BatchRegularizer, pool_sequences, regularizer_term
+from fastjepa.masks.pack import pack
+from fastjepa.masks.packed import Packed
 
 
 @pytest.mark.parametrize(("kind", "distance"), [("smooth_l1", F.smooth_l1_loss), ("l2", F.mse_loss)])
@@ -41,7 +43,7 @@ def test_autocast_leaves_the_loss_in_fp32():
 
 def test_pool_is_the_mean_of_each_sequence():
     x = torch.randn(5, 3)
-    pooled = pool(x, Packed.of(np.arange(5), np.array([2, 3])))
+    pooled = pool_sequences(x, Packed.of(np.arange(5), np.array([2, 3])))
     torch.testing.assert_close(pooled, torch.stack((x[:2].mean(0), x[2:].mean(0))))
 
 
@@ -49,7 +51,7 @@ def test_vicreg_is_lightlys():
     from lightly.loss.vicreg_loss import VICRegLoss
 
     x = torch.randn(32, 8) * 0.5
-    term = regularizer(LossConfig(regularizer="vicreg", regularizer_weight=0.1, covariance_weight=0.04))
+    term = regularizer_term(LossConfig(regularizer="vicreg", regularizer_weight=0.1, covariance_weight=0.04))
     # VICRegLoss halves nothing in the covariance and averages the two views' variance: equal views make both plain.
     variance = VICRegLoss(lambda_param=0, mu_param=1, nu_param=0)(x, x)
     covariance = VICRegLoss(lambda_param=0, mu_param=0, nu_param=1)(x, x)
@@ -57,7 +59,7 @@ def test_vicreg_is_lightlys():
 
 
 def sigreg(weight: float = 1.0, seed: int = 0):
-    return regularizer(LossConfig(regularizer="sigreg", regularizer_weight=weight), seed)
+    return regularizer_term(LossConfig(regularizer="sigreg", regularizer_weight=weight), seed)
 
 
 def test_sigreg_is_the_distance_of_projections_to_a_gaussian():
@@ -123,7 +125,7 @@ def test_ranks_standardise_their_targets_together():
 @pytest.mark.parametrize("name", ["vicreg", "sigreg"])
 @pytest.mark.parametrize(("world", "pieces"), [(1, 1), (1, 4), (2, 1), (2, 2)])
 def test_gradients_of_the_pieces_add_up_to_the_whole(world, pieces, name):
-    term = regularizer(LossConfig(regularizer=name))
+    term = regularizer_term(LossConfig(regularizer=name))
     x = torch.randn(16, 6)
     whole = x.clone().requires_grad_()
     term(whole, 3).backward()

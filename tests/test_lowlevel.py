@@ -10,11 +10,16 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as vision
 
-from fastjepa import cli, config, scenes
-from fastjepa.config import ConfigError
-from fastjepa.evals import features, linear, lowlevel
-from fastjepa.evals.result import Features
-from fastjepa.evals.subject import open_subject
+from fastjepa.cli.main import main
+from fastjepa.config.load import config_from_dict
+from fastjepa.data.prepare.scenes import write_scenes
+from fastjepa.errors import ConfigError
+from fastjepa.evals import features, linear
+from fastjepa.evals.features import extract_features
+from fastjepa.evals.inputs import open_subject
+from fastjepa.evals.linear import linear_accuracy
+from fastjepa.evals.lowlevel import ClevrImages, Squash, evaluate_lowlevel, lowlevel_recipe, open_clevr_splits, squashed_inputs
+from fastjepa.evals.scoring import Features
 
 COUNTS = {"train": 60, "val": 24}
 RUN = {
@@ -28,7 +33,7 @@ RUN = {
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Scenes as `fastjepa data get scenes` lays them out."""
     root = tmp_path_factory.mktemp("rendered")
-    scenes.write(root, 32, COUNTS, workers=1)
+    write_scenes(root, 32, COUNTS, workers=1)
     return root
 
 
@@ -49,7 +54,7 @@ def clevr(rendered: Path, tmp_path: Path) -> Path:
 def run(tmp_path: Path) -> Path:
     """The directory of a run that has no checkpoint yet: its untrained encoder and raw pixels can be probed."""
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text(json.dumps(config.from_dict(RUN, "test").to_dict()))  # JSON is YAML
+    (tmp_path / "run" / "config.yaml").write_text(json.dumps(config_from_dict(RUN, "test").to_dict()))  # JSON is YAML
     return tmp_path / "run"
 
 
@@ -74,7 +79,7 @@ def test_labels_are_those_of_the_scene_files(layout: str, request: pytest.Fixtur
     root = request.getfixturevalue(layout)
     for split, length in COUNTS.items():
         listed = json.loads((root / "scenes" / f"CLEVR_{split}_scenes.json").read_text())["scenes"]
-        counts, bins = (lowlevel.ClevrImages(root, split, task) for task in ("count", "dist"))
+        counts, bins = (ClevrImages(root, split, task) for task in ("count", "dist"))
         assert len(counts) == len(bins) == length
         for i, entry in enumerate(listed):
             assert counts.classes[counts.label(i)] == str(len(entry["objects"]))
@@ -88,22 +93,22 @@ def test_labels_are_those_of_the_scene_files(layout: str, request: pytest.Fixtur
 @pytest.mark.parametrize("depth, bin", [(8, 0), (8.01, 1), (8.5, 1), (9.5, 3), (9.51, 4), (10, 4), (10.01, 5), (100, 5)])
 def test_a_bin_holds_its_upper_edge(depth: float, bin: int, clevr: Path):
     change(clevr, "val", lambda found: found.update(scenes=[scene(11, depth, 100)]))
-    images = lowlevel.ClevrImages(clevr, "val", "dist")
+    images = ClevrImages(clevr, "val", "dist")
     assert images.label(0) == bin and len(images.classes) == 6
 
 
 def test_pictures_are_squashed_and_nothing_is_cut_off():
     picture = torch.zeros(3, 32, 48, dtype=torch.uint8)
     picture[:, :, :6], picture[:, :, -6:] = 200, 100
-    found = lowlevel.Squash()(picture, 0, (32, 32))
+    found = Squash()(picture, 0, (32, 32))
     assert torch.equal(found, vision.resize(picture, [32, 32], antialias=True))
     assert (found[:, :, 0] == 200).all() and (found[:, :, -1] == 100).all()
-    assert torch.equal(lowlevel.Squash(flip=True)(picture, 0, (32, 32)), found.flip(-1))
+    assert torch.equal(Squash(flip=True)(picture, 0, (32, 32)), found.flip(-1))
 
 
 def test_features_are_those_of_the_squashed_pictures(clevr: Path, run: Path):
-    splits, subject = lowlevel.open_splits(str(clevr), "count", None, 8, 0), open_subject(run)
-    train, test = lowlevel.squashed(subject, "random", splits, flips=True)
+    splits, subject = open_clevr_splits(str(clevr), "count", None, 8, 0), open_subject(run)
+    train, test = squashed_inputs(subject, "random", splits, flips=True)
     encoder = subject.encoder("random")
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in subject.config.mean_std)
     for i in (0, 31, 59):
@@ -117,42 +122,42 @@ def test_features_are_those_of_the_squashed_pictures(clevr: Path, run: Path):
 
 
 def test_both_tasks_share_the_cached_features(clevr: Path, run: Path, monkeypatch: pytest.MonkeyPatch):
-    made, extract = [], features.extract
-    monkeypatch.setattr(features, "extract", lambda *args, **kw: made.append(1) or extract(*args, **kw))
+    made, extract = [], extract_features
+    monkeypatch.setattr(features, "extract_features", lambda *args, **kw: made.append(1) or extract(*args, **kw))
     found = {}
     for task in ("count", "dist", "count"):
-        found[task] = lowlevel.squashed(open_subject(run), "random", lowlevel.open_splits(str(clevr), task, None, None, 0))
+        found[task] = squashed_inputs(open_subject(run), "random", open_clevr_splits(str(clevr), task, None, None, 0))
     assert len(made) == 2
     assert torch.equal(found["count"][0].x, found["dist"][0].x) and not torch.equal(found["count"][0].y, found["dist"][0].y)
 
 
 @pytest.mark.parametrize("task, classes, encoder", [("count", 8, "random"), ("dist", 6, "random"), ("dist", 6, "pixels")])
 def test_a_row_says_what_it_is_of(rendered: Path, run: Path, quick: None, task: str, classes: int, encoder: str):
-    row = json.loads(json.dumps(lowlevel.run(run, str(rendered), task, encoder, n_train=50, seed=3)))
+    row = json.loads(json.dumps(evaluate_lowlevel(run, str(rendered), task, encoder, n_train=50, seed=3)))
     named = {"checkpoint": str(run), "data": str(rendered), "encoder": encoder, "split": "val", "seed": 3, "task": task}
     assert {key: row[key] for key in named} == named
     assert (row["classes"], row["n_train"], row["n_test"], row["paper"]) == (classes, 50, 24, None)
     assert 0 <= row["ci95"][0] <= row["accuracy"] <= row["ci95"][1] <= 1
-    labels = [lowlevel.ClevrImages(rendered, "val", task).label(i) for i in range(24)]
+    labels = [ClevrImages(rendered, "val", task).label(i) for i in range(24)]
     assert row["chance"] == max(labels.count(label) for label in labels) / 24
 
 
 def test_the_published_protocol_trains_one_linear_head_as_published(clevr: Path, run: Path):
-    row = lowlevel.run(run, str(clevr), "count", "random", protocol="published")
+    row = evaluate_lowlevel(run, str(clevr), "count", "random", protocol="published")
     assert row["probe"] == "linear" and row["chosen"] == {"lr": 0.01, "weight_decay": 5e-4}
     assert row["paper"] == {"I-JEPA H/14": 86.7, "MAE H/14": 90.5, "iBOT L/16": 85.7}
-    epochs = [lowlevel.recipe("published", task).length(70_000)[0] for task in ("count", "dist")]
-    assert epochs == [50, 100] and lowlevel.recipe("published", "dist").nesterov
+    epochs = [lowlevel_recipe("published", task).length(70_000)[0] for task in ("count", "dist")]
+    assert epochs == [50, 100] and lowlevel_recipe("published", "dist").nesterov
 
 
 def test_features_that_hold_the_answer_give_it_and_shuffled_labels_chance(rendered: Path, quick: None):
-    splits = lowlevel.open_splits(str(rendered), "dist", None, None, 0)
+    splits = open_clevr_splits(str(rendered), "dist", None, None, 0)
     y = torch.tensor([splits[0].source.label(i) for i in range(60)]).repeat(10)
     noise = torch.Generator().manual_seed(0)
     x = torch.nn.functional.one_hot(y, 6) + 0.1 * torch.randn(600, 6, generator=noise)
-    assert linear.linear(Features(x[:400], y[:400]), Features(x[400:], y[400:]), 6).accuracy > 0.98
+    assert linear_accuracy(Features(x[:400], y[:400]), Features(x[400:], y[400:]), 6).accuracy > 0.98
     shuffled = y[torch.randperm(600, generator=noise)]
-    result = linear.linear(Features(x[:400], shuffled[:400]), Features(x[400:], shuffled[400:]), 6)
+    result = linear_accuracy(Features(x[:400], shuffled[:400]), Features(x[400:], shuffled[400:]), 6)
     assert result.ci95[0] <= float(shuffled[400:].bincount().max() / 200)
 
 
@@ -173,31 +178,31 @@ def test_features_that_hold_the_answer_give_it_and_shuffled_labels_chance(render
 def test_what_is_wrong_with_the_files_is_one_sentence(clevr: Path, run: Path, edit, sentence: str):
     edit(clevr)
     with pytest.raises((ConfigError, OSError), match=sentence) as error:
-        lowlevel.run(run, str(clevr), "dist", "random")
+        evaluate_lowlevel(run, str(clevr), "dist", "random")
     assert "\n" not in str(error.value)
 
 
 def test_mistakes_in_arguments_are_named(clevr: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("FASTJEPA_DATA", str(tmp_path / "none"))
     with pytest.raises(ConfigError, match="run: fastjepa data get scenes"):
-        lowlevel.run(run, "scenes", "count", "random")
+        evaluate_lowlevel(run, "scenes", "count", "random")
     with pytest.raises(ConfigError, match="task 'colour' is unknown: choose count or dist"):
-        lowlevel.run(run, str(clevr), "colour", "random")
+        evaluate_lowlevel(run, str(clevr), "colour", "random")
     with pytest.raises(ConfigError, match="protocol 'inat18' is unknown"):
-        lowlevel.run(run, str(clevr), "count", "random", protocol="inat18")
+        evaluate_lowlevel(run, str(clevr), "count", "random", protocol="inat18")
     with pytest.raises(ConfigError, match="raw pixels have no layers"):
-        lowlevel.run(run, str(clevr), "count", "pixels", layers="concat4")
+        evaluate_lowlevel(run, str(clevr), "count", "pixels", layers="concat4")
 
 
 def test_the_command_prints_a_row_or_a_sentence(clevr: Path, run: Path, quick: None, capsys: pytest.CaptureFixture):
     command = ["eval", "lowlevel", "--checkpoint", str(run), "--data", str(clevr), "--task", "dist", "--encoder", "random"]
-    assert cli.main([*command, "--json"]) == 0
+    assert main([*command, "--json"]) == 0
     row = json.loads(capsys.readouterr().out)
     assert (row["task"], row["encoder"], row["n_test"]) == ("dist", "random", 24)
-    assert cli.main(command) == 0
+    assert main(command) == 0
     printed = capsys.readouterr().out
     assert f"{100 * row['accuracy']:.1f} %" in printed and "always the most frequent answer" in printed
     assert "I-JEPA H/14 72.4" in printed
     shutil.rmtree(clevr / "scenes")
-    assert cli.main(command) == 2
+    assert main(command) == 2
     assert "CLEVR_train_scenes.json: no such file" in capsys.readouterr().err

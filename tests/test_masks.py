@@ -10,9 +10,14 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fastjepa import config, masks, strategies
-from fastjepa.config import Config, ConfigError, MaskConfig
-from fastjepa.draws import MASKS, ORDER, generator
+from fastjepa.config.load import config_from_dict, load_config
+from fastjepa.config.schema import Config, MaskConfig
+from fastjepa.errors import ConfigError
+from fastjepa.masks.check import check_masks
+from fastjepa.masks.draw import draw_masks
+from fastjepa.masks.layouts import CHOICE_LANE, CONTEXT_LANE, TARGET_LANE, Ranges, Slots, _block_size, _contexts, smallest_block
+from fastjepa.masks.statistics import GAP_PIXELS, HIDDEN_GREY, mask_statistics, masks_picture
+from fastjepa.rng import MASK_STREAM, ORDER_STREAM, generator
 
 GRID = (16, 16)
 OFFICIAL = MaskConfig(patch_size=14)
@@ -23,13 +28,13 @@ ROW_SHARE = [1, 1, 1, 0.99, 0.93, 0.84, 0.79, 0.75, 0.70, 0.64, 0.55, 0.40, 0.22
 
 
 def settings(grid: tuple[int, int] = GRID, seed: int = 0, **mask: object) -> Config:
-    return config.from_dict(
+    return config_from_dict(
         {"data": {"crop_size": [4 * grid[0], 4 * grid[1]]}, "mask": {"patch_size": 4} | mask, "runtime": {"seed": seed}}
     )
 
 
 def draw(mask: MaskConfig, slots: int, step: int = 0, grid: tuple[int, int] = GRID, seed: int = 0):
-    return masks.draw(mask, grid, seed, step, 0, slots, slots)
+    return draw_masks(mask, grid, seed, step, 0, slots, slots)
 
 
 def lengths(mask: np.ndarray) -> np.ndarray:
@@ -50,7 +55,7 @@ def boxes(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def official() -> dict:
-    return masks.statistics(settings(), groups=1000)
+    return mask_statistics(settings(), groups=1000)
 
 
 def test_official_lengths(official: dict):
@@ -72,7 +77,7 @@ def test_statistics_are_those_of_the_drawn_masks(official: dict):
     uncut = dataclasses.replace(given_config.mask, truncate="none")
     after, before = (np.concatenate([draw(m, 32, i, (12, 16), 5)[0] for i in range(3)]) for m in (given_config.mask, uncut))
     target = np.concatenate([draw(uncut, 32, i, (12, 16), 5)[1] for i in range(3)])
-    found = masks.statistics(given_config, groups=3)
+    found = mask_statistics(given_config, groups=3)
     assert found.keys() == official.keys()
     assert found["context_before"] == pytest.approx(lengths(before).mean())
     assert found["context_after"] == pytest.approx(lengths(after).mean())
@@ -85,7 +90,7 @@ def test_statistics_are_those_of_the_drawn_masks(official: dict):
 
 @pytest.mark.parametrize("group, kept", [(32, 76), (64, 72)])
 def test_the_group_is_part_of_the_objective(group: int, kept: float):
-    assert masks.statistics(settings(truncate_group=group), groups=1000)["context_after"] == pytest.approx(kept, abs=1.5)
+    assert mask_statistics(settings(truncate_group=group), groups=1000)["context_after"] == pytest.approx(kept, abs=1.5)
 
 
 def test_official_blocks_touch_all_but_the_last_row_and_column():
@@ -152,8 +157,8 @@ mask_settings = st.builds(
 def test_any_range_of_slots_is_the_slice_of_the_whole(mask: MaskConfig, seed: int, step: int, places: list[int]):
     start, stop, total = sorted(places)
     grid = (12, 10)
-    whole = masks.draw(mask, grid, seed, step, 0, total, total)
-    part = masks.draw(mask, grid, seed, step, start, stop, total)
+    whole = draw_masks(mask, grid, seed, step, 0, total, total)
+    part = draw_masks(mask, grid, seed, step, start, stop, total)
     for some, all_masks in zip(part, whole, strict=True):
         assert np.array_equal(some, all_masks[start:stop])
 
@@ -163,8 +168,8 @@ def test_any_range_of_slots_is_the_slice_of_the_whole(mask: MaskConfig, seed: in
 def test_ranks_and_micro_batches_see_the_same_masks(mask: MaskConfig, ranks: int, micro_batches: int):
     total = 256
     size = total // (ranks * micro_batches)
-    parts = [masks.draw(mask, GRID, 3, 7, start, start + size, total) for start in reversed(range(0, total, size))]
-    for part, whole in zip(zip(*parts, strict=True), masks.draw(mask, GRID, 3, 7, 0, total, total), strict=True):
+    parts = [draw_masks(mask, GRID, 3, 7, start, start + size, total) for start in reversed(range(0, total, size))]
+    for part, whole in zip(zip(*parts, strict=True), draw_masks(mask, GRID, 3, 7, 0, total, total), strict=True):
         assert np.array_equal(np.concatenate(part[::-1]), whole)
 
 
@@ -178,15 +183,18 @@ def test_seed_step_and_slot_each_change_the_masks():
 
 @given(st.integers(0, 2**63 - 1), st.integers(0, 2**48 - 1), st.integers(0, 1000), st.integers(1, 9))
 def test_a_generator_skips_whole_blocks(seed: int, step: int, skip: int, count: int):
-    whole = generator(seed, MASKS, step).random(4 * skip + count)
-    assert np.array_equal(generator(seed, MASKS, step, skip).random(count), whole[4 * skip :])
+    whole = generator(seed, MASK_STREAM, step).random(4 * skip + count)
+    assert np.array_equal(generator(seed, MASK_STREAM, step, skip).random(count), whole[4 * skip :])
 
 
 def test_no_two_uses_of_the_stream_share_numbers():
-    slots = strategies.Slots(seed=0, step=0, start=0, stop=500)
-    lanes = [strategies.TARGETS, strategies.CHOICE, strategies.CONTEXTS, strategies.CONTEXTS + 1]
+    slots = Slots(seed=0, step=0, start=0, stop=500)
+    lanes = [TARGET_LANE, CHOICE_LANE, CONTEXT_LANE, CONTEXT_LANE + 1]
     drawn = [slots.uniforms(lane, masks=2, count=4).ravel() for lane in lanes]
-    drawn += [generator(*key).random(4000) for key in [(0, MASKS, 0), (0, MASKS, 1), (0, ORDER, 0), (1, MASKS, 0)]]
+    drawn += [
+        generator(*key).random(4000)
+        for key in [(0, MASK_STREAM, 0), (0, MASK_STREAM, 1), (0, ORDER_STREAM, 0), (1, MASK_STREAM, 0)]
+    ]
     assert len(np.unique(np.concatenate(drawn))) == 8 * 4000
 
 
@@ -206,7 +214,7 @@ def drawable(draw_value) -> Config:
         truncate="none",
     )
     try:
-        masks.check(given_config, 64)
+        check_masks(given_config, 64)
     except ConfigError:
         assume(False)
     return given_config
@@ -244,7 +252,7 @@ def test_a_small_context_is_redrawn():
     """A target on the left half leaves an 8x8 context block more than 20 patches at 5 of its 8 columns."""
     mask = dataclasses.replace(OFFICIAL, enc_mask_scale=(0.25, 0.25), min_keep=20)
     target = np.broadcast_to(left_half(16, 16), (512, 1, 256))
-    context = strategies._contexts(mask, GRID, strategies.Slots(0, 0, 0, 512), 0.0, target)[:, 0]
+    context = _contexts(mask, GRID, Slots(0, 0, 0, 512), 0.0, target)[:, 0]
     assert not (context & target[:, 0]).any()
     assert lengths(context).min() > 20
     assert set(boxes(context, GRID)[:, 3]) == {3, 4, 5, 6, 7}
@@ -254,7 +262,7 @@ def test_a_small_context_is_redrawn():
 def test_a_context_without_room_gives_up_the_last_target_first(first: np.ndarray, left: int):
     """The second target covers everything: it is let go, and the first only where it covers everything too."""
     target = np.broadcast_to(np.stack([first, np.ones(256, bool)]), (64, 2, 256))
-    assert (lengths(strategies._contexts(OFFICIAL, GRID, strategies.Slots(0, 0, 0, 64), 0.0, target)) == left).all()
+    assert (lengths(_contexts(OFFICIAL, GRID, Slots(0, 0, 0, 64), 0.0, target)) == left).all()
 
 
 @pytest.mark.parametrize("step", range(4))
@@ -315,17 +323,17 @@ def test_fraction_chooses_at_random():
 )
 def test_impossible_settings_are_refused(grid: tuple[int, int], mask: dict, message: str):
     with pytest.raises(ConfigError, match=message):
-        masks.check(settings(grid, **mask), 128)
+        check_masks(settings(grid, **mask), 128)
 
 
 @pytest.mark.parametrize("sampling", ["official", "uniform"])
 @pytest.mark.parametrize("grid", [(16, 16), (7, 7), (5, 13), (20, 6)])
 @pytest.mark.parametrize("ranges", [((0.15, 0.2), (0.75, 1.5)), ((0.1, 0.6), (0.3, 3.0)), ((0.3, 0.3), (1.0, 1.0))])
-def test_the_smallest_block_is_the_smallest_of_many(grid: tuple[int, int], sampling: str, ranges: strategies.Ranges):
+def test_the_smallest_block_is_the_smallest_of_many(grid: tuple[int, int], sampling: str, ranges: Ranges):
     mask = dataclasses.replace(OFFICIAL, sampling=sampling)
-    draws = generator(0, MASKS, 0).random((2, 300_000))
-    h, w = strategies._size(mask, grid, ranges, draws[0], draws[int(sampling == "uniform")])
-    assert strategies.smallest_block(mask, grid, ranges) == (h * w).min()
+    draws = generator(0, MASK_STREAM, 0).random((2, 300_000))
+    h, w = _block_size(mask, grid, ranges, draws[0], draws[int(sampling == "uniform")])
+    assert smallest_block(mask, grid, ranges) == (h * w).min()
 
 
 def test_drawing_impossible_masks_ends_too():
@@ -335,7 +343,7 @@ def test_drawing_impossible_masks_ends_too():
 
 def test_a_short_last_group_warns():
     with pytest.warns(UserWarning, match="last group of a step holds 64 images instead of 128.*now 192"):
-        masks.check(settings(), 192)
+        check_masks(settings(), 192)
 
 
 @pytest.mark.parametrize(
@@ -344,36 +352,36 @@ def test_a_short_last_group_warns():
 def test_settings_that_can_be_met_pass_without_a_warning(total: int, mask: dict):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        masks.check(settings(**mask), total)
+        check_masks(settings(**mask), total)
 
 
 def test_contexts_that_often_hold_targets_warn():
     crowded = {"pred_mask_scale": [0.5, 0.6], "truncate_group": 1}
     with pytest.warns(UserWarning, match="% of contexts contain target patches"):
-        masks.check(settings(**crowded), 128)
+        check_masks(settings(**crowded), 128)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        masks.check(settings(**crowded, allow_overlap=True), 128)
+        check_masks(settings(**crowded, allow_overlap=True), 128)
 
 
 @pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("configs/*.yaml")), ids=lambda path: path.stem)
 def test_presets_draw_at_their_batch_without_a_warning(path: Path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        masks.check(config.load(path), 2048)
+        check_masks(load_config(path), 2048)
 
 
 @pytest.mark.parametrize("start, stop, total", [(-1, 4, 8), (5, 4, 8), (0, 9, 8)])
 def test_slots_outside_the_batch_are_refused(start: int, stop: int, total: int):
     with pytest.raises(ConfigError, match="not within a global batch of 8"):
-        masks.draw(OFFICIAL, GRID, 0, 0, start, stop, total)
+        draw_masks(OFFICIAL, GRID, 0, 0, start, stop, total)
 
 
 def test_picture_shows_visible_patches_and_greys_the_rest():
-    images = generator(0, ORDER, 0).integers(0, 100, (3, 48, 64, 3), dtype=np.uint8)  # darker than grey
+    images = generator(0, ORDER_STREAM, 0).integers(0, 100, (3, 48, 64, 3), dtype=np.uint8)  # darker than grey
     context, target = draw(settings(grid=(12, 16), num_enc_masks=2).mask, 3, grid=(12, 16))
-    sheet = masks.picture(images, context, target, patch_size=4)
-    gap = masks.GAP
+    sheet = masks_picture(images, context, target, patch_size=4)
+    gap = GAP_PIXELS
     assert sheet.dtype == np.uint8 and sheet.shape == (3 * (48 + gap) - gap, 7 * (64 + gap) - gap, 3)
     shown = np.concatenate([np.ones((3, 1, 192), bool), context, target], axis=1).reshape(3, 7, 12, 16)
     for i in range(3):
@@ -381,10 +389,10 @@ def test_picture_shows_visible_patches_and_greys_the_rest():
             tile = sheet[i * (48 + gap) :, column * (64 + gap) :][:48, :64]
             visible = np.kron(shown[i, column], np.ones((4, 4))).astype(bool)
             assert np.array_equal(tile[visible], images[i][visible])
-            assert (tile[~visible] == masks.HIDDEN).all()
+            assert (tile[~visible] == HIDDEN_GREY).all()
     assert (sheet[48 : 48 + gap] == 255).all() and (sheet[:, 64 : 64 + gap] == 255).all()
     with pytest.raises(ConfigError, match="192 patches do not fit images of 48x64"):
-        masks.picture(images, context, target, patch_size=8)
+        masks_picture(images, context, target, patch_size=8)
 
 
 def test_drawing_2048_images_takes_milliseconds():

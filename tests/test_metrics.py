@@ -9,8 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastjepa import metrics
-from fastjepa.metrics import Log, Skips, gemm_flops
+from fastjepa.monitoring import log
+from fastjepa.monitoring import log as log_module
+from fastjepa.monitoring.log import Log
+from fastjepa.monitoring.machine import GEMM_SHAPES, gemm_rate
+from fastjepa.monitoring.skips import Skips
 
 
 @pytest.fixture
@@ -20,7 +23,7 @@ def clock(monkeypatch):
     class Clock:
         now = 100.0
 
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: Clock.now)
+    monkeypatch.setattr(log.time, "perf_counter", lambda: Clock.now)
     return Clock
 
 
@@ -113,7 +116,7 @@ def test_a_cut_that_is_interrupted_leaves_the_old_file(tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(metrics.os, "replace", interrupted)
+    monkeypatch.setattr(log_module.os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt), open_log(tmp_path, start_step=1):
         pass
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
@@ -191,12 +194,12 @@ def test_tensorboard_events_where_it_is_installed(tmp_path, monkeypatch):
     tensorboard = type(sys)("torch.utils.tensorboard")
     tensorboard.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(log_module.importlib.util, "find_spec", lambda name: object())
     with open_log(tmp_path, tensorboard=True, start_step=4) as log:
         log.step(5, 0, values(lr=math.nan), images=1)
     assert written[0] == ("tensorboard", 5) and written[-1] == "closed"
     assert ("loss", 0.5, 5) in written and not any(entry[0] == "lr" for entry in written)
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(log_module.importlib.util, "find_spec", lambda name: None)
     written.clear()
     with open_log(tmp_path, tensorboard=True) as log:
         log.step(1, 0, values(), images=1)
@@ -204,10 +207,10 @@ def test_tensorboard_events_where_it_is_installed(tmp_path, monkeypatch):
 
 
 def test_gemm_rate_is_flops_over_seconds(monkeypatch):
-    monkeypatch.setitem(metrics.GEMM_SHAPES, "cpu", ((64, 32, 128),))
+    monkeypatch.setitem(GEMM_SHAPES, "cpu", ((64, 32, 128),))
     ticks = iter([0.0, 1.0, 1.5, 9.0])  # deadline, start, end, stop
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(ticks))
-    assert gemm_flops(torch.device("cpu"), torch.float32) == 2 * 64 * 32 * 128 / 0.5
+    monkeypatch.setattr(log.time, "perf_counter", lambda: next(ticks))
+    assert gemm_rate(torch.device("cpu"), torch.float32) == 2 * 64 * 32 * 128 / 0.5
 
 
 @given(st.lists(st.booleans(), max_size=30), st.integers(0, 5))

@@ -8,17 +8,21 @@ import timm
 import torch
 from torch.nn import functional as F
 
-from fastjepa import attention, config, model
-from fastjepa.config import ConfigError
-from fastjepa.packing import Packed, pack
+from fastjepa.config.load import config_from_dict
+from fastjepa.config.schema import MODELS, Config
+from fastjepa.errors import ConfigError
+from fastjepa.masks.pack import pack
+from fastjepa.masks.packed import Packed
+from fastjepa.model.jepa import Jepa, build_pair
+from fastjepa.model.vit import Block, Encoder, choose_attention, packed_attention, sincos_positions, use_attention
 
 N = 16
 
 
-def small(**sections) -> config.Config:
+def small(**sections) -> Config:
     meta = {"model_name": "vit_tiny", "embed_dim": 32, "depth": 2, "num_heads": 4, "pred_depth": 2, "pred_emb_dim": 24}
     base = {"data": {"crop_size": 32}, "mask": {"patch_size": 8}, "meta": meta, "runtime": {"dtype": "fp32"}}
-    return config.from_dict({name: base.get(name, {}) | sections.get(name, {}) for name in base | sections})
+    return config_from_dict({name: base.get(name, {}) | sections.get(name, {}) for name in base | sections})
 
 
 def perturbed(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -38,7 +42,7 @@ def masks(b: int = 3, k: int = 2, r: int = 3, seed: int = 0):
     return context, target
 
 
-def plain_block(block: model.Block, x: torch.Tensor) -> torch.Tensor:
+def plain_block(block: Block, x: torch.Tensor) -> torch.Tensor:
     """(1, n, D) through a block, written as the textbook does."""
     qkv = block.attn.qkv(block.norm1(x)).view(1, x.shape[1], 3, block.attn.num_heads, -1).permute(2, 0, 3, 1, 4)
     weights = (qkv[0] @ qkv[1].transpose(-2, -1) * qkv.shape[-1] ** -0.5).softmax(-1)
@@ -46,7 +50,7 @@ def plain_block(block: model.Block, x: torch.Tensor) -> torch.Tensor:
     return x + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x))))
 
 
-def plain_jepa(jepa: model.Jepa, images, context_mask, target_mask):
+def plain_jepa(jepa: Jepa, images, context_mask, target_mask):
     """Predictions of a per-image loop in the official order, and the context features."""
     encoder, predictor = jepa.encoder, jepa.predictor
     patches = (
@@ -76,8 +80,8 @@ def plain_jepa(jepa: model.Jepa, images, context_mask, target_mask):
 @pytest.mark.parametrize(("depth", "pred_depth"), [(2, 2), (1, 1), (3, 3)])
 @pytest.mark.parametrize("way", ["sdpa", "matmul"])
 def test_jepa_equals_a_per_image_loop_with_two_ragged_contexts(depth, pred_depth, way):
-    jepa, _ = model.build(small(meta={"depth": depth, "pred_depth": pred_depth}))
-    model.use_attention(perturbed(jepa), way)
+    jepa, _ = build_pair(small(meta={"depth": depth, "pred_depth": pred_depth}))
+    use_attention(perturbed(jepa), way)
     context_mask, target_mask = masks()
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     context, _, blocks = pack(context_mask, target_mask)
@@ -96,7 +100,7 @@ def test_jepa_equals_a_per_image_loop_with_two_ragged_contexts(depth, pred_depth
 
 
 def test_encoder_equals_timm():
-    encoder = perturbed(model.build(small())[0].encoder)
+    encoder = perturbed(build_pair(small())[0].encoder)
     vit = timm.models.VisionTransformer(
         img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4, class_token=False, global_pool="avg", num_classes=0,
         fc_norm=False, norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6),
@@ -107,14 +111,14 @@ def test_encoder_equals_timm():
 
 
 def test_wanted_rows_are_those_of_the_whole():
-    encoder = perturbed(model.build(small())[1])
+    encoder = perturbed(build_pair(small())[1])
     images = torch.randn(3, 3, 32, 32)
     _, target, _ = pack(*masks())
     torch.testing.assert_close(encoder(images, wanted=target), encoder(images)[target.idx.long()], rtol=1e-5, atol=1e-5)
 
 
 def test_patches_outside_the_context_are_never_seen():
-    encoder = model.build(small())[0].encoder
+    encoder = build_pair(small())[0].encoder
     images = torch.randn(1, 3, 32, 32)
     mask = np.zeros((1, 1, N), dtype=bool)
     mask[0, 0, :4] = True  # the first row of patches
@@ -126,15 +130,15 @@ def test_patches_outside_the_context_are_never_seen():
 
 @pytest.mark.parametrize("size", [(32, 48), (16, 16), (64, 32)])
 def test_other_resolutions_get_their_own_positions(size):
-    encoder = model.build(small())[0].encoder
+    encoder = build_pair(small())[0].encoder
     images = torch.randn(2, 3, *size)
-    native = model.build(small(data={"crop_size": list(size)}))[0].encoder
+    native = build_pair(small(data={"crop_size": list(size)}))[0].encoder
     native.load_state_dict(encoder.state_dict() | {"pos_embed": native.pos_embed})
     assert torch.equal(encoder.features(images), native.features(images))
 
 
 def test_positions_encode_the_column_first_then_the_row():
-    positions = model.sincos_positions(8, (2, 3))[0]
+    positions = sincos_positions(8, (2, 3))[0]
     column, row = 2.0, 1.0
     rate = torch.tensor([1.0, 0.01])
     expected = torch.cat([f(axis * rate) for axis in (column, row) for f in (torch.sin, torch.cos)])
@@ -143,13 +147,13 @@ def test_positions_encode_the_column_first_then_the_row():
 
 def test_initial_weights_depend_on_the_seed_alone():
     torch.manual_seed(5)
-    first = model.build(small())[0].state_dict()
+    first = build_pair(small())[0].state_dict()
     torch.manual_seed(6)
     before = torch.random.get_rng_state()
-    second = model.build(small())[0].state_dict()
+    second = build_pair(small())[0].state_dict()
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(torch.equal(first[name], second[name]) for name in first)
-    other = model.build(small(runtime={"seed": 1}))[0].state_dict()
+    other = build_pair(small(runtime={"seed": 1}))[0].state_dict()
     assert not torch.equal(first["encoder.blocks.0.mlp.fc1.weight"], other["encoder.blocks.0.mlp.fc1.weight"])
     assert first["encoder.blocks.0.mlp.fc1.weight"].std().item() == pytest.approx(0.02, rel=0.1)
 
@@ -157,10 +161,10 @@ def test_initial_weights_depend_on_the_seed_alone():
 @pytest.mark.parametrize(("name", "millions"), [("vit_small", 21.6), ("vit_base", 85.6), ("vit_giant", 1011.2)])
 def test_sizes_of_the_named_models(name, millions):
     with torch.device("meta"):
-        dim, depth, heads, mlp_ratio = config.MODELS[name]
-        encoder = model.Encoder.__new__(model.Encoder)
+        dim, depth, heads, mlp_ratio = MODELS[name]
+        encoder = Encoder.__new__(Encoder)
         torch.nn.Module.__init__(encoder)
-        blocks = torch.nn.ModuleList(model.Block(dim, heads, mlp_ratio) for _ in range(depth))
+        blocks = torch.nn.ModuleList(Block(dim, heads, mlp_ratio) for _ in range(depth))
     count = sum(p.numel() for p in blocks.parameters()) + 16 * 16 * 3 * dim + 3 * dim
     assert count / 1e6 == pytest.approx(millions, abs=0.6)
 
@@ -170,7 +174,7 @@ def test_checkpointed_activations_change_nothing():
     images = torch.randn(3, 3, 32, 32)
     gradients = []
     for flag in (False, True):
-        jepa, _ = model.build(small(runtime={"checkpoint_activations": flag}))
+        jepa, _ = build_pair(small(runtime={"checkpoint_activations": flag}))
         jepa(images, context, blocks)[0].square().sum().backward()
         gradients.append([p.grad for p in jepa.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
@@ -182,7 +186,7 @@ def test_compiled_networks_give_the_same_gradients():
     images = torch.randn(3, 3, 32, 32)
     gradients = []
     for compiled in (False, True):
-        jepa, _ = model.build(small(meta={"depth": 1, "pred_depth": 1}))  # compiling takes longer with every block
+        jepa, _ = build_pair(small(meta={"depth": 1, "pred_depth": 1}))  # compiling takes longer with every block
         if compiled:
             jepa.compile(dynamic=True)
         jepa(images, context, blocks)[0].square().sum().backward()
@@ -200,7 +204,7 @@ def ragged(lengths) -> Packed:
 def test_attention_stays_within_its_sequence(way, lengths):
     queries, keys = ragged(lengths[0]), ragged(lengths[1])
     q, k, v = (torch.randn(sum(n), 2, 8, dtype=torch.float64, requires_grad=True) for n in (lengths[0], lengths[1], lengths[1]))
-    out = attention.attention(q, k, v, queries, keys, way)
+    out = packed_attention(q, k, v, queries, keys, way)
     parts = []
     for qi, ki, vi in zip(q.split(lengths[0]), k.split(lengths[1]), v.split(lengths[1]), strict=True):
         weights = (torch.einsum("qhd,khd->hqk", qi, ki) * 8**-0.5).softmax(-1)
@@ -213,19 +217,19 @@ def test_attention_stays_within_its_sequence(way, lengths):
 @pytest.mark.parametrize("name", ["flash", "varlen", "xformers"])
 def test_attention_that_cannot_run_is_refused(name):
     with pytest.raises(ConfigError, match=f"runtime.attention: {name}"):
-        attention.choose(name, torch.device("cpu"), torch.bfloat16)
+        choose_attention(name, torch.device("cpu"), torch.bfloat16)
 
 
 def test_attention_chosen_on_a_cpu():
     cpu = torch.device("cpu")
-    assert attention.choose("auto", cpu, torch.float32) == "sdpa"
-    assert attention.choose("auto", cpu, torch.bfloat16) == "matmul"
+    assert choose_attention("auto", cpu, torch.float32) == "sdpa"
+    assert choose_attention("auto", cpu, torch.bfloat16) == "matmul"
 
 
 def test_bytes_are_normalised_where_patches_are_cut():
     """uint8 images give what their normalised floats give, whole or in part."""
     setting = small(data={"crop_size": 32, "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]})
-    encoder = perturbed(model.build(setting)[0].encoder)
+    encoder = perturbed(build_pair(setting)[0].encoder)
     pixels = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
     mean, std = (torch.tensor(values)[:, None, None] for values in setting.mean_std)
     context = pack(*masks())[0]

@@ -16,13 +16,19 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from fastjepa import cli, config, flops, model, monitors
-from fastjepa.monitors import alarms, effective_rank, gather_probe, lidar, probe_period, spread
-from fastjepa.schedule import Now
-from fastjepa.sources import open_source
+from fastjepa.cli.main import main
+from fastjepa.config.load import config_from_dict, load_config
+from fastjepa.config.schema import Config
+from fastjepa.data.sources import open_source
+from fastjepa.engine.schedule import StepSettings
+from fastjepa.evals.collapse import effective_rank, feature_std, lidar
+from fastjepa.model.jepa import build_pair
+from fastjepa.monitoring.alarms import collapse_alarms
+from fastjepa.monitoring.monitor import READING_NAMES, gather_probe, probe_period
+from fastjepa.plan.flops import count_flops, flops_per_image
 
 ROOT = Path(__file__).parent.parent
-NOW = Now(lr=1e-3, weight_decay=0.04, ema_momentum=0.996)
+NOW = StepSettings(lr=1e-3, weight_decay=0.04, ema_momentum=0.996)
 TINY = {
     "data": {"batch_size": 8, "crop_size": 32, "num_workers": 0},
     "mask": {"patch_size": 8, "min_keep": 0, "truncate": "none"},
@@ -62,7 +68,7 @@ def file(source, tmp_path_factory) -> Path:
 
 
 def trained(file: Path, output: Path, *arguments: object) -> list[dict]:
-    assert cli.main(["train", "--config", str(file), "--output", str(output), *map(str, arguments)]) == 0
+    assert main(["train", "--config", str(file), "--output", str(output), *map(str, arguments)]) == 0
     return lines(output)
 
 
@@ -71,7 +77,7 @@ def lines(output: Path) -> list[dict]:
 
 
 def readings(entries: list[dict]) -> list[tuple]:
-    return [(entry["step"], *(entry.get(name) for name in monitors.READINGS)) for entry in entries]
+    return [(entry["step"], *(entry.get(name) for name in READING_NAMES)) for entry in entries]
 
 
 @given(st.integers(1, 8))
@@ -108,8 +114,8 @@ def test_effective_rank_takes_evenly_spaced_rows_of_many():
 
 
 def test_spread_is_over_tokens_not_channels():
-    assert spread(torch.tensor([[0.0, 5.0], [2.0, 5.0]])) == pytest.approx(0.5)
-    assert spread(torch.arange(12.0).expand(7, 12).bfloat16()) == 0.0
+    assert feature_std(torch.tensor([[0.0, 5.0], [2.0, 5.0]])) == pytest.approx(0.5)
+    assert feature_std(torch.arange(12.0).expand(7, 12).bfloat16()) == 0.0
 
 
 @pytest.mark.parametrize("directions", [1, 3, 10])
@@ -150,18 +156,18 @@ def test_lidar_of_what_it_cannot_measure_and_of_more_channels_than_views():
 def test_readings_do_not_depend_on_the_order(seed):
     order = torch.randperm(40, generator=torch.Generator().manual_seed(seed))
     rows, views = draws(40, 8), draws(40, 3, 8)
-    assert spread(rows[order]) == pytest.approx(spread(rows), rel=1e-6)
+    assert feature_std(rows[order]) == pytest.approx(feature_std(rows), rel=1e-6)
     assert effective_rank(rows[order]) == pytest.approx(effective_rank(rows), rel=1e-9)
     assert lidar(views[order]) == pytest.approx(lidar(views), rel=1e-9)
     assert lidar(views[:, [2, 0, 1]]) == pytest.approx(lidar(views), rel=1e-9)
 
 
-def told(name: str, *values: float, losses=None, now: Now = NOW, warmup_steps=0, **section) -> list[list[str]]:
+def told(name: str, *values: float, losses=None, now: StepSettings = NOW, warmup_steps=0, **section) -> list[list[str]]:
     """The warnings after each of the readings `values`, 100 steps apart."""
     pairs = zip(values, losses or [0.3] * len(values), strict=True)
     history = [{"step": 100 * i, "loss": loss, name: value} for i, (value, loss) in enumerate(pairs)]
-    settings = config.from_dict(section)
-    return [alarms(history[: n + 1], now, settings, warmup_steps) for n in range(len(history))]
+    settings = config_from_dict(section)
+    return [collapse_alarms(history[: n + 1], now, settings, warmup_steps) for n in range(len(history))]
 
 
 @pytest.mark.parametrize(
@@ -198,7 +204,7 @@ def test_every_kind_warns_once_at_its_second_bad_reading(name, values, kind):
 )
 def test_no_false_alarm(name, values):
     assert not any(told(name, *values))
-    assert alarms([], NOW, config.Config()) == []
+    assert collapse_alarms([], NOW, Config()) == []
 
 
 def test_a_collapse_that_ended_and_came_back_warns_again():
@@ -211,8 +217,8 @@ def test_a_k_nn_may_stand_still_until_the_warm_up_ends():
 
 def test_a_reading_of_another_kind_between_repeats_nothing():
     low = [{"step": i, "loss": 0.3, "lidar": value} for i, value in enumerate((9.0, 1.0, 1.0))]
-    assert len(alarms(low, NOW, config.Config())) == 1
-    assert alarms([*low, {"step": 4, "loss": 0.3, "feature_std": 1.0}], NOW, config.Config()) == []
+    assert len(collapse_alarms(low, NOW, Config())) == 1
+    assert collapse_alarms([*low, {"step": 4, "loss": 0.3, "feature_std": 1.0}], NOW, Config()) == []
 
 
 def test_a_loss_that_jumps_and_stays_names_the_learning_rate():
@@ -226,7 +232,7 @@ def test_a_loss_that_jumps_and_stays_names_the_learning_rate():
 @pytest.mark.parametrize(
     "changes, key",
     [
-        ({"now": Now(1e-3, 0.04, 0.0)}, "raise optimization.ema (now 0)"),
+        ({"now": StepSettings(1e-3, 0.04, 0.0)}, "raise optimization.ema (now 0)"),
         ({"optimization": {"lr": 0.1}}, "lower optimization.lr (peak 0.1)"),
         ({}, "set loss.regularizer=vicreg"),
         ({"loss": {"regularizer": "vicreg"}}, "raise loss.regularizer_weight"),
@@ -243,24 +249,24 @@ def test_a_loss_that_jumped_before_a_collapse_is_its_likely_cause():
 
 
 def test_probes_fit_into_the_budget(file, source):
-    settings = config.load(file, ["logging.probe_every=null"])
+    settings = load_config(file, ["logging.probe_every=null"])
     data = open_source(settings.data)
-    per_image = flops.of_config(settings)
+    per_image = flops_per_image(settings)
     images = 48 + 8 * 48  # bank and queries, views
-    forward = flops.count(settings, 1, 1, 16).target_forward / (8 * per_image)  # of an image, in steps
+    forward = count_flops(settings, 1, 1, 16).target_forward / (8 * per_image)  # of an image, in steps
     for steps in (1_000, 30_000, 1_000_000):
         period = probe_period(settings, data, steps, per_image)
         looks = 1 + steps // period if period else 0
         assert looks * images * forward <= 0.01 * steps
         assert period == 0 or period % 2 == 0 and period >= 4
     assert probe_period(settings, data, 1_000, per_image) == 0 < probe_period(settings, data, 30_000, per_image)
-    never = config.load(file, ["logging.probe_every=null", "logging.monitor_every=0"])
+    never = load_config(file, ["logging.probe_every=null", "logging.monitor_every=0"])
     assert probe_period(never, data, 10**6, per_image) == 0
-    assert probe_period(config.load(file), data, 10, per_image) == 8, "what was asked for"
+    assert probe_period(load_config(file), data, 10, per_image) == 8, "what was asked for"
 
 
 def test_a_probe_holds_out_what_there_is(file, tmp_path):
-    settings = config.load(file)
+    settings = load_config(file)
     probe = gather_probe(settings, open_source(settings.data))
     assert probe.about == "a k-NN of 16 other training images"
     assert len(probe.bank) == 32 and probe.views.shape == (48, 8, 3, 32, 32)
@@ -268,21 +274,21 @@ def test_a_probe_holds_out_what_there_is(file, tmp_path):
     write_images(tmp_path / "split/train", 12)
     write_images(tmp_path / "split/val", 6)
     (tmp_path / "split/train/d/00.png").write_bytes(b"not an image")
-    split = config.load(file, [f"data.source={tmp_path / 'split'}"])
+    split = load_config(file, [f"data.source={tmp_path / 'split'}"])
     probe = gather_probe(split, open_source(split.data))
     assert probe.about == "a k-NN of 6 val or test images" and len(probe.query_labels) == 6
     assert len(probe.views) == 11 and len(probe.bank) == len(probe.bank_labels), "a file that cannot be read is passed over"
-    flat = config.load(file, [f"data.source={tmp_path / 'split/val/d'}"])
+    flat = load_config(file, [f"data.source={tmp_path / 'split/val/d'}"])
     probe = gather_probe(flat, open_source(flat.data))
     assert probe.about == "no k-NN, for the data has no labels" and len(probe.bank) == 3
-    found = probe.read(model.build(flat)[1], flat, torch.device("cpu"))
+    found = probe.read(build_pair(flat)[1], flat, torch.device("cpu"))
     assert found.keys() == {"image_std", "image_rank", "lidar"}
 
 
 def test_a_probe_classifies_what_can_be_told_apart(file):
-    settings = config.load(file)
+    settings = load_config(file)
     probe = gather_probe(settings, open_source(settings.data))
-    encoder = model.build(settings)[1]
+    encoder = build_pair(settings)[1]
     assert probe.read(encoder, settings, torch.device("cpu"))["knn"] == 1.0, "dark and light"
     for parameter in encoder.parameters():
         torch.nn.init.zeros_(parameter)
@@ -294,7 +300,7 @@ def test_a_probe_classifies_what_can_be_told_apart(file):
 
 def test_a_run_logs_its_readings_and_their_cost_and_is_not_changed_by_them(file, tmp_path, capsys):
     entries = trained(file, tmp_path / "watched")
-    at = {name: [entry["step"] for entry in entries if name in entry] for name in (*monitors.READINGS, "monitor_share")}
+    at = {name: [entry["step"] for entry in entries if name in entry] for name in (*READING_NAMES, "monitor_share")}
     assert at["feature_std"] == at["effective_rank"] == at["monitor_share"] == [2, *range(4, 37, 4)], (
         "the first line has the readings of step 1"
     )
@@ -304,7 +310,7 @@ def test_a_run_logs_its_readings_and_their_cost_and_is_not_changed_by_them(file,
     assert out.count("probes at step 1 and every 8: a k-NN of 16 other training images") == 1
     assert "LiDAR" in out and "k-NN 1" in out and "warning" not in out
     plain = trained(file, tmp_path / "plain", "logging.monitor_every=0", "logging.probe_every=0")
-    assert not any(name in entry for entry in plain for name in monitors.READINGS)
+    assert not any(name in entry for entry in plain for name in READING_NAMES)
     first, second = (tmp_path / run / "checkpoints/jepa-00000036/target_encoder.safetensors" for run in ("watched", "plain"))
     assert all(torch.equal(tensor, load_file(second)[name]) for name, tensor in load_file(first).items())
 

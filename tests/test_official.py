@@ -15,11 +15,28 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_interop import SHAPE, convert, make_state, official_file, same
 
-from fastjepa import checkpoint, cli, model, official, train, verify
-from fastjepa.checkpoint import CheckpointError, TrainState
-from fastjepa.config import Config, from_dict
-from fastjepa.ema import Average
-from fastjepa.schedule import Schedule
+from fastjepa.checkpoint.directory import find_checkpoint
+from fastjepa.checkpoint.restore import load_networks, restore_checkpoint
+from fastjepa.checkpoint.save import save_checkpoint
+from fastjepa.checkpoint.state import TrainState, read_state
+from fastjepa.cli.main import main
+from fastjepa.config.load import config_from_dict
+from fastjepa.config.schema import Config
+from fastjepa.engine.average import Average
+from fastjepa.engine.plain import PlainEngine
+from fastjepa.engine.schedule import Schedule
+from fastjepa.errors import CheckpointError
+from fastjepa.model.jepa import build_pair
+from fastjepa.run.step import take_step
+from fastjepa.run.verify import (
+    FINAL_TOLERANCE,
+    VERIFY_TOLERANCE,
+    ReferenceFile,
+    reference_batch,
+    relative_error,
+    restored_networks,
+)
+from fastjepa.weights.official import adopt_training, official_contents, write_official
 
 REFERENCES = sorted((Path(__file__).parent / "reference").glob("*.safetensors"))
 
@@ -27,42 +44,42 @@ REFERENCES = sorted((Path(__file__).parent / "reference").glob("*.safetensors"))
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("run")
-    checkpoint.save(path / "checkpoints", make_state(from_dict(SHAPE)))
+    save_checkpoint(path / "checkpoints", make_state(config_from_dict(SHAPE)))
     return path
 
 
-def resumed(path: Path, root: Path, config: Config, steps_per_epoch: int) -> tuple[TrainState, train.Engine, Average]:
+def resumed(path: Path, root: Path, config: Config, steps_per_epoch: int) -> tuple[TrainState, PlainEngine, Average]:
     """A run that goes on from an official file, made anew and filled as the trainer fills it."""
-    found = official.adopt(path, root, steps_per_epoch, {"config": config.to_dict(), "world": 1})
-    jepa, target = model.build(config)
-    engine = train.Engine(jepa)
+    found = adopt_training(path, root, steps_per_epoch, {"config": config.to_dict(), "world": 1})
+    jepa, target = build_pair(config)
+    engine = PlainEngine(jepa)
     state = TrainState(0, {"encoder": jepa.encoder, "predictor": jepa.predictor, "target_encoder": target}, engine.optimizer)
-    return checkpoint.restore(found, state), engine, Average(target, jepa.encoder)
+    return restore_checkpoint(found, state), engine, Average(target, jepa.encoder)
 
 
 @pytest.mark.parametrize("file", REFERENCES, ids=lambda file: file.stem)
 def test_training_goes_on_from_the_official_format(tmp_path, file):
     """Three steps of a reference trajectory, handed over as an official file; steps four and five follow the reference."""
-    reference = verify.Reference(file)
-    engine, target = verify.restored(reference)
+    reference = ReferenceFile(file)
+    engine, target = restored_networks(reference)
     ipe, config = int(reference.meta["ipe"]), reference.config
     schedule = Schedule(config.optimization, ipe)
 
     def steps(engine, average, numbers):
-        batches = {s: verify.make_batch(reference[f"step{s}.images"], *reference.masks(s)) for s in numbers}
-        return [train.step(engine, average, [batches[s]], schedule(s), config).loss for s in numbers]
+        batches = {s: reference_batch(reference[f"step{s}.images"], *reference.masks(s)) for s in numbers}
+        return [take_step(engine, average, [batches[s]], schedule(s), config).loss for s in numbers]
 
     steps(engine, Average(target, engine.jepa.encoder), range(3))
     networks = {"encoder": engine.jepa.encoder, "predictor": engine.jepa.predictor, "target_encoder": target}
-    checkpoint.save(tmp_path / "run", TrainState(3, networks, engine.optimizer, record={"config": config.to_dict()}))
+    save_checkpoint(tmp_path / "run", TrainState(3, networks, engine.optimizer, record={"config": config.to_dict()}))
     convert(tmp_path / "run", tmp_path / "jepa.pth.tar", "--to", "meta", "--steps-per-epoch", ipe)
     state, engine, average = resumed(tmp_path / "jepa.pth.tar", tmp_path / "resumed", config, ipe)
     assert state.step == 3
     losses = steps(engine, average, range(3, 5))
-    errors = [verify.error(ours, theirs) for ours, theirs in zip(losses, reference["losses"][3:5], strict=True)]
-    assert max(errors) < verify.TOLERANCE
+    errors = [relative_error(ours, theirs) for ours, theirs in zip(losses, reference["losses"][3:5], strict=True)]
+    assert max(errors) < VERIFY_TOLERANCE
     final = {f"{name}.{k}": v for name, network in state.networks.items() for k, v in network.state_dict().items()}
-    assert max(verify.error(final[k], v) for k, v in reference.below("final.").items()) < verify.FINAL_TOLERANCE
+    assert max(relative_error(final[k], v) for k, v in reference.below("final.").items()) < FINAL_TOLERANCE
 
 
 def test_the_official_optimizer_can_load_what_is_written(run, tmp_path):
@@ -77,7 +94,7 @@ def test_the_official_optimizer_can_load_what_is_written(run, tmp_path):
         others.append([p for name, p in parameters.items() if "bias" in name or p.ndim == 1])
     optimizer = torch.optim.AdamW([{"params": group} for group in weights + others])
     optimizer.load_state_dict(written["opt"])
-    stored = load_file(checkpoint.find(run) / "optimizer.safetensors")
+    stored = load_file(find_checkpoint(run) / "optimizer.safetensors")
     assert weights[0][0] not in optimizer.state  # pos_embed
     assert torch.equal(optimizer.state[weights[0][1]]["exp_avg"], stored["encoder.patch_embed.proj.weight.exp_avg"])
     assert torch.equal(optimizer.state[others[1][-1]]["exp_avg_sq"], stored["predictor.predictor_proj.bias.exp_avg_sq"])
@@ -86,14 +103,14 @@ def test_the_official_optimizer_can_load_what_is_written(run, tmp_path):
 
 def without_ours(run: Path, path: Path, **changed) -> Path:
     """A run in the official format with nothing in it of ours, at the end of an epoch."""
-    official.write(path, {k: v for k, v in official.from_run(run).items() if k != "fastjepa"} | changed)
+    write_official(path, {k: v for k, v in official_contents(run).items() if k != "fastjepa"} | changed)
     return path
 
 
 def test_an_official_file_is_taken_up_at_its_epoch(run, tmp_path):
     """Bit for bit, whether or not the positions have a place in its groups, and with counts that are plain numbers."""
-    expected = make_state(from_dict(SHAPE))
-    opt = official.from_run(run)["opt"]
+    expected = make_state(config_from_dict(SHAPE))
+    opt = official_contents(run)["opt"]
     fixed = {0: "encoder", opt["param_groups"][1]["params"][1]: "predictor"}  # positions; the mask token comes before
     kept = [[i for i in group["params"] if i not in fixed] for group in opt["param_groups"]]
     order = {old: new for new, old in enumerate(sum(kept, []))}
@@ -105,9 +122,9 @@ def test_an_official_file_is_taken_up_at_its_epoch(run, tmp_path):
     }
     for name, state_dict in (("official", opt), ("lean", lean)):
         path = without_ours(run, tmp_path / f"{name}.pth.tar", opt=state_dict, epoch=3)
-        state, engine, _ = resumed(path, tmp_path / name, from_dict(SHAPE), 5)
+        state, engine, _ = resumed(path, tmp_path / name, config_from_dict(SHAPE), 5)
         assert state.step == 15
-        said = checkpoint.read_state(tmp_path / name / "jepa-00000015")["record"]
+        said = read_state(tmp_path / name / "jepa-00000015")["record"]
         assert (said["world"], said["adopted"]) == (2, {"file": path.name, "epoch": 3})
         assert all(same(state.networks[n].state_dict(), net.state_dict()) for n, net in expected.networks.items())
         ours, theirs = (s.optimizer.state_dict() for s in (state, expected))
@@ -117,7 +134,7 @@ def test_an_official_file_is_taken_up_at_its_epoch(run, tmp_path):
 
 
 def test_a_file_that_does_not_fit_is_refused(run, tmp_path):
-    contents = official.from_run(run)
+    contents = official_contents(run)
     other, _ = official_file(tmp_path / "other.pth.tar", meta={"depth": 1})
     short = {**contents["opt"], "param_groups": contents["opt"]["param_groups"][:3]}
     moved = {**contents["opt"], "state": {i + 1: entry for i, entry in contents["opt"]["state"].items()}}
@@ -131,15 +148,15 @@ def test_a_file_that_does_not_fit_is_refused(run, tmp_path):
     }
     for path, sentence in faults.items():
         with pytest.raises(CheckpointError, match=sentence):
-            official.adopt(path, tmp_path / "out", 5, {"config": from_dict(SHAPE).to_dict()})
+            adopt_training(path, tmp_path / "out", 5, {"config": config_from_dict(SHAPE).to_dict()})
     assert not (tmp_path / "out").exists()
 
 
 def test_a_run_must_say_how_long_its_epochs_are(run, tmp_path, capsys):
-    state = make_state(from_dict(SHAPE))
+    state = make_state(config_from_dict(SHAPE))
     del state.record["steps_per_epoch"]
-    checkpoint.save(tmp_path / "run", state)
-    assert cli.main(["convert", str(tmp_path / "run"), str(tmp_path / "x.pth.tar"), "--to", "meta"]) == 2
+    save_checkpoint(tmp_path / "run", state)
+    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "x.pth.tar"), "--to", "meta"]) == 2
     assert "pass --steps-per-epoch" in capsys.readouterr().err
 
 
@@ -157,28 +174,28 @@ def test_the_trainer_continues_what_was_converted(tmp_path, capsys):
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(shape))
     common = ["--config", str(tmp_path / "config.yaml"), "--output"]
-    assert cli.main(["train", *common, str(tmp_path / "whole")]) == 0
-    assert cli.main(["train", *common, str(tmp_path / "first"), "--max-steps", "2"]) == 0
+    assert main(["train", *common, str(tmp_path / "whole")]) == 0
+    assert main(["train", *common, str(tmp_path / "first"), "--max-steps", "2"]) == 0
     convert(tmp_path / "first", tmp_path / "ep1.pth.tar", "--to", "meta", "--steps-per-epoch", 2)
     assert torch.load(tmp_path / "ep1.pth.tar", weights_only=True)["epoch"] == 1
     convert(tmp_path / "ep1.pth.tar", tmp_path / "second", "--to", "run", *common[:2], "--steps-per-epoch", 2)
-    assert cli.main(["train", *common, str(tmp_path / "second")]) == 0
+    assert main(["train", *common, str(tmp_path / "second")]) == 0
     assert "resuming from" in capsys.readouterr().out
-    whole, second = (checkpoint.load_networks(tmp_path / name) for name in ("whole", "second"))
+    whole, second = (load_networks(tmp_path / name) for name in ("whole", "second"))
     assert all(same(second[name], whole[name]) for name in whole)
 
 
 def test_a_bf16_run_has_the_scaler_that_the_official_code_then_loads(tmp_path):
-    config = from_dict(SHAPE | {"runtime": {"dtype": "bf16", "device": "cpu"}})
-    checkpoint.save(tmp_path / "checkpoints", make_state(config))
-    contents = official.from_run(tmp_path)
+    config = config_from_dict(SHAPE | {"runtime": {"dtype": "bf16", "device": "cpu"}})
+    save_checkpoint(tmp_path / "checkpoints", make_state(config))
+    contents = official_contents(tmp_path)
     torch.amp.GradScaler("cpu").load_state_dict(contents["scaler"])
     assert contents["lr"] == config.optimization.lr
 
 
 def test_a_run_from_an_official_file_needs_its_yaml_and_epoch(run, tmp_path, capsys):
     path, _ = official_file(tmp_path / "jepa.pth.tar", meta={"depth": 1})
-    assert cli.main(["convert", str(path), str(tmp_path / "out"), "--to", "run"]) == 2
+    assert main(["convert", str(path), str(tmp_path / "out"), "--to", "run"]) == 2
     assert "--to run needs --config" in capsys.readouterr().err
 
 

@@ -14,8 +14,8 @@ import yaml
 from test_data import write_idx_pairs
 from test_house import CONFIGS, ROOT, files
 
-import fastjepa
 import fastjepa_kernels
+from fastjepa import __version__
 
 SMALL = ["data.batch_size=4", "runtime.dtype=fp32", "runtime.device=cpu", "--max-steps", "1"]
 WITHOUT_LIGHTLY = "loss.regularizer=none"
@@ -58,7 +58,7 @@ def python(dist, tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_both_distributions_give_a_wheel_and_a_source_distribution(dist):
-    version = fastjepa.__version__
+    version = __version__
     found = {path.name for path in dist.iterdir()}
     names = ("fastjepa", "fastjepa_kernels")
     assert found == {f"{name}-{version}{end}" for name in names for end in (".tar.gz", "-py3-none-any.whl")}
@@ -84,7 +84,7 @@ def test_it_trains_outside_the_repository(python, tmp_path):
 @pytest.mark.slow
 def test_every_config_comes_along(python, tmp_path):
     names = [path.stem for path in CONFIGS]
-    code = f"from fastjepa import config; print([config.load(name).mask.patch_size for name in {names}])"
+    code = f"from fastjepa.config.load import load_config; print([load_config(name).mask.patch_size for name in {names}])"
     assert len(run(python, "-c", code, cwd=tmp_path).split(",")) == len(names)
 
 
@@ -95,14 +95,14 @@ def test_the_link_to_the_configs_is_what_is_packaged():
 
 def test_the_versions_agree():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert citation["version"] == fastjepa.__version__ == fastjepa_kernels.__version__
-    assert f"## {fastjepa.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    assert citation["version"] == __version__ == fastjepa_kernels.__version__
+    assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
     assert citation["license"] == "Apache-2.0" and "2301.08243" in citation["references"][0]["url"]
     assert (ROOT / "kernels/LICENSE").read_text() == (ROOT / "LICENSE").read_text()
 
 
 def test_the_trainer_takes_the_kernels_of_its_own_minor_version():
-    major, minor, _ = fastjepa.__version__.split(".")
+    major, minor, _ = __version__.split(".")
     assert f'"fastjepa-kernels>={major}.{minor},<{major}.{int(minor) + 1}"' in (ROOT / "setup.py").read_text()
 
 

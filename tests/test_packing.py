@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastjepa.packing import full, pack
+from fastjepa.masks.pack import pack
+from fastjepa.masks.packed import full_sequences
 
 
 @st.composite
@@ -70,5 +71,5 @@ def test_length_is_known_only_where_all_sequences_share_it():
 
 
 def test_full_is_every_patch_of_every_image():
-    packed = full(2, 3)
+    packed = full_sequences(2, 3)
     assert (packed.idx.tolist(), packed.cu_seqlens.tolist(), packed.length) == ([0, 1, 2, 3, 4, 5], [0, 3, 6], 3)

@@ -10,8 +10,20 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.decomposition import PCA
 
-from fastjepa import pictures
-from fastjepa.config import ConfigError
+from fastjepa.errors import ConfigError
+from fastjepa.visualize.images import (
+    HIDDEN_COLOUR,
+    OUTLINE_COLOUR,
+    captioned,
+    hidden_patches,
+    outlined_block,
+    pca_picture,
+    picture_sheet,
+    principal_components,
+    save_picture,
+    to_uint8,
+    zoomed,
+)
 
 WHITE, RED, BLUE = (255, 255, 255), (255, 0, 0), (0, 0, 255)
 
@@ -28,7 +40,7 @@ def features(b: int = 3, n: int = 24, dim: int = 8, seed: int = 0) -> torch.Tens
 @given(st.integers(4, 60), st.integers(3, 12), st.integers(0, 5))
 def test_components_are_those_of_scikit_learn_up_to_sign(n: int, dim: int, seed: int):
     x = features(1, n, dim, seed)[0]
-    ours, theirs = pictures.components(x).numpy(), PCA(3, svd_solver="full").fit_transform(x.double().numpy())
+    ours, theirs = principal_components(x).numpy(), PCA(3, svd_solver="full").fit_transform(x.double().numpy())
     signs = np.sign((ours * theirs).sum(axis=0))
     np.testing.assert_allclose(ours * signs, theirs, atol=1e-6 * np.abs(theirs).max())
 
@@ -36,24 +48,24 @@ def test_components_are_those_of_scikit_learn_up_to_sign(n: int, dim: int, seed:
 def test_signs_do_not_depend_on_the_order_of_the_patches():
     x = features()[0]
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(pictures.components(x[order]), pictures.components(x)[order])
+    torch.testing.assert_close(principal_components(x[order]), principal_components(x)[order])
 
 
 def test_the_largest_entry_of_an_axis_is_positive():
     x = torch.tensor([[0.0, 0, 0], [0, -1, 0], [0, -9, 1], [1, -4, 0]])
-    first = pictures.components(x)[:, 0]
-    assert first.argmin() == 2 and torch.equal(pictures.components(x), pictures.components(x.clone()))
+    first = principal_components(x)[:, 0]
+    assert first.argmin() == 2 and torch.equal(principal_components(x), principal_components(x.clone()))
 
 
 def test_fewer_axes_than_colours_and_features_that_do_not_vary_are_mid_grey():
-    assert torch.equal(pictures.components(torch.randn(5, 2))[:, 2], torch.zeros(5, dtype=torch.float64))
-    assert np.all(pictures.pca(torch.ones(2, 4, 6), (2, 2), (8, 8)) == 128)
+    assert torch.equal(principal_components(torch.randn(5, 2))[:, 2], torch.zeros(5, dtype=torch.float64))
+    assert np.all(pca_picture(torch.ones(2, 4, 6), (2, 2), (8, 8)) == 128)
 
 
 def test_colours_are_of_all_images_together_and_patches_are_squares():
     x = features(b=2, n=6)
     x[1] += 100  # the images differ far more than their patches: the first colour must tell them apart
-    drawn = pictures.pca(x, (2, 3), (8, 12))
+    drawn = pca_picture(x, (2, 3), (8, 12))
     assert drawn.shape == (2, 8, 12, 3) and drawn.dtype == np.uint8
     assert abs(int(drawn[0, ..., 0].max()) - int(drawn[1, ..., 0].min())) > 100
     squares = drawn.reshape(2, 2, 4, 3, 4, 3)
@@ -64,23 +76,23 @@ def test_colours_are_of_all_images_together_and_patches_are_squares():
 
 def test_one_wild_patch_does_not_flatten_the_colours_of_the_others():
     x = features(b=4, n=100)
-    calm = pictures.pca(x, (10, 10), (10, 10))[..., 0].std()
+    calm = pca_picture(x, (10, 10), (10, 10))[..., 0].std()
     x[0, 0] = 1000 * torch.eye(8)[0]
-    assert pictures.pca(x, (10, 10), (10, 10))[..., 0].std() > calm / 2
+    assert pca_picture(x, (10, 10), (10, 10))[..., 0].std() > calm / 2
 
 
 def test_masked_patches_are_grey_and_have_no_say():
     x, mask = features(), torch.rand(3, 24, generator=torch.Generator().manual_seed(2)) < 0.6
-    drawn = pictures.pca(x, (4, 6), (4, 6), mask)
+    drawn = pca_picture(x, (4, 6), (4, 6), mask)
     wild = torch.where(mask[..., None], x, 1e6 * torch.randn_like(x))
-    assert np.array_equal(drawn, pictures.pca(wild, (4, 6), (4, 6), mask))
-    assert np.all(drawn.reshape(3, 24, 3)[~mask.numpy()] == pictures.HIDDEN)
-    assert np.all(pictures.pca(x, (4, 6), (4, 6), torch.zeros_like(mask)) == pictures.HIDDEN)
+    assert np.array_equal(drawn, pca_picture(wild, (4, 6), (4, 6), mask))
+    assert np.all(drawn.reshape(3, 24, 3)[~mask.numpy()] == HIDDEN_COLOUR)
+    assert np.all(pca_picture(x, (4, 6), (4, 6), torch.zeros_like(mask)) == HIDDEN_COLOUR)
 
 
 def test_features_of_another_grid_are_refused():
     with pytest.raises(ConfigError, match="24 patches do not fill a grid of 5x5"):
-        pictures.pca(features(), (5, 5), (10, 10))
+        pca_picture(features(), (5, 5), (10, 10))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -89,23 +101,23 @@ def test_a_normalised_batch_comes_back(channels: int):
     mean, std = (0.4, 0.5, 0.6)[:channels], (0.2, 0.3, 0.1)[:channels]
     normal = (pixels / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     expected = pixels.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
-    assert np.array_equal(pictures.to_uint8(normal, (mean, std)), expected)
-    assert np.array_equal(pictures.to_uint8(pixels), expected)
-    assert pictures.to_uint8(torch.full((1, 1, 1, 1), 9.0)).max() == 255  # clipped, not wrapped
+    assert np.array_equal(to_uint8(normal, (mean, std)), expected)
+    assert np.array_equal(to_uint8(pixels), expected)
+    assert to_uint8(torch.full((1, 1, 1, 1), 9.0)).max() == 255  # clipped, not wrapped
 
 
 def test_zoom_is_a_whole_number_of_times():
     image = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
-    assert pictures.zoom(image, 20).shape == (12, 18, 3) and np.array_equal(pictures.zoom(image, 20)[::3, ::3], image)
-    assert np.array_equal(pictures.zoom(image, 3), image)
+    assert zoomed(image, 20).shape == (12, 18, 3) and np.array_equal(zoomed(image, 20)[::3, ::3], image)
+    assert np.array_equal(zoomed(image, 3), image)
 
 
 @given(st.integers(0, 2), st.integers(0, 3), st.integers(1, 2), st.integers(1, 2), st.integers(1, 3))
 def test_an_outline_lies_within_its_block_and_goes_all_around(top: int, left: int, height: int, width: int, line: int):
     block = np.zeros((4, 5), bool)
     block[top : top + height, left : left + width] = True
-    drawn = pictures.outline(flat(40, 50, BLUE), block, line)
-    marked = (drawn == pictures.OUTLINE).all(axis=2)
+    drawn = outlined_block(flat(40, 50, BLUE), block, line)
+    marked = (drawn == OUTLINE_COLOUR).all(axis=2)
     inside = block.repeat(10, axis=0).repeat(10, axis=1)
     inner = np.zeros_like(inside)
     inner[10 * top + line : 10 * (top + height) - line, 10 * left + line : 10 * (left + width) - line] = True
@@ -114,13 +126,13 @@ def test_an_outline_lies_within_its_block_and_goes_all_around(top: int, left: in
 
 def test_what_is_hidden_is_grey():
     shown = np.array([[True, False], [False, True]])
-    drawn = pictures.hide(flat(4, 4), shown)
+    drawn = hidden_patches(flat(4, 4), shown)
     assert np.array_equal((drawn == RED).all(axis=2), shown.repeat(2, axis=0).repeat(2, axis=1))
-    assert np.all(drawn[0, 3] == pictures.HIDDEN)
+    assert np.all(drawn[0, 3] == HIDDEN_COLOUR)
 
 
 def test_a_sheet_puts_each_image_at_its_cell():
-    drawn = pictures.sheet([[flat(10, 20), flat(8, 5, BLUE)], [flat(6, 4, BLUE)]], gap=3)
+    drawn = picture_sheet([[flat(10, 20), flat(8, 5, BLUE)], [flat(6, 4, BLUE)]], gap=3)
     assert drawn.shape == (10 + 3 + 6, 20 + 3 + 5, 3)
     expected = flat(*drawn.shape[:2], WHITE)
     expected[:10, :20], expected[:8, 23:], expected[13:, :4] = RED, BLUE, BLUE
@@ -129,7 +141,7 @@ def test_a_sheet_puts_each_image_at_its_cell():
 
 def test_labels_and_headings_are_drawn_beside_the_images_never_on_them():
     rows = [[flat(30, 30), flat(30, 30)], [flat(30, 30), flat(30, 30)]]
-    plain, drawn = pictures.sheet(rows), pictures.sheet(rows, labels=["first", "second one"], headings=["a", "a long heading"])
+    plain, drawn = picture_sheet(rows), picture_sheet(rows, labels=["first", "second one"], headings=["a", "a long heading"])
     red = (drawn == RED).all(axis=2)
     assert red.sum() == 4 * 900 and (plain == RED).all(axis=2).sum() == 4 * 900
     top, left = np.argwhere(red).min(axis=0)
@@ -143,11 +155,11 @@ def test_labels_and_headings_are_drawn_beside_the_images_never_on_them():
 
 def test_a_label_too_many_is_refused():
     with pytest.raises(ValueError, match="2 labels for 1 rows"):
-        pictures.sheet([[flat(4, 4)]], labels=["a", "b"])
+        picture_sheet([[flat(4, 4)]], labels=["a", "b"])
 
 
 def test_a_caption_stands_below_and_is_not_cut():
-    drawn = pictures.captioned(flat(10, 10), "rank 3 of 100")
+    drawn = captioned(flat(10, 10), "rank 3 of 100")
     assert np.array_equal(drawn[:10, :10], flat(10, 10)) and drawn.shape[1] > 60
     assert (
         (drawn[10:] < 100).any() and np.all(drawn[:10, 10:] == 255) and np.all(drawn[-1] == 255) and np.all(drawn[:, -1] == 255)
@@ -156,6 +168,6 @@ def test_a_caption_stands_below_and_is_not_cut():
 
 def test_a_saved_picture_is_the_array(tmp_path: Path):
     image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
-    pictures.save(image, tmp_path / "new" / "a.png")
+    save_picture(image, tmp_path / "new" / "a.png")
     assert np.array_equal(np.asarray(Image.open(tmp_path / "new" / "a.png")), image)
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["a.png"]

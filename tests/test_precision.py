@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from fastjepa import assembly, precision
-from fastjepa.config import from_dict
+from fastjepa.config.load import config_from_dict
+from fastjepa.engine.precision import COMPUTE_DTYPES, EMULATED_BF16, compute_dtype, settle_dtype
+from fastjepa.run.build import run_warnings
 
 CPU = torch.device("cpu")
 
 
 def config(dtype):
-    return from_dict({"runtime": {"dtype": dtype, "device": "cpu"}})
+    return config_from_dict({"runtime": {"dtype": dtype, "device": "cpu"}})
 
 
 @pytest.mark.parametrize(
@@ -18,18 +19,18 @@ def config(dtype):
 )
 def test_auto_is_bf16_where_the_cpu_has_instructions_for_it(instructions, dtype, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
-    settled = precision.settled(config("auto"), CPU)
+    settled = settle_dtype(config("auto"), CPU)
     assert settled.runtime.dtype == dtype
-    assert precision.dtype_of(settled) == precision.DTYPES[dtype]
+    assert compute_dtype(settled) == COMPUTE_DTYPES[dtype]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_what_is_asked_for_stays(dtype):
-    assert precision.settled(config(dtype), CPU) == config(dtype)
+    assert settle_dtype(config(dtype), CPU) == config(dtype)
 
 
 @pytest.mark.parametrize(("has", "said"), [(False, True), (True, False)])
 def test_a_run_that_asks_a_cpu_without_them_for_bf16_is_told(has, said, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has})
-    assert (precision.EMULATED in assembly.warnings_of(config("bf16"), CPU)) == said
-    assert not assembly.warnings_of(config("fp32"), CPU)
+    assert (EMULATED_BF16 in run_warnings(config("bf16"), CPU)) == said
+    assert not run_warnings(config("fp32"), CPU)

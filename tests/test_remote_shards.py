@@ -22,11 +22,13 @@ from safetensors.torch import load_file
 from test_data import load, pack_shard, same, save_image, settings
 from test_train import TINY, without_times
 
-from fastjepa import cli, remote, remote_shards, shard_writer
-from fastjepa.config import ConfigError
-from fastjepa.data import Loader
-from fastjepa.remote import Unreachable
-from fastjepa.sources import open_source
+from fastjepa.cli.main import main
+from fastjepa.data import remote_files, remote_shards
+from fastjepa.data.prepare.write_shards import write_shards
+from fastjepa.data.remote_files import Unreachable, _filesystem
+from fastjepa.data.sources import open_source
+from fastjepa.errors import ConfigError
+from fastjepa.loader.loader import Loader
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -96,7 +98,7 @@ def made(tmp_path_factory) -> Path:
     for i in range(40):
         save_image(root / "images" / ("cat", "dog")[i // 20] / f"{i:02}.png", seed=i)
     origin = {"path": "images", "split": "train"}
-    shard_writer.write(open_source(root / "images"), root / "set" / "train", origin, shard_bytes=20_000, keep_order=True)
+    write_shards(open_source(root / "images"), root / "set" / "train", origin, shard_bytes=20_000, keep_order=True)
     return root
 
 
@@ -109,7 +111,7 @@ def local(made: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def server(local: Path, tmp_path: Path, monkeypatch) -> Iterator[Server]:
     monkeypatch.setenv("FASTJEPA_DATA", str(tmp_path / "kept"))
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(remote_files, "FIRST_WAIT", 0.001)
     with Server(local.parent) as made:
         threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.02}).start()
         yield made
@@ -192,7 +194,7 @@ def trained(output: Path, source: Path | str, *arguments: object) -> tuple[list[
     config = output.parent / f"{output.name}.yaml"
     data = TINY["data"] | {"batch_size": 8, "num_workers": 2, "source": str(source)}
     config.write_text(json.dumps(TINY | {"data": data, "optimization": {"epochs": 1, "warmup": 1}}))
-    assert cli.main(["train", "--config", str(config), "--output", str(output), *map(str, arguments)]) == 0
+    assert main(["train", "--config", str(config), "--output", str(output), *map(str, arguments)]) == 0
     (*_, last) = sorted((output / "checkpoints").iterdir())
     weights = {f"{file.stem}.{name}": value for file in last.glob("*.safetensors") for name, value in load_file(file).items()}
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()], weights
@@ -212,7 +214,7 @@ def test_a_changed_remote_is_noticed_and_what_was_kept_is_not_used(server: Serve
     before = contents(f"{server.url}/set")
     shutil.rmtree(local / "train")
     origin = {"path": "images", "split": "train"}
-    shard_writer.write(open_source(made / "images"), local / "train", origin, shard_bytes=20_000)  # shuffled
+    write_shards(open_source(made / "images"), local / "train", origin, shard_bytes=20_000)  # shuffled
     after = contents(f"{server.url}/set")
     assert after == contents(local) != before and sorted(after) == sorted(before)
 
@@ -312,12 +314,12 @@ def test_a_directory_that_is_not_whole_is_one_sentence(server: Server, local: Pa
 def test_a_host_that_does_not_answer(server: Server, capsys):
     server.shutdown()
     server.server_close()
-    assert cli.main(["data", "check", f"{server.url}/set"]) == 2
+    assert main(["data", "check", f"{server.url}/set"]) == 2
     assert f"{server.url}/set/manifest.json: cannot be read, tried 3 times (Cannot connect to host" in capsys.readouterr().err
 
 
 def test_a_server_that_hangs_is_given_up(server: Server, monkeypatch):
-    monkeypatch.setattr(remote, "TIMEOUT", 0.1)
+    monkeypatch.setattr(remote_files, "TIMEOUT", 0.1)
     server.delay = 1.0
     with pytest.raises(Unreachable, match=r"manifest.json: cannot be read, tried 3 times \(no answer\); mend"):
         open_source(f"{server.url}/set")
@@ -342,7 +344,7 @@ def test_splits_stand_in_for_each_other(server: Server, local: Path):
 def test_tars_of_others_are_read_once_then_at_random(server: Server, local: Path, tmp_path: Path, monkeypatch, caplog):
     names = foreign(local.parent / "theirs")
     where = f"{server.url}/theirs/shard-{{000000..000001}}.tar"
-    monkeypatch.setattr(remote_shards, "BLOCK", 10_000)
+    monkeypatch.setattr(remote_shards, "HEADER_BLOCK", 10_000)
     with caplog.at_level(logging.WARNING):
         assert contents(where) == contents(local.parent / "theirs")
     assert "2 tars (0.00 GB) are read once to know where their images lie" in caplog.text
@@ -394,17 +396,17 @@ def test_what_cannot_be_an_address_is_refused(where: str, message: str):
                                             ("braceexpand", "http://127.0.0.1/0.tar")])  # fmt: skip
 def test_without_the_libraries_it_says_what_to_install(library: str, where: str, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)
-    remote._filesystem.cache_clear()
+    _filesystem.cache_clear()
     with pytest.raises(ConfigError, match=r"pip install 'fastjepa\[remote\]'"):
         open_source(where)
 
 
 def test_data_check_and_data_shard_take_an_address(server: Server, local: Path, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["data", "check", f"{server.url}/set", "--workers", "2"]) == 0
+    assert main(["data", "check", f"{server.url}/set", "--workers", "2"]) == 0
     assert "40 images read, smallest 40x30" in capsys.readouterr().out
     command = ["data", "shard", f"{server.url}/set", str(tmp_path / "fast"), "--keep-order", "--workers", "2"]
-    assert cli.main(command) == 0
+    assert main(command) == 0
     assert contents(tmp_path / "fast") == contents(local)
 
 
@@ -414,5 +416,5 @@ def test_data_check_names_a_bad_image_by_its_address(server: Server, local: Path
     with open(local / "train" / "000001.tar", "r+b") as tar:
         tar.seek(int(source._places[5][1]))
         tar.write(np.zeros(100, np.uint8).tobytes())
-    assert cli.main(["data", "check", f"{server.url}/set"]) == 1
+    assert main(["data", "check", f"{server.url}/set"]) == 1
     assert f"{server.url}/set/train/000001.tar/" in (tmp_path / "bad.txt").read_text()

@@ -16,9 +16,19 @@ from hypothesis import strategies as st
 from test_data import write_idx_pairs
 from test_house import ROOT
 
-from fastjepa import cli, readings, report
-from fastjepa.config import Config, ConfigError
-from fastjepa.watch import Server
+from fastjepa.cli.main import main
+from fastjepa.config.schema import Config
+from fastjepa.errors import ConfigError
+from fastjepa.report.page import paper_row, probe_results, render_page, setting_rows, write_page
+from fastjepa.report.run_directory import (
+    TABLE_LINES,
+    read_lines,
+    read_recorded_run,
+    reading_charts,
+    readings_table,
+    thinned_points,
+)
+from fastjepa.report.watch import Server
 
 TOY = ["meta.embed_dim=32", "meta.depth=4", "meta.num_heads=2", "meta.pred_emb_dim=24", "data.batch_size=8",
        "runtime.dtype=fp32", "runtime.device=cpu", "loss.regularizer=none", "logging.every=1", "optimization.epochs=4",
@@ -34,8 +44,8 @@ def trained(tmp_path_factory) -> Path:
     patch.setenv("FASTJEPA_DATA", str(root))
     write_idx_pairs(root / "fashion-mnist", count=24)
     run = root / "runs" / "toy"
-    assert cli.main(["train", "--config", "demo", "--output", str(run), "--max-steps", "8", *TOY]) == 0
-    assert cli.main(["eval", "table", "--checkpoint", str(run), "--data", "fashion-mnist", "--n-train", "24"]) == 0
+    assert main(["train", "--config", "demo", "--output", str(run), "--max-steps", "8", *TOY]) == 0
+    assert main(["eval", "table", "--checkpoint", str(run), "--data", "fashion-mnist", "--n-train", "24"]) == 0
     yield run
     patch.undo()
 
@@ -62,7 +72,7 @@ points = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=300).map(lambda ys:
 
 @given(points, st.integers(2, 20).map(lambda half: 2 * half))
 def test_a_thinned_curve_keeps_its_ends_and_extremes(curve, limit):
-    thinned = readings.thin(curve, limit)
+    thinned = thinned_points(curve, limit)
     assert len(thinned) <= max(limit, 4) and thinned == sorted(set(thinned)) and set(thinned) <= set(curve)
     assert (thinned[0], thinned[-1]) == (curve[0], curve[-1])
     for extreme in (min, max):
@@ -71,22 +81,22 @@ def test_a_thinned_curve_keeps_its_ends_and_extremes(curve, limit):
 
 def test_the_table_of_a_chart_has_the_latest_value_up_to_each_step():
     long, short = [(step, float(step)) for step in range(0, 101, 10)], [(15, 1.5), (25, 2.5)]
-    assert readings.table([long, short], ".1f")[:5] == [
+    assert readings_table([long, short], ".1f")[:5] == [
         ["0", "0.0", "–"], ["10", "10.0", "–"], ["15", "10.0", "1.5"], ["20", "20.0", "1.5"], ["25", "20.0", "2.5"],
     ]  # fmt: skip
-    assert readings.table([long, short], ".1f")[-1] == ["100", "100.0", "–"]
-    assert len(readings.table([[(step, 0.0) for step in range(1000)]], "g")) == readings.ROWS
+    assert readings_table([long, short], ".1f")[-1] == ["100", "100.0", "–"]
+    assert len(readings_table([[(step, 0.0) for step in range(1000)]], "g")) == TABLE_LINES
 
 
 def test_a_line_being_written_is_no_line_and_a_damaged_one_is_counted(tmp_path: Path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo\n[3]\n{"loss": 1}\n{"step": 5, "loss": 1.0}\n{"step": 6, "loss"')
-    entries, torn = readings.lines(file)
+    entries, torn = read_lines(file)
     assert ([entry["step"] for entry in entries], torn) == ([1, 5], 3)
 
 
 def test_the_page_of_a_real_run_says_what_the_run_says(trained: Path):
-    page = report.page([trained])
+    page = render_page([trained])
     said, last = words(page), json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
     assert f"loss {last['loss']:.4f}" in said and "step 8 of 12 (67%)" in said and "embed_dim 32" in said
     assert page.count("<img ") == 2 and page.count("data:image/png;base64,") == 2  # masks and principal components
@@ -94,11 +104,11 @@ def test_the_page_of_a_real_run_says_what_the_run_says(trained: Path):
     for name, row in found["rows"].items():
         assert f"{name} {100 * row['knn']['accuracy']:.1f} ±" in said
     assert found["verdict"][0] in said and "The paper gives no number for fashion-mnist." in said
-    assert Config().to_dict().keys() <= {key.partition(".")[0] for key, *_ in report.settings([readings.read(trained)])}
+    assert Config().to_dict().keys() <= {key.partition(".")[0] for key, *_ in setting_rows([read_recorded_run(trained)])}
 
 
 def test_the_command_writes_one_file_that_loads_nothing(trained: Path, capsys):
-    assert cli.main(["report", str(trained)]) in (None, 0)
+    assert main(["report", str(trained)]) in (None, 0)
     file = Path(capsys.readouterr().out.strip())
     assert file == trained / "report.html" and [path.name for path in trained.glob(".*")] == []
     page = file.read_text()
@@ -109,17 +119,17 @@ def test_the_command_writes_one_file_that_loads_nothing(trained: Path, capsys):
 
 
 def test_a_checkpoint_means_its_run(trained: Path):
-    assert readings.read(next((trained / "checkpoints").iterdir())).path == trained.resolve()
+    assert read_recorded_run(next((trained / "checkpoints").iterdir())).path == trained.resolve()
 
 
 def test_skipped_steps_and_bad_files_are_shown(trained: Path, tmp_path: Path):
     """Skips have a chart only where there were some."""
-    names = {chart["name"] for chart in readings.charts([readings.read(trained)])}
+    names = {chart["name"] for chart in reading_charts([read_recorded_run(trained)])}
     assert {"loss", "lr", "ema_momentum", "images_per_s"} <= names and "skipped" not in names
     run = write_run(tmp_path / "run", [{"step": 1, "loss": None, "skipped": 1}, {"step": 2, "loss": 0.5, "skipped": 2}])
-    charts = {chart["name"]: chart for chart in readings.charts([readings.read(run)])}
+    charts = {chart["name"]: chart for chart in reading_charts([read_recorded_run(run)])}
     assert charts["skipped"]["group"] == "Trouble" and charts["loss"]["lost"] == 1
-    assert "1 value that was not finite left out" in words(report.page([run], pictures=False))
+    assert "1 value that was not finite left out" in words(render_page([run], pictures=False))
 
 
 def test_undecodable_files_are_named(trained: Path, tmp_path: Path):
@@ -129,7 +139,7 @@ def test_undecodable_files_are_named(trained: Path, tmp_path: Path):
     state.write_text(now)
     listed = state.with_name("manifest.json")
     listed.write_text(listed.read_text().replace(f'"bytes": {len(was)}', f'"bytes": {len(now)}'))
-    assert "1 undecodable file broken &amp; torn.jpg" in words(report.page([tmp_path / "run"], pictures=False))
+    assert "1 undecodable file broken &amp; torn.jpg" in words(render_page([tmp_path / "run"], pictures=False))
 
 
 @pytest.mark.parametrize("nothing", [{}, {"metrics.jsonl": ""}, {"metrics.jsonl": '{"step": 1, "lo'}])
@@ -138,7 +148,7 @@ def test_a_run_that_has_just_begun(tmp_path: Path, nothing: dict[str, str]):
     (run / "metrics.jsonl").unlink()
     for name, text in nothing.items():
         (run / name).write_text(text)
-    said = words(report.page([run]))
+    said = words(render_page([run]))
     assert "no step was logged yet" in said and "No step was logged yet: there is nothing to draw." in said
     assert "run was not evaluated yet" in said and "could not be drawn: no checkpoint was written yet" in said
 
@@ -152,28 +162,28 @@ def test_what_comes_from_a_run_is_escaped(tmp_path: Path):
     names = {"probe": evil, "encoder": evil, "data": evil, "step": evil}
     result = {"accuracy": 0.5, "ci95": [0.4, 0.6], **names, **COUNTS}
     (run / "knn.json").write_text(json.dumps(result))
-    page, clean = report.page([run], pictures=False), write_run(tmp_path / "clean", [{"step": 1, "loss": 1.0, "other": 2.0}])
+    page, clean = render_page([run], pictures=False), write_run(tmp_path / "clean", [{"step": 1, "loss": 1.0, "other": 2.0}])
     (clean / "knn.json").write_text(json.dumps(result | dict.fromkeys(names, "x")))
     assert "alert(1)" in page
     for tag in ("<script", "</script", "<img"):
-        assert page.count(tag) == report.page([clean], pictures=False).count(tag)
+        assert page.count(tag) == render_page([clean], pictures=False).count(tag)
 
 
 def test_several_runs_are_compared(tmp_path: Path):
     entries = [{"step": step, "loss": 1 / step} for step in range(1, 30)]
     runs = [write_run(tmp_path / name, entries, {"optimization": {"lr": lr}}) for name, lr in (("a", 0.001), ("b", 0.002))]
-    differing = [row for row in report.settings([readings.read(run) for run in runs]) if row[2]]
+    differing = [row for row in setting_rows([read_recorded_run(run) for run in runs]) if row[2]]
     assert differing == [("optimization.lr", ["0.001", "0.002"], True)]
-    (loss,) = readings.charts([readings.read(run) for run in runs])
+    (loss,) = reading_charts([read_recorded_run(run) for run in runs])
     assert [curve["run"] for curve in loss["curves"]] == [0, 1] and "a from 1.0000 at step 1 to 0.0345 at step 29" in loss[
         "summary"
     ]
-    assert "Settings that differ" in report.page(runs, pictures=False)
+    assert "Settings that differ" in render_page(runs, pictures=False)
 
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path: Path):
     runs = [write_run(tmp_path / parent / "run", [{"step": 1, "loss": 1.0}]) for parent in ("a", "b")]
-    said = words(report.page(runs, pictures=False))
+    said = words(render_page(runs, pictures=False))
     assert str(runs[0]) in said and str(runs[1]) in said
 
 
@@ -183,10 +193,10 @@ def test_the_papers_numbers_stand_beside(tmp_path: Path):
     row = {"encoder": "target", "data": "/data/cifar100", "knn": result, "linear": result, "linear_bn": result,
            "paper": {"I-JEPA H/14": 87.5}}  # fmt: skip
     (run / "transfer.json").write_text(json.dumps({"rows": [row, row | {"data": "own", "paper": None}]}))
-    (made,) = report.probes(readings.read(run))
+    (made,) = probe_results(read_recorded_run(run))
     assert made["head"][-1] == "I-JEPA H/14 (paper)"
     assert [[cell["text"] for cell in cells] for _, cells in made["rows"]] == [["50.0 ± 10.0"] * 3 + [p] for p in ("87.5", "–")]
-    assert report.paper_of("/data/CIFAR-100")["MAE H/14"] == 77.3 and report.paper_of("fashion-mnist") == {}
+    assert paper_row("/data/CIFAR-100")["MAE H/14"] == 77.3 and paper_row("fashion-mnist") == {}
 
 
 def test_mistakes_are_one_sentence(tmp_path: Path, capsys):
@@ -198,18 +208,18 @@ def test_mistakes_are_one_sentence(tmp_path: Path, capsys):
         ([run, "--serve", "--host", "256.0.0.1"], "cannot listen on 256.0.0.1:0"),
         ([run, "--output", tmp_path], "is a directory; pass --output FILE.html"),
     ):
-        assert cli.main(["report", *map(str, arguments)]) == 2
+        assert main(["report", *map(str, arguments)]) == 2
         said = capsys.readouterr().err.strip()
         assert sentence in said and "\n" not in said
 
 
 def test_a_page_that_cannot_be_made_leaves_the_old_one(tmp_path: Path):
     run = write_run(tmp_path / "run", [{"step": 1, "loss": 1.0}])
-    report.write([run], run / "report.html", pictures=False)
+    write_page([run], run / "report.html", pictures=False)
     before = (run / "report.html").read_text()
     (run / "run.json").write_text("{")
     with pytest.raises(ConfigError, match="run.json: not JSON"):
-        report.write([run], run / "report.html", pictures=False)
+        write_page([run], run / "report.html", pictures=False)
     assert (run / "report.html").read_text() == before
 
 

@@ -13,8 +13,9 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from test_report import write_run
 
-from fastjepa import readings, report
-from fastjepa.watch import Server
+from fastjepa.report.page import png_uri, write_page
+from fastjepa.report.run_directory import TABLE_LINES
+from fastjepa.report.watch import Server
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 STEPS = range(5, 101, 5)
@@ -46,14 +47,14 @@ def runs(tmp_path_factory) -> list[Path]:
         {"data": "own", "n_train": 6, "n_test": 9, "rows": ROWS, "verdict": ["It learned."]}))  # fmt: skip
     (second / "pictures").mkdir()
     for name in ("masks", "pca", "samples"):
-        (second / "pictures" / f"{name}.png").write_bytes(report.png(Image.new("RGB", (900, 300), "teal")))
+        (second / "pictures" / f"{name}.png").write_bytes(png_uri(Image.new("RGB", (900, 300), "teal")))
     return [first, second]
 
 
 @pytest.fixture
 def opened(browser: Browser, runs: list[Path], tmp_path: Path):
     """Opens the page of the two runs in a window of its own; the test fails on whatever the console or a request says."""
-    report.write(runs, tmp_path / "report.html")
+    write_page(runs, tmp_path / "report.html")
     said, contexts = [], []
 
     def open_page(url: str = (tmp_path / "report.html").as_uri(), **settings) -> Page:
@@ -105,7 +106,7 @@ def test_tables_hold_what_is_drawn(opened):
     table = page.locator("#chart-loss table")
     assert not table.is_visible()
     page.locator("#chart-loss summary").click()
-    assert table.is_visible() and table.locator("tbody tr").count() == min(readings.ROWS, len(STEPS))
+    assert table.is_visible() and table.locator("tbody tr").count() == min(TABLE_LINES, len(STEPS))
     assert table.locator("tbody tr").nth(1).all_inner_texts() == ["10\t0.1000\t0.1000"]
     assert page.locator("table.probes td.bar").count() == len(ROWS) * 3
     assert page.locator("table.probes tbody tr").nth(1).inner_text().split("\t")[:2] == ["target encoder", "50.0 ± 10.0"]
@@ -198,7 +199,7 @@ def test_in_print_it_is_light_and_complete(opened):
 def test_without_javascript_the_tables_remain(opened):
     page = opened(java_script_enabled=False)
     assert "The curves are drawn by JavaScript, which is off" in page.locator("main").inner_text()
-    assert page.locator("#chart-loss tbody tr").count() == min(readings.ROWS, len(STEPS))
+    assert page.locator("#chart-loss tbody tr").count() == min(TABLE_LINES, len(STEPS))
 
 
 def test_a_served_page_renews_itself_where_it_is_read(opened, runs, tmp_path):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from fastjepa.config import OptimizationConfig
-from fastjepa.schedule import Schedule, cosine
+from fastjepa.config.schema import OptimizationConfig
+from fastjepa.engine.schedule import Schedule, cosine_between
 
 PLAN = Schedule(OptimizationConfig(epochs=10, warmup=2, ema=(0.9, 1.0)), steps_per_epoch=5)
 
@@ -38,4 +38,4 @@ def test_no_warm_up_starts_at_the_full_rate():
 
 
 def test_a_cosine_stays_at_its_end():
-    assert cosine(1.0, 0.0, 1.5) == 0.0
+    assert cosine_between(1.0, 0.0, 1.5) == 0.0

@@ -12,12 +12,18 @@ import torch
 from safetensors.torch import load_file
 from test_train import BIN, ROOT, TINY, lines, run, trained, write_config
 
-from fastjepa import checkpoint, cli, model
-from fastjepa import engine as engines
-from fastjepa.config import ConfigError, from_dict
-from fastjepa.distributed import World
-from fastjepa.manifest import find
-from fastjepa.pieces import Stored, consolidate
+from fastjepa.checkpoint.directory import find_checkpoint
+from fastjepa.checkpoint.restore import load_networks
+from fastjepa.checkpoint.shard_files import StoredGroup, consolidate
+from fastjepa.checkpoint.state import NETWORKS, read_state
+from fastjepa.cli.main import main
+from fastjepa.config.load import config_from_dict
+from fastjepa.engine.build import build_engine
+from fastjepa.engine.deepspeed_config import BUCKET_ELEMENTS, deepspeed_settings
+from fastjepa.engine.zero import deepspeed_ops
+from fastjepa.errors import ConfigError
+from fastjepa.model.jepa import build_pair
+from fastjepa.ranks.world import World
 
 EPOCHS = "optimization.epochs=4"  # 20 steps of 8 images
 ONE = World(0, 0, 1, torch.device("cpu"))
@@ -48,8 +54,8 @@ def losses(entries: list[dict]) -> list[float]:
 
 def displacement_error(run: Path, reference: Path) -> float:
     """How far the target encoder's way from its start is from the reference's, relative to the reference's."""
-    ours, theirs = (checkpoint.load_networks(path)["target_encoder"] for path in (run, reference))
-    _, start = model.build(from_dict(checkpoint.read_state(find(reference))["record"]["config"]))
+    ours, theirs = (load_networks(path)["target_encoder"] for path in (run, reference))
+    _, start = build_pair(config_from_dict(read_state(find_checkpoint(reference))["record"]["config"]))
     way = torch.cat([(theirs[name] - p).flatten() for name, p in start.named_parameters()])
     apart = torch.cat([(ours[name] - theirs[name]).flatten() for name, _ in start.named_parameters()])
     return float(apart.norm() / way.norm())
@@ -193,8 +199,8 @@ def test_a_run_goes_on_with_other_ranks_and_another_stage(config, one, tmp_path)
 
 def export_is_the_whole(directory: Path) -> None:
     file = directory / "one.safetensors"
-    consolidate(find(directory), checkpoint.NETWORKS, file, {"step": "20"})
-    whole, expected = checkpoint.load_networks(file), checkpoint.load_networks(directory)
+    consolidate(find_checkpoint(directory), NETWORKS, file, {"step": "20"})
+    whole, expected = load_networks(file), load_networks(directory)
     assert whole.keys() == expected.keys()
     for network in expected:
         assert whole[network].keys() == expected[network].keys()
@@ -225,7 +231,7 @@ def test_optimizer_states_on_nvme_change_no_loss_and_travel_with_checkpoints(con
     """Real files, by DeepSpeed's async_io, which the first such run compiles; in the middle it goes on from a checkpoint."""
     swap, place = tmp_path / "swap", tmp_path / "run"
     arguments = offload(tmp_path / "nvme.json", "nvme", nvme_path=str(swap))
-    if not dict(row[:2] for row in engines.deepspeed_ops("cpu"))["async_io"]:
+    if not dict(row[:2] for row in deepspeed_ops("cpu"))["async_io"]:
         done = ranks(2, "--config", config, "--output", place, EPOCHS, "runtime.zero=3", "data.batch_size=4", *arguments)
         assert done.returncode != 0 and "apt-get install libaio-dev" in done.stderr
         return
@@ -239,21 +245,22 @@ def test_optimizer_states_on_nvme_change_no_loss_and_travel_with_checkpoints(con
 
 
 def test_stored_reads_any_range_of_pieces(tmp_path):
-    from fastjepa.pieces import Piece, shard_name, write
+    from fastjepa.checkpoint.shard_files import shard_name, write_shard_file
+    from fastjepa.ranks.shard import Piece
 
     whole = torch.arange(24.0).view(4, 6)
     flat = whole.view(-1)
     for rank, (start, end) in enumerate(((0, 7), (7, 8), (8, 24))):
         fixed = {"pos": Piece.all_of(torch.ones(2))}
-        write(tmp_path / shard_name("encoder", rank, 3), fixed | {"w": Piece(flat[start:end], start, (4, 6))}, rank)
-    with Stored(tmp_path, "encoder") as stored:
+        write_shard_file(tmp_path / shard_name("encoder", rank, 3), fixed | {"w": Piece(flat[start:end], start, (4, 6))}, rank)
+    with StoredGroup(tmp_path, "encoder") as stored:
         assert torch.equal(stored.read("w"), whole) and torch.equal(stored.read("pos"), torch.ones(2))
         for start in range(24):
             for end in range(start + 1, 25):
                 assert torch.equal(stored.read("w", start, end - start), flat[start:end])
     (tmp_path / shard_name("encoder", 1, 3)).unlink()
     with pytest.raises(Exception, match="w is not whole in 2 files"):
-        Stored(tmp_path, "encoder")
+        StoredGroup(tmp_path, "encoder")
 
 
 @pytest.mark.parametrize(
@@ -282,9 +289,9 @@ def test_stored_reads_any_range_of_pieces(tmp_path):
 def test_a_deepspeed_file_that_contradicts_the_config_is_refused(tmp_path, given, message):
     file = tmp_path / "ds.json"
     file.write_text(json.dumps(given))
-    settings = from_dict(TINY | {"runtime": {"dtype": "fp32", "micro_batch": 4}})
+    settings = config_from_dict(TINY | {"runtime": {"dtype": "fp32", "micro_batch": 4}})
     with pytest.raises(ConfigError, match=message):
-        engines.deepspeed_settings(settings, 2, file)
+        deepspeed_settings(settings, 2, file)
 
 
 def test_a_deepspeed_file_decides_what_the_config_leaves_open(tmp_path):
@@ -292,25 +299,25 @@ def test_a_deepspeed_file_decides_what_the_config_leaves_open(tmp_path):
     file.write_text(
         '{"zero_optimization": {"stage": "auto", "overlap_comm": true, "reduce_bucket_size": 5}, "dump_state": true}'
     )
-    settings = engines.deepspeed_settings(from_dict(TINY), 2, file)
+    settings = deepspeed_settings(config_from_dict(TINY), 2, file)
     zero = settings["zero_optimization"]
     assert (zero["stage"], zero["overlap_comm"], zero["reduce_bucket_size"]) == (2, True, 5)
-    assert settings["dump_state"] is True and zero["allgather_bucket_size"] == engines.BUCKET
+    assert settings["dump_state"] is True and zero["allgather_bucket_size"] == BUCKET_ELEMENTS
     file.write_text("{")
     with pytest.raises(ConfigError, match="not a readable DeepSpeed configuration"):
-        engines.deepspeed_settings(from_dict(TINY), 2, file)
+        deepspeed_settings(config_from_dict(TINY), 2, file)
 
 
 def test_engines_refuse_what_cannot_be(tmp_path):
-    jepa, _ = model.build(from_dict(TINY))
+    jepa, _ = build_pair(config_from_dict(TINY))
     with pytest.raises(ConfigError, match=r"runtime\.zero 0 runs without DeepSpeed"):
-        engines.build(jepa, from_dict(TINY), ONE, tmp_path / "ds.json")
-    compiled = from_dict(TINY | {"runtime": {"zero": 3, "compile": True}})
+        build_engine(jepa, config_from_dict(TINY), ONE, tmp_path / "ds.json")
+    compiled = config_from_dict(TINY | {"runtime": {"zero": 3, "compile": True}})
     with pytest.raises(ConfigError, match=r"runtime\.compile: not with runtime\.zero 3"):
-        engines.build(jepa, compiled, ONE)
+        build_engine(jepa, compiled, ONE)
 
 
 def test_sharding_without_deepspeed_says_what_to_install(config, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    assert cli.main(["train", "--config", str(config), "--output", str(tmp_path), "runtime.zero=1"]) == 2
+    assert main(["train", "--config", str(config), "--output", str(tmp_path), "runtime.zero=1"]) == 2
     assert "pip install 'fastjepa[deepspeed]' or set it to 0" in capsys.readouterr().err

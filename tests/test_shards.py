@@ -15,10 +15,15 @@ import webdataset
 from PIL import Image
 from test_data import load, pack_shard, same, save_image, settings, write_idx_pairs
 
-from fastjepa import arguments, catalog, cli, shard_writer, shards
-from fastjepa.config import ConfigError
-from fastjepa.decode_torch import decode
-from fastjepa.sources import open_source
+from fastjepa.cli.main import main
+from fastjepa.cli.options import byte_count
+from fastjepa.data.decode_pillow import decode_image
+from fastjepa.data.prepare import write_shards as write_shards_module
+from fastjepa.data.prepare.catalog import FASHION_CLASSES
+from fastjepa.data.prepare.write_shards import _locked, _write_tar, write_shards
+from fastjepa.data.sources import open_source
+from fastjepa.data.tar_shards import index_path
+from fastjepa.errors import ConfigError
 
 SIZE = 20_000  # four of the fixture's images of about 3.6 kB, their labels and their headers
 
@@ -33,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
 
 def write(source: Path, to: Path, **options) -> dict:
     options = {"shard_bytes": SIZE, "workers": 2} | options
-    return shard_writer.write(open_source(source), to, {"path": str(source), "split": "train"}, **options)
+    return write_shards(open_source(source), to, {"path": str(source), "split": "train"}, **options)
 
 
 def contents(where: Path) -> list[tuple[bytes, int | None]]:
@@ -141,7 +146,7 @@ def test_a_glob_of_shards_keeps_the_class_names(folder: Path, tmp_path: Path):
 def test_a_stopped_run_continues(folder: Path, tmp_path: Path, monkeypatch, kill: bool):
     """Stopped while the fourth shard is half written, by a full disk or by the killing of a worker."""
     write(folder, tmp_path / "whole")
-    real = shard_writer._write_tar
+    real = _write_tar
 
     def failing(stream, job, number):
         if number == 3:
@@ -153,7 +158,7 @@ def test_a_stopped_run_continues(folder: Path, tmp_path: Path, monkeypatch, kill
 
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr(shard_writer, "_write_tar", failing)
+        patched.setattr(write_shards_module, "_write_tar", failing)
         with pytest.raises(OSError, match="killed" if kill else r"000003.tar: cannot be written \(No space"):
             write(folder, out, workers=1)
     assert not (out / "manifest.json").exists() and "000003.tar" not in tars(out) and "000002.tar" in tars(out)
@@ -171,7 +176,7 @@ def test_a_stopped_run_continues(folder: Path, tmp_path: Path, monkeypatch, kill
 def test_a_finished_directory_is_left_alone_and_another_refused(folder: Path, tmp_path: Path, monkeypatch):
     manifest = write(folder, tmp_path / "out")
     with monkeypatch.context() as patched:
-        patched.setattr(shard_writer, "_write_all", None)
+        patched.setattr(write_shards_module, "_write_all", None)
         assert write(folder, tmp_path / "out") == manifest
     with pytest.raises(ConfigError, match="out: its shards differ in options; give another directory"):
         write(folder, tmp_path / "out", resize=8)
@@ -186,7 +191,7 @@ def test_a_finished_directory_is_left_alone_and_another_refused(folder: Path, tm
 
 def test_two_writers_do_not_meet(folder: Path, tmp_path: Path):
     (tmp_path / "out").mkdir()
-    with shard_writer._locked(tmp_path / "out"), pytest.raises(OSError, match="another process is writing shards there"):
+    with _locked(tmp_path / "out"), pytest.raises(OSError, match="another process is writing shards there"):
         write(folder, tmp_path / "out")
 
 
@@ -209,9 +214,9 @@ def test_unreadable_images_stop_the_writing_unless_allowed(folder: Path, tmp_pat
     (folder / "cat" / "00.png").unlink()
     (folder / "cat" / "00.png").symlink_to("nowhere.png")
     command = ["data", "shard", str(folder), str(tmp_path / "out"), "--shard-size", "20kB", "--workers", "2"]
-    assert cli.main(command) == 2
+    assert main(command) == 2
     assert "cat/00.png: cannot be read, as 1 images so far, more than the 0 that may be left out" in capsys.readouterr().err
-    assert cli.main([*command, "--max-bad", "1"]) == 0
+    assert main([*command, "--max-bad", "1"]) == 0
     shown = capsys.readouterr()
     assert f"left out: {folder}/cat/00.png" in shown.err and "25 images" in shown.out
     assert len(open_source(tmp_path / "out")) == 25
@@ -229,10 +234,10 @@ def test_damaged_images_keep_their_bytes_and_cannot_be_resized(folder: Path, tmp
 def test_idx_pixels_become_png(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("FASTJEPA_DATA", str(tmp_path))
     images = write_idx_pairs(tmp_path / "fashion-mnist")
-    assert cli.main(["data", "shard", "fashion-mnist", str(tmp_path / "out"), "--keep-order"]) == 0
+    assert main(["data", "shard", "fashion-mnist", str(tmp_path / "out"), "--keep-order"]) == 0
     source = open_source(tmp_path / "out")
-    assert all(np.array_equal(decode(source.read(i), 1)[0], images[i]) for i in range(8))
-    assert source.classes == catalog.FASHION_CLASSES and source.label(5) == 1
+    assert all(np.array_equal(decode_image(source.read(i), 1)[0], images[i]) for i in range(8))
+    assert source.classes == FASHION_CLASSES and source.label(5) == 1
 
 
 def test_odd_names_become_keys(tmp_path: Path):
@@ -248,15 +253,15 @@ def test_odd_names_become_keys(tmp_path: Path):
 
 @pytest.mark.parametrize("text, count", [("256MB", 256_000_000), ("1.5 GiB", 1_610_612_736), ("20kb", 20_000), ("7", 7)])
 def test_sizes_are_read(text: str, count: int):
-    assert arguments.byte_count(text) == count
+    assert byte_count(text) == count
 
 
 @pytest.mark.parametrize("text", ["", "MB", "0", "1.2.3MB", "-5MB", "5XB"])
 def test_what_is_no_size_is_refused(text: str, capsys):
     with pytest.raises(SystemExit):
-        cli.main(["data", "shard", "a", "b", f"--shard-size={text}"])
+        main(["data", "shard", "a", "b", f"--shard-size={text}"])
     assert "is no size such as 256MB" in capsys.readouterr().err
 
 
 def test_an_index_file_is_named_after_its_tar():
-    assert shards.index_path("x/000001.tar") == Path("x/000001.npz")
+    assert index_path("x/000001.tar") == Path("x/000001.npz")

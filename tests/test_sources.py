@@ -14,10 +14,9 @@ from PIL import Image
 from pyarrow import parquet
 from test_data import load, same, save_image, settings
 
-from fastjepa import sources
-from fastjepa.config import ConfigError
-from fastjepa.evals import table
-from fastjepa.sources import open_source
+from fastjepa.data.sources import open_source
+from fastjepa.errors import ConfigError
+from fastjepa.evals.inputs import open_splits
 
 
 def png(seed: int) -> bytes:
@@ -44,7 +43,7 @@ def test_imagenet_layout_serves_pretraining_and_probing(tmp_path: Path):
             for i in range(count):
                 save_image(tmp_path / split / synset / f"{synset}_{i}.JPEG", seed=10 * s + i)
     assert len(load(settings(tmp_path), range(3))) == 3
-    train, test = table.open_splits(str(tmp_path), None, None, 0)
+    train, test = open_splits(str(tmp_path), None, None, 0)
     assert (len(train.source), len(test.source)) == (12, 6)
     assert train.source.classes == test.source.classes == synsets
     assert [test.source.label(i) for i in range(6)] == [0, 0, 1, 1, 2, 2]
@@ -169,4 +168,4 @@ def test_names_with_spaces_letters_and_brackets(tmp_path: Path):
 
 def test_an_empty_folder_names_the_formats(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"\.tar shards, \*\.parquet files .*, or MNIST-style idx files"):
-        sources.open_source(tmp_path)
+        open_source(tmp_path)

@@ -8,8 +8,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from test_masks import GRID, boxes, draw, lengths, settings
 
-from fastjepa import config, masks, strategies
-from fastjepa.config import ConfigError, MaskConfig
+from fastjepa.config.schema import Config, MaskConfig
+from fastjepa.errors import ConfigError
+from fastjepa.masks.check import check_masks
+from fastjepa.masks.draw import draw_masks
+from fastjepa.masks.layouts import fewest_patches
+from fastjepa.masks.statistics import mask_statistics
 
 OTHERS = ("block", "rasterized", "random")
 grids = st.tuples(st.integers(2, 20), st.integers(2, 20))
@@ -30,8 +34,8 @@ def of(strategy: str, **more: object) -> MaskConfig:
 @given(any_mask, grids, st.integers(0, 2**63 - 1), st.integers(0, 10**6), st.lists(st.integers(0, 60), min_size=3, max_size=3))
 def test_any_range_of_slots_is_the_slice_of_the_whole(mask: MaskConfig, grid, seed: int, step: int, places: list[int]):
     start, stop, total = sorted(places)
-    whole = masks.draw(mask, grid, seed, step, 0, total, total)
-    part = masks.draw(mask, grid, seed, step, start, stop, total)
+    whole = draw_masks(mask, grid, seed, step, 0, total, total)
+    part = draw_masks(mask, grid, seed, step, start, stop, total)
     for some, all_masks in zip(part, whole, strict=True):
         assert np.array_equal(some, all_masks[start:stop])
 
@@ -48,7 +52,7 @@ def test_whatever_passes_the_check_is_large_enough(strategy: str, grid, min_keep
     one = {"aspect_ratio": list(aspect)} if strategy == "block" else {}
     given_config = settings(grid, strategy=strategy, min_keep=min_keep, truncate="none", **one)
     try:
-        masks.check(given_config, 64)
+        check_masks(given_config, 64)
     except ConfigError:
         assume(False)
     context, target = draw(given_config.mask, 256, grid=grid)
@@ -59,7 +63,7 @@ def test_whatever_passes_the_check_is_large_enough(strategy: str, grid, min_keep
 def test_the_fewest_patches_are_those_of_many_draws(strategy: str):
     """`smallest` is reached, and never passed."""
     context, target = draw(of(strategy), 20_000, grid=(7, 9))
-    assert strategies.smallest(of(strategy), (7, 9)) == (lengths(context).min(), lengths(target).min())
+    assert fewest_patches(of(strategy), (7, 9)) == (lengths(context).min(), lengths(target).min())
 
 
 def test_a_block_covers_three_fifths_in_many_shapes_and_places():
@@ -119,7 +123,7 @@ def test_contexts_that_the_batch_shares_are_cut_alike(truncate: str):
 
 
 def test_statistics_know_every_strategy():
-    found = {name: masks.statistics(settings(strategy=name, truncate="none"), groups=4) for name in OTHERS}
+    found = {name: mask_statistics(settings(strategy=name, truncate="none"), groups=4) for name in OTHERS}
     assert found["rasterized"]["target_block"] == 64 and found["rasterized"]["target_union"] == 192
     for name in ("block", "random"):
         assert found[name]["target_block"] == found[name]["target_union"] == pytest.approx(154, abs=2)
@@ -137,7 +141,7 @@ def test_statistics_know_every_strategy():
 )
 def test_grids_too_small_for_a_strategy_are_refused(grid, mask: dict, message: str):
     with pytest.raises(ConfigError, match=message):
-        masks.check(settings(grid, **mask), 128)
+        check_masks(settings(grid, **mask), 128)
 
 
 @pytest.mark.parametrize(
@@ -154,5 +158,5 @@ def test_grids_too_small_for_a_strategy_are_refused(grid, mask: dict, message: s
 def test_what_a_strategy_does_not_read_is_refused_unless_it_is_the_default(strategy: str, key: str, value: object):
     with pytest.raises(ConfigError, match=f"mask.{key}: means nothing to mask.strategy {strategy}"):
         settings(strategy=strategy, **{key: value})
-    default = config.Config().to_dict()["mask"][key]
+    default = Config().to_dict()["mask"][key]
     assert settings(strategy=strategy, **{key: default}).mask.strategy == strategy

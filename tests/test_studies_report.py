@@ -10,12 +10,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from fastjepa.config import ConfigError
-from fastjepa.studies import report, scaling, sweep
+from fastjepa.errors import ConfigError
 from fastjepa.studies.arm import Arm
+from fastjepa.studies.report import (
+    StudyLine,
+    fill_page,
+    fitted_curve,
+    footnote,
+    line_cells,
+    line_verdict,
+    picture_markdown,
+    show_study,
+    study_lines,
+    study_markdown,
+    write_study,
+)
+from fastjepa.studies.scaling import fit_law, scaling_law
+from fastjepa.studies.sweep import STUDIES, Study, job_rows, plan_jobs
 
 ARMS = (Arm("one", "pair", (), 54.2), Arm("two", "pair", ("x.y=1",), 17.6), Arm("three", "alone"), Arm("none yet", "alone"))
-STUDY = sweep.Study("A study", ARMS, "what the paper has")
+STUDY = Study("A study", ARMS, "what the paper has")
 
 
 def row(arm: str, seed: int, accuracy: float, **more) -> dict:
@@ -30,12 +44,12 @@ ROWS = [row("one", 0, 40.0), row("one", 1, 41.0), row("one", 2, 42.0), row("two"
 
 
 @pytest.fixture
-def found() -> list[report.Line]:
-    return report.lines(ARMS, ROWS)
+def found() -> list[StudyLine]:
+    return study_lines(ARMS, ROWS)
 
 
 def test_a_line_says_mean_spread_seeds_cost_and_the_papers_number(found):
-    one, two, three, none = report.cells(found)
+    one, two, three, none = line_cells(found)
     assert one == ["pair", "one", "3", "41.0 ± 1.0", "41.0 ± 1.0", "41.0 ± 1.0", "7.2", "86", "100,000", "8.4", "6.5", "54.2"]
     assert two[:4] == ["", "two", "2 *", "39.2 ± 0.4"] and two[-1] == "17.6"
     assert three[:4] == ["alone", "three", "1 *", "35.0"]
@@ -43,62 +57,62 @@ def test_a_line_says_mean_spread_seeds_cost_and_the_papers_number(found):
 
 
 def test_pixels_have_no_tokens_to_share_anything():
-    (line,) = report.lines(ARMS[:1], [row("one", 0, 40.0, shares=None)])
+    (line,) = study_lines(ARMS[:1], [row("one", 0, 40.0, shares=None)])
     assert line.common() == ""
 
 
 def test_what_the_numbers_are_is_said(found):
-    said = report.footnote(STUDY, found)
+    said = footnote(STUDY, found)
     assert "standard deviation over seeds, each on 10,000 test images" in said
     assert "fewer than 3 seeds: a lead, not a result" in said and "what the paper has" in said
-    assert "fewer" not in report.footnote(STUDY, found[:1])
+    assert "fewer" not in footnote(STUDY, found[:1])
 
 
 @pytest.mark.parametrize("gap, words", [(5.0, "more than twice"), (0.4, "not more than twice")])
 def test_the_leader_is_named_and_whether_the_lead_is_more_than_noise(gap: float, words: str):
     rows = [row(arm, seed, 40 + seed + (gap if arm == "two" else 0)) for arm in ("one", "two") for seed in range(3)]
-    (sentence,) = report.verdict(report.lines(ARMS, rows))
+    (sentence,) = line_verdict(study_lines(ARMS, rows))
     assert sentence == f"pair: two leads one by {gap:.1f} points, {words} its standard error (0.82)."
 
 
 def test_a_group_is_compared_with_the_base_too():
     rows = [row(arm, seed, value + seed) for arm, value in (("one", 50), ("three", 30), ("none yet", 40)) for seed in range(2)]
-    (sentence,) = report.verdict(report.lines(ARMS, rows))
+    (sentence,) = line_verdict(study_lines(ARMS, rows))
     assert sentence.startswith("alone: one leads none yet by 10.0 points")
 
 
 def test_of_one_seed_nothing_is_claimed():
-    (sentence,) = report.verdict(report.lines(ARMS, [row("one", 0, 40.0), row("two", 0, 10.0)]))
+    (sentence,) = line_verdict(study_lines(ARMS, [row("one", 0, 40.0), row("two", 0, 10.0)]))
     assert "by 30.0 points, of one seed: nothing can be said" in sentence
 
 
 def test_a_lead_is_of_the_seeds_that_both_have():
     """The base's first seed was a lucky one; against its mean the other would lead."""
     rows = [row("one", seed, value) for seed, value in enumerate((40.0, 35.0, 36.0))] + [row("two", 0, 39.0)]
-    (sentence,) = report.verdict(report.lines(ARMS, rows))
+    (sentence,) = line_verdict(study_lines(ARMS, rows))
     assert sentence.startswith("pair: one leads two by 1.0 points, of one seed")
 
 
 def test_the_standard_error_is_that_of_a_difference_of_means():
     first, second = [40.0, 41.0, 43.0], [30.0, 32.0, 33.0]
     rows = [row("one", i, v) for i, v in enumerate(first)] + [row("two", i, v) for i, v in enumerate(second)]
-    (sentence,) = report.verdict(report.lines(ARMS, rows))
+    (sentence,) = line_verdict(study_lines(ARMS, rows))
     expected = np.sqrt(np.var(first, ddof=1) / 3 + np.var(second, ddof=1) / 3)
     assert f"({expected:.2f})" in sentence
 
 
 def test_rows_of_other_settings_are_not_reported(tmp_path):
-    jobs = sweep.plan("small", tmp_path, "cifar10", 1, 1000, ["base"])
+    jobs = plan_jobs("small", tmp_path, "cifar10", 1, 1000, ["base"])
     stale = row("base", 0, 10.0, hash="of another budget")
     (tmp_path / "small.json").write_text(json.dumps([stale]))
-    assert sweep.rows(jobs, tmp_path) == []
+    assert job_rows(jobs, tmp_path) == []
     (tmp_path / "small.json").write_text(json.dumps([stale, fresh := row("base", 0, 20.0, hash=jobs[0].asked["hash"])]))
-    (found,) = sweep.rows(jobs, tmp_path)
+    (found,) = job_rows(jobs, tmp_path)
     assert found["hash"] == fresh["hash"] and found["probe"] == fresh["probe"]
 
 
 def test_markdown_is_a_table_with_its_sentences(found):
-    text = report.markdown(STUDY, found)
+    text = study_markdown(STUDY, found)
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(ARMS) and len({line.count("|") for line in table}) == 1
     assert "- pair: one leads two by 1.2 points" in text
@@ -106,60 +120,60 @@ def test_markdown_is_a_table_with_its_sentences(found):
 
 def test_the_table_is_shown(found):
     console = Console(record=True, width=130)
-    report.show(STUDY, found, console)
+    show_study(STUDY, found, console)
     text = console.export_text()
     assert re.search(r"one +3 +41.0 ± 1.0", text) and "none yet" in text and "one leads two" in text
 
 
 def test_what_is_written_is_all_of_it_and_the_same_each_time(found, tmp_path):
-    files = report.write(STUDY, "s", found, tmp_path)
+    files = write_study(STUDY, "s", found, tmp_path)
     assert [file.name for file in files] == ["s.json", "s.md", "s.svg", "s.png"]
     assert json.loads(files[0].read_text()) == ROWS
     picture = files[2].read_text()
     ElementTree.fromstring(picture)
-    report.write(STUDY, "s", found, tmp_path)
+    write_study(STUDY, "s", found, tmp_path)
     assert files[2].read_text() == picture
 
 
 def test_without_rows_there_is_no_picture(tmp_path):
-    assert [file.name for file in report.write(STUDY, "s", report.lines(ARMS, []), tmp_path)] == ["s.json", "s.md"]
+    assert [file.name for file in write_study(STUDY, "s", study_lines(ARMS, []), tmp_path)] == ["s.json", "s.md"]
 
 
 def test_a_block_of_a_page_becomes_the_table_and_nothing_else_changes(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- study: s -->\nold\n<!-- end -->\nbetween\n<!-- study: t -->\n<!-- end -->\n")
     for text in ("new | \\1", "newer"):
-        report.fill(page, "s", text)
+        fill_page(page, "s", text)
         assert page.read_text() == (
             f"before\n<!-- study: s -->\n{text}\n<!-- end -->\nbetween\n<!-- study: t -->\n<!-- end -->\n"
         )
     with pytest.raises(ConfigError, match="has no block `<!-- study: u -->`"):
-        report.fill(page, "u", "text")
+        fill_page(page, "u", "text")
 
 
 def test_a_page_shows_the_plot_from_where_it_lies(tmp_path):
     files = [tmp_path / "docs/studies/s.md", tmp_path / "docs/studies/s.svg"]
-    assert report.picture(files, tmp_path / "docs/page.md") == "![s](studies/s.svg)\n\n"
-    assert report.picture(files[:1], tmp_path / "docs/page.md") == ""
+    assert picture_markdown(files, tmp_path / "docs/page.md") == "![s](studies/s.svg)\n\n"
+    assert picture_markdown(files[:1], tmp_path / "docs/page.md") == ""
 
 
 @given(st.floats(0.05, 0.3), st.floats(0.1, 0.5), st.floats(0.1, 0.8))
 def test_the_fit_finds_a_law_that_is_there(floor: float, scale: float, exponent: float):
     flops = np.geomspace(1e11, 1e14, 8)
-    found, residuals = scaling.fit(flops, scaling.law(flops, floor, scale, exponent))
+    found, residuals = fit_law(flops, scaling_law(flops, floor, scale, exponent))
     assert np.abs(residuals).max() < 1e-4
-    np.testing.assert_allclose(scaling.law(flops, *found), scaling.law(flops, floor, scale, exponent), atol=1e-4)
+    np.testing.assert_allclose(scaling_law(flops, *found), scaling_law(flops, floor, scale, exponent), atol=1e-4)
 
 
 def test_the_scaling_report_prints_the_law_and_every_residual(tmp_path):
-    study, rows = sweep.STUDIES["scaling"], []
+    study, rows = STUDIES["scaling"], []
     for number, each in enumerate(study.arms):
         flops = 1e12 * 2**number
-        error = 100 * scaling.law(flops, 0.3, 0.4, 0.3)
+        error = 100 * scaling_law(flops, 0.3, 0.4, 0.3)
         rows.append(row(each.name, 0, 100 - error, study="scaling", fraction=each.fraction, flops=flops))
-    found = report.lines(study.arms, rows)
-    (sentence,) = report.curve(found)
+    found = study_lines(study.arms, rows)
+    (sentence,) = fitted_curve(found)
     assert re.search(r"error = 0\.\d+ \+ 0\.\d+ \(FLOPs / 1e12\)\^-0\.\d+", sentence)
     assert sentence.count("seed 0") == sum(each.fraction == 1 for each in study.arms)
-    files = report.write(study, "scaling", found, tmp_path)
+    files = write_study(study, "scaling", found, tmp_path)
     assert "hours of steps" in files[2].read_text() or files[2].stat().st_size > 10_000

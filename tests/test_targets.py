@@ -5,15 +5,18 @@ import pytest
 import torch
 from test_model import masks, perturbed, small
 
-from fastjepa import flops, model, targets, train
-from fastjepa.config import ConfigError
-from fastjepa.data import Batch
-from fastjepa.ema import Average
-from fastjepa.engine import Engine
-from fastjepa.packing import pack
-from fastjepa.schedule import Now
+from fastjepa.engine.average import Average
+from fastjepa.engine.plain import PlainEngine
+from fastjepa.engine.schedule import StepSettings
+from fastjepa.errors import ConfigError
+from fastjepa.loader.batch import Batch
+from fastjepa.loss.targets import masked_input_targets, output_targets, pixel_targets
+from fastjepa.masks.pack import pack
+from fastjepa.model.jepa import build_pair
+from fastjepa.plan.flops import flops_of_packed
+from fastjepa.run.step import take_step
 
-NOW = Now(lr=3e-3, weight_decay=0.0, ema_momentum=0.99)
+NOW = StepSettings(lr=3e-3, weight_decay=0.0, ema_momentum=0.99)
 IMAGES = torch.randint(0, 256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
@@ -30,9 +33,9 @@ def queries() -> list[tuple[int, int]]:
 def test_at_the_masked_input_a_block_knows_nothing_of_the_rest_of_its_image():
     """Each query's target is the network's output on the block's own patches, embedded alone."""
     config = small(loss={"target": "input"})
-    _, encoder = model.build(config)
+    _, encoder = build_pair(config)
     batch = batch_of(config)
-    found = targets.masked_input(perturbed(encoder), batch)[batch.blocks.target_rows]
+    found = masked_input_targets(perturbed(encoder), batch)[batch.blocks.target_rows]
 
     alone = []
     for r in range(3):
@@ -42,15 +45,15 @@ def test_at_the_masked_input_a_block_knows_nothing_of_the_rest_of_its_image():
                 block[0, 0] = masks()[1][i, r]
                 alone.append(encoder(IMAGES[i : i + 1], pack(block, block)[0]))
     torch.testing.assert_close(found, torch.cat(alone))
-    whole = targets.output(encoder, batch_of(small()))[batch_of(small()).blocks.target_rows]
+    whole = output_targets(encoder, batch_of(small()))[batch_of(small()).blocks.target_rows]
     assert not torch.allclose(found, whole, atol=1e-2)
 
 
 def test_pixels_are_those_of_the_predicted_patch():
     config = small(loss={"target": "pixels"})
-    _, encoder = model.build(config)
+    _, encoder = build_pair(config)
     batch = batch_of(config)
-    found = targets.pixels(encoder, batch)[batch.blocks.target_rows].view(-1, 3, 8, 8)
+    found = pixel_targets(encoder, batch)[batch.blocks.target_rows].view(-1, 3, 8, 8)
     mean, std = (torch.tensor(values)[:, None, None] for values in config.mean_std)
     pictures = (IMAGES / 255 - mean) / std
     for patch, (i, n) in zip(found, queries(), strict=True):
@@ -63,11 +66,11 @@ def test_pixels_are_those_of_the_predicted_patch():
 def test_every_target_is_learned(target: str, normalize: str):
     """Twenty steps on one batch: the loss falls, and the average follows the encoder."""
     config = small(data={"batch_size": 3}, loss={"target": target, "normalize": normalize})
-    jepa, target_encoder = model.build(config)
-    engine, batch = Engine(jepa), batch_of(config)
+    jepa, target_encoder = build_pair(config)
+    engine, batch = PlainEngine(jepa), batch_of(config)
     average = Average(target_encoder, jepa.encoder)
     before = target_encoder.blocks[0].mlp.fc1.weight.clone()
-    losses = [float(train.step(engine, average, [batch], NOW, config).loss) for _ in range(20)]
+    losses = [float(take_step(engine, average, [batch], NOW, config).loss) for _ in range(20)]
     assert losses[-1] < 0.9 * losses[0]
     assert not torch.equal(target_encoder.blocks[0].mlp.fc1.weight, before)
 
@@ -75,13 +78,13 @@ def test_every_target_is_learned(target: str, normalize: str):
 def test_pixels_need_no_target_network(monkeypatch):
     """And the features that are watched for collapse are then the context's."""
     config = small(data={"batch_size": 3}, loss={"target": "pixels"})
-    jepa, target_encoder = model.build(config)
+    jepa, target_encoder = build_pair(config)
     assert jepa.predictor.predictor_proj.out_features == 3 * 8 * 8
     monkeypatch.setattr(target_encoder, "forward", lambda *_, **__: pytest.fail("the target network was run"))
     batch = batch_of(config)
-    taken = train.step(Engine(jepa), Average(target_encoder, jepa.encoder), [batch], NOW, config)
+    taken = take_step(PlainEngine(jepa), Average(target_encoder, jepa.encoder), [batch], NOW, config)
     assert taken.target.shape == (len(batch.context.idx), 32)
-    assert flops.packed(config, batch.context, batch.target, batch.blocks).target_forward == 0
+    assert flops_of_packed(config, batch.context, batch.target, batch.blocks).target_forward == 0
 
 
 def test_a_block_of_an_image_counts_once_however_the_targets_are_laid_out():

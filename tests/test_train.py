@@ -16,7 +16,9 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from fastjepa import cli, train
+from fastjepa import train
+from fastjepa.cli.main import main
+from fastjepa.loss.jepa_loss import jepa_loss
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -53,7 +55,7 @@ def run(*command: object) -> subprocess.CompletedProcess:
 
 
 def trained(config: Path, output: Path, *arguments: object) -> list[dict]:
-    assert cli.main(["train", "--config", str(config), "--output", str(output), *map(str, arguments)]) == 0
+    assert main(["train", "--config", str(config), "--output", str(output), *map(str, arguments)]) == 0
     return lines(output)
 
 
@@ -160,7 +162,7 @@ def test_other_weights_to_start_from(config, tmp_path):
 
 def test_weights_of_another_size_are_refused(config, tmp_path, capsys):
     trained(config, tmp_path / "a", "--max-steps", 1)
-    code = cli.main(
+    code = main(
         ["train", "--config", str(config), "--output", str(tmp_path / "b"), "--init", str(tmp_path / "a"), "meta.depth=3"]
     )
     assert code == 2
@@ -169,17 +171,17 @@ def test_weights_of_another_size_are_refused(config, tmp_path, capsys):
 
 def test_a_refused_run_leaves_nothing_behind(config, tmp_path, capsys):
     output = tmp_path / "run"
-    assert cli.main(["train", "--config", str(config), "--output", str(output), "data.batch_size=64"]) == 2
+    assert main(["train", "--config", str(config), "--output", str(output), "data.batch_size=64"]) == 2
     assert "fewer than one global batch of 64" in capsys.readouterr().err
     assert not output.exists()
 
 
 def test_resume_must_and_never(config, tmp_path, capsys):
     command = ["train", "--config", str(config), "--output", str(tmp_path), "--max-steps", "1"]
-    assert cli.main([*command, "--resume", "must"]) == 2
+    assert main([*command, "--resume", "must"]) == 2
     assert "nothing to resume from" in capsys.readouterr().err
-    assert cli.main(command) == 0
-    assert cli.main([*command, "--resume", "never", "runtime.seed=3"]) == 0
+    assert main(command) == 0
+    assert main([*command, "--resume", "never", "runtime.seed=3"]) == 0
     assert len(lines(tmp_path)) == 1
     assert len(list(tmp_path.glob("checkpoints.until-*/jepa-*"))) == 1, "the earlier checkpoint is moved aside, not lost"
 
@@ -188,7 +190,7 @@ def test_a_run_whose_only_checkpoint_is_damaged_does_not_start_over(config, tmp_
     trained(config, tmp_path, "--max-steps", 1)
     shard = tmp_path / "checkpoints/jepa-00000001/encoder.safetensors"
     os.truncate(shard, shard.stat().st_size - 1)
-    assert cli.main(["train", "--config", str(config), "--output", str(tmp_path)]) == 2
+    assert main(["train", "--config", str(config), "--output", str(tmp_path)]) == 2
     assert "jepa-00000001: damaged, and there is no other" in capsys.readouterr().err
     assert len(trained(config, tmp_path, "--resume", "never", "--max-steps", 1)) == 1
 
@@ -198,11 +200,11 @@ def test_an_official_config_decides_the_folder_and_the_tag(config, tmp_path):
     official["logging"] |= {"folder": str(tmp_path / "official"), "write_tag": "h14"}
     file = tmp_path / "official.yaml"
     file.write_text(yaml.safe_dump(official))
-    assert cli.main(["train", "--config", str(file), "--max-steps", "2"]) == 0
+    assert main(["train", "--config", str(file), "--max-steps", "2"]) == 0
     assert (tmp_path / "official/checkpoints/h14-00000002").is_dir()
     official["meta"] |= {"load_checkpoint": True, "read_checkpoint": "h14-00000002"}
     file.write_text(yaml.safe_dump(official))
-    assert cli.main(["train", "--config", str(file), "--max-steps", "3"]) == 0
+    assert main(["train", "--config", str(file), "--max-steps", "3"]) == 0
     assert [entry["step"] for entry in lines(tmp_path / "official")] == [1, 2, 3]
 
 
@@ -217,7 +219,7 @@ def poisoned(when):
     return loss
 
 
-train_loss = train.jepa_loss
+train_loss = jepa_loss
 
 
 def test_skipped_steps_are_counted_and_time_moves_on(config, tmp_path, monkeypatch):
@@ -234,7 +236,7 @@ def test_skipped_steps_are_counted_and_time_moves_on(config, tmp_path, monkeypat
 def test_too_many_skipped_steps_end_the_run_and_name_the_checkpoint(config, tmp_path, monkeypatch, capsys):
     trained(config, tmp_path, "--max-steps", 2)
     monkeypatch.setattr(train, "jepa_loss", poisoned(lambda step: True))
-    assert cli.main(["train", "--config", str(config), "--output", str(tmp_path), "runtime.max_skipped=3"]) == 2
+    assert main(["train", "--config", str(config), "--output", str(tmp_path), "runtime.max_skipped=3"]) == 2
     message = capsys.readouterr().err
     assert "step 5" in message
     assert str(tmp_path / "checkpoints/jepa-00000002") in message
@@ -304,7 +306,7 @@ def test_two_ranks_stop_together_on_a_signal_to_one(config, tmp_path):
 
 def test_overrides_may_stand_anywhere(config, tmp_path):
     command = ["train", "--config", config, "logging.every=2", "--max-steps", 4, "optimization.epochs=1", "--output", tmp_path]
-    assert cli.main([str(word) for word in command]) == 0
+    assert main([str(word) for word in command]) == 0
     assert [entry["step"] for entry in lines(tmp_path)] == [2, 4]
     with pytest.raises(SystemExit):
-        cli.main([*map(str, command), "--no-such-option"])
+        main([*map(str, command), "--no-such-option"])

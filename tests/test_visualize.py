@@ -13,14 +13,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastjepa import cli, gallery, masks, model, packing
-from fastjepa.config import ConfigError
-from fastjepa.evals import neighbours
-from fastjepa.evals.features import EvalImages, normalise
-from fastjepa.evals.neighbours import Found, Queries, distances, rank, translates
-from fastjepa.evals.result import TEST_IMAGES, TRAIN_IMAGES
-from fastjepa.evals.subject import Split, Subject, open_subject
-from fastjepa.loss import jepa_loss
+from fastjepa.cli.main import main
+from fastjepa.errors import ConfigError
+from fastjepa.evals.images import EvalImages, normalise_pixels
+from fastjepa.evals.inputs import Split, Subject, open_subject
+from fastjepa.evals.scoring import TEST_DRAW, TRAIN_DRAW
+from fastjepa.loss.jepa_loss import jepa_loss
+from fastjepa.masks.draw import draw_masks
+from fastjepa.masks.pack import pack
+from fastjepa.model.jepa import Jepa
+from fastjepa.visualize import neighbours
+from fastjepa.visualize.neighbours import (
+    Found,
+    Queries,
+    _found,
+    block_distances,
+    normalised_rows,
+    patch_rows,
+    predict_blocks,
+    rank_of_truth,
+    search_blocks,
+    summarise_ranks,
+    translated_rows,
+)
+from fastjepa.visualize.sheets import open_drawn_split
 
 GRID = (16, 16)
 CONFIG = {
@@ -45,7 +61,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = CONFIG["data"] | {"source": str(root / "images")}
     (root / "tiny.yaml").write_text(yaml.safe_dump(CONFIG | {"data": data}))
     words = ["train", "--config", str(root / "tiny.yaml"), "--output", str(root / "run"), "--max-steps", "1"]
-    assert cli.main(words) == 0
+    assert main(words) == 0
     return root
 
 
@@ -55,7 +71,7 @@ def subject(place: Path) -> Subject:
 
 
 def split(place: Path, name: str) -> Split:
-    return gallery.open_split(str(place / "images"), name, 100, 0, TRAIN_IMAGES if name == "train" else TEST_IMAGES)
+    return open_drawn_split(str(place / "images"), name, 100, 0, TRAIN_DRAW if name == "train" else TEST_DRAW)
 
 
 def command(place: Path, *words: object, source: object = "run", output: str = "out") -> list[str]:
@@ -81,7 +97,7 @@ def test_translates_are_every_place_where_a_block_lies_whole(drawn: tuple[tuple[
         for down in range(-grid[0], grid[0]) for right in range(-grid[1], grid[1])
         if all(0 <= row + down < grid[0] and 0 <= column + right < grid[1] for row, column in patches)
     ]  # fmt: skip
-    places, own = translates(block, grid)
+    places, own = translated_rows(block, grid)
     assert places.tolist() == expected
     assert places[own].tolist() == np.flatnonzero(block).tolist()
 
@@ -90,9 +106,9 @@ def test_distances_are_the_loss_of_every_block_of_every_image():
     generator = torch.Generator().manual_seed(0)
     block = np.zeros((4, 5), bool)
     block[1:3, 2:4] = True
-    places, _ = translates(block.reshape(-1), (4, 5))
+    places, _ = translated_rows(block.reshape(-1), (4, 5))
     predicted, features = torch.randn(4, 8, generator=generator), torch.randn(3, 20, 8, generator=generator)
-    found = distances(predicted, places, features)
+    found = block_distances(predicted, places, features)
     assert found.shape == (3, 12)
     for image in range(3):
         for number, place in enumerate(places):
@@ -113,13 +129,13 @@ def test_the_true_distance_is_the_loss_of_that_block_alone(place: Path, subject:
     load, load_predictor = Subject.encoder, neighbours.load_predictor
     monkeypatch.setattr(Subject, "encoder", lambda *args: stirred(load(*args)))
     monkeypatch.setattr(neighbours, "load_predictor", lambda subject: stirred(load_predictor(subject)))
-    queries = neighbours.predict(subject, split(place, "test"), seed=3)
-    contexts, targets = masks.draw(subject.config.mask, GRID, 3, 0, 0, 6, 6)
+    queries = predict_blocks(subject, split(place, "test"), seed=3)
+    contexts, targets = draw_masks(subject.config.mask, GRID, 3, 0, 0, 6, 6)
     assert np.array_equal(queries.context, contexts[:, 0]) and np.array_equal(queries.block, targets[:, 0])
-    networks = model.Jepa(subject.encoder("context"), neighbours.load_predictor(subject)).eval()
+    networks = Jepa(subject.encoder("context"), neighbours.load_predictor(subject)).eval()
     for i, pixels in enumerate(queries.images):
-        context, target, wanted = packing.pack(contexts[i : i + 1, :1], targets[i : i + 1, :1])
-        image = normalise(pixels[None], subject.config.mean_std)
+        context, target, wanted = pack(contexts[i : i + 1, :1], targets[i : i + 1, :1])
+        image = normalise_pixels(pixels[None], subject.config.mean_std)
         with torch.no_grad():
             predicted, _ = networks(image, context, wanted)
             loss = jepa_loss(predicted, subject.encoder("target")(image, wanted=target), wanted, "l2")
@@ -130,13 +146,13 @@ def test_the_true_distance_is_the_loss_of_that_block_alone(place: Path, subject:
 def test_search_equals_brute_force(place: Path, subject: Subject):
     """Over all images and places: the best block of each image, and of these the nearest."""
     test, train = split(place, "test"), split(place, "train")
-    queries = neighbours.predict(subject, test, seed=3)
-    found = neighbours.search(subject, queries, test, train, k=5, seed=3)
+    queries = predict_blocks(subject, test, seed=3)
+    found = search_blocks(subject, queries, test, train, k=5, seed=3)
     target = subject.encoder("target")
     images = torch.cat(list(EvalImages(train.source, subject.size, 3, train.rows).batches(20)))
-    features = neighbours.normalised(neighbours.patches(subject, target, images))
+    features = normalised_rows(patch_rows(subject, target, images))
     for i, predicted in enumerate(queries.predicted):
-        places, _ = translates(queries.block[i], GRID)
+        places, _ = translated_rows(queries.block[i], GRID)
         best = [min((float((predicted - image[torch.from_numpy(place)]).square().mean()), n) for n, place in enumerate(places))
                 for image in features]  # fmt: skip
         order = sorted(range(len(best)), key=lambda image: best[image])[:5]
@@ -148,8 +164,8 @@ def test_search_equals_brute_force(place: Path, subject: Subject):
 
 def perfect(subject: Subject, test: Split) -> Queries:
     """Queries whose predictions are the truth itself."""
-    queries = neighbours.predict(subject, test, seed=0)
-    features = neighbours.normalised(neighbours.patches(subject, subject.encoder("target"), queries.images))
+    queries = predict_blocks(subject, test, seed=0)
+    features = normalised_rows(patch_rows(subject, subject.encoder("target"), queries.images))
     truth = [rows[torch.from_numpy(block)] for rows, block in zip(features, queries.block, strict=True)]
     return dataclasses.replace(queries, predicted=truth, true=torch.zeros(len(truth)))
 
@@ -160,7 +176,7 @@ def test_a_planted_copy_is_found_first_at_its_place(place: Path, subject: Subjec
         shutil.copy(tmp_path / f"images/test/{i:02}.png", tmp_path / f"images/train/copy-{i:02}.png")
     test, train = split(tmp_path, "test"), split(tmp_path, "train")
     queries = perfect(subject, test)
-    found = neighbours.search(subject, queries, test, train, k=2, seed=0)
+    found = search_blocks(subject, queries, test, train, k=2, seed=0)
     name = lambda split, row: Path(split.source.name(int(split.rows[row]))).name  # noqa: E731
     assert [name(train, row) for row in found.row[:, 0]] == [f"copy-{name(test, i)}" for i in range(COUNTS["test"])]
     assert found.distance[:, 0].max() < 1e-4 < found.distance[:, 1].min()
@@ -170,11 +186,11 @@ def test_a_planted_copy_is_found_first_at_its_place(place: Path, subject: Subjec
 def test_an_image_is_no_neighbour_and_no_rival_of_its_own(place: Path, subject: Subject):
     """Searched among the very images that are asked about; exact predictions are then nearer than all others."""
     test = split(place, "test")
-    found = neighbours.search(subject, perfect(subject, test), test, test, k=5, seed=0)
+    found = search_blocks(subject, perfect(subject, test), test, test, k=5, seed=0)
     assert all(i not in row for i, row in enumerate(found.row.tolist()))
     assert found.candidates == 5 and all(ranks.tolist() == [1.0] * 6 for ranks in found.rank.values())
     with pytest.raises(ConfigError, match="6 neighbours of 5 other images cannot be had; lower --k"):
-        neighbours.search(subject, perfect(subject, test), test, test, k=6, seed=0)
+        search_blocks(subject, perfect(subject, test), test, test, k=6, seed=0)
 
 
 def test_ranks_are_against_all_other_places_or_the_same_one(place: Path, subject: Subject):
@@ -182,11 +198,11 @@ def test_ranks_are_against_all_other_places_or_the_same_one(place: Path, subject
     queries = perfect(subject, split(place, "test"))
     same, anywhere = [], []
     for i, block in enumerate(queries.block):
-        places, own = translates(block, GRID)
+        places, own = translated_rows(block, GRID)
         apart = torch.rand(20, len(places), generator=torch.Generator().manual_seed(i)) + 1
         apart[:, own] = 0  # at this place all others are nearer than the true one
         one = dataclasses.replace(queries, true=torch.full((6,), 0.5), block=queries.block[i : i + 1])
-        found = neighbours._found(one, [apart], np.zeros((1, 20), bool), (places,), (own,), 3, 20, i)
+        found = _found(one, [apart], np.zeros((1, 20), bool), (places,), (own,), 3, 20, i)
         same.append(found.rank["same_place"].item())
         anywhere.append(found.rank["anywhere"].item())
     assert same == [21.0] * 6 and max(anywhere) < 5
@@ -194,12 +210,12 @@ def test_ranks_are_against_all_other_places_or_the_same_one(place: Path, subject
 
 @pytest.mark.parametrize("others, expected", [([2.0, 3.0], 1), ([0.5, 3.0], 2), ([1.0, 0.5, 9.0], 2.5), ([0.1, 0.2], 3)])
 def test_a_rank_counts_what_is_nearer_and_half_of_the_ties(others: list[float], expected: float):
-    assert rank(torch.tensor(1.0), torch.tensor(others)) == expected
+    assert rank_of_truth(torch.tensor(1.0), torch.tensor(others)) == expected
 
 
 def test_a_prediction_that_knows_nothing_ranks_as_chance_says():
     ranks = torch.arange(1, 101).repeat(40).double()
-    found = neighbours.summary(
+    found = summarise_ranks(
         Found(torch.empty(0), torch.empty(0), np.empty(0), {"anywhere": ranks, "same_place": ranks * 0 + 1}, 99)
     )
     blind, sure = found["anywhere"], found["same_place"]
@@ -217,12 +233,12 @@ def test_the_first_images_are_not_those_of_the_first_class(tmp_path: Path):
             (tmp_path / split / label).mkdir(parents=True)
         for i in range(20):
             Image.new("L", (4, 4)).save(tmp_path / "test" / label / f"{i}.png")
-    drawn = gallery.open_split(str(tmp_path), "test", 64, 0)
+    drawn = open_drawn_split(str(tmp_path), "test", 64, 0)
     assert len(set(drawn.rows)) == 64 and len({drawn.source.label(int(row)) for row in drawn.rows[:8]}) > 3
 
 
 def test_the_command_draws_and_counts(place: Path, capsys: pytest.CaptureFixture):
-    assert cli.main(command(place)) == 0
+    assert main(command(place)) == 0
     printed = capsys.readouterr().out
     sizes = {}
     for name in ("masks", "pca", "neighbours"):
@@ -240,7 +256,7 @@ def test_the_command_draws_and_counts(place: Path, capsys: pytest.CaptureFixture
 
 def test_the_same_command_draws_the_same_and_another_seed_something_else(place: Path, capsys: pytest.CaptureFixture):
     def drawn(seed: int, output: str) -> tuple[dict, list[bytes]]:
-        assert cli.main(command(place, "--json", "--seed", seed, output=output)) == 0
+        assert main(command(place, "--json", "--seed", seed, output=output)) == 0
         found = json.loads(capsys.readouterr().out)
         return found["neighbours"], [Path(file).read_bytes() for file in found["files"] if file.endswith(".png")]
 
@@ -251,11 +267,9 @@ def test_the_same_command_draws_the_same_and_another_seed_something_else(place: 
 
 def test_an_official_checkpoint_gives_the_same_pictures(place: Path, tmp_path: Path):
     """It says no masks: they are the defaults, which the run has as well."""
-    assert (
-        cli.main(["convert", str(place / "run"), str(tmp_path / "jepa.pth.tar"), "--to", "meta", "--steps-per-epoch", "1"]) == 0
-    )
+    assert main(["convert", str(place / "run"), str(tmp_path / "jepa.pth.tar"), "--to", "meta", "--steps-per-epoch", "1"]) == 0
     for source, output in ((place / "run", tmp_path / "ours"), (tmp_path / "jepa.pth.tar", tmp_path / "theirs")):
-        assert cli.main(command(place, source=source, output=output)) == 0
+        assert main(command(place, source=source, output=output)) == 0
     for name in ("masks.png", "pca.png", "neighbours.png"):
         assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes(), name
 
@@ -264,11 +278,11 @@ def test_an_official_checkpoint_gives_the_same_pictures(place: Path, tmp_path: P
 def test_without_a_predictor_the_rest_is_shown_and_it_is_said(
     place: Path, tmp_path: Path, to: str, capsys: pytest.CaptureFixture
 ):
-    assert cli.main(["convert", str(place / "run"), str(tmp_path / to), "--to", to]) == 0
-    assert cli.main(command(place, source=tmp_path / to, output=tmp_path / "out")) == 0
+    assert main(["convert", str(place / "run"), str(tmp_path / to), "--to", to]) == 0
+    assert main(command(place, source=tmp_path / to, output=tmp_path / "out")) == 0
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"masks.png", "pca.png"}
     assert "holds no predictor, so neighbours are left out" in capsys.readouterr().err
-    assert cli.main(command(place, "--what", "neighbours", source=tmp_path / to, output=tmp_path / "none")) == 2
+    assert main(command(place, "--what", "neighbours", source=tmp_path / to, output=tmp_path / "none")) == 2
     assert "holds no predictor, which predictions need; give a run" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
@@ -282,12 +296,12 @@ def test_without_a_predictor_the_rest_is_shown_and_it_is_said(
     ],
 )
 def test_what_cannot_be_shown_is_a_sentence(place: Path, words: list[str], message: str, capsys: pytest.CaptureFixture):
-    assert cli.main(command(place, *words)) == 2
+    assert main(command(place, *words)) == 2
     printed = capsys.readouterr()
     assert message in printed.err and printed.out == ""
 
 
 def test_an_unknown_picture_is_refused_by_name(place: Path, capsys: pytest.CaptureFixture):
     with pytest.raises(SystemExit):
-        cli.main(command(place, "--what", "pca,dreams"))
+        main(command(place, "--what", "pca,dreams"))
     assert "'dreams' is none of masks, pca, neighbours" in capsys.readouterr().err

@@ -1,1 +1,0 @@
-"""Evaluations of encoders on labelled images, frozen or fine-tuned; each module runs alone."""

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastjepa.evals import supervised, tokens
-from fastjepa.evals.features import Which
-from fastjepa.evals.result import Result, check_labels
-from fastjepa.evals.subject import open_splits, open_subject, provenance
-from fastjepa.evals.tokens import Tokens
+from fastjepa.evals.inputs import open_splits, open_subject, provenance
+from fastjepa.evals.patch_features import PatchFeatures, patch_features_of
+from fastjepa.evals.scoring import Result, check_labels
+from fastjepa.evals.supervised import SupervisedTask, TrainedStates, supervised_accuracy
+from fastjepa.weights.encoders import Which
 
-LR, WEIGHT_DECAY, EPOCHS, BATCH = 1e-3, 1e-3, 20, 256
+PROBE_LR, PROBE_WEIGHT_DECAY, PROBE_EPOCHS, PROBE_BATCH = 1e-3, 1e-3, 20, 256
 
 
 class AttentiveProbe(nn.Module):
@@ -46,19 +46,19 @@ class AttentiveProbe(nn.Module):
         return self.head(pooled[:, 0])
 
 
-def attentive(
-    train: Tokens,
-    test: Tokens,
+def attentive_accuracy(
+    train: PatchFeatures,
+    test: PatchFeatures,
     classes: int,
     heads: int,
     seed: int = 0,
     device: str | torch.device = "cpu",
-    lrs: Sequence[float] = (LR,),
-    weight_decay: float = WEIGHT_DECAY,
-    epochs: int = EPOCHS,
-    batch: int = BATCH,
+    lrs: Sequence[float] = (PROBE_LR,),
+    weight_decay: float = PROBE_WEIGHT_DECAY,
+    epochs: int = PROBE_EPOCHS,
+    batch: int = PROBE_BATCH,
     dtype: torch.dtype = torch.float32,
-    states: supervised.States = lambda name: None,
+    states: TrainedStates = lambda name: None,
 ) -> Result:
     """Accuracy of an attentive probe of `heads` heads on `test`."""
     check_labels(train, test, classes)
@@ -71,12 +71,12 @@ def attentive(
     def inputs(rows: Tensor, epoch: int | None):
         return train.read(rows, batch, "validation" if epoch is None else f"epoch {epoch + 1} of {epochs}")
 
-    task = supervised.Task(train, test, build, inputs, lambda: test.read(torch.arange(len(test.y)), batch, "test"),
+    task = SupervisedTask(train, test, build, inputs, lambda: test.read(torch.arange(len(test.y)), batch, "test"),
                            epochs, batch, dtype)  # fmt: skip
-    return supervised.evaluate(task, lrs, seed, states)
+    return supervised_accuracy(task, lrs, seed, states)
 
 
-def run(
+def evaluate_attentive(
     checkpoint: str | Path,
     data: str,
     encoder: Which = "target",
@@ -87,10 +87,10 @@ def run(
     seed: int = 0,
     *,
     image_size: int | None = None,
-    lrs: Sequence[float] = (LR,),
-    weight_decay: float = WEIGHT_DECAY,
-    epochs: int = EPOCHS,
-    batch: int = BATCH,
+    lrs: Sequence[float] = (PROBE_LR,),
+    weight_decay: float = PROBE_WEIGHT_DECAY,
+    epochs: int = PROBE_EPOCHS,
+    batch: int = PROBE_BATCH,
 ) -> dict[str, Any]:
     """The attentive probe of one encoder: what `fastjepa eval attentive` prints; arguments and row as of `table.run`.
 
@@ -102,8 +102,10 @@ def run(
     course = {"lrs": list(lrs), "weight_decay": weight_decay, "epochs": epochs, "batch": batch}
     key = {"probe": "attentive", "seed": seed} | course | subject.encoder_key(network) | splits[0].key
     classes, heads = len(splits[0].source.classes), subject.config.encoder_shape[2]
-    train, test = (tokens.of(subject, network, split) for split in splits)
+    train, test = (patch_features_of(subject, network, split) for split in splits)
     with subject.unfinished(key) as states:
-        result = attentive(train, test, classes, heads, seed, subject.device, dtype=subject.dtype, states=states, **course)
+        result = attentive_accuracy(
+            train, test, classes, heads, seed, subject.device, dtype=subject.dtype, states=states, **course
+        )
     said = {"probe": "attentive", "layers": "last", "protocol": "v-jepa", **course}
     return provenance(subject, encoder, splits, seed) | said | result.to_dict()

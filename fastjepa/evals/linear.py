@@ -16,15 +16,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastjepa.draws import SPLITS, generator
-from fastjepa.evals.features import console, watched
-from fastjepa.evals.result import PROBE, Features, Result, check_labels, score, validation_split
+from fastjepa.data.prepare.processes import console
+from fastjepa.evals.images import watched
+from fastjepa.evals.scoring import PROBE_DRAW, Features, Result, check_labels, score_predictions, validation_split
+from fastjepa.rng import SPLIT_STREAM, generator
 
 LRS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 WEIGHT_DECAYS = (0.0, 1e-3, 1e-2)
-BATCH, MOMENTUM = 256, 0.9
+SGD_BATCH, MOMENTUM = 256, 0.9
 # Fewer epochs leave an untrained encoder's ill-conditioned features short of their optimum, which would flatter training.
-EPOCHS, MIN_STEPS = 40, 1000
+SGD_EPOCHS, MIN_STEPS = 40, 1000
 TRUST = 0.001  # of LARS (You et al. 2017)
 
 
@@ -34,7 +35,7 @@ class Recipe:
 
     lrs: tuple[float, ...] = LRS
     weight_decays: tuple[float, ...] = WEIGHT_DECAYS
-    batch: int = BATCH
+    batch: int = SGD_BATCH
     epochs: int | None = None  # None: EPOCHS, or what makes MIN_STEPS steps
     drops: tuple[int, ...] | None = None  # epochs from which the learning rate is a tenth; None: a cosine to 0
     published: bool = False  # features as they come, heads from N(0, 0.01), lr for a batch of 256 and in proportion
@@ -45,7 +46,7 @@ class Recipe:
         """(epochs, steps of an epoch, batch) for n images."""
         batch = min(self.batch, n)
         steps = math.ceil(n / batch)
-        return self.epochs or max(EPOCHS, math.ceil(MIN_STEPS / steps)), steps, batch
+        return self.epochs or max(SGD_EPOCHS, math.ceil(MIN_STEPS / steps)), steps, batch
 
     def factor(self, progress: float, epochs: int) -> float:
         """What the learning rate is multiplied by after a share `progress` of the training."""
@@ -64,7 +65,7 @@ PROTOCOLS = {
 }
 
 
-def linear(
+def linear_accuracy(
     train: Features,
     test: Features,
     classes: int,
@@ -83,15 +84,15 @@ def linear(
     if epochs * steps < MIN_STEPS:
         console.print(f"{len(train.y)} training images make {epochs * steps} steps of this protocol, which was made for more: "
                       "its heads may be far from trained")  # fmt: skip
-    chosen, validation_accuracy = choose(train, classes, seed, device, batch_norm, recipe)
+    chosen, validation_accuracy = choose_recipe(train, classes, seed, device, batch_norm, recipe)
     setting = [(chosen["lr"], chosen["weight_decay"])]
-    x, x_test = prepare(train, test.x, batch_norm, recipe)
-    heads = fit(x.to(device), train.y.to(device), classes, setting, seed, recipe)
-    predicted = classify(heads, x_test.to(device), 1)[0].cpu()
-    return score(predicted, train, test, chosen, validation_accuracy)
+    x, x_test = prepare_features(train, test.x, batch_norm, recipe)
+    heads = fit_heads(x.to(device), train.y.to(device), classes, setting, seed, recipe)
+    predicted = linear_classify(heads, x_test.to(device), 1)[0].cpu()
+    return score_predictions(predicted, train, test, chosen, validation_accuracy)
 
 
-def choose(
+def choose_recipe(
     train: Features,
     classes: int,
     seed: int = 0,
@@ -105,15 +106,15 @@ def choose(
         return {"lr": grid[0][0], "weight_decay": grid[0][1]}, None
     rows, held = validation_split(train.y, 6, seed)
     fitting = Features(train.x[rows], train.y[rows], tuple(view[rows] for view in train.views))
-    x, x_held = prepare(fitting, train.x[held], batch_norm, recipe)
-    heads = fit(x.to(device), fitting.y.to(device), classes, grid, seed, recipe)
-    predicted = classify(heads, x_held.to(device), len(grid)).cpu()
+    x, x_held = prepare_features(fitting, train.x[held], batch_norm, recipe)
+    heads = fit_heads(x.to(device), fitting.y.to(device), classes, grid, seed, recipe)
+    predicted = linear_classify(heads, x_held.to(device), len(grid)).cpu()
     accuracy = (predicted == train.y[held]).double().mean(dim=1)
     best = int(accuracy.argmax())
     return {"lr": grid[best][0], "weight_decay": grid[best][1]}, float(accuracy[best])
 
 
-def prepare(train: Features, other: Tensor, batch_norm: bool, recipe: Recipe) -> tuple[Tensor, Tensor]:
+def prepare_features(train: Features, other: Tensor, batch_norm: bool, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """What heads see of training images, (V, n, D), and of others, (m, D): standardised, but for published plain heads."""
     several = torch.stack(train.views or (train.x,))
     if recipe.published and not batch_norm:
@@ -141,7 +142,7 @@ def moments(train: Tensor, batch_norm: bool) -> tuple[Tensor, Tensor]:
     return mean, torch.where(alive, 1 / common, 0).float()
 
 
-def fit(
+def fit_heads(
     x: Tensor,
     y: Tensor,
     classes: int,
@@ -165,22 +166,22 @@ def fit(
     epochs, steps, batch = recipe.length(n)
     lr, decay = (x.new_tensor(values).repeat_interleave(classes) for values in zip(*grid, strict=True))  # (heads * C,)
     lr = lr * (batch / 256) if recipe.published else lr
-    weight, bias = _start(dim, classes, heads, seed, recipe).to(x), x.new_zeros(1, heads * classes)
+    weight, bias = _initial_heads(dim, classes, heads, seed, recipe).to(x), x.new_zeros(1, heads * classes)
     weight_step, bias_step = torch.zeros_like(weight), torch.zeros_like(bias)
     for epoch in watched(range(epochs), f"{heads} linear head{'s' if heads > 1 else ''}"):
-        order = torch.from_numpy(generator(seed, SPLITS, PROBE + epoch).permutation(n)).to(x.device)
+        order = torch.from_numpy(generator(seed, SPLIT_STREAM, PROBE_DRAW + epoch).permutation(n)).to(x.device)
         for number, rows in enumerate(order.split(batch)):
             now = lr * recipe.factor((epoch * steps + number) / (epochs * steps), epochs)
             inputs = x[epoch % len(x), rows]
             error = (inputs @ weight + bias).view(-1, heads, classes).softmax(dim=2)
             error[torch.arange(len(rows), device=x.device), :, y[rows]] -= 1
             error = error.view(-1, heads * classes) / len(rows)  # the gradient at the logits
-            _move(weight, inputs.T @ error, weight_step, now, decay, heads, recipe)
-            _move(bias, error.sum(dim=0, keepdim=True), bias_step, now, torch.zeros_like(decay), heads, recipe)
+            _move_heads(weight, inputs.T @ error, weight_step, now, decay, heads, recipe)
+            _move_heads(bias, error.sum(dim=0, keepdim=True), bias_step, now, torch.zeros_like(decay), heads, recipe)
     return weight, bias[0]
 
 
-def _start(dim: int, classes: int, heads: int, seed: int, recipe: Recipe) -> Tensor:
+def _initial_heads(dim: int, classes: int, heads: int, seed: int, recipe: Recipe) -> Tensor:
     """(D, heads * C): zeros, or for LARS's sake, whose steps are in proportion to the weights, the same draws for all."""
     if not recipe.published:
         return torch.zeros(dim, heads * classes)
@@ -188,9 +189,11 @@ def _start(dim: int, classes: int, heads: int, seed: int, recipe: Recipe) -> Ten
     return 0.01 * drawn.repeat(1, heads)
 
 
-def _move(value: Tensor, gradient: Tensor, velocity: Tensor, lr: Tensor, decay: Tensor, heads: int, recipe: Recipe) -> None:
+def _move_heads(
+    value: Tensor, gradient: Tensor, velocity: Tensor, lr: Tensor, decay: Tensor, heads: int, recipe: Recipe
+) -> None:
     """One step in place of (rows, heads * C); lr and decay are per column. `gradient` is used up."""
-    trust = _trust(value, gradient, decay, heads) if recipe.lars else None
+    trust = _trust_ratio(value, gradient, decay, heads) if recipe.lars else None
     gradient.addcmul_(value, decay)
     if trust is not None:
         gradient *= trust
@@ -198,14 +201,14 @@ def _move(value: Tensor, gradient: Tensor, velocity: Tensor, lr: Tensor, decay: 
     value.addcmul_(gradient.add_(velocity, alpha=MOMENTUM) if recipe.nesterov else velocity, -lr)
 
 
-def _trust(value: Tensor, gradient: Tensor, decay: Tensor, heads: int) -> Tensor:
+def _trust_ratio(value: Tensor, gradient: Tensor, decay: Tensor, heads: int) -> Tensor:
     """(heads * C,) of LARS: TRUST |w| / (|g| + decay |w|) of each head, 1 where either is 0."""
     size, slope = (torch.linalg.vector_norm(t.view(len(t), heads, -1), dim=(0, 2)) for t in (value, gradient))
     ratio = TRUST * size / (slope + size * decay.view(heads, -1)[:, 0] + 1e-8)
     return torch.where((size > 0) & (slope > 0), ratio, 1.0).repeat_interleave(len(decay) // heads)
 
 
-def classify(parameters: tuple[Tensor, Tensor], x: Tensor, heads: int) -> Tensor:
+def linear_classify(parameters: tuple[Tensor, Tensor], x: Tensor, heads: int) -> Tensor:
     """Classes (heads, n) int64 that each head gives `x` (n, D)."""
     weight, bias = parameters
     found = [(rows @ weight + bias).view(len(rows), heads, -1).argmax(dim=2) for rows in x.split(4096)]

@@ -7,14 +7,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastjepa.config import ConfigError
-from fastjepa.draws import SPLITS, generator
-from fastjepa.evals.features import Layers, Which, watched
-from fastjepa.evals.finetune import finetune
+from fastjepa.data.sources import Source
+from fastjepa.errors import ConfigError
+from fastjepa.evals.features import Layers
+from fastjepa.evals.finetune import finetune_accuracy
+from fastjepa.evals.images import watched
+from fastjepa.evals.inputs import Split, open_splits, open_subject, provenance
 from fastjepa.evals.linear import standardise
-from fastjepa.evals.result import LABELLED, Features, Result, check_labels, score, validation_split
-from fastjepa.evals.subject import Split, open_splits, open_subject, provenance
-from fastjepa.sources import Source
+from fastjepa.evals.scoring import LABELLED_DRAW, Features, Result, check_labels, score_predictions, validation_split
+from fastjepa.rng import SPLIT_STREAM, generator
+from fastjepa.weights.encoders import Which
 
 CS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1e3)
 ITERATIONS = 1000
@@ -24,8 +26,8 @@ def fraction_of(source: Source, fraction: float, seed: int) -> np.ndarray:
     """Rising rows of a share of each class, rounded, at least one image; drawn by `seed`."""
     if not 0 < fraction <= 1:
         raise ConfigError(f"--fraction {fraction:g}: give a share above 0 and at most 1, such as 0.01")
-    y = _labels(source)
-    order = generator(seed, SPLITS, LABELLED).permutation(len(y))
+    y = _labels_of(source)
+    order = generator(seed, SPLIT_STREAM, LABELLED_DRAW).permutation(len(y))
     by_class = order[np.argsort(y[order], kind="stable")]
     counts = np.bincount(y)
     rank = np.arange(len(y)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -33,7 +35,7 @@ def fraction_of(source: Source, fraction: float, seed: int) -> np.ndarray:
     return np.sort(by_class[rank < np.repeat(wanted, counts)])
 
 
-def listed(source: Source, file: str | Path) -> np.ndarray:
+def listed_images(source: Source, file: str | Path) -> np.ndarray:
     """Rising rows of the images whose names stand in `file`, one a line, as file names or as paths' ends (class/name.jpg).
 
     ConfigError for a name that no image has, or several have.
@@ -58,7 +60,7 @@ def listed(source: Source, file: str | Path) -> np.ndarray:
     return np.array(sorted({found[name][0] for name in names}))
 
 
-def logistic(
+def logistic_accuracy(
     train: Features,
     test: Features,
     classes: int,
@@ -74,27 +76,27 @@ def logistic(
     if c is None:
         c, validation_accuracy = choose_c(train, seed)
     x, x_test = standardise(train.x, test.x, batch_norm=False)
-    return score(_predict(x, train.y, x_test, c), train, test, {"c": c}, validation_accuracy)
+    return score_predictions(_predict_classes(x, train.y, x_test, c), train, test, {"c": c}, validation_accuracy)
 
 
 def choose_c(train: Features, seed: int) -> tuple[float, float]:
     """The C of CS that does best on a fifth of the training images, and its accuracy there."""
-    rows, held = _split(train.y, seed)
+    rows, held = _labelled_split(train.y, seed)
     x, x_held = standardise(train.x[rows], train.x[held], batch_norm=False)
-    predicted = torch.stack([_predict(x, train.y[rows], x_held, c) for c in watched(CS, "logistic regression")])
+    predicted = torch.stack([_predict_classes(x, train.y[rows], x_held, c) for c in watched(CS, "logistic regression")])
     accuracy = (predicted == train.y[held]).double().mean(dim=1)
     best = int(accuracy.argmax())
     return CS[best], float(accuracy[best])
 
 
-def _split(y: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+def _labelled_split(y: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     try:
         return validation_split(y, 5, seed)
     except ConfigError as error:
         raise ConfigError(f"{error}, or give --c") from error
 
 
-def _predict(x: Tensor, y: Tensor, queries: Tensor, c: float) -> Tensor:
+def _predict_classes(x: Tensor, y: Tensor, queries: Tensor, c: float) -> Tensor:
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
@@ -103,7 +105,7 @@ def _predict(x: Tensor, y: Tensor, queries: Tensor, c: float) -> Tensor:
     return torch.from_numpy(fitted.predict(queries.numpy()))
 
 
-def _labels(source: Source) -> np.ndarray:
+def _labels_of(source: Source) -> np.ndarray:
     found = [source.label(row) for row in range(len(source))]
     if None in found:
         raise ConfigError(f"{source.name(found.index(None))}: has no label; put the images into one folder per class")
@@ -119,7 +121,7 @@ def _check_method(method: str, layers: str, c: float | None, setting: dict[str, 
         raise ConfigError(f"--method {method} has no use for {', '.join(odd)}: leave it out, or choose the other method")
 
 
-def run(
+def evaluate_lowshot(
     checkpoint: str | Path,
     data: str,
     encoder: Which = "target",
@@ -128,7 +130,7 @@ def run(
     cache: bool = True,
     seed: int = 0,
     *,
-    method: Literal["logistic", "finetune"] = "logistic",
+    method: Literal["logistic_accuracy", "finetune_accuracy"] = "logistic",
     fraction: float = 0.01,
     split_file: str | Path | None = None,
     layers: Layers = "last",
@@ -145,14 +147,14 @@ def run(
     """
     _check_method(method, layers, c, setting)
     train, test = open_splits(data, None, n_test, seed)
-    rows = fraction_of(train.source, fraction, seed) if split_file is None else listed(train.source, split_file)
+    rows = fraction_of(train.source, fraction, seed) if split_file is None else listed_images(train.source, split_file)
     splits = Split(train.data, train.name, train.source, rows), test
     subject = open_subject(checkpoint, device, cache, image_size)
     if method == "logistic":
         features = subject.features(encoder, splits, layers)
-        result, used = logistic(*features, len(train.source.classes), seed, c), {"layers": layers}
+        result, used = logistic_accuracy(*features, len(train.source.classes), seed, c), {"layers": layers}
     else:
-        result, used = finetune(subject, subject.encoder(encoder, splits[0]), splits, seed=seed, **setting)
+        result, used = finetune_accuracy(subject, subject.encoder(encoder, splits[0]), splits, seed=seed, **setting)
     share = {"fraction": fraction} if split_file is None else {"split_file": str(split_file)}
     said = {"probe": "lowshot", "protocol": method, **share, **used}
     return provenance(subject, encoder, splits, seed) | said | result.to_dict()

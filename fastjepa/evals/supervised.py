@@ -9,16 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastjepa.config import ConfigError
-from fastjepa.draws import SPLITS, generator
-from fastjepa.evals.features import write_atomic
-from fastjepa.evals.result import PROBE, Labelled, Result, score, validation_split
+from fastjepa.errors import ConfigError
+from fastjepa.evals.scoring import PROBE_DRAW, Labelled, Result, score_predictions, validation_split
+from fastjepa.files import write_atomic
+from fastjepa.rng import SPLIT_STREAM, generator
 
-States = Callable[[str], Path | None]  # the name of a training -> the file that keeps its state after each epoch
+TrainedStates = Callable[[str], Path | None]  # the name of a training -> the file that keeps its state after each epoch
 
 
 @dataclass(frozen=True)
-class Task:
+class SupervisedTask:
     """What is trained and on what. Images are named by their place among the training or the test images.
 
     `inputs(rows, epoch)` gives what the classifier takes, in blocks on its device: the training images `rows` as epoch
@@ -36,27 +36,27 @@ class Task:
     label_smoothing: float = 0.0
 
 
-def evaluate(task: Task, lrs: Sequence[float], seed: int, states: States) -> Result:
+def supervised_accuracy(task: SupervisedTask, lrs: Sequence[float], seed: int, states: TrainedStates) -> Result:
     """Train and test. Of several learning rates, the best on a sixth of the training images is taken for a training on all."""
-    lr, validation_accuracy = choose(task, lrs, seed, states) if len(lrs) > 1 else (lrs[0], None)
-    classifier = fit(task, torch.arange(len(task.train.y)), lr, seed, states("final"))
-    predicted = classify(classifier, task.test_inputs(), task.dtype)
-    return score(predicted, task.train, task.test, {"lr": lr}, validation_accuracy)
+    lr, validation_accuracy = choose_rate(task, lrs, seed, states) if len(lrs) > 1 else (lrs[0], None)
+    classifier = fit_epochs(task, torch.arange(len(task.train.y)), lr, seed, states("final"))
+    predicted = supervised_classify(classifier, task.test_inputs(), task.dtype)
+    return score_predictions(predicted, task.train, task.test, {"lr": lr}, validation_accuracy)
 
 
-def choose(task: Task, lrs: Sequence[float], seed: int, states: States) -> tuple[float, float]:
+def choose_rate(task: SupervisedTask, lrs: Sequence[float], seed: int, states: TrainedStates) -> tuple[float, float]:
     """The learning rate that does best on a sixth of the training images, and its accuracy there."""
     rows, held = validation_split(task.train.y, 6, seed)
     accuracies = []
     for lr in lrs:
-        classifier = fit(task, rows, lr, seed, states(f"lr-{lr:g}"))
-        predicted = classify(classifier, task.inputs(held, None), task.dtype)
+        classifier = fit_epochs(task, rows, lr, seed, states(f"lr-{lr:g}"))
+        predicted = supervised_classify(classifier, task.inputs(held, None), task.dtype)
         accuracies.append(float((predicted == task.train.y[held]).double().mean()))
     best = max(range(len(lrs)), key=accuracies.__getitem__)
     return lrs[best], accuracies[best]
 
 
-def fit(task: Task, rows: Tensor, lr: float, seed: int, state: Path | None = None) -> nn.Module:
+def fit_epochs(task: SupervisedTask, rows: Tensor, lr: float, seed: int, state: Path | None = None) -> nn.Module:
     """A classifier trained on the training images `rows`; learning rates fall along half a cosine to 0, step by step.
 
     Args:
@@ -70,8 +70,8 @@ def fit(task: Task, rows: Tensor, lr: float, seed: int, state: Path | None = Non
         classifier, optimizer = task.build(lr)
     device, steps = next(classifier.parameters()).device, math.ceil(len(rows) / task.batch)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    for epoch in range(_resume(classifier, optimizer, state), task.epochs):
-        order = rows[torch.from_numpy(generator(seed, SPLITS, PROBE + epoch).permutation(len(rows)))]
+    for epoch in range(_resume_state(classifier, optimizer, state), task.epochs):
+        order = rows[torch.from_numpy(generator(seed, SPLIT_STREAM, PROBE_DRAW + epoch).permutation(len(rows)))]
         classes = task.train.y[order].to(device).split(task.batch)
         for number, inputs in enumerate(task.inputs(order, epoch)):
             progress = (epoch * steps + number) / (task.epochs * steps)
@@ -85,12 +85,12 @@ def fit(task: Task, rows: Tensor, lr: float, seed: int, state: Path | None = Non
             optimizer.step()
         if not bool(loss.isfinite()):
             raise ConfigError(f"--lr {lr:g}: the loss of epoch {epoch + 1} is {loss.item()}; choose a lower one")
-        _keep(classifier, optimizer, epoch + 1, state)
+        _keep_state(classifier, optimizer, epoch + 1, state)
     return classifier
 
 
 @torch.inference_mode()
-def classify(classifier: nn.Module, inputs: Iterable[Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+def supervised_classify(classifier: nn.Module, inputs: Iterable[Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
     """Classes (n,) int64 of all inputs, on the host."""
     device, found = next(classifier.parameters()).device, []
     for block in inputs:
@@ -99,14 +99,14 @@ def classify(classifier: nn.Module, inputs: Iterable[Tensor], dtype: torch.dtype
     return torch.cat(found)
 
 
-def _keep(classifier: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, state: Path | None) -> None:
+def _keep_state(classifier: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, state: Path | None) -> None:
     if state is not None:
         content = io.BytesIO()
         torch.save({"epoch": epoch, "classifier": classifier.state_dict(), "optimizer": optimizer.state_dict()}, content)
         write_atomic(state, content.getvalue())
 
 
-def _resume(classifier: nn.Module, optimizer: torch.optim.Optimizer, state: Path | None) -> int:
+def _resume_state(classifier: nn.Module, optimizer: torch.optim.Optimizer, state: Path | None) -> int:
     """The epoch to go on with; 0 where there is no state."""
     if state is None or not state.is_file():
         return 0

@@ -10,21 +10,21 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastjepa.config import ConfigError
-from fastjepa.evals import features
+from fastjepa.data.prepare.processes import console
+from fastjepa.errors import ConfigError
+from fastjepa.evals.collapse import effective_rank
 from fastjepa.evals.features import Layers
-from fastjepa.evals.knn import TEMPERATURE, knn
-from fastjepa.evals.linear import PROTOCOLS, Recipe, linear
-from fastjepa.evals.result import Features
-from fastjepa.evals.subject import Inputs, open_splits, open_subject, provenance
-from fastjepa.monitors import effective_rank
+from fastjepa.evals.inputs import Inputs, open_splits, open_subject, provenance
+from fastjepa.evals.knn import TEMPERATURE, knn_accuracy
+from fastjepa.evals.linear import PROTOCOLS, Recipe, linear_accuracy
+from fastjepa.evals.scoring import Features
 
-PROBES = {"knn": knn, "linear": linear, "linear_bn": functools.partial(linear, batch_norm=True)}
-NAMES = {"knn": "k-NN", "linear": "linear", "linear_bn": "BN + linear"}
-ROWS = ("raw pixels", "random encoder", "context encoder", "target encoder")
+PROBES = {"knn": knn_accuracy, "linear": linear_accuracy, "linear_bn": functools.partial(linear_accuracy, batch_norm=True)}
+PROBE_NAMES = {"knn": "k-NN", "linear": "linear", "linear_bn": "BN + linear"}
+TABLE_ROWS = ("raw pixels", "random encoder", "context encoder", "target encoder")
 
 
-def run(
+def evaluate_probe(
     kind: str,
     checkpoint: str | Path,
     data: str,
@@ -70,12 +70,12 @@ def run(
     if kind == "knn":
         settings, said = {"k": k, "temperature": temperature}, {"protocol": "default"}
     else:
-        settings, said = {"recipe": recipe(protocol, lrs, weight_decays)}, {"protocol": protocol, "views": n_views}
+        settings, said = {"recipe": probe_recipe(protocol, lrs, weight_decays)}, {"protocol": protocol, "views": n_views}
     result = PROBES[kind](train, test, len(splits[0].source.classes), seed=seed, device=subject.device, **settings)
     return provenance(subject, encoder, splits, seed) | {"probe": kind, "layers": layers} | said | result.to_dict()
 
 
-def recipe(protocol: str, lrs: Sequence[float] | None = None, weight_decays: Sequence[float] | None = None) -> Recipe:
+def probe_recipe(protocol: str, lrs: Sequence[float] | None = None, weight_decays: Sequence[float] | None = None) -> Recipe:
     """A linear probe's protocol by name, with another grid where one is given."""
     if protocol not in PROTOCOLS:
         raise ConfigError(f"protocol {protocol!r} is unknown: choose {' or '.join(PROTOCOLS)}")
@@ -83,7 +83,7 @@ def recipe(protocol: str, lrs: Sequence[float] | None = None, weight_decays: Seq
     return dataclasses.replace(PROTOCOLS[protocol], **{name: tuple(grid) for name, grid in given.items() if grid})
 
 
-def demo_table(
+def evaluate_table(
     run_dir: str | Path,
     data: str,
     n_train: int | None = 20000,
@@ -101,18 +101,18 @@ def demo_table(
     splits = open_splits(data, n_train, n_test, seed)
     subject = open_subject(run_dir, device, cache)
     rows = {}
-    for name in ROWS:
+    for name in TABLE_ROWS:
         pair = subject.features("pixels" if name == "raw pixels" else name.split()[0], splits)
-        features.console.print(f"probing {name}: {pair[0].x.shape[1]} features")
-        rows[name] = probe(*pair, len(splits[0].source.classes), seed, subject.device)
+        console.print(f"probing {name}: {pair[0].x.shape[1]} features")
+        rows[name] = probe_features(*pair, len(splits[0].source.classes), seed, subject.device)
     table = {"data": str(data), "n_train": len(splits[0].rows), "n_test": len(splits[1].rows),
-             "pixel_size": list(subject.pixel_size), "rows": rows, "verdict": verdict(rows)}  # fmt: skip
+             "pixel_size": list(subject.pixel_size), "rows": rows, "verdict": table_verdict(rows)}  # fmt: skip
     subject.write("evaluation.json", table)
-    show(table, out or Console())
+    show_table(table, out or Console())
     return table
 
 
-def probe(
+def probe_features(
     train: Features, test: Features, classes: int, seed: int, device: torch.device, recipe: Recipe = PROTOCOLS["default"]
 ) -> dict[str, Any]:
     """One row of the table; `recipe` is of the linear probes."""
@@ -121,12 +121,12 @@ def probe(
     return results | {"effective_rank": effective_rank(test.x)}
 
 
-def verdict(rows: dict[str, dict]) -> list[str]:
+def table_verdict(rows: dict[str, dict]) -> list[str]:
     """What the table says of the target encoder against an untrained one and against raw pixels, one sentence each."""
     target = rows["target encoder"]
 
     def gains(other: str) -> dict[str, float]:
-        return {NAMES[p]: 100 * (target[p]["accuracy"] - rows[other][p]["accuracy"]) for p in PROBES}
+        return {PROBE_NAMES[p]: 100 * (target[p]["accuracy"] - rows[other][p]["accuracy"]) for p in PROBES}
 
     over_random = ", ".join(f"{gain:+.1f} points {name}" for name, gain in gains("random encoder").items())
     lost = [f"{name} by {-gain:.1f} points" for name, gain in gains("raw pixels").items() if gain < 0]
@@ -134,19 +134,19 @@ def verdict(rows: dict[str, dict]) -> list[str]:
     return [f"Target encoder against the random encoder: {over_random}.", pixels]
 
 
-def show(table: dict[str, Any], out: Console) -> None:
+def show_table(table: dict[str, Any], out: Console) -> None:
     """Print a table that `demo_table` made."""
     title = f"{table['data']}: accuracy in % ± half the 95 % interval"
     counts = f"{table['n_train']} training and {table['n_test']} test images"
-    grid = Table("", *NAMES.values(), "effective rank", title=title, caption=counts)
+    grid = Table("", *PROBE_NAMES.values(), "effective rank", title=title, caption=counts)
     for name, row in table["rows"].items():
-        grid.add_row(name, *(percent(row[p]) for p in PROBES), f"{row['effective_rank']:.1f}")
+        grid.add_row(name, *(in_percent(row[p]) for p in PROBES), f"{row['effective_rank']:.1f}")
     out.print(grid)
     for sentence in table["verdict"]:
         out.print(sentence, highlight=False)
 
 
-def percent(result: dict[str, Any]) -> str:
+def in_percent(result: dict[str, Any]) -> str:
     """Accuracy in % and half its interval."""
     low, high = result["ci95"]
     return f"{100 * result['accuracy']:.1f} ± {50 * (high - low):.1f}"

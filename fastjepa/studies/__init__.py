@@ -1,1 +1,0 @@
-"""Experiments that use the trainer and are used by none of it: `fastjepa sweep`."""

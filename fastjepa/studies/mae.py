@@ -12,26 +12,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastjepa import assembly, checkpoint, config, distributed, flops, metrics, model, optim, precision
-from fastjepa.checkpoint import TrainState
-from fastjepa.config import Config, ConfigError
-from fastjepa.data import Loader
-from fastjepa.draws import MASKS, torch_seed
-from fastjepa.evals.features import normalise
-from fastjepa.packing import Packed
-from fastjepa.schedule import Schedule
-from fastjepa.sources import open_source
-from fastjepa.train import Stop
+from fastjepa.checkpoint.directory import latest_checkpoint
+from fastjepa.checkpoint.restore import restore_checkpoint
+from fastjepa.checkpoint.save import save_checkpoint
+from fastjepa.checkpoint.state import TrainState
+from fastjepa.config.load import load_config
+from fastjepa.config.schema import Config
+from fastjepa.data.sources import open_source
+from fastjepa.engine.adamw import apply_schedule, build_adamw
+from fastjepa.engine.precision import autocast_of, settle_dtype
+from fastjepa.engine.schedule import Schedule
+from fastjepa.errors import ConfigError
+from fastjepa.evals.images import normalise_pixels
+from fastjepa.loader.loader import Loader
+from fastjepa.masks.packed import Packed
+from fastjepa.model.vit import Encoder
+from fastjepa.monitoring.log import Log
+from fastjepa.plan.flops import count_flops
+from fastjepa.ranks.world import join_world
+from fastjepa.rng import MASK_STREAM, torch_seed
+from fastjepa.run.build import apply_process_settings, build_networks
+from fastjepa.run.resume import describe_run, start_directory
+from fastjepa.run.stop import Stop
 
-MASKED = 0.75
+MASKED_SHARE = 0.75
 
 
-class Decoder(nn.Module):
+class MaeDecoder(nn.Module):
     """Of lightly's parts, as wide and deep as the config's predictor."""
 
     def __init__(self, config: Config):
         super().__init__()
-        modules, _ = lightly()
+        modules, _ = lightly_modules()
         (rows, columns), meta, dim = config.grid, config.meta, config.encoder_shape[0]
         heads = meta.pred_num_heads or config.encoder_shape[2]
         self.embed = nn.Linear(dim, meta.pred_emb_dim)
@@ -42,13 +54,13 @@ class Decoder(nn.Module):
 
     def forward(self, features: Tensor, keep: Tensor, masked: Tensor) -> Tensor:
         """features: (B, K, D) of the patches keep (B, K) -> (B, M, p p C) for the patches masked (B, M)."""
-        _, utils = lightly()
+        _, utils = lightly_modules()
         x = utils.repeat_token(self.decoder.mask_token, (len(features), self.decoder.sequence_length))
         x = self.decoder(utils.set_at_index(x, keep, self.embed(features).type_as(x)))
         return self.pixels(utils.get_at_index(x, masked))
 
 
-def lightly() -> tuple:
+def lightly_modules() -> tuple:
     """(lightly.models.modules, lightly.models.utils)"""
     try:
         from lightly.models import modules, utils
@@ -57,80 +69,80 @@ def lightly() -> tuple:
     return modules, utils
 
 
-def train(file: Path, folder: Path, steps: int) -> None:
+def train_mae(file: Path, folder: Path, steps: int) -> None:
     """Train an MAE with the config in `file`, as `fastjepa train --output folder --max-steps steps` does I-JEPA; resumes.
 
     Its checkpoints are read as any: the encoder stands for the target encoder, the decoder for the predictor.
     """
-    cfg = config.load(file)
-    world = distributed.init(cfg.runtime.device)
-    cfg = precision.settled(cfg, world.device)
-    assembly.settle(cfg)
+    cfg = load_config(file)
+    world = join_world(cfg.runtime.device)
+    cfg = settle_dtype(cfg, world.device)
+    apply_process_settings(cfg)
     source = open_source(cfg.data)
-    state, encoder, decoder = build(cfg, world.device)
-    state.record = assembly.record(cfg, world, source)
-    found = checkpoint.latest(folder / "checkpoints")
-    checkpoint.restore(found, state) if found else assembly.start_directory(folder, state.record)
+    state, encoder, decoder = build_mae(cfg, world.device)
+    state.record = describe_run(cfg, world, source)
+    found = latest_checkpoint(folder / "checkpoints")
+    restore_checkpoint(found, state) if found else start_directory(folder, state.record)
     schedule, images = Schedule(cfg.optimization, len(source) // cfg.data.batch_size), cfg.data.batch_size
     every = cfg.logging.checkpoint_every or schedule.steps_per_epoch
     with (
         Loader(cfg, source, 0, 1, state.step, world.device, max(steps, state.step)) as loader,
-        metrics.Log(folder, steps, cfg.logging.every, flops_per_image(cfg), 0.0, start_step=state.step) as log,
+        Log(folder, steps, cfg.logging.every, mae_flops_per_image(cfg), 0.0, start_step=state.step) as log,
         Stop() as stop,
     ):
         while state.step < steps and not stop.received:
-            optim.apply_schedule(state.optimizer, schedule(state.step))
-            loss = step(encoder, decoder, state, (batch.images for batch in loader.micro_batches(state.step)), cfg)
+            apply_schedule(state.optimizer, schedule(state.step))
+            loss = mae_step(encoder, decoder, state, (batch.images for batch in loader.micro_batches(state.step)), cfg)
             state.step += 1
             log.step(state.step, state.step // schedule.steps_per_epoch, {"loss": loss}, images)
             if state.step % every == 0 and state.step < steps:
-                checkpoint.save(folder / "checkpoints", state, keep_last=cfg.logging.keep_last)
-        checkpoint.save(folder / "checkpoints", state, keep_last=cfg.logging.keep_last)
+                save_checkpoint(folder / "checkpoints", state, keep_last=cfg.logging.keep_last)
+        save_checkpoint(folder / "checkpoints", state, keep_last=cfg.logging.keep_last)
 
 
-def build(cfg: Config, device: torch.device) -> tuple[TrainState, model.Encoder, Decoder]:
+def build_mae(cfg: Config, device: torch.device) -> tuple[TrainState, Encoder, MaeDecoder]:
     """Weights are a function of runtime.seed alone, the encoder's those that I-JEPA starts from."""
-    encoder = assembly.networks(cfg, device)[0].encoder
+    encoder = build_networks(cfg, device)[0].encoder
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.runtime.seed)
-        decoder = Decoder(cfg).to(device)
+        decoder = MaeDecoder(cfg).to(device)
     parts = {"encoder": encoder, "predictor": decoder, "target_encoder": encoder}
-    return TrainState(0, parts, optim.adamw(encoder, decoder)), encoder, decoder
+    return TrainState(0, parts, build_adamw(encoder, decoder)), encoder, decoder
 
 
-def step(encoder: model.Encoder, decoder: Decoder, state: TrainState, batches: Iterator[Tensor], cfg: Config) -> Tensor:
+def mae_step(encoder: Encoder, decoder: MaeDecoder, state: TrainState, batches: Iterator[Tensor], cfg: Config) -> Tensor:
     """One optimizer step on micro-batches of (b, C, H, W) uint8 images; the mean loss."""
     state.optimizer.zero_grad(set_to_none=True)
     total, pieces = 0.0, cfg.data.batch_size // cfg.micro_batch
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch_seed(cfg.runtime.seed, MASKS, state.step))
+        torch.manual_seed(torch_seed(cfg.runtime.seed, MASK_STREAM, state.step))
         for images in batches:
-            keep, masked = hide(len(images), cfg, images.device)
-            with precision.autocast(cfg, images.device):
-                value = loss(encoder, decoder, images, keep, masked, cfg) / pieces
+            keep, masked = random_keep(len(images), cfg, images.device)
+            with autocast_of(cfg, images.device):
+                value = mae_loss(encoder, decoder, images, keep, masked, cfg) / pieces
             value.backward()
             total += value.detach()
     state.optimizer.step()
     return total
 
 
-def hide(images: int, cfg: Config, device: torch.device) -> tuple[Tensor, Tensor]:
+def random_keep(images: int, cfg: Config, device: torch.device) -> tuple[Tensor, Tensor]:
     """(b, K) patches that are kept and (b, M) that are hidden, drawn anew for every image."""
     rows, columns = cfg.grid
-    keep, masked = lightly()[1].random_token_mask((images, rows * columns), MASKED, mask_class_token=True)
+    keep, masked = lightly_modules()[1].random_token_mask((images, rows * columns), MASKED_SHARE, mask_class_token=True)
     return keep.to(device), masked.to(device)
 
 
-def loss(encoder: model.Encoder, decoder: Decoder, images: Tensor, keep: Tensor, masked: Tensor, cfg: Config) -> Tensor:
+def mae_loss(encoder: Encoder, decoder: MaeDecoder, images: Tensor, keep: Tensor, masked: Tensor, cfg: Config) -> Tensor:
     """Mean square error on the pixels of hidden patches, normalised per patch (MAE, section 3)."""
-    _, utils = lightly()
-    seen = encoder(images, visible(keep, cfg)).view(*keep.shape, -1)
-    patches = utils.patchify(normalise(images, cfg.mean_std), cfg.mask.patch_size)
+    _, utils = lightly_modules()
+    seen = encoder(images, visible_sequences(keep, cfg)).view(*keep.shape, -1)
+    patches = utils.patchify(normalise_pixels(images, cfg.mean_std), cfg.mask.patch_size)
     target = utils.normalize_mean_var(utils.get_at_index(patches, masked), dim=-1)
     return F.mse_loss(decoder(seen, keep, masked).float(), target)
 
 
-def visible(keep: Tensor, cfg: Config) -> Packed:
+def visible_sequences(keep: Tensor, cfg: Config) -> Packed:
     """(b, K) patches as b sequences of flat rows."""
     rows, columns = cfg.grid
     (images, kept), device = keep.shape, keep.device
@@ -139,12 +151,12 @@ def visible(keep: Tensor, cfg: Config) -> Packed:
     return Packed(flat.flatten().to(torch.int32), starts, kept, kept)
 
 
-def flops_per_image(cfg: Config) -> float:
+def mae_flops_per_image(cfg: Config) -> float:
     """FLOPs of training on one image, as `flops` counts them."""
     rows, columns = cfg.grid
     tokens, width, dim = rows * columns, cfg.meta.pred_emb_dim, cfg.encoder_shape[0]
-    kept = int(tokens * (1 - MASKED))
-    encoder = flops.count(cfg, kept, 1, 1)
+    kept = int(tokens * (1 - MASKED_SHARE))
+    encoder = count_flops(cfg, kept, 1, 1)
     blocks = cfg.meta.pred_depth * (24 * tokens * width**2 + 4 * tokens**2 * width)
     pixels = cfg.data.channels * cfg.mask.patch_size**2
     decoder = blocks + 2 * kept * dim * width + 2 * (tokens - kept) * width * pixels

@@ -6,7 +6,7 @@ The strategies once more with targets over the batch, as with the paper's target
 from fastjepa.studies.arm import Arm
 from fastjepa.studies.small import OVER_THE_BATCH
 
-PAPER = "1 % linear on ImageNet of a ViT-B/16 after 300 epochs, or what its group says"
+MASKING_PAPER = "1 % linear on ImageNet of a ViT-B/16 after 300 epochs, or what its group says"
 
 STRATEGIES = (
     Arm("multi-block", "strategy", (), 54.2),
@@ -38,4 +38,4 @@ KNOBS = (
     Arm("the encoder's width", "predictor width (paper: L/16, 1 % fine-tuned, base 70.7)", ("meta.pred_emb_dim=64",), 68.4),
 )
 # fmt: on
-ARMS = STRATEGIES + THAT_LEARN + KNOBS
+MASKING_ARMS = STRATEGIES + THAT_LEARN + KNOBS

@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from fastjepa.config import ConfigError
-from fastjepa.evals.features import write_atomic
-from fastjepa.evals.table import NAMES
-from fastjepa.studies import scaling
+from fastjepa.errors import ConfigError
+from fastjepa.evals.table import PROBE_NAMES
+from fastjepa.files import write_atomic
 from fastjepa.studies.arm import Arm
+from fastjepa.studies.scaling import law_figure, law_in_words, law_points
 
-FEW = 3  # seeds below which an arm shows a lead, not a result
-HEAD = "linear_bn"  # the probe that arms are ranked by: its features are conditioned alike
-HEADS = ("", "arm", "seeds", *NAMES.values(), "rank", "common", "images", "TFLOP", "min", "paper")
+FEW_SEEDS = 3  # seeds below which an arm shows a lead, not a result
+TABLE_HEAD = "linear_bn"  # the probe that arms are ranked by: its features are conditioned alike
+PROBE_HEADS = ("", "arm", "seeds", *PROBE_NAMES.values(), "rank", "common", "images", "TFLOP", "min", "paper")
 
 
-class Line(NamedTuple):
+class StudyLine(NamedTuple):
     """An arm's rows taken together."""
 
     arm: Arm
@@ -38,11 +38,18 @@ class Line(NamedTuple):
 
     def cells(self) -> list[str]:
         if not self.rows:
-            return ["0", *["" for _ in NAMES], "", "", "", "", "", paper(self.arm)]
+            return ["0", *["" for _ in PROBE_NAMES], "", "", "", "", "", paper_cell(self.arm)]
         rank = statistics.fmean(row["probe"]["effective_rank"] for row in self.rows)
         effort = [f"{self.mean('images'):,.0f}", f"{self.mean('flops') / 1e12:.1f}", f"{self.mean('seconds') / 60:.1f}"]
-        seeds = str(len(self.rows)) + (" *" if len(self.rows) < FEW else "")
-        return [seeds, *(spread(self.values(p)) for p in NAMES), f"{rank:.1f}", self.common(), *effort, paper(self.arm)]
+        seeds = str(len(self.rows)) + (" *" if len(self.rows) < FEW_SEEDS else "")
+        return [
+            seeds,
+            *(mean_and_spread(self.values(p)) for p in PROBE_NAMES),
+            f"{rank:.1f}",
+            self.common(),
+            *effort,
+            paper_cell(self.arm),
+        ]
 
     def common(self) -> str:
         """In %, of the rows that have it."""
@@ -50,23 +57,23 @@ class Line(NamedTuple):
         return f"{100 * statistics.fmean(found):.0f}" if found else ""
 
 
-def paper(arm: Arm) -> str:
+def paper_cell(arm: Arm) -> str:
     return "" if arm.paper is None else f"{arm.paper:.1f}"
 
 
-def spread(values: Sequence[float]) -> str:
+def mean_and_spread(values: Sequence[float]) -> str:
     """Mean and, of two or more, their standard deviation."""
     return f"{statistics.fmean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def lines(arms: Iterable[Arm], rows: Iterable[dict[str, Any]]) -> list[Line]:
+def study_lines(arms: Iterable[Arm], rows: Iterable[dict[str, Any]]) -> list[StudyLine]:
     by_arm: dict[str, list] = {arm.name: [] for arm in arms}
     for row in rows:
         by_arm[row["arm"]].append(row)
-    return [Line(arm, by_arm[arm.name]) for arm in arms]
+    return [StudyLine(arm, by_arm[arm.name]) for arm in arms]
 
 
-def cells(found: list[Line]) -> list[list[str]]:
+def line_cells(found: list[StudyLine]) -> list[list[str]]:
     """The table's body; a group is named once."""
     groups = ["", *(line.arm.group for line in found)]
     return [
@@ -75,10 +82,10 @@ def cells(found: list[Line]) -> list[list[str]]:
     ]
 
 
-def footnote(study: Any, found: list[Line]) -> str:
+def footnote(study: Any, found: list[StudyLine]) -> str:
     """What the numbers are."""
-    few = f" * fewer than {FEW} seeds: a lead, not a result." if any(len(line.rows) < FEW for line in found) else ""
-    tests = sorted({row["probe"][HEAD]["n_test"] for line in found for row in line.rows})
+    few = f" * fewer than {FEW_SEEDS} seeds: a lead, not a result." if any(len(line.rows) < FEW_SEEDS for line in found) else ""
+    tests = sorted({row["probe"][TABLE_HEAD]["n_test"] for line in found for row in line.rows})
     noise = f", each on {tests[0]:,} test images" if len(tests) == 1 else ""
     return (
         f"Accuracy in %, mean ± standard deviation over seeds{noise}; rank: effective rank of the features; common: what all "
@@ -87,64 +94,64 @@ def footnote(study: Any, found: list[Line]) -> str:
     )
 
 
-def verdict(found: list[Line]) -> list[str]:
+def line_verdict(found: list[StudyLine]) -> list[str]:
     """Of each group that has rows, the base among them, who leads and whether the lead is more than noise."""
     present = [line for line in found if line.rows]
     base = [line for line in present[:1] if line.arm == Arm(line.arm.name, line.arm.group, paper=line.arm.paper)]
-    groups: dict[str, list[Line]] = {}
+    groups: dict[str, list[StudyLine]] = {}
     for line in present:
         groups.setdefault(line.arm.group, []).append(line)
     together = {name: members if base[0] in members else base + members for name, members in groups.items()} if base else groups
-    return [lead(name, members) for name, members in together.items() if len(members) > 1]
+    return [lead_over_base(name, members) for name, members in together.items() if len(members) > 1]
 
 
-def lead(group: str, members: list[Line]) -> str:
+def lead_over_base(group: str, members: list[StudyLine]) -> str:
     """The first two of a group, compared on the seeds that both have: a seed moves all arms alike."""
-    first, second = ranked(shared(*ranked(members)[:2]))
-    gap = statistics.fmean(first.values(HEAD)) - statistics.fmean(second.values(HEAD))
+    first, second = ranked_lines(shared_settings(*ranked_lines(members)[:2]))
+    gap = statistics.fmean(first.values(TABLE_HEAD)) - statistics.fmean(second.values(TABLE_HEAD))
     said = f"{group}: {first.arm.name} leads {second.arm.name} by {gap:.1f} points"
     if len(first.rows) < 2:
         return f"{said}, of one seed: nothing can be said of the spread."
-    error = math.sqrt(sum(statistics.variance(line.values(HEAD)) / len(line.rows) for line in (first, second)))
+    error = math.sqrt(sum(statistics.variance(line.values(TABLE_HEAD)) / len(line.rows) for line in (first, second)))
     return f"{said}, {'more' if gap > 2 * error else 'not more'} than twice its standard error ({error:.2f})."
 
 
-def ranked(members: Iterable[Line]) -> list[Line]:
-    return sorted(members, key=lambda line: -statistics.fmean(line.values(HEAD)))
+def ranked_lines(members: Iterable[StudyLine]) -> list[StudyLine]:
+    return sorted(members, key=lambda line: -statistics.fmean(line.values(TABLE_HEAD)))
 
 
-def shared(*pair: Line) -> list[Line]:
+def shared_settings(*pair: StudyLine) -> list[StudyLine]:
     """Two lines with the rows of the seeds that both have; a sweep runs every arm's first seed first."""
     seeds = set.intersection(*({row["seed"] for row in line.rows} for line in pair))
-    return [Line(line.arm, [row for row in line.rows if row["seed"] in seeds]) for line in pair]
+    return [StudyLine(line.arm, [row for row in line.rows if row["seed"] in seeds]) for line in pair]
 
 
-def show(study: Any, found: list[Line], console: Console) -> None:
-    table = Table(*HEADS, title=study.title, caption=footnote(study, found), box=None)
-    for row in cells(found):
+def show_study(study: Any, found: list[StudyLine], console: Console) -> None:
+    table = Table(*PROBE_HEADS, title=study.title, caption=footnote(study, found), box=None)
+    for row in line_cells(found):
         table.add_row(*row)
     console.print(table)
     for sentence in conclusions(found):
         console.print(sentence, highlight=False)
 
 
-def conclusions(found: list[Line]) -> list[str]:
-    return [*verdict(found), *curve(found)]
+def conclusions(found: list[StudyLine]) -> list[str]:
+    return [*line_verdict(found), *fitted_curve(found)]
 
 
-def curve(found: list[Line]) -> list[str]:
+def fitted_curve(found: list[StudyLine]) -> list[str]:
     """The power law through a study of sizes, with its residuals."""
-    points = scaling.points([row for line in found for row in line.rows])
-    return scaling.said(*points) if len(points[0]) > 3 else []
+    points = law_points([row for line in found for row in line.rows])
+    return law_in_words(*points) if len(points[0]) > 3 else []
 
 
-def markdown(study: Any, found: list[Line]) -> str:
+def study_markdown(study: Any, found: list[StudyLine]) -> str:
     """The table, what its numbers are, and the sentences."""
-    body = ["| " + " | ".join(row) + " |" for row in (HEADS, ["---"] * len(HEADS), *cells(found))]
+    body = ["| " + " | ".join(row) + " |" for row in (PROBE_HEADS, ["---"] * len(PROBE_HEADS), *line_cells(found))]
     return "\n".join([*body, "", footnote(study, found), "", *(f"- {sentence}" for sentence in conclusions(found))])
 
 
-def plot(study: Any, found: list[Line], files: Iterable[Path]) -> None:
+def study_plot(study: Any, found: list[StudyLine], files: Iterable[Path]) -> None:
     """Every seed a dot and every arm's mean a bar; or, of sizes, error against FLOPs and hours."""
     try:
         import matplotlib
@@ -153,12 +160,12 @@ def plot(study: Any, found: list[Line], files: Iterable[Path]) -> None:
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "fastjepa"  # the same rows, the same file
     present = [line for line in found if line.rows]
-    figure = scaling.figure(present) if any(line.arm.group.startswith("size") for line in present) else dots(study, present)
+    figure = law_figure(present) if any(line.arm.group.startswith("size") for line in present) else line_dots(study, present)
     for file in files:
         figure.savefig(file, dpi=130, bbox_inches="tight", metadata={"Date": None} if file.suffix == ".svg" else None)
 
 
-def dots(study: Any, present: list[Line]) -> Any:
+def line_dots(study: Any, present: list[StudyLine]) -> Any:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -166,12 +173,12 @@ def dots(study: Any, present: list[Line]) -> Any:
     figure = Figure(figsize=(8, 1.2 + 0.28 * len(present)))
     axes = figure.subplots()
     for place, line in enumerate(present):
-        values, colour = line.values(HEAD), colormaps["tab10"](groups.index(line.arm.group) % 10)
+        values, colour = line.values(TABLE_HEAD), colormaps["tab10"](groups.index(line.arm.group) % 10)
         axes.plot([min(values), max(values)], [place, place], color=colour, linewidth=1)
         axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.5, markersize=5)
         axes.plot([statistics.fmean(values)], [place], "|", color=colour, markersize=16, markeredgewidth=2)
     axes.set_yticks(range(len(present)), [f"{line.arm.name} ({len(line.rows)})" for line in present])
-    axes.axvline(statistics.fmean(present[0].values(HEAD)), color="#bbb", linewidth=1, zorder=0)
+    axes.axvline(statistics.fmean(present[0].values(TABLE_HEAD)), color="#bbb", linewidth=1, zorder=0)
     axes.invert_yaxis()
     axes.grid(axis="x", color="#eee")
     axes.set_xlabel("BN + linear, %: a dot a seed, | their mean; in brackets the number of seeds")
@@ -179,23 +186,23 @@ def dots(study: Any, present: list[Line]) -> Any:
     return figure
 
 
-def write(study: Any, name: str, found: list[Line], folder: Path) -> list[Path]:
+def write_study(study: Any, name: str, found: list[StudyLine], folder: Path) -> list[Path]:
     """<name>.json (the rows), .md (the table), .svg and .png in `folder`."""
     files = [folder / f"{name}.{suffix}" for suffix in ("json", "md", "svg", "png")]
     rows = [row for line in found for row in line.rows]
     write_atomic(files[0], (json.dumps(rows, indent=1) + "\n").encode())
-    write_atomic(files[1], (markdown(study, found) + "\n").encode())
+    write_atomic(files[1], (study_markdown(study, found) + "\n").encode())
     if rows:
-        plot(study, found, files[2:])
+        study_plot(study, found, files[2:])
     return files if rows else files[:2]
 
 
-def picture(files: Iterable[Path], page: Path) -> str:
+def picture_markdown(files: Iterable[Path], page: Path) -> str:
     """A link from the page to the plot among the files, where there is one."""
     return "".join(f"![{file.stem}]({os.path.relpath(file, page.parent)})\n\n" for file in files if file.suffix == ".svg")
 
 
-def fill(page: Path, name: str, text: str) -> None:
+def fill_page(page: Path, name: str, text: str) -> None:
     """Put `text` into the block of a page between `<!-- study: name -->` and `<!-- end -->`."""
     block = re.compile(rf"(<!-- study: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
     old = page.read_text()

@@ -9,57 +9,57 @@ from typing import Any
 
 import numpy as np
 
-from fastjepa.config import ConfigError
+from fastjepa.errors import ConfigError
 from fastjepa.studies.arm import Arm
 from fastjepa.studies.small import OVER_THE_BATCH
 
-PAPER = "none at this scale"
+SCALING_PAPER = "none at this scale"
 
-SIZES = {
+SCALING_SIZES = {
     "S": ("meta.embed_dim=48", "meta.depth=3", "meta.num_heads=2", "meta.pred_emb_dim=24"),
     "M": (),
     "L": ("meta.embed_dim=96", "meta.depth=6", "meta.num_heads=3", "meta.pred_emb_dim=48"),
 }
-ARMS = tuple(
+SCALING_ARMS = tuple(
     Arm(f"{size}, {fraction:.0%} of the data, budget x {length:g}", f"size {size}",
         (*OVER_THE_BATCH, *overrides), length=length, fraction=fraction)
-    for size, overrides in SIZES.items() for fraction, length in ((1.0, 0.5), (1.0, 1.0), (1.0, 2.0), (0.1, 1.0))
+    for size, overrides in SCALING_SIZES.items() for fraction, length in ((1.0, 0.5), (1.0, 1.0), (1.0, 2.0), (0.1, 1.0))
 )  # fmt: skip
 
 
-def law(flops: np.ndarray, floor: float, scale: float, exponent: float) -> np.ndarray:
+def scaling_law(flops: np.ndarray, floor: float, scale: float, exponent: float) -> np.ndarray:
     """Error, a share, after `flops`: a power of them above a floor."""
     return floor + scale * (flops / 1e12) ** -exponent
 
 
-def fit(flops: Sequence[float], error: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+def fit_law(flops: Sequence[float], error: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """(floor, scale, exponent) of the least squares through the points, and the residuals, in the order given."""
     try:
         from scipy.optimize import curve_fit
     except ImportError as missing:
         raise ConfigError(f"the fitted curve needs scipy ({missing}); pip install 'fastjepa[studies]'") from missing
     x, y = np.asarray(flops, float), np.asarray(error, float)
-    found, _ = curve_fit(law, x, y, p0=(0.5 * y.min(), 0.5, 0.2), bounds=((0, 0, 0), (1, np.inf, 5)), max_nfev=20_000)
-    return found, y - law(x, *found)
+    found, _ = curve_fit(scaling_law, x, y, p0=(0.5 * y.min(), 0.5, 0.2), bounds=((0, 0, 0), (1, np.inf, 5)), max_nfev=20_000)
+    return found, y - scaling_law(x, *found)
 
 
-def points(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[float], list[float]]:
+def law_points(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[float], list[float]]:
     """(labels, FLOPs, error as a share) of the rows that saw all of the data; those of other studies are left out."""
     taken = [row for row in rows if row["study"] == "scaling" and row["fraction"] == 1]
     return ([f"{row['arm']}, seed {row['seed']}" for row in taken], [row["flops"] for row in taken],
             [1 - row["probe"]["linear_bn"]["accuracy"] for row in taken])  # fmt: skip
 
 
-def said(labels: list[str], flops: list[float], error: list[float]) -> list[str]:
+def law_in_words(labels: list[str], flops: list[float], error: list[float]) -> list[str]:
     """The law and how far each point is from it."""
-    (floor, scale, exponent), residuals = fit(flops, error)
+    (floor, scale, exponent), residuals = fit_law(flops, error)
     formula = f"error = {floor:.3f} + {scale:.3f} (FLOPs / 1e12)^-{exponent:.3f}"
     listed = "; ".join(f"{label} {100 * rest:+.1f}" for label, rest in zip(labels, residuals, strict=True))
     root = 100 * float(np.sqrt(np.mean(residuals**2)))
     return [f"Fitted to the arms with all of the data: {formula}; residuals in points, root mean square {root:.1f}: {listed}."]
 
 
-def figure(lines: Sequence[Any]) -> Any:
+def law_figure(lines: Sequence[Any]) -> Any:
     """Error against FLOPs, with the law, and against time of steps: a colour a size, hollow where data is scarce."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -67,16 +67,16 @@ def figure(lines: Sequence[Any]) -> Any:
 
     picture = Figure(figsize=(10, 4.2))
     panels = picture.subplots(1, 2, sharey=True)
-    colours = dict(zip(SIZES, ("C0", "C1", "C2"), strict=True))
+    colours = dict(zip(SCALING_SIZES, ("C0", "C1", "C2"), strict=True))
     for line in lines:
         colour = colours[line.arm.name.partition(",")[0]]
         error = 100 - statistics.fmean(line.values("linear_bn"))
         for axes, x in zip(panels, (line.mean("flops") / 1e12, line.mean("seconds") / 60), strict=True):
             axes.plot(x, error, "o", color=colour, markerfacecolor=colour if line.arm.fraction == 1 else "none")
-    _, flops, error = points([row for line in lines for row in line.rows])
+    _, flops, error = law_points([row for line in lines for row in line.rows])
     if len(flops) > 3:
         x = np.geomspace(min(flops), max(flops))
-        panels[0].plot(x / 1e12, 100 * law(x, *fit(flops, error)[0]), color="#888", zorder=0)
+        panels[0].plot(x / 1e12, 100 * scaling_law(x, *fit_law(flops, error)[0]), color="#888", zorder=0)
     keys = [Line2D([], [], color=colour, marker="o", linestyle="", label=f"size {size}") for size, colour in colours.items()]
     keys += [Line2D([], [], color="#444", marker="o", linestyle="", markerfacecolor="none", label="a tenth of the data"),
              Line2D([], [], color="#888", label="fitted to all of the data")]  # fmt: skip

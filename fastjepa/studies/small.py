@@ -5,11 +5,11 @@ The arms of `together` are several changes at once, drawn up after the first see
 
 from fastjepa.studies.arm import Arm
 
-PAPER = "none at this scale"
+SMALL_PAPER = "none at this scale"
 
 OVER_THE_BATCH = ("loss.normalize=batch",)
 # fmt: off
-ARMS = (
+SMALL_ARMS = (
     Arm("base", "base"),
     Arm("raw pixels", "floor", method="pixels"),
     Arm("random encoder", "floor", method="random"),
@@ -49,4 +49,3 @@ ARMS = (
         (*OVER_THE_BATCH, "optimization.lr=3e-3", "meta.pred_emb_dim=64", "meta.pred_depth=4")),
     Arm("over the batch, lr 3e-3, twice the schedule", "together", (*OVER_THE_BATCH, "optimization.lr=3e-3"), length=2),
 )
-# fmt: on

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from fastjepa.config import ConfigError
-from fastjepa.draws import SPLITS, generator
-from fastjepa.sources import ImageFolder, open_source
+from fastjepa.data.sources import ImageFolder, open_source
+from fastjepa.errors import ConfigError
+from fastjepa.rng import SPLIT_STREAM, generator
 
-STREAM = 1 << 34  # of SPLITS, which no evaluation uses
+SUBSET_DRAW = 1 << 34  # of SPLITS, which no evaluation uses
 
 
-def of(data: str, fraction: float, folder: Path) -> str:
+def subset_of(data: str, fraction: float, folder: Path) -> str:
     """`data` itself, or a folder below `folder` that links to a share of its training images, the same for every seed."""
     if fraction == 1:
         return data
@@ -17,7 +17,7 @@ def of(data: str, fraction: float, folder: Path) -> str:
     if not isinstance(source, ImageFolder):
         raise ConfigError(f"{data}: a fraction of it can be taken of image files alone; pass --data DIR with a folder a class")
     count, root = max(1, round(fraction * len(source))), folder / "images"
-    for i in generator(0, SPLITS, STREAM).permutation(len(source))[:count].tolist():
+    for i in generator(0, SPLIT_STREAM, SUBSET_DRAW).permutation(len(source))[:count].tolist():
         original = Path(source.name(i)).resolve()
         link = root / original.relative_to(Path(source.root).resolve())
         link.parent.mkdir(parents=True, exist_ok=True)

@@ -14,14 +14,18 @@ from typing import Any, Literal, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fastjepa import config as configs
-from fastjepa import flops
-from fastjepa.config import Config, ConfigError
-from fastjepa.evals.features import write_atomic
-from fastjepa.studies import masking, scaling, small, truncation
-from fastjepa.studies.arm import JOB, PROBED, ROW, Arm, departures
+from fastjepa.config.load import load_config
+from fastjepa.config.schema import Config
+from fastjepa.errors import ConfigError
+from fastjepa.files import write_atomic
+from fastjepa.plan.flops import flops_per_image
+from fastjepa.studies.arm import JOB_FILE, PROBED_INPUT, ROW_FILE, Arm, departures_from_default
+from fastjepa.studies.masking import MASKING_ARMS, MASKING_PAPER
+from fastjepa.studies.scaling import SCALING_ARMS, SCALING_PAPER
+from fastjepa.studies.small import SMALL_ARMS, SMALL_PAPER
+from fastjepa.studies.truncation import TRUNCATION_ARMS, TRUNCATION_PAPER
 
-BASE = "study"  # the config that every arm starts from
+BASE_CONFIG = "study"  # the config that every arm starts from
 
 
 class Study(NamedTuple):
@@ -43,14 +47,14 @@ class Study(NamedTuple):
 
 
 STUDIES = {
-    "masking": Study("Masking strategies and the paper's other knobs", masking.ARMS, masking.PAPER),
-    "small": Study("I-JEPA on small data", small.ARMS, small.PAPER),
-    "scaling": Study("Model size, data and epochs", scaling.ARMS, scaling.PAPER),
-    "truncation": Study("What the cut of contexts costs", truncation.ARMS, truncation.PAPER, equal="flops"),
+    "masking": Study("Masking strategies and the paper's other knobs", MASKING_ARMS, MASKING_PAPER),
+    "small": Study("I-JEPA on small data", SMALL_ARMS, SMALL_PAPER),
+    "scaling": Study("Model size, data and epochs", SCALING_ARMS, SCALING_PAPER),
+    "truncation": Study("What the cut of contexts costs", TRUNCATION_ARMS, TRUNCATION_PAPER, equal="flops"),
 }
 
 
-class Job(NamedTuple):
+class ArmJob(NamedTuple):
     """An arm with a seed: all that its row depends on, and where it runs."""
 
     folder: Path
@@ -58,15 +62,15 @@ class Job(NamedTuple):
 
     @property
     def row(self) -> Path:
-        return self.folder / ROW
+        return self.folder / ROW_FILE
 
     @property
     def label(self) -> str:
         return f"{self.asked['arm']}, seed {self.asked['seed']}"
 
 
-def plan(name: str, output: Path, data: str, seeds: int, budget: int | None = None, arms: Iterable[str] | None = None,
-         overrides: Iterable[str] = ()) -> list[Job]:  # fmt: skip
+def plan_jobs(name: str, output: Path, data: str, seeds: int, budget: int | None = None, arms: Iterable[str] | None = None,
+         overrides: Iterable[str] = ()) -> list[ArmJob]:  # fmt: skip
     """Every arm with every seed, all arms with one seed before the next, so that a sweep that is stopped early says something.
 
     The name of a job's folder holds a hash of what is trained: with another override or budget it is another folder, and
@@ -77,25 +81,27 @@ def plan(name: str, output: Path, data: str, seeds: int, budget: int | None = No
     jobs = []
     for seed in range(seeds):
         asked = (f"data.source={data}", *overrides, f"runtime.seed={seed}")  # a seed's masks have FLOPs of their own
-        base = flops.of_config(configs.load(BASE, asked)) if study.equal == "flops" else 0.0
+        base = flops_per_image(load_config(BASE_CONFIG, asked)) if study.equal == "flops" else 0.0
         for arm in study.named(arms):
-            config = configs.load(BASE, (*asked, *arm.overrides))
-            share = base / flops.of_config(config) if base else 1.0
-            images = round(budget * arm.length * share) if PROBED[arm.method] == "target" else 0
-            jobs.append(job(name, arm, seed, config, data, images, output))
+            config = load_config(BASE_CONFIG, (*asked, *arm.overrides))
+            share = base / flops_per_image(config) if base else 1.0
+            images = round(budget * arm.length * share) if PROBED_INPUT[arm.method] == "target" else 0
+            jobs.append(arm_job(name, arm, seed, config, data, images, output))
     return jobs
 
 
-def job(study: str, arm: Arm, seed: int, config: Config, data: str, images: int, output: Path) -> Job:
+def arm_job(study: str, arm: Arm, seed: int, config: Config, data: str, images: int, output: Path) -> ArmJob:
     asked = {"study": study, "arm": arm.name, "group": arm.group, "seed": seed, "method": arm.method, "paper": arm.paper,
              "data": data, "fraction": arm.fraction, "images": images, "overrides": list(arm.overrides)}  # fmt: skip
-    told = {key: asked[key] for key in ("seed", "method", "data", "fraction", "images")} | {"config": departures(config)}
+    told = {key: asked[key] for key in ("seed", "method", "data", "fraction", "images")} | {
+        "config": departures_from_default(config)
+    }
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
     folder = output / "runs" / f"{digest}-seed{seed}"
-    return Job(folder, asked | {"hash": digest, "config": config.to_dict()})
+    return ArmJob(folder, asked | {"hash": digest, "config": config.to_dict()})
 
 
-def rows(jobs: Iterable[Job], kept: Path | None = None) -> list[dict[str, Any]]:
+def job_rows(jobs: Iterable[ArmJob], kept: Path | None = None) -> list[dict[str, Any]]:
     """The rows of these jobs that exist, in their folders or in the folder `kept` of reports, under these arms' names."""
     found, stored = [], stored_rows(kept)
     for job in jobs:
@@ -110,18 +116,18 @@ def stored_rows(kept: Path | None) -> dict[str, dict[str, Any]]:
     return {row["hash"]: row for file in files if file.is_file() for row in json.loads(file.read_text())}
 
 
-def sweep(jobs: list[Job], side_by_side: int, console: Console, kept: Path | None = None) -> list[str]:
+def sweep_jobs(jobs: list[ArmJob], side_by_side: int, console: Console, kept: Path | None = None) -> list[str]:
     """Run the jobs that have no row yet, in their folders or in `kept`; returns the labels of those that failed."""
     stored, failed = stored_rows(kept), []
     waiting = [job for job in jobs if not (job.row.is_file() or job.asked["hash"] in stored)]
-    with progress(console) as bar, Children() as children:
+    with jobs_progress(console) as bar, RunningJobs() as children:
         task = bar.add_task("arms", total=len(jobs), completed=len(jobs) - len(waiting))
         with concurrent.futures.ThreadPoolExecutor(side_by_side) as pool:
             running = {pool.submit(children.run, job): job for job in waiting}
             try:
                 for future in concurrent.futures.as_completed(running):
                     job = running[future]
-                    bar.console.print(said(job, future.result()), highlight=False, soft_wrap=True, markup=False)
+                    bar.console.print(row_in_words(job, future.result()), highlight=False, soft_wrap=True, markup=False)
                     failed += [] if job.row.is_file() else [job.label]
                     bar.advance(task)
             except KeyboardInterrupt:
@@ -131,15 +137,15 @@ def sweep(jobs: list[Job], side_by_side: int, console: Console, kept: Path | Non
     return failed
 
 
-def progress(console: Console) -> Progress:
+def jobs_progress(console: Console) -> Progress:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
-class Children:
+class RunningJobs:
     """The processes of the arms. SIGTERM to this one is passed on as Ctrl-C is: they save a checkpoint and end."""
 
-    def __enter__(self) -> "Children":
+    def __enter__(self) -> "RunningJobs":
         self.running: set[subprocess.Popen] = set()
         self._before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         return self
@@ -147,11 +153,11 @@ class Children:
     def __exit__(self, *exception: object) -> None:
         signal.signal(signal.SIGTERM, self._before)
 
-    def run(self, job: Job) -> int:
+    def run(self, job: ArmJob) -> int:
         job.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(job.folder / JOB, (json.dumps(job.asked, indent=1) + "\n").encode())
+        write_atomic(job.folder / JOB_FILE, (json.dumps(job.asked, indent=1) + "\n").encode())
         environment = {"OMP_NUM_THREADS": "1"} | os.environ
-        command = [sys.executable, "-m", "fastjepa.studies.arm", str(job.folder)]
+        command = [sys.executable, "-m", "fastjepa.studies.worker", str(job.folder)]
         with open(job.folder / "log.txt", "a") as log:
             child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
             self.running.add(child)
@@ -164,7 +170,7 @@ class Children:
             child.terminate()
 
 
-def said(job: Job, code: int) -> str:
+def row_in_words(job: ArmJob, code: int) -> str:
     """A line about a job that has ended."""
     if not job.row.is_file():
         lines = (job.folder / "log.txt").read_text().splitlines() or ["it wrote nothing"]

@@ -6,9 +6,9 @@ Targets are normalised over the batch, as without that nothing much is learned a
 from fastjepa.studies.arm import Arm
 from fastjepa.studies.small import OVER_THE_BATCH
 
-PAPER = "none: nobody has published this"
+TRUNCATION_PAPER = "none: nobody has published this"
 
-ARMS = (
+TRUNCATION_ARMS = (
     Arm("none", "cut", OVER_THE_BATCH),
     *(
         Arm(f"batch_min of {n}", "cut", (*OVER_THE_BATCH, "mask.truncate=batch_min", f"mask.truncate_group={n}"))

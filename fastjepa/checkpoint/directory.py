@@ -1,0 +1,165 @@
+"""When a checkpoint's directory counts: a manifest of sizes and hashes, written last, and one rename that publishes it."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fastjepa.errors import CheckpointError
+from fastjepa.files import fsync
+
+MANIFEST = "manifest.json"
+# A checkpoint on its way in or out is "<HIDDEN><name>@<host>@<pid>"; one that a rewrite has set aside keeps its place
+# among the complete ones, under "<name><REPLACED>", until its successor is there.
+HIDDEN_PREFIX, REPLACED_SUFFIX = ".tmp-", ".replaced"
+FOREIGN_SECONDS = 24 * 3600  # after which an unfinished directory of another machine counts as abandoned
+
+
+def complete_checkpoints(root: str | Path, tag: str | None = "jepa") -> list[Path]:
+    """The checkpoints with a manifest whose sizes all match, by rising step; `tag` None takes any tag."""
+    pattern = re.compile(rf"({'.+' if tag is None else re.escape(tag)})-(\d{{8,}})({re.escape(REPLACED_SUFFIX)})?")
+    found: dict[tuple[int, str], Path] = {}
+    for path in sorted(Path(root).glob("[!.]*")):  # a name sorts before the same name with a suffix
+        match = pattern.fullmatch(path.name)
+        if match and _is_complete(path):
+            found.setdefault((int(match[2]), match[1]), path)
+    return [found[key] for key in sorted(found)]
+
+
+def latest_checkpoint(root: str | Path, tag: str | None = "jepa") -> Path | None:
+    """The complete checkpoint of the highest step, or None."""
+    return next(reversed(complete_checkpoints(root, tag)), None)
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that `path` means: itself, or the latest of a run directory or of its `checkpoints`."""
+    path = Path(path)
+    if (path / MANIFEST).is_file():
+        return path
+    for root in (path / "checkpoints", path):
+        if newest := latest_checkpoint(root, tag=None):
+            return newest
+    raise CheckpointError(
+        f"{path}: holds no complete checkpoint; name a run directory, a checkpoint in it or a .safetensors file"
+    )
+
+
+def verify_checkpoint(path: str | Path, names: Iterable[str] | None = None) -> None:
+    """Compare size and SHA-256 of the manifest's files (or of `names` among them); CheckpointError at the first difference."""
+    path = Path(path)
+    listed = manifest_entries(path)
+    if listed is None:
+        raise CheckpointError(
+            f"{path / MANIFEST}: missing or unreadable, so {path.name} is incomplete; use an earlier checkpoint"
+        )
+    for name in listed if names is None else names:
+        file = path / name
+        if name not in listed or not file.is_file():
+            raise CheckpointError(f"{file}: expected, and not there; use an earlier checkpoint")
+        expected = listed[name]
+        # The size first: it tells a truncated file without reading it.
+        for what, found in (("bytes", lambda file: file.stat().st_size), ("sha256", _sha256)):
+            if (value := found(file)) != expected[what]:
+                raise CheckpointError(
+                    f"{file}: damaged, expected {what} {expected[what]} and found {value}; remove {path} to use an earlier one"
+                )
+
+
+def manifest_entries(path: Path) -> dict[str, dict[str, Any]] | None:
+    try:
+        return json.loads((path / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _is_complete(path: Path) -> bool:
+    listed = manifest_entries(path)
+    return listed is not None and all(
+        (path / name).is_file() and (path / name).stat().st_size == entry["bytes"] for name, entry in listed.items()
+    )
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removesuffix(REPLACED_SUFFIX).rpartition("-")[2])
+
+
+def settle_files(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Fsync files and measure them for the manifest."""
+    listed = {}
+    for file in files:
+        file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
+        fsync(file)
+        listed[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    return listed
+
+
+def publish_checkpoint(hidden: Path, final: Path) -> None:
+    aside = final.with_name(final.name + REPLACED_SUFFIX)
+    if final.exists():
+        if _same(hidden, final):
+            return
+        if _is_complete(final):
+            os.replace(final, aside)
+        else:
+            discard_checkpoint(final)
+    os.replace(hidden, final)
+    fsync(final.parent)
+    discard_checkpoint(aside)
+
+
+def _same(new: Path, old: Path) -> bool:
+    if manifest_entries(new) != manifest_entries(old):
+        return False
+    try:
+        verify_checkpoint(old)
+    except CheckpointError:  # damaged since: the new one takes its place
+        return False
+    return True
+
+
+def discard_checkpoint(path: Path) -> None:
+    """Out of sight by one rename, then deleted: a kill half-way leaves nothing under a checkpoint's name."""
+    if path.exists():
+        hidden = hidden_name(path.with_name("old-" + path.name))
+        os.replace(path, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def hidden_name(final: Path) -> Path:
+    return final.with_name(f"{HIDDEN_PREFIX}{final.name}@{socket.gethostname()}@{os.getpid()}")
+
+
+def sweep_leftovers(root: Path) -> None:
+    """Delete what writers that are no more have left, and set-aside checkpoints whose successor is there."""
+    for aside in root.glob(f"*{REPLACED_SUFFIX}"):
+        if _is_complete(aside.with_name(aside.name.removesuffix(REPLACED_SUFFIX))):
+            discard_checkpoint(aside)
+    for path in root.glob(f"{HIDDEN_PREFIX}*@*@*"):
+        _, host, pid = path.name.rsplit("@", 2)
+        if host == socket.gethostname():
+            gone = pid == str(os.getpid()) or not _alive(int(pid))
+        else:
+            gone = time.time() - path.stat().st_mtime > FOREIGN_SECONDS
+        if gone:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

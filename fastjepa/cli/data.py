@@ -1,0 +1,122 @@
+"""`fastjepa data`: get a data set by name, check images, write shards."""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+from fastjepa.cli.options import add_command, byte_count, non_negative_int, positive_int
+
+DATA_EXAMPLES = {
+    "data": """examples:
+  fastjepa data get fashion-mnist
+  fastjepa data check /data/imagenet
+  fastjepa data shard /data/imagenet /fast/imagenet/train""",
+    "get": """examples:
+  fastjepa data get fashion-mnist
+  fastjepa data get cifar10 --archive cifar10-jpeg.zip
+  fastjepa data get scenes""",
+    "check": """examples:
+  fastjepa data check /data/imagenet --workers 16
+  fastjepa data check /data/imagenet --split val --output bad-val.txt
+  fastjepa data check /fast/imagenet/train --json""",
+    "shard": """examples:
+  fastjepa data shard /data/imagenet /fast/imagenet/train
+  fastjepa data shard /data/imagenet /fast/imagenet/val --split val
+  fastjepa data shard cifar10 /fast/cifar10 --keep-order
+  fastjepa data shard /data/photos /fast/photos --shard-size 512MB --resize 256 --workers 16
+
+Stopped, it continues where it was when it is run again. To train: data.source=/fast/imagenet.""",
+}
+
+
+def register(commands) -> None:
+    about = "get a data set by name, check images, write shards"
+    data = add_command(commands, "data", None, about, DATA_EXAMPLES["data"])
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+    get_options(add_command(actions, "get", run_get, "get a data set by name", DATA_EXAMPLES["get"]))
+    about = "read every image once; exit code 1 if any is bad"
+    check_options(add_command(actions, "check", run_check, about, DATA_EXAMPLES["check"]))
+    shard_options(
+        add_command(actions, "shard", run_shard, "write images as WebDataset shards with an index", DATA_EXAMPLES["shard"])
+    )
+
+
+def get_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("name", help="fashion-mnist, cifar10, scenes or scenes-128 (rendered here, 64 or 128 px)")
+    sub.add_argument("--archive", type=Path, help="a local archive to unpack instead of a download")
+    sub.add_argument("--directory", type=Path, help="where data sets are kept (default: $FASTJEPA_DATA or ~/.cache/fastjepa)")
+
+
+def source_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("source", metavar="SRC", help="whatever data.source takes: a directory, shards, a data set's name")
+    sub.add_argument("--split", choices=("train", "val", "test"), default="train")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    sub.add_argument("--workers", type=positive_int, default=cores, metavar="N", help="processes (default: one a core)")
+
+
+def check_options(sub: argparse.ArgumentParser) -> None:
+    source_options(sub)
+    limit = "larger images are bad, by their header alone (default, and at most, what a run decodes: 89.5)"
+    sub.add_argument("--max-pixels", type=float, metavar="MEGAPIXELS", help=limit)
+    listed = "where the paths of bad files go, if there are any (default bad.txt)"
+    sub.add_argument("--output", type=Path, default=Path("bad.txt"), metavar="FILE", help=listed)
+    sub.add_argument("--json", action="store_true")
+
+
+def shard_options(sub: argparse.ArgumentParser) -> None:
+    source_options(sub)
+    sub.add_argument("destination", metavar="DST", type=Path, help="directory, one for each split")
+    sub.add_argument("--shard-size", type=byte_count, default="256MB", metavar="SIZE", help="about, of each (default 256MB)")
+    resize = "bring the short side of larger images down to SIDE (JPEG, quality 95; PNG from lossless files)"
+    sub.add_argument("--resize", type=positive_int, metavar="SIDE", help=f"{resize}; without it files are kept byte for byte")
+    order = "sample i stays sample i, and a run shows the same images as from SRC; the default is one fixed shuffle, which"
+    sub.add_argument("--keep-order", action="store_true", help=f"{order} readers that go through shards in order need")
+    sub.add_argument("--max-bad", type=non_negative_int, default=0, metavar="N", help="unreadable images left out (default 0)")
+
+
+def run_get(args: argparse.Namespace) -> None:
+    from fastjepa.data.prepare.catalog import get_dataset
+
+    print(get_dataset(args.name, args.directory, args.archive))
+
+
+def run_check(args: argparse.Namespace) -> int:
+    from fastjepa.data.prepare.check_images import BadImage, check_images, write_bad_list
+
+    def show(bad: BadImage) -> None:
+        if not args.json:
+            print(str(bad).encode(errors="backslashreplace").decode(), flush=True)
+
+    report = check_images(args.source, args.split, args.workers, args.max_pixels, show)
+    if report.bad:
+        write_bad_list(report.bad, args.output)
+    reasons = report.by_reason()
+    if args.json:
+        found = dataclasses.asdict(report) | {"by_reason": reasons, "list": str(args.output) if report.bad else None}
+        print(json.dumps({"source": args.source, "split": args.split} | found, indent=1))
+        return 1 if report.bad else 0
+    shards = f"{report.shards} shards compared with their manifest, " if report.shards else ""
+    sizes = [f"{width}x{height}" for width, height in filter(None, (report.smallest, report.largest))]
+    print(f"{shards}{report.images} images read{', smallest {}, largest {}'.format(*sizes) if sizes else ''}")
+    print(f"bad: {len(report.bad)}{''.join(f', {count} {reason}' for reason, count in reasons.items())}")
+    if report.bad:
+        print(f"their paths are in {args.output}")
+    return 1 if report.bad else 0
+
+
+def run_shard(args: argparse.Namespace) -> None:
+    from fastjepa.data.prepare.catalog import DATASETS
+    from fastjepa.data.prepare.write_shards import write_shards
+    from fastjepa.data.sources import open_source
+
+    source = open_source(args.source, args.split)
+    anywhere = args.source in DATASETS or "://" in args.source
+    named = args.source if anywhere else os.path.abspath(os.path.expanduser(args.source))
+    manifest = write_shards(source, args.destination, {"path": named, "split": args.split}, args.shard_size,
+                                  args.resize, args.keep_order, args.workers, args.max_bad)  # fmt: skip
+    for name in manifest["left_out"]:
+        print(f"left out: {name}", file=sys.stderr)
+    print(f"{args.destination}: {manifest['images']} images, {len(manifest['shards'])} shards, {manifest['bytes']} bytes")

@@ -1,0 +1,52 @@
+"""Options that several commands share: a subcommand with its examples, and the types of values."""
+
+import argparse
+import re
+from collections.abc import Callable
+
+
+def add_command(commands, name: str, run, about: str, examples: str) -> argparse.ArgumentParser:
+    """A subcommand `name` that calls `run(args)`; `about` is one line of the list of commands, examples end its own help."""
+    shown = {"help": about, "description": about[0].upper() + about[1:] + ".", "epilog": examples}
+    sub = commands.add_parser(name, **shown, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    sub.set_defaults(run=run)
+    return sub
+
+
+def positive_int(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return number
+
+
+def non_negative_int(text: str) -> int:
+    return 0 if int(text) == 0 else positive_int(text)
+
+
+def some_of(*names: str) -> Callable[[str], list[str]]:
+    """Some of these names, by commas."""
+
+    def chosen(text: str) -> list[str]:
+        words = list(dict.fromkeys(text.split(",")))
+        if unknown := [word for word in words if word not in names]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(names)}")
+        return words
+
+    return chosen
+
+
+def byte_count(text: str) -> int:
+    match = re.fullmatch(r"([0-9.]+) ?([KMGT]?)(i?)B?", text, re.IGNORECASE)
+    try:
+        number, unit, binary = match.groups()
+        count = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+    except (AttributeError, ValueError):
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no size such as 256MB, 512MiB or 1GB")
+    return count
+
+
+CONFIG_HELP = "YAML file, or the name of one that comes with fastjepa: demo, cifar10, vit_base16 ..."

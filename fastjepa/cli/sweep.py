@@ -1,0 +1,86 @@
+"""The command `fastjepa sweep`: train the arms of a study, probe them, and print what they say beside the paper's numbers."""
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+
+from fastjepa.cli.options import add_command, positive_int
+from fastjepa.errors import ConfigError
+
+STUDY_NAMES = ("masking", "small", "scaling", "truncation")
+SWEEP_EXAMPLES = """examples:
+  fastjepa sweep --study masking --arms multi-block,rasterized,block,random
+  fastjepa sweep --study small --jobs 2 --output runs/studies
+  fastjepa sweep --study small --report
+  fastjepa sweep --study truncation --seeds 1 --budget 20000 meta.depth=2
+
+Stopped at any moment, the same command goes on: arm by arm, and inside an arm from its checkpoint; with --write DIR, what
+the studies' files in DIR hold is not trained again. Settings at the end
+are for all arms, before their own. An arm is trained anew when one of its settings, or the budget, has changed."""
+
+
+def register(commands) -> None:
+    about = "train and probe the arms of a study, and print them beside the paper's numbers"
+    sub = add_command(commands, "sweep", run_sweep, about, SWEEP_EXAMPLES)
+    sub.add_argument("--study", required=True, choices=STUDY_NAMES)
+    sub.add_argument(
+        "--output", type=Path, default=Path("runs/studies"), metavar="DIR", help="a folder an arm (default runs/studies)"
+    )
+    sub.add_argument(
+        "--data", default="cifar10", help="data set's name, or a directory with train/ and test/ (default cifar10)"
+    )
+    sub.add_argument("--seeds", type=positive_int, default=3, metavar="N", help="of each arm (default 3)")
+    sub.add_argument(
+        "--jobs",
+        type=positive_int,
+        metavar="N",
+        help="arms side by side, one CPU thread each (default: a core each; 1 on a GPU)",
+    )
+    sub.add_argument("--budget", type=positive_int, metavar="IMAGES", help="that an arm sees (default: the study's)")
+    sub.add_argument("--arms", type=arm_names, metavar="A,B", help="these alone, no space after the comma (default: all)")
+    sub.add_argument("--report", action="store_true", help="train nothing; print what there is")
+    written = "where rows, table and plot are written, <study>.json, .md, .svg and .png (default: --output)"
+    sub.add_argument("--write", type=Path, metavar="DIR", help=written)
+    pages = "Markdown pages whose block `<!-- study: NAME -->` ... `<!-- end -->` becomes the table"
+    sub.add_argument("--pages", type=Path, nargs="+", default=[], metavar="FILE", help=pages)
+    sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of every arm")
+
+
+def arm_names(text: str) -> list[str]:
+    """Of arms, some of which have a comma and a space in them."""
+    return re.split(",(?! )", text)
+
+
+def run_sweep(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from fastjepa.evals.inputs import open_splits
+    from fastjepa.studies.report import fill_page, picture_markdown, show_study, study_lines, study_markdown, write_study
+    from fastjepa.studies.sweep import STUDIES, job_rows, plan_jobs, sweep_jobs
+
+    study, console = STUDIES[args.study], Console(width=None if sys.stdout.isatty() else 130)
+    jobs = plan_jobs(args.study, args.output, args.data, args.seeds, args.budget, args.arms, args.overrides)
+    folder, failed = args.write or args.output, []
+    if not args.report:
+        open_splits(args.data, None, None, 0)  # refused here, once, rather than by every arm
+        failed = sweep_jobs(jobs, args.jobs or jobs_at_once(), console, folder)
+    found = study_lines(study.named(args.arms), job_rows(jobs, folder))
+    show_study(study, found, console)
+    if args.arms is None:  # a part of a table is shown, not kept
+        files = write_study(study, args.study, found, folder)
+        console.print(f"written: {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
+        for page in args.pages:
+            fill_page(page, args.study, picture_markdown(files, page) + study_markdown(study, found))
+    if failed:
+        raise ConfigError(
+            f"{len(failed)} of {len(jobs)} runs failed, {failed[0]} first; log.txt there says why, and the command tries again"
+        )
+    return 0
+
+
+def jobs_at_once() -> int:
+    import torch
+
+    return 1 if torch.cuda.is_available() else os.cpu_count() or 1

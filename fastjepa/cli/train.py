@@ -1,0 +1,46 @@
+"""The command `fastjepa train`: pretrain from images to a checkpoint."""
+
+import argparse
+import time
+from pathlib import Path
+
+from fastjepa.cli.options import CONFIG_HELP, add_command, positive_int
+from fastjepa.config.load import load_config
+
+TRAIN_EXAMPLES = """examples:
+  fastjepa train --config demo
+  fastjepa train --config configs/vit_base16.yaml data.source=/data/imagenet runtime.micro_batch=64
+  torchrun --nproc_per_node 8 fastjepa/train.py --config configs/vit_huge14.yaml --output runs/h14
+  deepspeed fastjepa/train.py --config configs/vit_huge14.yaml"""
+
+
+def register(commands) -> None:
+    sub = add_command(commands, "train", run_train, "pretrain from images to a checkpoint", TRAIN_EXAMPLES)
+    train_options(sub)
+
+
+def train_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--config", required=True, type=Path, help=CONFIG_HELP)
+    sub.add_argument("--output", type=Path, help="run directory (default: logging.folder, or runs/<config>-<time>)")
+    sub.add_argument("--max-steps", type=positive_int, metavar="N", help="save and stop after N optimizer steps in all")
+    sub.add_argument(
+        "--resume", choices=("auto", "must", "never"), default="auto", help="from the latest checkpoint in --output"
+    )
+    sub.add_argument("--init", type=Path, metavar="FILE", help="weights to start from: a .safetensors file, checkpoint or run")
+    extra = "what DeepSpeed shall do beyond the config: offloading, buckets, overlap (JSON)"
+    sub.add_argument("--deepspeed_config", "--deepspeed-config", type=Path, metavar="FILE", help=extra)
+    sub.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers append it
+    sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings in place of the file's")
+
+
+def run_train(args: argparse.Namespace) -> None:
+    from fastjepa.ranks.collectives import text_of_main
+    from fastjepa.ranks.world import join_world
+    from fastjepa.train import train
+
+    config = load_config(args.config, args.overrides)
+    named = args.output or (config.logging.folder and Path(config.logging.folder))
+    fresh = Path("runs") / f"{args.config.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    join_world(config.runtime.device, 2 * config.runtime.timeout)
+    output = named or Path(text_of_main(str(fresh)))
+    train(config, output, args.max_steps, args.resume, args.init, args.deepspeed_config)

@@ -1,0 +1,73 @@
+"""What the keys of a config must agree on: checks that span keys."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fastjepa.config.schema import Config
+from fastjepa.errors import ConfigError
+
+FP8_WIDTH = 768  # the narrowest encoder for runtime.target_fp8
+# What masks of one context, which is all that is no target, do not read.
+MULTIBLOCK = ("num_enc_masks", "num_pred_masks", "enc_mask_scale", "pred_mask_scale", "allow_overlap")
+
+
+def check_config(config: "Config", raw: Mapping[str, Any], where: str) -> "Config":
+    """The config with the official use_bfloat16 folded into runtime.dtype; ConfigError where keys do not go together."""
+    data, mask, meta, runtime = config.data, config.mask, config.meta, config.runtime
+
+    def require(holds: bool, message: str) -> None:
+        if not holds:
+            raise ConfigError(f"{where}: {message}")
+
+    if meta.use_bfloat16 is not None:
+        official = "bf16" if meta.use_bfloat16 else "fp32"
+        require("dtype" not in (raw.get("runtime") or {}) or runtime.dtype in (official, "auto"),
+                f"meta.use_bfloat16: {meta.use_bfloat16} contradicts runtime.dtype: {runtime.dtype}; drop one")  # fmt: skip
+        config = dataclasses.replace(config, runtime=dataclasses.replace(runtime, dtype=official))
+    height, width = config.image_size
+    require(min(height, width) > 0 and height % mask.patch_size == 0 and width % mask.patch_size == 0,
+            f"data.crop_size: {height}x{width} must be a positive multiple of mask.patch_size: {mask.patch_size}")  # fmt: skip
+    dim, _, heads, _ = config.encoder_shape
+    for width_key, width_value, heads_key, head_count in (
+        ("meta.embed_dim", dim, "meta.num_heads", heads),
+        ("meta.pred_emb_dim", meta.pred_emb_dim, "meta.pred_num_heads", meta.pred_num_heads or heads),
+    ):
+        require(width_value % head_count == 0, f"{width_key}: {width_value} must be a multiple of {heads_key}: {head_count}")
+        require(width_value % 4 == 0, f"{width_key}: {width_value} must be a multiple of 4 (2-d sine-cosine positions)")
+    require(data.batch_size % config.micro_batch == 0,
+            f"runtime.micro_batch: {config.micro_batch} must divide data.batch_size: {data.batch_size}")  # fmt: skip
+    require(not runtime.target_fp8 or dim >= FP8_WIDTH,
+            f"runtime.target_fp8: an encoder {dim} wide is below ViT-B's {FP8_WIDTH}, where rounding costs more than it "
+            "saves; switch it off")  # fmt: skip
+    _check_objective(config, require)
+    for name in ("mean", "std"):
+        values = getattr(data, name)
+        require(values is None or len(values) == data.channels, f"data.{name}: needs {data.channels} numbers, one a channel")
+    require(min(config.mean_std[1]) > 0, "data.std: every value must be greater than 0")
+    require(not (data.source and (data.root_path or data.image_folder)),
+            "data.source and data.root_path / image_folder are both given; keep one")  # fmt: skip
+    return config
+
+
+def _check_objective(config: "Config", require: Callable[[bool, str], None]) -> None:
+    """What masks, target and loss do not do together."""
+    mask, loss, runtime = config.mask, config.loss, config.runtime
+    unread = {"multiblock": (), "block": MULTIBLOCK}.get(mask.strategy, (*MULTIBLOCK, "aspect_ratio"))
+    for name in unread:
+        default = getattr(type(mask), name)
+        require(getattr(mask, name) == default,
+                f"mask.{name}: means nothing to mask.strategy {mask.strategy}; leave it out, or at {default}")  # fmt: skip
+    require(not runtime.cuda_graph or loss.regularizer == "none",
+            "runtime.cuda_graph: not with loss.regularizer, which would pool the padding; switch one of them off")  # fmt: skip
+    require(
+        not runtime.cuda_graph or not config.separate and loss.normalize != "batch",
+        "runtime.cuda_graph: its padding knows no loss.target input and no loss.normalize batch; switch it off",
+    )
+    require(not (config.joint and config.separate),
+            "meta.predictor: joint has one target for a patch, and loss.target input one for each of its blocks; "
+            "change one of them")  # fmt: skip
+    require(loss.normalize != "batch" or config.micro_batch == config.data.batch_size,
+            "runtime.micro_batch: loss.normalize batch takes its mean over a whole step; leave it out")  # fmt: skip
+    require(not runtime.target_fp8 or loss.target != "pixels",
+            "runtime.target_fp8: loss.target pixels has no target network to speed up; switch it off")  # fmt: skip

@@ -1,0 +1,100 @@
+"""What a config is made of: keys with a type, a range and a sentence, and the strict reading of their values."""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+from fastjepa.errors import ConfigError
+
+
+class ValueCheck(NamedTuple):
+    holds: Callable[[Any], bool]
+    words: str  # after "must be"
+    names: Collection[str] = ()  # among which a misspelt value is looked up
+
+
+is_positive = ValueCheck(lambda v: v > 0, "greater than 0")
+is_not_negative = ValueCheck(lambda v: v >= 0, "0 or greater")
+is_share = ValueCheck(lambda v: 0 < v <= 1, "in (0, 1]")
+is_share_or_zero = ValueCheck(lambda v: 0 <= v <= 1, "in [0, 1]")
+is_share_range = ValueCheck(lambda v: 0 < v[0] <= v[1] <= 1, "two rising numbers in (0, 1]")
+is_positive_range = ValueCheck(lambda v: 0 < v[0] <= v[1], "two rising numbers greater than 0")
+is_momentum_range = ValueCheck(lambda v: 0 <= v[0] <= 1 and 0 <= v[1] <= 1, "two numbers in [0, 1]")
+
+
+def is_one_of(names: Collection[str]) -> ValueCheck:
+    return ValueCheck(lambda v: v in names, "one of " + ", ".join(names), names)
+
+
+def config_key(default: Any, doc: str, check: ValueCheck | None = None, unsupported: str = "") -> Any:
+    """A config field; `unsupported` is the sentence raised when the value differs from the default."""
+    return dataclasses.field(default=default, metadata={"doc": doc, "check": check, "unsupported": unsupported})
+
+
+def read_section(cls: type, section: str, values: Mapping[str, Any], where: str) -> Any:
+    """A section of the config, built and checked key by key."""
+    hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
+    built = {}
+    for name, value in values.items():
+        label = f"{where}: {section}.{name}"
+        if name not in fields:
+            raise ConfigError(f"{label}: unknown key{did_you_mean(str(name), fields)}")
+        built[name] = value = coerce_value(hints[name], value, label)
+        check, unsupported = fields[name].metadata["check"], fields[name].metadata["unsupported"]
+        if check and value is not None and not check.holds(value):
+            close = did_you_mean(str(value), check.names) if check.names else ""
+            raise ConfigError(f"{label}: {value!r} must be {check.words}{close}")
+        if unsupported and value != fields[name].default:
+            raise ConfigError(f"{label}: {value!r} is not supported: {unsupported}")
+    return cls(**built)
+
+
+def coerce_value(hint: Any, value: Any, label: str) -> Any:
+    """`value` as the annotated type; YAML reads 1e-3 as a string and (1, 2) as a list."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        for option in typing.get_args(hint):
+            try:
+                return coerce_value(option, value, label)
+            except ConfigError:
+                continue
+    elif typing.get_origin(hint) is Literal:
+        if value in typing.get_args(hint) and not isinstance(value, bool):
+            return value
+        allowed = [str(option) for option in typing.get_args(hint)]
+        raise ConfigError(f"{label}: {value!r} must be {' or '.join(allowed)}{did_you_mean(str(value), allowed)}")
+    elif typing.get_origin(hint) is tuple:
+        items = typing.get_args(hint)
+        if isinstance(value, list | tuple) and (items[-1] is Ellipsis or len(value) == len(items)):
+            return tuple(coerce_value(items[0], item, label) for item in value)
+    elif hint is types.NoneType:
+        if value is None:
+            return None
+    elif hint is float:
+        try:
+            number = math.nan if isinstance(value, bool | None) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    elif type(value) is hint:
+        return value
+    raise ConfigError(f"{label}: {value!r} must be {type_name(hint)}")
+
+
+def type_name(hint: Any) -> str:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(type_name(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        items = typing.get_args(hint)
+        return f"a list of {type_name(items[0])}" if items[-1] is Ellipsis else f"[{', '.join(type_name(i) for i in items)}]"
+    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", types.NoneType: "null"}
+    return names.get(hint, str(hint))
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), list(names), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(names)}"

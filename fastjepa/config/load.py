@@ -1,0 +1,72 @@
+"""Reading a config: a YAML file, overrides on top, and the check of every key."""
+
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastjepa.config.checks import check_config
+from fastjepa.config.fields import did_you_mean, read_section
+from fastjepa.config.schema import Config
+from fastjepa.errors import ConfigError
+
+PACKAGED = Path(__file__).parent / "configs"  # in a checkout a link to the configs/ beside this package
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides and validate; ConfigError says what is wrong.
+
+    `path` may also be the bare name of a config that comes with the package, such as "demo".
+    """
+    path = find_config(Path(path))
+    try:
+        raw = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        remedy = f"pass --config FILE, or one of: {', '.join(sorted(file.stem for file in PACKAGED.glob('*.yaml')))}"
+        raise ConfigError(f"{path}: cannot read the config ({error.strerror}); {remedy}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a config is a mapping of sections ({', '.join(_sections())})")
+    return config_from_dict(_override(raw, overrides), str(path))
+
+
+def find_config(path: Path) -> Path:
+    """`path` itself, or the packaged config of that name where there is no such file."""
+    named = PACKAGED / f"{path}.yaml"
+    return named if len(path.parts) == 1 and named.is_file() and not path.is_file() else path
+
+
+def config_from_dict(raw: Mapping[str, Any], where: str = "config") -> Config:
+    """Build and validate a Config from nested mappings; `where` names the origin in messages."""
+    sections = _sections()
+    built = {}
+    for name, values in raw.items():
+        if name not in sections:
+            raise ConfigError(f"{where}: unknown section {name!r}{did_you_mean(name, sections)}")
+        if values is not None and not isinstance(values, Mapping):
+            raise ConfigError(f"{where}: section {name!r} must hold keys, not {values!r}")
+        built[name] = read_section(sections[name], name, values or {}, where)
+    return check_config(Config(**built), raw, where)
+
+
+def _sections() -> dict[str, type]:
+    return typing.get_type_hints(Config)
+
+
+def _override(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    raw = {name: dict(section) if isinstance(section, Mapping) else section for name, section in raw.items()}
+    for text in overrides:
+        path, equals, value = text.partition("=")
+        section, dot, name = path.partition(".")
+        if not (equals and dot and section and name):
+            raise ConfigError(f"override {text!r}: write section.key=value")
+        if not isinstance(raw.get(section) or {}, Mapping):
+            continue  # from_dict refuses the section
+        try:
+            raw[section] = {**(raw.get(section) or {}), name: yaml.safe_load(value)}
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {text!r}: {value!r} is not a YAML value") from error
+    return raw

@@ -1,0 +1,305 @@
+"""The configuration: YAML -> frozen dataclasses, strict about every key, type and range.
+
+The sections `data`, `mask`, `meta`, `optimization` and `logging` carry the official I-JEPA keys under their
+official names, so the official YAML files load unmodified; `loss` and `runtime` are this project's own.
+An official key either acts or raises: nothing is accepted and ignored.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fastjepa.config.fields import (
+    ValueCheck,
+    config_key,
+    is_momentum_range,
+    is_not_negative,
+    is_one_of,
+    is_positive,
+    is_positive_range,
+    is_share,
+    is_share_or_zero,
+    is_share_range,
+)
+
+# name -> (embed_dim, depth, num_heads, mlp_ratio)
+MODELS = {
+    "vit_tiny": (192, 12, 3, 4.0),
+    "vit_small": (384, 12, 6, 4.0),
+    "vit_base": (768, 12, 12, 4.0),
+    "vit_large": (1024, 24, 16, 4.0),
+    "vit_huge": (1280, 32, 16, 4.0),
+    "vit_giant": (1408, 40, 16, 48 / 11),
+    "vit_gigantic": (1664, 48, 16, 64 / 13),
+}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: str | None = config_key(
+        None, "a directory, or a data set's name (fashion-mnist, cifar10); replaces root_path + image_folder"
+    )
+    root_path: str | None = config_key(None, "official: directory that holds image_folder")
+    image_folder: str | None = config_key(None, "official: image folder below root_path")
+    batch_size: int = config_key(64, "images per rank per optimizer step", is_positive)
+    crop_size: int | tuple[int, int] = config_key(224, "side of the square training image in pixels, or [height, width]")
+    crop_scale: tuple[float, float] = config_key(
+        (0.3, 1.0), "area of the random resized crop as a share of the image", is_share_range
+    )
+    use_horizontal_flip: bool = config_key(False, "mirror every image with probability 1/2")
+    use_color_distortion: bool = config_key(False, "official key", unsupported="I-JEPA trains without it; set it to false")
+    use_gaussian_blur: bool = config_key(False, "official key", unsupported="I-JEPA trains without it; set it to false")
+    color_jitter_strength: float = config_key(0.0, "official key", unsupported="there is no colour distortion; set it to 0.0")
+    num_workers: int = config_key(8, "loader processes per rank; 0 loads in the training process", is_not_negative)
+    pin_mem: bool = config_key(True, "page-locked host memory for asynchronous copies to the GPU")
+    loader: Literal["auto", "dali", "torch"] = config_key(
+        "auto",
+        "which decoder makes images of files; auto: dali on a GPU where it is installed, else torch; idx files need none",
+    )
+    decode_threads: int | None = config_key(None, "dali: CPU threads that decode; default: as many as num_workers", is_positive)
+    prefetch: int = config_key(
+        2, "micro-batches that each loader process, and dali, makes ahead of the training step", is_positive
+    )
+    hw_decoder_load: float = config_key(
+        0.65,
+        "dali: share of the JPEGs given to a GPU's hardware decoder, where it has one",
+        is_share_or_zero,
+    )
+    device_memory_padding: int = config_key(
+        16 << 20,
+        "dali on a GPU: bytes of its memory that each decoding thread sets aside at the start, so that a larger image later "
+        "need not wait for more; of no effect on a CPU, as the next three",
+        is_not_negative,
+    )
+    host_memory_padding: int = config_key(
+        8 << 20, "dali on a GPU: bytes of page-locked host memory that each decoding thread sets aside, twice", is_not_negative
+    )
+    preallocate_width_hint: int = config_key(
+        0, "dali on a GPU: width in pixels of the largest image, for the hardware decoder's memory; 0: unknown", is_not_negative
+    )
+    preallocate_height_hint: int = config_key(0, "dali on a GPU: its height in pixels; 0: unknown", is_not_negative)
+    max_bad: int = config_key(100, "undecodable files a run may meet before it stops", is_not_negative)
+    channels: int = config_key(3, "image channels: 1 (grey) or 3 (RGB)", ValueCheck(lambda v: v in (1, 3), "1 or 3"))
+    mean: tuple[float, ...] | None = config_key(None, "per-channel mean on [0, 1]; default: ImageNet's")
+    std: tuple[float, ...] | None = config_key(None, "per-channel standard deviation on [0, 1]; default: ImageNet's")
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    patch_size: int = config_key(16, "side of a patch in pixels", is_positive)
+    num_enc_masks: int = config_key(1, "multiblock: context masks per image (K)", is_positive)
+    num_pred_masks: int = config_key(4, "multiblock: target blocks per image (R)", is_positive)
+    enc_mask_scale: tuple[float, float] = config_key(
+        (0.85, 1.0), "multiblock: area of the context block as a share of the grid", is_share_range
+    )
+    pred_mask_scale: tuple[float, float] = config_key(
+        (0.15, 0.2), "multiblock: area of a target block as a share of the grid", is_share_range
+    )
+    aspect_ratio: tuple[float, float] = config_key(
+        (0.75, 1.5), "multiblock and block: height / width of a target block", is_positive_range
+    )
+    min_keep: int = config_key(10, "every mask holds more than this many patches", is_not_negative)
+    allow_overlap: bool = config_key(False, "multiblock: whether a context may contain its own targets")
+    strategy: Literal["multiblock", "block", "rasterized", "random"] = config_key(
+        "multiblock",
+        "how targets and context are laid out; the context of all but multiblock is what is no target: block, one block of .6 "
+        "of the grid; rasterized, three quadrants, a target block each; random, .6 of the patches as one target block",
+    )
+    sampling: Literal["official", "uniform"] = config_key(
+        "official", "multiblock: the official code's draws, or the paper's; the other strategies have one way to draw"
+    )
+    truncate: Literal["batch_min", "none", "fraction"] = config_key("batch_min", "how contexts are cut")
+    truncate_group: int = config_key(128, "consecutive slots of the global batch that share one cut (batch_min)", is_positive)
+    context_fraction: float = config_key(0.25, "patches kept at random, as a share of the grid (fraction)", is_share)
+    share: Literal["image", "batch"] = config_key("image", "masks drawn for every image, or once a step, for all of its images")
+
+    @property
+    def target_blocks(self) -> int:
+        """Target blocks of an image (R)."""
+        return {"multiblock": self.num_pred_masks, "rasterized": 3}.get(self.strategy, 1)
+
+
+@dataclass(frozen=True)
+class MetaConfig:
+    model_name: str = config_key("vit_base", "one of " + ", ".join(MODELS), is_one_of(MODELS))
+    embed_dim: int | None = config_key(None, "encoder width in place of model_name's", is_positive)
+    depth: int | None = config_key(None, "encoder blocks in place of model_name's", is_positive)
+    num_heads: int | None = config_key(None, "encoder heads in place of model_name's", is_positive)
+    pred_depth: int = config_key(6, "predictor blocks", is_positive)
+    pred_emb_dim: int = config_key(384, "predictor width", is_positive)
+    pred_num_heads: int | None = config_key(None, "predictor heads; default: the encoder's", is_positive)
+    predictor: Literal["per_block", "joint"] = config_key(
+        "per_block",
+        "per_block: the paper's, which sees the context once for every target block; joint, another objective: once, with "
+        "the patches of all blocks, which attend to each other",
+    )
+    use_bfloat16: bool | None = config_key(None, "official: bf16 autocast; runtime.dtype says the same")
+    load_checkpoint: bool = config_key(False, "official: resume, and fail when there is nothing to resume from")
+    read_checkpoint: str | None = config_key(None, "official: the checkpoint in the output directory to resume from")
+    copy_data: bool = config_key(
+        False, "official key", unsupported="copy the data yourself and point data.source at it; set it to false"
+    )
+
+
+@dataclass(frozen=True)
+class OptimizationConfig:
+    epochs: int = config_key(300, "passes over the data", is_positive)
+    warmup: float = config_key(40, "epochs of linear warm-up", is_not_negative)
+    start_lr: float = config_key(2e-4, "learning rate at step 0", is_not_negative)
+    lr: float = config_key(1e-3, "learning rate after the warm-up", is_not_negative)
+    final_lr: float = config_key(1e-6, "learning rate at the end", is_not_negative)
+    pred_lr_scale: float = config_key(1.0, "learning rate of the predictor over the encoder's", is_not_negative)
+    weight_decay: float = config_key(0.04, "weight decay at the start", is_not_negative)
+    final_weight_decay: float = config_key(0.4, "weight decay at the end", is_not_negative)
+    ema: tuple[float, float] = config_key(
+        (0.996, 1.0), "momentum of the target encoder, first and last step", is_momentum_range
+    )
+    ipe_scale: float = config_key(1.0, "stretches the schedules beyond the run", is_positive)
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    folder: str | None = config_key(None, "official: the output directory when --output is not given")
+    write_tag: str = config_key("jepa", "official: prefix of checkpoint names")
+    every: int = config_key(10, "steps between logged lines", is_positive)
+    monitor_every: int = config_key(
+        100, "steps between collapse readings (feature spread, effective rank); 0: never", is_not_negative
+    )
+    probe_every: int | None = config_key(
+        None,
+        "steps between k-NN, RankMe and LiDAR of the target encoder; 0: never; default: by monitor_budget",
+        is_not_negative,
+    )
+    monitor_budget: float = config_key(
+        0.01, "share of a run's time that those may take by default, as estimated from FLOPs", is_share
+    )
+    checkpoint_every: int = config_key(0, "steps between checkpoints; 0: once an epoch", is_not_negative)
+    keep_last: int = config_key(2, "checkpoints kept", is_positive)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    kind: Literal["smooth_l1", "l2"] = config_key("smooth_l1", "smooth_l1 (the official code, beta 1) or l2 (the paper)")
+    target: Literal["output", "input", "pixels"] = config_key(
+        "output",
+        "what is predicted: the target network's output on the whole image; input: its output on each target block alone; "
+        "pixels: those of the patch, without a target network, whose average goes on for evaluation",
+    )
+    normalize: Literal["layer", "none", "batch"] = config_key(
+        "layer",
+        "targets: each row to mean 0 and variance 1; none: as they are; batch: each feature, over all targets of a step, of "
+        "every rank",
+    )
+    regularizer: Literal["none", "vicreg", "sigreg"] = config_key(
+        "none", "term on the mean-pooled context features: vicreg, variance and covariance; sigreg, LeJEPA's"
+    )
+    regularizer_weight: float = config_key(0.1, "weight of the regularizer", is_not_negative)
+    covariance_weight: float = config_key(0.04, "vicreg: weight of the covariance inside the regularizer", is_not_negative)
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    seed: int = config_key(
+        0, "seed of initial weights, masks, order and crops", ValueCheck(lambda v: 0 <= v < 2**64, "in [0, 2**64)")
+    )
+    dtype: Literal["auto", "fp32", "bf16"] = config_key(
+        "auto", "compute dtype; auto: bf16 where the device has instructions for it; parameters, moments and EMA stay fp32"
+    )
+    device: Literal["auto", "cpu", "cuda"] = config_key("auto", "auto: CUDA where there is one")
+    micro_batch: int | None = config_key(None, "images per forward; default: data.batch_size", is_positive)
+    zero: Literal["auto", 0, 1, 2, 3] = config_key(
+        "auto",
+        "what DeepSpeed shards: 1 optimizer state, 2 and gradients, 3 and weights; 0: plain DDP; auto: 1 for several ranks",
+    )
+    kernels: str = config_key(
+        "auto", "which implementation of the ops runs: auto, triton or torch; by op: auto,target_loss=torch"
+    )
+    attention: Literal["auto", "flash", "varlen", "xformers", "short", "sdpa", "matmul"] = config_key(
+        "auto", "which attention runs"
+    )
+    compile: bool = config_key(
+        False, "torch.compile of forward, loss and backward; on several ranks or with ZeRO of each network"
+    )
+    cuda_graph: bool = config_key(
+        False,
+        "forward and backward as one CUDA graph, on one GPU: micro-batches are padded to one shape; one that does not fit "
+        "runs without, and needs the memory of its activations beside the graph's",
+    )
+    token_budget: tuple[int, int, int] | None = config_key(
+        None,
+        "cuda_graph: rows of the contexts, of the target network's last block and of the predictor's queries that a "
+        "micro-batch is padded to; default: the most of each in 1,000 draws",
+        ValueCheck(lambda v: min(v) > 0, "three numbers greater than 0"),
+    )
+    target_fp8: bool = config_key(
+        False, "the target network's linear layers in FP8, with a rounding error: from ViT-B and sm_89 on, beside dtype bf16"
+    )
+    checkpoint_activations: bool = config_key(False, "recompute activations in the backward pass")
+    max_skipped: int = config_key(20, "non-finite steps in a row before the run stops", is_positive)
+    timeout: float = config_key(
+        600.0, "seconds that ranks wait for one that does not go on; more than a checkpoint takes", is_positive
+    )
+    deterministic: bool = config_key(False, "deterministic CUDA algorithms")
+    threads: int | None = config_key(None, "CPU threads; default: torch's", is_positive)
+
+
+@dataclass(frozen=True)
+class Config:
+    data: DataConfig = DataConfig()
+    mask: MaskConfig = MaskConfig()
+    meta: MetaConfig = MetaConfig()
+    optimization: OptimizationConfig = OptimizationConfig()
+    logging: LoggingConfig = LoggingConfig()
+    loss: LossConfig = LossConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of a training image in pixels."""
+        size = self.data.crop_size
+        return (size, size) if isinstance(size, int) else size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        height, width = self.image_size
+        return height // self.mask.patch_size, width // self.mask.patch_size
+
+    @property
+    def encoder_shape(self) -> tuple[int, int, int, float]:
+        """(embed_dim, depth, num_heads, mlp_ratio), the overrides in `meta` applied."""
+        dim, depth, heads, mlp_ratio = MODELS[self.meta.model_name]
+        return self.meta.embed_dim or dim, self.meta.depth or depth, self.meta.num_heads or heads, mlp_ratio
+
+    @property
+    def micro_batch(self) -> int:
+        return self.runtime.micro_batch or self.data.batch_size
+
+    @property
+    def joint(self) -> bool:
+        """Whether the predictor sees all of an image's target blocks at once."""
+        return self.meta.predictor == "joint"
+
+    @property
+    def separate(self) -> bool:
+        """Whether the target network sees every target block by itself."""
+        return self.loss.target == "input"
+
+    @property
+    def target_dim(self) -> int:
+        """Width of a target: features, or the values of a patch."""
+        pixels = self.data.channels * self.mask.patch_size**2
+        return pixels if self.loss.target == "pixels" else self.encoder_shape[0]
+
+    @property
+    def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Per-channel (mean, std) on [0, 1]; ImageNet's, or their average for one channel, unless given."""
+        grey = self.data.channels == 1
+        mean = self.data.mean or ((0.449,) if grey else (0.485, 0.456, 0.406))
+        std = self.data.std or ((0.226,) if grey else (0.229, 0.224, 0.225))
+        return mean, std
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries and lists, as YAML and JSON write them; `from_dict` reads them back."""
+        return {name: {k: list(v) if isinstance(v, tuple) else v for k, v in section.items()}
+                for name, section in dataclasses.asdict(self).items()}  # fmt: skip

@@ -1,0 +1,62 @@
+"""Random resized crops: the box that a crop takes, and the pixels in it."""
+
+import math
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+Box = tuple[int, int, int, int]  # (top, left, height, width) in pixels
+CROP_ASPECT = (3 / 4, 4 / 3)  # width / height of a crop
+CROP_TRIES = 10  # boxes tried before the central crop
+BLOCKS_PER_SAMPLE = CROP_TRIES + 1  # four doubles a try, and one block for the flip
+
+
+def crop_box(height: int, width: int, scale: tuple[float, float], uniforms: Sequence[float]) -> Box:
+    """torchvision's RandomResizedCrop.get_params on given numbers: (top, left, height, width) in pixels.
+
+    `uniforms`: 4 * TRIES numbers in [0, 1), area, aspect, top and left of each try; when none fits, the central crop.
+    """
+    low, high = math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1])
+    for t in range(0, 4 * CROP_TRIES, 4):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * uniforms[t])
+        aspect = math.exp(low + (high - low) * uniforms[t + 1])
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(uniforms[t + 2] * (height - h + 1)), int(uniforms[t + 3] * (width - w + 1)), h, w
+    h = min(height, round(width / CROP_ASPECT[0]))
+    w = min(width, round(height * CROP_ASPECT[1]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def crop_image(image: Tensor, box: Box, size: tuple[int, int], flip: bool = False) -> Tensor:
+    """`box` of a (C, H, W) uint8 image, resized to (C, *size) uint8 by antialiased bilinear interpolation.
+
+    Equal to torchvision's `resized_crop` on the same box; `flip` then mirrors it left to right.
+    """
+    top, left, height, width = box
+    patch = image.narrow(1, top, height).narrow(2, left, width)
+    if (height, width) != size:
+        patch = F.interpolate(patch[None], size=size, mode="bilinear", antialias=True)[0]
+    return patch.flip(-1) if flip else patch
+
+
+CROP_MARGIN = 256 / 224  # the short side before the central crop, as a share of the crop
+
+
+def fit_to(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """(C, h, w) uint8 -> (C, *size): as it is when it has that size, else resized with a margin of 8/7 and centre-cropped.
+
+    Antialiased bilinear; for a square `size` the short side becomes size * 256 / 224, rounded, as is usual on ImageNet.
+    """
+    shape = image.shape[1:]
+    if tuple(shape) == tuple(size):
+        return image
+    wanted = [round(side * CROP_MARGIN) for side in size]
+    tight = max((0, 1), key=lambda axis: wanted[axis] / shape[axis])  # the axis that bounds the scale
+    resized = [int(wanted[tight] * side / shape[tight]) for side in shape]
+    resized[tight] = wanted[tight]
+    image = interpolate(image[None], size=resized, mode="bilinear", antialias=True)[0]
+    top, left = (round((side - kept) / 2) for side, kept in zip(resized, size, strict=True))
+    return image[:, top : top + size[0], left : left + size[1]]

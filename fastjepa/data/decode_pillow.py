@@ -1,0 +1,113 @@
+"""Bytes to pixels with Pillow and torch: decode a file, crop a box of it. Which file and which box is decided elsewhere."""
+
+import io
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image
+from torch import Tensor
+
+MAX_PIXELS = 89_478_485  # where Pillow starts to warn of decompression bombs; here they are refused
+
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by EXIF orientation
+
+
+class Header(NamedTuple):
+    """What a file says of its image before any pixel is decoded."""
+
+    height: int  # upright, as `width`
+    width: int
+    format: str  # Pillow's names: JPEG, PNG, ...
+    mode: str  # Pillow's: L, RGB, CMYK, ...
+    orientation: int  # EXIF's, 1 where there is none
+    animated: bool
+    info: dict  # Pillow's: exif, xmp, ...
+
+
+class DecodeError(ValueError):
+    """Bytes that are no image this project can read; the message says why."""
+
+
+def decode_image(raw: bytes | np.ndarray, channels: int) -> Tensor:
+    """An image as (channels, H, W) uint8, upright.
+
+    Args:
+        raw: an encoded file, or pixels (H, W) or (H, W, 3) uint8, which need no decoding.
+        channels: 1 (luminance, ITU-R 601-2) or 3 (RGB); alpha is dropped.
+
+    EXIF rotation is applied; 16-bit grey is scaled to 8 bits (x * 255 / 65535, rounded). 16-bit colour keeps its high
+    bytes, as Pillow reads it. DecodeError for anything Pillow cannot read in full, for images above MAX_PIXELS, and for
+    32-bit integer and floating-point pixels, which have no known range.
+    """
+    pixels = raw if isinstance(raw, np.ndarray) else _to_pixels(raw, channels)
+    if pixels.ndim == 3 and channels == 1:
+        pixels = np.array(Image.fromarray(pixels).convert("L"))
+    image = torch.from_numpy(pixels)
+    return image.permute(2, 0, 1) if image.ndim == 3 else image.expand(channels, -1, -1)
+
+
+def read_header(raw: bytes) -> Header:
+    """The header of an encoded file; DecodeError as `decode`, for what can be seen without decoding."""
+    return _opened(raw, _header)
+
+
+def _opened(raw: bytes, use):
+    """use(image) of the file opened by Pillow; whatever Pillow's readers raise becomes a DecodeError."""
+    try:
+        with Image.open(io.BytesIO(raw)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DecodeError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS}; tile the image")
+            return use(image)
+    except (DecodeError, MemoryError):
+        raise
+    except Exception as error:  # they let any exception through: SyntaxError, struct.error, zlib.error, ...
+        raise DecodeError(f"not an image Pillow can read in full ({type(error).__name__}: {error})") from error
+
+
+def _header(image: Image.Image) -> Header:
+    # A PNG's EXIF may follow its pixels, for which Pillow would decode them: who reads PNG headers must look for it.
+    late = image.format == "PNG" and "exif" not in image.info
+    orientation = 1 if late else _orientation(image)
+    height, width = (image.width, image.height) if orientation > 4 else (image.height, image.width)
+    return Header(height, width, image.format, image.mode, orientation, getattr(image, "is_animated", False), image.info)
+
+
+def _orientation(image: Image.Image) -> int:
+    value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return value if value in UPRIGHT else 1
+
+
+def _to_pixels(raw: bytes, channels: int) -> np.ndarray:
+    def pixels(image: Image.Image) -> np.ndarray:
+        image.load()  # a PNG's EXIF may follow its pixels
+        turn = UPRIGHT.get(_orientation(image))
+        return np.array(_eight_bit(image if turn is None else image.transpose(turn), channels))
+
+    return _opened(raw, pixels)
+
+
+def _eight_bit(image: Image.Image, channels: int) -> Image.Image | np.ndarray:
+    """(H, W) for grey images or one channel, else RGB."""
+    if image.mode == "F":
+        raise DecodeError("floating-point pixels have no known range; save them as 8 or 16 bits")
+    if image.mode.startswith("I"):
+        return _scale_16_bit(np.asarray(image))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    grey = channels == 1 or image.mode in ("1", "L", "LA", "La")
+    return image.convert("L" if grey else "RGB")
+
+
+def _scale_16_bit(values: np.ndarray) -> np.ndarray:
+    if values.min() < 0 or values.max() > 65535:
+        raise DecodeError("32-bit pixels have no known range; save them as 8 or 16 bits")
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)

@@ -1,0 +1,183 @@
+"""Reading every image of a source once, to know the bad ones before a run meets them: what `fastjepa data check` does."""
+
+import contextlib
+import hashlib
+import io
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fastjepa.data.decode_pillow import MAX_PIXELS, DecodeError, decode_image
+from fastjepa.data.prepare.processes import counting_bar, map_in_processes
+from fastjepa.data.sources import Source, open_source
+from fastjepa.data.splits import split_folder
+from fastjepa.data.tar_shards import SHARDS_MANIFEST, index_of, read_manifest
+from fastjepa.errors import ConfigError
+
+IMAGES_A_TASK = 64  # images that a process is given at a time
+MEGA = 1_000_000
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """A file that a run could not use, a word or two of why, and what its reader said."""
+
+    path: str
+    reason: str  # zero bytes, not an image, truncated, cannot be decoded, too large, vanished, unreadable, damaged shard
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+@dataclass
+class CheckReport:
+    """What a check found; sizes are (width, height) as stored."""
+
+    images: int = 0
+    shards: int = 0  # compared with their manifest
+    bad: list[BadImage] = field(default_factory=list)
+    smallest: tuple[int, int] | None = None
+    largest: tuple[int, int] | None = None
+
+    def add_size(self, size: tuple[int, int]) -> None:
+        self.smallest = min(self.smallest or size, size, key=np.prod)
+        self.largest = max(self.largest or size, size, key=np.prod)
+
+    def add(self, part: "CheckReport") -> None:
+        self.images += part.images
+        self.bad += part.bad
+        for size in filter(None, (part.smallest, part.largest)):
+            self.add_size(size)
+
+    def by_reason(self) -> dict[str, int]:
+        return dict(Counter(bad.reason for bad in self.bad).most_common())
+
+
+def check_images(where: str, split: str = "train", workers: int = 1, max_pixels: float | None = None,
+          show: Callable[[BadImage], None] = lambda bad: None) -> CheckReport:  # fmt: skip
+    """Read every image of a source in `workers` processes; bad is what `decode` refuses, and what is too large.
+
+    Shards are first compared with their manifest, where they have one: counts, sizes and SHA-256. When one is damaged the
+    images are not read.
+
+    Args:
+        where, split: as in `open_source`, whose ConfigErrors pass.
+        max_pixels: the limit in megapixels, judged by the header before anything is decoded; default, and at most, what a
+            run decodes.
+        show: called with each bad file when it is found.
+    """
+    most = MAX_PIXELS / MEGA
+    limit = most if max_pixels is None else max_pixels
+    if not 0 < limit <= most:
+        raise ConfigError(f"--max-pixels {limit:g} is not above 0 and at most {most:g}, the megapixels that a run decodes")
+    report = CheckReport()
+    _check_shards(report, where, split, workers, show)
+    if not report.bad:
+        _read_all(report, open_source(where, split), workers, limit, show)
+    return report
+
+
+def _read_all(report: CheckReport, source: Source, workers: int, limit: float, show: Callable[[BadImage], None]) -> None:
+    chunks = [range(start, min(start + IMAGES_A_TASK, len(source))) for start in range(0, len(source), IMAGES_A_TASK)]
+    with (
+        contextlib.closing(map_in_processes(_read_chunk, (source, limit), chunks, workers)) as parts,
+        counting_bar() as progress,
+    ):
+        task = progress.add_task("images", total=len(source))
+        for part in parts:
+            report.add(part)
+            for bad in part.bad:
+                show(bad)
+            progress.advance(task, part.images)
+
+
+def _read_chunk(job: tuple[Source, float], chunk: range) -> CheckReport:
+    source, limit = job
+    part = CheckReport(images=len(chunk))
+    for i in chunk:
+        with warnings.catch_warnings(action="ignore"):  # Pillow's say neither which file nor what to do
+            found = judge_image(source, i, limit)
+        if isinstance(found, BadImage):
+            part.bad.append(found)
+        else:
+            part.add_size(found)
+    return part
+
+
+def judge_image(source: Source, i: int, limit: float) -> BadImage | tuple[int, int]:
+    """(width, height) of a sample that a run can use, or why it cannot; `limit` in megapixels."""
+    try:
+        raw = source.read(i)
+    except OSError as error:
+        reason = "vanished" if isinstance(error, FileNotFoundError) else "unreadable"
+        return BadImage(source.name(i), reason, error.strerror or str(error))
+    if isinstance(raw, np.ndarray):
+        return raw.shape[1], raw.shape[0]
+    if not raw:
+        return BadImage(source.name(i), "zero bytes", "")
+    try:
+        with Image.open(io.BytesIO(raw)) as image:
+            size = image.size
+    except Image.DecompressionBombError as error:
+        return BadImage(source.name(i), "too large", str(error))
+    except Exception as error:  # Pillow's readers let any exception through
+        return BadImage(source.name(i), "not an image", type(error).__name__)
+    if size[0] * size[1] > limit * MEGA:
+        return BadImage(source.name(i), "too large", f"{size[0]}x{size[1]}, {size[0] * size[1] / MEGA:.1f} megapixels")
+    try:
+        decode_image(raw, 3)
+    except MemoryError:
+        return BadImage(source.name(i), "too large", f"{size[0]}x{size[1]}, no memory to decode it")
+    except DecodeError as error:
+        said = str(error.__cause__ or error)
+        return BadImage(source.name(i), "truncated" if "truncated" in said else "cannot be decoded", said)
+    return size
+
+
+def _check_shards(report: CheckReport, where: str, split: str, workers: int, show: Callable[[BadImage], None]) -> None:
+    folder = Path(os.path.expanduser(where))
+    if not folder.is_dir():
+        return
+    with contextlib.suppress(ConfigError):  # other formats keep their splits elsewhere; `open_source` has the last word
+        folder = split_folder(folder, split)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return
+    entries = manifest["shards"]
+    unknown = {path.name for path in folder.glob("*.tar")} - {entry["file"] for entry in entries}
+    report.bad += [BadImage(str(folder / name), "damaged shard", f"not in {SHARDS_MANIFEST}") for name in sorted(unknown)]
+    with contextlib.closing(map_in_processes(_check_shard, folder, entries, workers)) as found, counting_bar() as progress:
+        report.bad += filter(None, progress.track(found, total=len(entries), description="shards"))
+    report.shards = len(entries)
+    for bad in report.bad:
+        show(bad)
+
+
+def _check_shard(folder: Path, entry: dict) -> BadImage | None:
+    """What is wrong with a shard by its entry in the manifest."""
+    path = folder / entry["file"]
+    try:
+        with open(path, "rb") as file:
+            size, digest = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+        images = len(index_of(path).members) if digest == entry["sha256"] else None
+    except FileNotFoundError:
+        return BadImage(str(path), "vanished", f"listed in {SHARDS_MANIFEST}")
+    except OSError as error:
+        return BadImage(str(path), "unreadable", error.strerror or str(error))
+    stated = entry["bytes"], entry["sha256"], entry["images"]
+    for name, is_, said in zip(("bytes", "SHA-256", "images"), (size, digest, images), stated, strict=True):
+        if is_ != said:
+            return BadImage(str(path), "damaged shard", f"{name} {is_}, in {SHARDS_MANIFEST} {said}")
+    return None
+
+
+def write_bad_list(bad: list[BadImage], path: Path) -> None:
+    """One path a line, as the file system spells it."""
+    path.write_bytes(b"".join(os.fsencode(entry.path) + b"\n" for entry in bad))

@@ -1,0 +1,233 @@
+"""WebDataset shards behind https:// or s3://, read at random by ranged requests.
+
+A sample is one request, and still a function of its number: order, crops and resumption are those of a local disk. The
+shards' index is fetched, or made by one pass over tars that have none, and kept below `catalog.data_dir()`.
+"""
+
+import concurrent.futures
+import contextlib
+import functools
+import hashlib
+import io
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from fastjepa.data.prepare.catalog import data_dir
+from fastjepa.data.prepare.processes import counting_bar, map_in_processes
+from fastjepa.data.remote_files import FEW_TRIES, read_range, read_whole, require_ranges, size_of
+from fastjepa.data.tar_shards import (
+    SHARDS_MANIFEST,
+    STALE_INDEX,
+    ShardIndex,
+    TarShards,
+    arrays_of,
+    fingerprint_in,
+    index_in,
+    parse_manifest,
+    scan_tar,
+)
+from fastjepa.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+AT_ONCE = 16  # requests in flight, of a process
+SCANNERS = 4  # processes that read tars without an index
+HEADER_BLOCK = 1 << 22  # bytes that they ask for at a time
+BRACES = "shard-{000000..000009}.tar"  # as WebDataset names many
+
+ScannedResult = TypeVar("T")
+
+
+class RemoteShards(TarShards):
+    """`TarShards` whose tars are remote: the index is here, each `read` is one request."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._asked: dict[int, concurrent.futures.Future] = {}
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_asked": {}}  # requests stay in their process
+
+    def ahead(self, samples: Sequence[int]) -> None:
+        """Ask for the files of the samples that are read next, AT_ONCE at a time; `read` then waits for its own alone."""
+        self._asked = {i: _requests(os.getpid()).submit(self._request, i) for i in samples}
+
+    def read(self, i: int) -> bytes:
+        asked = self._asked.pop(i, None)
+        return asked.result() if asked else self._request(i)
+
+    def _request(self, i: int) -> bytes:
+        number, offset, size = self._places[i].tolist()
+        return read_range(self._shards[number], offset, size)
+
+
+@functools.cache
+def _requests(process: int) -> concurrent.futures.ThreadPoolExecutor:
+    """The threads that wait for answers, of each process its own."""
+    return concurrent.futures.ThreadPoolExecutor(AT_ONCE)
+
+
+def open_directory(where: str, splits: Sequence[str]) -> RemoteShards:
+    """What `fastjepa data shard` wrote: a directory with the manifest in it, or in the folder of one of `splits`.
+
+    ConfigError, or FileNotFoundError, naming the address and the remedy, where shards or index are not those of the manifest.
+    """
+    root = where.rstrip("/")
+    for folder in [root] * (splits[0] == "train") + [f"{root}/{split}" for split in splits]:
+        with contextlib.suppress(FileNotFoundError):
+            raw = read_whole(f"{folder}/{SHARDS_MANIFEST}")
+            break
+    else:
+        raise ConfigError(
+            f"{root}: no {SHARDS_MANIFEST} in it or in its {' or '.join(splits)}/; give a directory that "
+            f"`fastjepa data shard` wrote, or name the shards of others: {root}/{BRACES}"
+        )
+    manifest = parse_manifest(raw, f"{folder}/{SHARDS_MANIFEST}")
+    if manifest is None or not manifest["shards"]:
+        raise ConfigError(
+            f"{folder}/{SHARDS_MANIFEST}: not of `fastjepa data shard`; name the shards instead: {folder}/{BRACES}"
+        )
+    with _cache(folder, raw) as cache:
+        require_ranges(f"{folder}/{manifest['shards'][0]['file']}", manifest["shards"][0]["bytes"])
+        indexes = _scan_all("indexes", functools.partial(_written_index, folder, cache), manifest["shards"])
+    shards = [f"{folder}/{entry['file']}" for entry in manifest["shards"]]
+    return RemoteShards(shards, folder, manifest["classes"], indexes)
+
+
+def _written_index(folder: str, cache: Path, entry: dict) -> ShardIndex:
+    """The index of a shard by its entry of the manifest: the kept one, or the remote one, which must be that of its tar."""
+    tar, kept = f"{folder}/{entry['file']}", cache / f"{hashlib.sha256(entry['file'].encode()).hexdigest()[:16]}.npz"
+
+    def load(file: Path | io.BytesIO, expected: str | None = None) -> ShardIndex:
+        index = index_in(arrays_of(file, expected))
+        if len(index.members) != entry["images"]:
+            raise ValueError(f"{len(index.members)} images, in {SHARDS_MANIFEST} {entry['images']}")
+        return index
+
+    with contextlib.suppress(*STALE_INDEX):
+        return load(kept)
+    url = f"{tar.removesuffix('.tar')}.npz"
+    raw, expected = read_whole(url), fingerprint_in(entry["bytes"], functools.partial(read_range, tar, tries=FEW_TRIES))
+    try:
+        index = load(io.BytesIO(raw), expected)
+    except STALE_INDEX as error:
+        raise ConfigError(f"{url}: not the index of the tar beside it ({error}); copy the directory there again") from error
+    _publish_index(kept, raw)
+    return index
+
+
+def open_tars(where: str) -> RemoteShards:
+    """Tars named by braces, shard-{000000..000009}.tar, without an index: all are read once, then it is kept here."""
+    try:
+        from braceexpand import UnbalancedBracesError, braceexpand
+    except ImportError as error:
+        raise ConfigError("remote shards need braceexpand; run: pip install 'fastjepa[remote]'") from error
+    try:
+        shards = list(braceexpand(where))
+    except UnbalancedBracesError as error:
+        raise ConfigError(f"{where}: its braces do not match; write {BRACES}") from error
+    if glob := set("*[") & set(where):
+        raise ConfigError(f"{where}: {min(glob)} finds nothing there; name the shards: {BRACES}")
+    with _cache(where, b"") as cache:
+        sizes = _scan_all("sizes", size_of, shards)
+        require_ranges(shards[0], sizes[0])
+        stamps = _scan_all("shards", _stamp, list(zip(shards, sizes, strict=True)))
+        jobs = [(url, size, stamp, cache / f"{number:06d}.npz") for number, (url, size, stamp) in enumerate(stamps)]
+        _scan_new([job for job in jobs if _kept_index(job) is None], where)
+        indexes = [_kept_index(job) for job in jobs]
+    return RemoteShards(shards, where, (), indexes)
+
+
+ScanJob = tuple[str, int, str, Path]  # address of a tar, bytes, fingerprint, where its index is kept
+
+
+def _stamp(tar: tuple[str, int]) -> tuple[str, int, str]:
+    url, size = tar
+    return url, size, fingerprint_in(size, functools.partial(read_range, url, tries=FEW_TRIES))
+
+
+def _kept_index(job: ScanJob) -> ShardIndex | None:
+    with contextlib.suppress(*STALE_INDEX):
+        return index_in(arrays_of(job[3], job[2]))
+    return None
+
+
+def _scan_new(jobs: list[ScanJob], where: str) -> None:
+    if not jobs:
+        return
+    total = sum(size for _, size, _, _ in jobs) / 1e9
+    log.warning("%s: %d tars (%.2f GB) are read once to know where their images lie; that is kept", where, len(jobs), total)
+    with contextlib.closing(map_in_processes(_scan_job, None, jobs, SCANNERS)) as scanned, counting_bar() as progress:
+        for _ in progress.track(scanned, total=len(jobs), description="shards read"):
+            pass
+
+
+def _scan_job(_: None, job: ScanJob) -> None:
+    url, size, stamp, kept = job
+    index = scan_tar(url, io.BufferedReader(_File(url, size), HEADER_BLOCK))
+    file = io.BytesIO()
+    np.savez(file, **vars(index), fingerprint=stamp)
+    _publish_index(kept, file.getvalue())
+
+
+class _File(io.RawIOBase):
+    """A remote file to be read from its beginning to its end, in the blocks of the buffer around it."""
+
+    def __init__(self, url: str, size: int):
+        self._url, self._size, self._at = url, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer) -> int:
+        length = max(0, min(len(buffer), self._size - self._at))
+        buffer[:length] = read_range(self._url, self._at, length)
+        self._at += length
+        return length
+
+
+@contextlib.contextmanager
+def _cache(where: str, manifest: bytes) -> Iterator[Path]:
+    """Where the indexes of these shards are kept, one process at a time: the ranks of a node fill it together."""
+    key = "-".join(hashlib.sha256(part).hexdigest()[:16] for part in (where.encode(), manifest))
+    folder = data_dir() / "remote" / key
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise OSError(f"{folder}: cannot be written ({error.strerror}); set FASTJEPA_DATA to a directory of yours") from error
+    try:
+        import fcntl  # not on Windows, where opening the directory has failed by now
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield folder
+    finally:
+        os.close(descriptor)
+
+
+def _publish_index(path: Path, content: bytes) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def _scan_all(what: str, work: Callable[[object], ScannedResult], items: Sequence) -> list[ScannedResult]:
+    """work(item) of each, AT_ONCE at a time: requests mostly wait."""
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as executor, counting_bar() as progress:
+        try:
+            return list(progress.track(executor.map(work, items), total=len(items), description=what))
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise

@@ -1,0 +1,191 @@
+"""Where images lie: a folder, tar shards, Parquet files, idx files. Sources know files and labels, and nothing of order.
+
+A source is a numbered set of images: `len(source)`; `read(i)`, an encoded file or (H, W) or (H, W, 3) uint8; `name(i)`,
+where it lies; `label(i)`, an int or None; `classes`, the labels' names, () without labels.
+"""
+
+import errno
+import glob
+import gzip
+import logging
+import math
+import os
+import stat
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from fastjepa.config.schema import DataConfig
+from fastjepa.data.parquet import ParquetImages
+from fastjepa.data.prepare.catalog import DATASETS, closest_dataset, find_dataset
+from fastjepa.data.remote_files import is_remote
+from fastjepa.data.remote_shards import RemoteShards, open_directory, open_tars
+from fastjepa.data.splits import only_train, parquet_split, split_folder, stand_in_splits
+from fastjepa.data.tar_shards import ENDINGS, SHARDS_PLAN, TarShards, open_shards, read_manifest
+from fastjepa.errors import ConfigError
+
+log = logging.getLogger(__name__)
+FORMATS = "image files at any depth, *.tar shards, *.parquet files with an image column, or MNIST-style idx files"
+
+
+class ImageFolder:
+    """Image files at any depth below `root`, in sorted order; hidden files and links to a folder above are passed over.
+
+    Labels are the first-level folders when every image lies in one.
+    """
+
+    def __init__(self, root: str | Path):
+        self.root = str(root)
+        paths = sorted(_image_files(self.root))
+        if not paths:
+            raise ConfigError(f"{root}: no image files in it; give a directory that holds {FORMATS}")
+        # One array: lists of a million strings would be copied into every worker as their reference counts change.
+        self._paths = np.array([os.fsencode(path) for path in paths])
+        labelled = all(os.sep in path for path in paths)
+        folders = [path.split(os.sep, 1)[0] for path in paths] if labelled else []
+        self.classes = tuple(sorted(set(folders)))
+        self._labels = np.unique(folders, return_inverse=True)[1] if labelled else None
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def name(self, i: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self._paths[i]))
+
+    def read(self, i: int) -> bytes:
+        with open(self.name(i), "rb", buffering=0, opener=_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "a pipe or a device, not a file", self.name(i))
+            return file.read()
+
+    def label(self, i: int) -> int | None:
+        return None if self._labels is None else int(self._labels[i])
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a named pipe too at once, where `open` would wait for whoever writes to it."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _image_files(root: str) -> Iterator[str]:
+    def identity(folder: str) -> tuple[int, int]:
+        status = os.stat(folder)
+        return status.st_dev, status.st_ino
+
+    def unreadable(error: OSError) -> None:
+        log.warning("%s: passed over (%s)", error.filename, error.strerror)
+
+    above = {root: frozenset([identity(root)])}  # of each folder still to come: itself and those it lies in
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=unreadable):
+        chain, inside = above.pop(folder), os.path.relpath(folder, root)
+        found = {os.path.join(folder, name): name for name in folders if not name.startswith(".")}
+        fresh = {path: chain | {own} for path in found if (own := identity(path)) not in chain}
+        for path in found.keys() - fresh.keys():
+            log.warning("%s: passed over, a link to a folder it lies in", path)
+        above |= fresh
+        folders[:] = [found[path] for path in fresh]
+        for name in files:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in ENDINGS:
+                yield name if inside == "." else os.path.join(inside, name)
+
+
+class IdxPair:
+    """MNIST-style idx files, plain or gzipped, held in memory: `train-*` for split train, `t10k-*` for val and test."""
+
+    def __init__(self, directory: str | Path, split: str = "train", classes: tuple[str, ...] = ()):
+        prefix = "train" if split == "train" else "t10k"
+        self._images, self._file = _read_idx(Path(directory), f"{prefix}-images-idx3-ubyte", dims=3)
+        self._labels, labels_file = _read_idx(Path(directory), f"{prefix}-labels-idx1-ubyte", dims=1)
+        if len(self._labels) != len(self._images) or not len(self._images):
+            raise ConfigError(f"{labels_file}: {len(self._labels)} labels for {len(self._images)} images; get both files again")
+        self.classes = classes or tuple(map(str, range(int(self._labels.max()) + 1)))
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def name(self, i: int) -> str:
+        return f"{self._file}[{i}]"
+
+    def read(self, i: int) -> np.ndarray:
+        return self._images[i]
+
+    def label(self, i: int) -> int:
+        return int(self._labels[i])
+
+
+def _read_idx(directory: Path, stem: str, dims: int) -> tuple[np.ndarray, Path]:
+    """The uint8 array of an idx file: bytes 0 0 8 dims, the shape as big-endian int32, the values."""
+    path = next((p for p in (directory / stem, directory / f"{stem}.gz") if p.is_file()), None)
+    if path is None:
+        raise ConfigError(f"{directory / stem}.gz: no such file; put the four idx files of the data set into {directory}")
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ConfigError(f"{path}: cannot be unpacked ({error}); delete it and get it again") from error
+    header = 4 + 4 * dims
+    shape = np.frombuffer(raw[4:header], dtype=">i4").tolist()
+    if raw[:4] != bytes([0, 0, 8, dims]) or len(raw) != header + math.prod(shape):
+        raise ConfigError(f"{path}: not an idx file of {dims} dimensions of bytes; delete it and get it again")
+    return np.frombuffer(bytearray(raw), dtype=np.uint8, offset=header).reshape(shape), path
+
+
+Source = ImageFolder | TarShards | ParquetImages | IdxPair
+
+
+def open_source(source: DataConfig | str | Path, split: str = "train") -> Source:
+    """Open a data set by catalog name, directory, .tar shard, .parquet file, a glob of either, or an address of shards.
+
+    A directory holds images at any depth, with or without class folders; *.tar shards; *.parquet files, in it or in its
+    data/; or MNIST-style idx files. One with train/ beside val/ or test/ (ImageNet's layout) is split by them, Parquet
+    files by the split that their names begin with; any other is all train. `split` is "train", "val" or "test"; val and
+    test stand in for each other. An address, https:// or s3://, is that of a directory that `fastjepa data shard` wrote, or
+    of tars by braces, shard-{000000..000009}.tar. ConfigError, naming the path and the remedy, when there is nothing to read.
+    """
+    where = _where(source)
+    if is_remote(where):
+        return _open_remote(where, split)
+    if where in DATASETS:
+        return _open_directory(find_dataset(where), split, DATASETS[where].classes)
+    if os.path.isdir(where):
+        return _open_directory(Path(where), split)
+    if where.endswith((".tar", ".parquet")) or glob.has_magic(where):
+        return _open_files(sorted(glob.glob(where, recursive=True)) if glob.has_magic(where) else [where], where, split)
+    raise ConfigError(f"data source {where!r} is neither a directory nor a data set's name; {closest_dataset(where)}")
+
+
+def _where(source: DataConfig | str | Path) -> str:
+    if isinstance(source, DataConfig):
+        source = source.source or os.path.join(source.root_path or "", source.image_folder or "")
+        if not source:
+            raise ConfigError(f"data.source is not set; give a directory, or one of: {', '.join(DATASETS)}")
+    return os.path.expanduser(source)
+
+
+def _open_remote(where: str, split: str) -> RemoteShards:
+    if where.endswith(".tar"):
+        return open_tars(only_train(where, where, split))
+    return open_directory(where, stand_in_splits(split, ("train", "val", "test")))
+
+
+def _open_files(paths: list[str], where: str, split: str) -> Source:
+    parquet = [path for path in paths if path.endswith(".parquet")]
+    if parquet:
+        return ParquetImages(only_train(parquet, where, split), where)
+    shards = only_train([path for path in paths if path.endswith(".tar")], where, split)
+    manifests = [read_manifest(folder) for folder in {Path(shard).parent for shard in shards}]
+    return TarShards(shards, where, manifests[0]["classes"] if len(manifests) == 1 and manifests[0] else ())
+
+
+def _open_directory(root: Path, split: str, classes: tuple[str, ...] = ()) -> Source:
+    if any(root.glob("*-images-idx3-ubyte*")):
+        return IdxPair(root, split, classes)
+    tables = sorted(root.glob("*.parquet")) or sorted(root.glob("data/*.parquet"))
+    if tables:
+        return ParquetImages(parquet_split(tables, root, split), root)
+    folder = split_folder(root, split)
+    tables = sorted(folder.glob("*.parquet"))
+    if tables:
+        return ParquetImages(tables, folder)
+    return open_shards(folder) if (folder / SHARDS_PLAN).exists() or any(folder.glob("*.tar")) else ImageFolder(folder)

@@ -1,0 +1,49 @@
+"""Learning rate, weight decay and EMA momentum as pure functions of the step (paper, appendix A.1)."""
+
+import math
+from dataclasses import dataclass
+
+from fastjepa.config.schema import OptimizationConfig
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What the schedules say at one step."""
+
+    lr: float
+    weight_decay: float
+    ema_momentum: float
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Call it with a step (0 is the first) to get its Now.
+
+    As in the official code, learning rate and weight decay are advanced before the optimizer step, so that step 0
+    already uses their value at 1, while the momentum starts at its value at 0.
+    """
+
+    optimization: OptimizationConfig
+    steps_per_epoch: int
+
+    @property
+    def total_steps(self) -> int:
+        return self.optimization.epochs * self.steps_per_epoch
+
+    def __call__(self, step: int) -> StepSettings:
+        o = self.optimization
+        stretched = o.ipe_scale * self.total_steps
+        horizon, warmup = int(stretched), int(o.warmup * self.steps_per_epoch)
+        if step + 1 < warmup:
+            lr = o.start_lr + (step + 1) / warmup * (o.lr - o.start_lr)
+        else:
+            lr = cosine_between(o.lr, o.final_lr, (step + 1 - warmup) / max(1, horizon - warmup))
+        weight_decay = cosine_between(o.weight_decay, o.final_weight_decay, (step + 1) / max(1, horizon))
+        momentum = o.ema[0] + step * (o.ema[1] - o.ema[0]) / stretched
+        return StepSettings(lr, weight_decay, momentum, step)
+
+
+def cosine_between(start: float, end: float, progress: float) -> float:
+    """From start (progress 0) to end (1) along half a cosine, and at end from there on."""
+    return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))

@@ -1,0 +1,35 @@
+"""Mistakes that are told in one sentence: the classes of errors, and the sentence for each."""
+
+import re
+
+
+def is_users_to_mend(error: Exception) -> bool:
+    """Whether an error is the user's to mend: its message is the whole story, or memory ran out."""
+    return isinstance(error, ConfigError | OSError | RunError) or is_out_of_memory(error)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Of a GPU (torch's OutOfMemoryError, or cuBLAS without a workspace) or of the host."""
+    named = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
+    return named or any(words in str(error) for words in ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"))
+
+
+def out_of_memory_sentence(error: Exception, command: str) -> str:
+    """Out of memory in one sentence: torch's own is a paragraph about its allocator."""
+    wanted = re.search(r"[Tt]ried to allocate ([0-9.]+ \w+)", str(error))
+    asked = f"out of memory{f', {wanted[1]} more were asked for' if wanted else ''}"
+    train = "lower runtime.micro_batch or set runtime.checkpoint_activations=true, which change no result; `fastjepa plan` says"
+    other = "close what else uses it, take --device cpu, or less at a time: --help says"
+    return f"{asked}; {train} what fits" if command == "train" else f"{asked}; {other} how"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the key, the file and the remedy."""
+
+
+class CheckpointError(OSError):
+    """A checkpoint that cannot be written, or cannot be trusted; the message names the file and the remedy."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on; the message names the step and the last good checkpoint."""

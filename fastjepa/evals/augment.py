@@ -1,0 +1,37 @@
+"""Augmented training images for evaluations: every draw is a function of (seed, view, image), never of the order of work."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastjepa.data.crops import BLOCKS_PER_SAMPLE, CROP_TRIES, crop_box, crop_image
+from fastjepa.evals.scoring import VIEW_DRAW
+from fastjepa.rng import SPLIT_STREAM, generator
+
+CROP_SCALE = (0.08, 1.0)  # torchvision's and VISSL's default
+RAND_OPS, RAND_MAGNITUDE = 2, 9  # Cubuk et al. 2020
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random resized crop (area 0.08 to 1, aspect 3/4 to 4/3), a flip with probability 1/2, then RandAugment if asked for.
+
+    One Augment is one view: an epoch of fine-tuning, or one of `--views`.
+    """
+
+    seed: int
+    view: int
+    rand_augment: bool = False
+
+    def __call__(self, image: Tensor, row: int, size: tuple[int, int]) -> Tensor:
+        """(C, h, w) uint8, image `row` of its source -> (C, *size) uint8."""
+        draws = generator(self.seed, SPLIT_STREAM, VIEW_DRAW + self.view, row * BLOCKS_PER_SAMPLE).random(4 * CROP_TRIES + 2)
+        image = crop_image(image, crop_box(*image.shape[1:], CROP_SCALE, draws), size, flip=draws[-2] < 0.5)
+        if not self.rand_augment:
+            return image
+        from torchvision.transforms.v2 import RandAugment  # here: torchvision takes seconds to import
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(draws[-1] * 2**53))
+            return RandAugment(RAND_OPS, RAND_MAGNITUDE)(image)

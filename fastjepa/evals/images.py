@@ -1,0 +1,81 @@
+"""Images as an evaluation sees them: decoded, fitted to one size, in batches."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fastjepa.data.crops import fit_to
+from fastjepa.data.decode_pillow import DecodeError, decode_image
+from fastjepa.data.prepare.processes import console
+from fastjepa.data.sources import Source
+from fastjepa.errors import ConfigError
+
+Augmentation = Callable[[Tensor, int, tuple[int, int]], Tensor]  # (image, its row of the source, size) -> image of that size
+MeanStd = tuple[tuple[float, ...], tuple[float, ...]]
+FEW_IMAGES = 256  # images that are decoded sooner than processes start
+
+
+class EvalImages(Dataset):
+    """Images of a source as an evaluation sees them: (C, H, W) uint8, one view each."""
+
+    def __init__(
+        self,
+        source: Source,
+        size: tuple[int, int],
+        channels: int,
+        rows: np.ndarray | None = None,
+        augment: Augmentation | None = None,
+    ):
+        self.source, self.size, self.channels, self.augment = source, size, channels, augment
+        self.rows = np.arange(len(source)) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Tensor | str:
+        """The image, or what is wrong with it: an exception would arrive from a worker as its whole traceback."""
+        row = int(self.rows[i])
+        try:
+            image = decode_image(self.source.read(row), self.channels)
+            return self.augment(image, row, self.size) if self.augment else fit_to(image, self.size)
+        except (DecodeError, OSError) as error:
+            return f"{self.source.name(row)}: cannot be evaluated ({error}); repair or remove it"
+
+    def labels(self) -> Tensor:
+        """(n,) int64; ConfigError for an image without one."""
+        found = [self.source.label(int(row)) for row in self.rows]
+        if None in found:
+            name = self.source.name(int(self.rows[found.index(None)]))
+            raise ConfigError(f"{name}: has no label, and probes need labels; put the images into one folder per class")
+        return torch.tensor(found, dtype=torch.int64)
+
+    def batches(self, size: int, workers: int | None = None, about: str = "features") -> Iterator[Tensor]:
+        """(b, C, H, W) uint8 blocks in order, with a progress bar on a terminal; OSError names a bad file."""
+        if workers is None:
+            here = len(self) < FEW_IMAGES or isinstance(self.source.read(int(self.rows[0])), np.ndarray)
+            workers = 0 if here else min(4, os.cpu_count() or 1)
+        loader = DataLoader(self, size, num_workers=workers, collate_fn=_stack)
+        for block in watched(loader, about):
+            if isinstance(block, str):
+                raise OSError(block)
+            yield block
+
+
+def watched(items: Iterable, about: str) -> Iterable:
+    """The same items, with a progress bar on a terminal that leaves nothing behind."""
+    return track(items, about, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _stack(items: list[Tensor | str]) -> Tensor | str:
+    return next((item for item in items if isinstance(item, str)), None) or torch.stack(items)
+
+
+def normalise_pixels(pixels: Tensor, mean_std: MeanStd) -> Tensor:
+    """(b, C, H, W) uint8 -> fp32 with the given mean and standard deviation taken out."""
+    mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in mean_std)
+    return (pixels.float() / 255 - mean) / std

@@ -1,0 +1,94 @@
+"""Patch features before any pooling: on the disk in bf16 where they fit, else made anew each time they are asked for."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastjepa.data.prepare.processes import console
+from fastjepa.evals.images import EvalImages, normalise_pixels, watched
+from fastjepa.evals.inputs import Split, Subject
+from fastjepa.model.vit import choose_attention, use_attention
+
+MEMORY_SHARE = 0.5  # of the free disk that patch features may take
+IMAGES_A_BLOCK = 256  # images of one forward pass
+
+
+@dataclass(frozen=True)
+class PatchFeatures:
+    """Patch features of n images of classes `y` (n,) int64.
+
+    `read(rows, size, about)`: those of the images `rows` (m,), in blocks (size, N, D) bf16 on the evaluation's device,
+    under a progress bar of the name `about`.
+    """
+
+    y: Tensor
+    read: Callable[[Tensor, int, str], Iterable[Tensor]]
+
+
+def held_in_memory(x: Tensor, y: Tensor, device: str | torch.device = "cpu") -> PatchFeatures:
+    """Of features (n, N, D) that are there, in memory or mapped from a file."""
+    return PatchFeatures(y, lambda rows, size, about: (x[block].to(device) for block in watched(rows.split(size), about)))
+
+
+def streamed_from_disk(subject: Subject, encoder: nn.Module, split: Split) -> PatchFeatures:
+    """Of an encoder, which makes them each time."""
+    encoder = encoder.to(subject.device)
+    use_attention(encoder, choose_attention("auto", subject.device, subject.dtype))
+    channels = subject.config.data.channels
+
+    def read(rows: Tensor, size: int, about: str) -> Iterator[Tensor]:
+        images = EvalImages(split.source, subject.size, channels, split.rows[rows.numpy()])
+        low = subject.dtype == torch.bfloat16
+        for pixels in images.batches(size, about=about):
+            with torch.inference_mode(), torch.autocast(subject.device.type, torch.bfloat16, enabled=low):
+                patches = encoder.features(normalise_pixels(pixels.to(subject.device), subject.config.mean_std)).bfloat16()
+            yield patches.clone()  # outside of inference mode: a probe learns from it
+
+    return PatchFeatures(EvalImages(split.source, subject.size, channels, split.rows).labels(), read)
+
+
+def patch_features_of(subject: Subject, encoder: nn.Module, split: Split) -> PatchFeatures:
+    """Of one split, from the subject's cache, filled first where it is empty; streamed where they are not to be kept."""
+    made = streamed_from_disk(subject, encoder, split)
+    if subject.cache is None:
+        return made
+    patches = math.prod(subject.size) // math.prod(encoder.patch_embed.proj.kernel_size)
+    shape = (len(split.rows), patches, encoder.embed_dim)
+    name = hashlib.sha256(json.dumps(subject.encoder_key(encoder) | split.key, sort_keys=True).encode()).hexdigest()[:32]
+    file = subject.cache / f"{name}.tokens.npy"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        needed, free = 2 * math.prod(shape), shutil.disk_usage(file.parent).free
+        if needed > MEMORY_SHARE * free:
+            console.print(f"{split.name}: {needed / 1e9:.1f} GB of patch features are above half of the {free / 1e9:.1f} GB "
+                          f"free on {file.parent}: each epoch makes them anew")  # fmt: skip
+            return made
+        _write_features(file, made, shape)
+    stored = np.load(file, mmap_mode="c")  # torch wants an array it could write to
+    if stored.shape != shape:
+        raise OSError(f"{file}: holds {stored.shape}, not {shape}; delete the file")
+    return held_in_memory(torch.from_numpy(stored).view(torch.bfloat16), made.y, subject.device)
+
+
+def _write_features(file: Path, made: PatchFeatures, shape: tuple[int, ...]) -> None:
+    """All of them as 16-bit integers, NumPy having no bf16, under the file's name once they are whole."""
+    hidden = file.with_name(f".{file.name}.{os.getpid()}")
+    out = np.lib.format.open_memmap(hidden, "w+", np.int16, shape)
+    start = 0
+    try:
+        for block in made.read(torch.arange(shape[0]), IMAGES_A_BLOCK, "patch features"):
+            out[start : start + len(block)] = block.cpu().view(torch.int16).numpy()
+            start += len(block)
+        out.flush()
+        hidden.replace(file)
+    finally:
+        hidden.unlink(missing_ok=True)

@@ -1,0 +1,19 @@
+"""A micro-batch: images and their masks."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fastjepa.data.decode_dali import Encoded
+from fastjepa.masks.packed import Blocks, Movable, Packed
+
+
+@dataclass(frozen=True)
+class Batch(Movable):
+    """A micro-batch of b images and their masks."""
+
+    images: Tensor | Encoded  # (b, C, H, W) uint8, or the files it is to be made of
+    context: Packed  # K*b sequences of context patches
+    target: Packed  # b sequences, the union of each image's target blocks
+    blocks: Blocks
+    bad: tuple[str, ...]  # files replaced in this micro-batch

@@ -1,0 +1,195 @@
+"""How target blocks and context are laid out on an image's patches: `mask.strategy`, before any cut.
+
+Multi-block masks are those of I-JEPA (Assran et al., 2023): R target blocks, and K context blocks from which the image's
+own targets are removed. The other strategies are those of its ablation (table 6): one context, all that is no target.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastjepa.config.schema import MaskConfig
+from fastjepa.errors import ConfigError
+from fastjepa.rng import MASK_STREAM, generator
+
+Grid = tuple[int, int]  # (rows, columns) of patches
+Ranges = tuple[tuple[float, float], tuple[float, float]]  # (scale, aspect) of a block
+
+# Lanes of a step's random stream, 2**64 blocks apart; contexts use one lane an attempt from CONTEXTS on.
+SIZE_LANE, TARGET_LANE, CHOICE_LANE, CONTEXT_LANE = range(4)
+CONTEXT_TRIES = 20  # context blocks tried before one more target block is no longer excluded (official)
+HIDDEN_SHARE = 0.6  # of the grid that is target in block and random masks (paper)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Slots start to stop of one step's global batch; `shared`: all of them draw what slot 0 draws."""
+
+    seed: int
+    step: int
+    start: int
+    stop: int
+    shared: bool = False
+
+    def uniforms(self, lane: int, masks: int, count: int) -> np.ndarray:
+        """Doubles in [0, 1), shape (slots, masks, count); a slot owns whole blocks of four, so that it can be drawn alone."""
+        blocks = -(-masks * count // 4)
+        start, stop = (0, 1) if self.shared else (self.start, self.stop)
+        random = generator(self.seed, MASK_STREAM, self.step, (lane << 64) + start * blocks)
+        drawn = random.random((stop - start, 4 * blocks))[:, : masks * count].reshape(-1, masks, count)
+        return np.broadcast_to(drawn, (self.stop - self.start, masks, count)) if self.shared else drawn
+
+
+def lay_out(mask: MaskConfig, grid: Grid, slots: Slots) -> tuple[np.ndarray, np.ndarray]:
+    """Uncut masks of a range of slots: context (b, K, N) and target (b, R, N), both bool."""
+    if mask.strategy == "multiblock":
+        return _multiblock(mask, grid, slots)
+    target = {"block": _single_block, "rasterized": _three_quadrants, "random": _random_patches}[mask.strategy](
+        mask, grid, slots
+    )
+    return ~target.any(axis=1, keepdims=True), target
+
+
+def fewest_patches(mask: MaskConfig, grid: Grid) -> tuple[int, int]:
+    """The fewest patches of a context and of a target block, of the strategies whose context is all that is no target."""
+    patches = grid[0] * grid[1]
+    if mask.strategy == "rasterized":
+        quadrant = (grid[0] // 2) * (grid[1] // 2)
+        return quadrant, quadrant
+    if mask.strategy == "random":
+        return patches - round(HIDDEN_SHARE * patches), round(HIDDEN_SHARE * patches)
+    heights = np.arange(*_block_heights(mask, grid, np.array([0.0, 1.0])) + (0, 1))
+    areas = heights * _block_width(grid, heights)
+    return int(patches - areas.max()), int(areas.min())
+
+
+def _single_block(mask: MaskConfig, grid: Grid, slots: Slots) -> np.ndarray:
+    """(b, 1, N): one rectangle of HIDDEN_SHARE of the grid, to the nearest whole column, in any place and shape."""
+    aspect, down, right = np.moveaxis(slots.uniforms(TARGET_LANE, 1, 3), -1, 0)  # (b, 1)
+    h = _block_heights(mask, grid, aspect)
+    return _placed(grid, h, _block_width(grid, h), down, right, grid)
+
+
+def _block_heights(mask: MaskConfig, grid: Grid, draw: np.ndarray) -> np.ndarray:
+    """Heights of the single block for draws in [0, 1) over mask.aspect_ratio, such that no width passes the grid's."""
+    (rows, cols), (aspect, aspect_end) = grid, mask.aspect_ratio
+    area = HIDDEN_SHARE * rows * cols
+    return np.clip(np.rint(np.sqrt(area * (aspect + draw * (aspect_end - aspect)))), math.ceil(area / cols), rows)
+
+
+def _block_width(grid: Grid, heights: np.ndarray) -> np.ndarray:
+    return np.rint(HIDDEN_SHARE * grid[0] * grid[1] / heights)
+
+
+def _three_quadrants(mask: MaskConfig, grid: Grid, slots: Slots) -> np.ndarray:
+    """(b, 3, N): a target block for each quadrant of the grid but one, which is drawn."""
+    rows, cols = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
+    quadrant = 2 * (rows >= grid[0] // 2) + (cols >= grid[1] // 2)  # (N,) 0 to 3
+    kept = np.floor(4 * slots.uniforms(TARGET_LANE, 1, 1))  # (b, 1, 1)
+    return quadrant == (kept + [[1], [2], [3]]) % 4
+
+
+def _random_patches(mask: MaskConfig, grid: Grid, slots: Slots) -> np.ndarray:
+    """(b, 1, N): HIDDEN_SHARE of the patches at random, as one target block."""
+    order = slots.uniforms(TARGET_LANE, 1, grid[0] * grid[1])
+    target = np.zeros(order.shape, bool)
+    count = round(HIDDEN_SHARE * target.shape[2])
+    np.put_along_axis(target, np.argpartition(order, count - 1, axis=2)[..., :count], True, axis=2)
+    return target
+
+
+def _multiblock(mask: MaskConfig, grid: Grid, slots: Slots) -> tuple[np.ndarray, np.ndarray]:
+    """Uncut masks of a range of slots: context (b, K, N) and target (b, R, N)."""
+    target_size, context_size = generator(slots.seed, MASK_STREAM, slots.step, SIZE_LANE).random(2)
+    uniforms = slots.uniforms(TARGET_LANE, mask.num_pred_masks, 4)
+    target = _blocks_of(mask, grid, target_ranges(mask), target_size, uniforms)
+    return _contexts(mask, grid, slots, context_size, target), target
+
+
+def _contexts(mask: MaskConfig, grid: Grid, slots: Slots, size: float, target: np.ndarray) -> np.ndarray:
+    """(b, K, N): context blocks minus targets, each redrawn while it is too small.
+
+    Every TRIES failures the last target block still excluded is let go (official), so the last attempt excludes none
+    and cannot fail unless `check` refuses the settings.
+    """
+    excluding = 0 if mask.allow_overlap else target.shape[1]
+    context = np.empty((target.shape[0], mask.num_enc_masks, target.shape[2]), bool)
+    image, k = np.nonzero(np.ones(context.shape[:2], bool))  # the masks still to be drawn
+    for attempt in range(CONTEXT_TRIES * excluding + 1):
+        if attempt % CONTEXT_TRIES == 0:
+            free = ~target[:, : excluding - attempt // CONTEXT_TRIES].any(axis=1)  # (b, N)
+        uniforms = slots.uniforms(CONTEXT_LANE + attempt, mask.num_enc_masks, 4)[image, k]
+        block = _blocks_of(mask, grid, context_ranges(mask), size, uniforms) & free[image]
+        fits = np.count_nonzero(block, axis=1) > mask.min_keep
+        context[image[fits], k[fits]] = block[fits]
+        image, k = image[~fits], k[~fits]
+        if not image.size:
+            return context
+    raise ConfigError(f"mask.enc_mask_scale: no context block holds more than mask.min_keep: {mask.min_keep}; raise the scale")
+
+
+def target_ranges(mask: MaskConfig) -> Ranges:
+    return mask.pred_mask_scale, mask.aspect_ratio
+
+
+def context_ranges(mask: MaskConfig) -> Ranges:
+    return mask.enc_mask_scale, (1.0, 1.0)
+
+
+def reachable_grid(mask: MaskConfig, grid: Grid) -> Grid:
+    """Rows and columns that blocks can touch: official sampling never reaches the last of either."""
+    edge = mask.sampling == "official"
+    return grid[0] - edge, grid[1] - edge
+
+
+def _blocks_of(mask: MaskConfig, grid: Grid, ranges: Ranges, shared: float, uniforms: np.ndarray) -> np.ndarray:
+    """Blocks (..., N) from uniforms (..., 4): scale, aspect, top, left.
+
+    Official sampling has one number for both scale and aspect of all blocks of a step: `shared`.
+    """
+    height, width = reachable_grid(mask, grid)
+    scale, aspect, down, right = np.moveaxis(uniforms, -1, 0)
+    if mask.sampling == "official":
+        scale = aspect = shared
+    h, w = _block_size(mask, grid, ranges, scale, aspect)
+    return _placed(grid, h, w, down, right, (height, width))
+
+
+def _placed(grid: Grid, h: np.ndarray, w: np.ndarray, down: np.ndarray, right: np.ndarray, within: Grid) -> np.ndarray:
+    """(..., N): rectangles of h rows and w columns, each at the place that draws in [0, 1) say among those `within`."""
+    in_rows = _interval(np.floor(down * (within[0] - h + 1)), h, grid[0])
+    in_cols = _interval(np.floor(right * (within[1] - w + 1)), w, grid[1])
+    return (in_rows[..., :, None] & in_cols[..., None, :]).reshape(*down.shape, grid[0] * grid[1])
+
+
+def _interval(start: np.ndarray, length: np.ndarray, side: int) -> np.ndarray:
+    """(..., side) bool: true at the `length` places from `start` on."""
+    place = np.arange(side)
+    return (place >= start[..., None]) & (place < (start + length)[..., None])
+
+
+def _block_size(mask: MaskConfig, grid: Grid, ranges: Ranges, scale_draw, aspect_draw) -> tuple[np.ndarray, np.ndarray]:
+    """Heights and widths in patches for draws in [0, 1) over the ranges of scale and aspect (height / width)."""
+    (scale, scale_end), (aspect, aspect_end) = ranges
+    height, width = reachable_grid(mask, grid)
+    area = np.floor(grid[0] * grid[1] * (scale + scale_draw * (scale_end - scale)))
+    aspect = aspect + aspect_draw * (aspect_end - aspect)
+    return np.minimum(np.rint(np.sqrt(area * aspect)), height), np.minimum(np.rint(np.sqrt(area / aspect)), width)
+
+
+def smallest_block(mask: MaskConfig, grid: Grid, ranges: Ranges) -> int:
+    """Area of the smallest block that can be drawn.
+
+    Area is a step function of the draw: it is tried at and between all places where a rounding can tip over. With
+    independent draws the smallest scale is the worst for every aspect; official sampling ties the two together.
+    """
+    (scale, scale_end), (aspect, aspect_end) = ranges
+    patches, half = grid[0] * grid[1], np.arange(max(grid)) + 0.5
+    areas = np.arange(max(1, int(patches * scale)), int(patches * scale_end) + 2)[:, None]
+    tips = [((areas / patches - scale) / (scale_end - scale or 1)).ravel()]
+    tips += [((tip - aspect) / (aspect_end - aspect or 1)).ravel() for tip in (half**2 / areas, areas / half**2)]
+    tips = np.unique(np.clip(np.concatenate([[0.0, 1.0], *tips]), 0.0, np.nextafter(1.0, 0.0)))
+    draws = np.concatenate([tips, (tips[1:] + tips[:-1]) / 2])
+    h, w = _block_size(mask, grid, ranges, draws if mask.sampling == "official" else 0.0, draws)
+    return int((h * w).min())

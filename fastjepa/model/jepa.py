@@ -1,0 +1,39 @@
+"""The pair that is trained, and its construction from a config."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from fastjepa.config.schema import Config
+from fastjepa.masks.packed import Blocks, Packed
+from fastjepa.model.predictor import Predictor
+from fastjepa.model.vit import Encoder
+
+
+class Jepa(nn.Module):
+    """What is trained: the context encoder and the predictor."""
+
+    def __init__(self, encoder: Encoder, predictor: Predictor):
+        super().__init__()
+        self.encoder, self.predictor = encoder, predictor
+
+    def forward(self, images: Tensor, context: Packed, blocks: Blocks) -> tuple[Tensor, Tensor]:
+        """(b, C, H, W) -> predictions (Q, D) and context features (T, D)."""
+        features = self.encoder(images, context)
+        return self.predictor(features, context, blocks), features
+
+
+def build_pair(config: Config) -> tuple[Jepa, Encoder]:
+    """The trained pair and the target encoder, its copy; weights are a function of runtime.seed alone."""
+    dim, depth, heads, mlp_ratio = config.encoder_shape
+    meta = config.meta
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.runtime.seed)
+        patch, channels = config.mask.patch_size, config.data.channels
+        encoder = Encoder(config.grid, patch, channels, config.mean_std, dim, depth, heads, mlp_ratio)
+        pred_heads = meta.pred_num_heads or heads
+        predictor = Predictor(config.grid, dim, meta.pred_emb_dim, meta.pred_depth, pred_heads, config.target_dim)
+    for network in (encoder, predictor):
+        network.checkpointed = config.runtime.checkpoint_activations
+    return Jepa(encoder, predictor), copy.deepcopy(encoder).requires_grad_(False)

@@ -1,0 +1,188 @@
+"""The attention of the networks: `runtime.attention` names a way, the kernels' one door runs it over packed sequences."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastjepa.errors import ConfigError
+from fastjepa.masks.packed import Packed, full_sequences
+from fastjepa_kernels import attention_way, gather_tokens, gather_tokens_repeated, varlen_attention
+from fastjepa_kernels.layers import MaskedPatchEmbed
+
+
+def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The implementation `runtime.attention: name` means here; ConfigError where the one asked for cannot run."""
+    try:
+        return attention_way(name, device, dtype)
+    except ValueError as error:
+        raise ConfigError(f"runtime.{error}") from error
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, queries: Packed, keys: Packed, way: str) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v within each sequence.
+
+    Args:
+        q: (Tq, H, d); k, v: (Tk, H, d), fp32, bf16 or fp16.
+        queries, keys: sequence s of the one attends to sequence s of the other; only lengths are used.
+        way: what `choose` returned.
+
+    Returns:
+        (Tq, H, d).
+    """
+    return varlen_attention(q, k, v, queries.cu_seqlens, keys.cu_seqlens, queries.max_len, keys.max_len, way)
+
+
+RepeatedRows = tuple[Tensor, Tensor]  # order and starts, as in Blocks
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.way = "sdpa"  # set for the whole network by `use_attention`
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(
+        self, x: Tensor, sequences: Packed, queries: Packed | None = None, repeats: RepeatedRows | None = None
+    ) -> Tensor:
+        """x: (M, D) normalised rows -> (T, D), or (Q, D) for the rows `queries.idx` alone.
+
+        With `repeats`, x is a table of distinct rows and `sequences.idx` says which of them each of the T rows is.
+        """
+        dim = self.proj.in_features
+        if repeats is not None:
+            qkv = gather_tokens_repeated(self.qkv(x), sequences.idx, repeats)  # (T, 3D)
+            q, kv = qkv[:, :dim], qkv[:, dim:]
+            q = q if queries is None else gather_tokens(q, queries.idx)
+        elif queries is None:
+            q, kv = self.qkv(x).split((dim, 2 * dim), dim=1)
+        else:
+            q = F.linear(gather_tokens(x, queries.idx), self.qkv.weight[:dim], self.qkv.bias[:dim])
+            kv = F.linear(x, self.qkv.weight[dim:], self.qkv.bias[dim:])
+        k, v = kv.view(kv.shape[0], 2, self.num_heads, -1).unbind(1)
+        q = q.view(q.shape[0], self.num_heads, -1)
+        out = packed_attention(q, k, v, queries or sequences, sequences, self.way)
+        return self.proj(out.reshape(q.shape[0], dim))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, round(dim * mlp_ratio))
+
+    def forward(
+        self, x: Tensor, sequences: Packed, queries: Packed | None = None, repeats: RepeatedRows | None = None
+    ) -> Tensor:
+        """(M, D) -> (T, D) or, with `queries`, (Q, D); arguments as in Attention."""
+        mixed = self.attn(self.norm1(x), sequences, queries, repeats)
+        if repeats is not None:
+            x = gather_tokens_repeated(x, sequences.idx, repeats)
+        if queries is not None:
+            x = gather_tokens(x, queries.idx)
+        x = x + mixed
+        return x + self.mlp(self.norm2(x))
+
+
+class Encoder(nn.Module):
+    """Vision transformer without a class token, fixed 2-d sine-cosine positions (paper, appendix A)."""
+
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        patch_size: int,
+        channels: int,
+        mean_std: tuple[Sequence[float], Sequence[float]],
+        dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float,
+    ):
+        super().__init__()
+        self.grid, self.embed_dim, self.checkpointed = grid, dim, False
+        self.register_buffer("pos_embed", sincos_positions(dim, grid))  # (1, N, D)
+        self.patch_embed = MaskedPatchEmbed(patch_size, channels, dim, mean=mean_std[0], std=mean_std[1])
+        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.apply(init_weights)
+
+    def forward(self, images: Tensor, visible: Packed | None = None, wanted: Packed | None = None) -> Tensor:
+        """Features of patches after the final norm.
+
+        Args:
+            images: (b, C, H, W), uint8, or floats that are normalised; any resolution that is a multiple of the patch.
+            visible: the patches that are seen, as sequences of flat rows; default: every image whole.
+            wanted: the rows (of the T that are seen) to return; default: all.
+
+        Returns:
+            (T, D), or (Q, D) for the wanted rows.
+        """
+        p = self.patch_embed.proj.kernel_size[0]
+        grid = images.shape[2] // p, images.shape[3] // p
+        positions = self.positions(grid)  # (N, D)
+        x = self.patch_embed(images, None if visible is None else visible.idx)
+        if visible is None:
+            visible = full_sequences(len(images), grid[0] * grid[1], images.device)
+            x = (x.view(len(images), *positions.shape) + positions).flatten(0, 1)
+        else:
+            x = x + positions.index_select(0, visible.idx % len(positions))
+        for block in self.blocks[:-1]:
+            x = run_block(block, self.checkpointed, x, visible)
+        return self.norm(run_block(self.blocks[-1], self.checkpointed, x, visible, wanted))
+
+    def features(self, images: Tensor) -> Tensor:
+        """(b, C, H, W) -> (b, N, D)"""
+        return self(images).view(len(images), -1, self.embed_dim)
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        if grid == self.grid:
+            return self.pos_embed[0]
+        return sincos_positions(self.embed_dim, grid)[0].to(self.pos_embed)
+
+
+def use_attention(network: nn.Module, way: str) -> None:
+    for module in network.modules():
+        if isinstance(module, Attention):
+            module.way = way
+
+
+def run_block(block: Block, checkpointed: bool, *args) -> Tensor:
+    """Call a block, recomputing its activations in the backward pass when asked to."""
+    if checkpointed and torch.is_grad_enabled():
+        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)  # nothing in a block is random
+    return block(*args)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Truncated normal, 0.02, as the official code ends up with (its depth-wise rescale is overwritten)."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
+    """(1, N, dim) fp32: the first half of the channels encodes the column, the second the row, each sines then cosines."""
+    if dim % 4:
+        raise ConfigError(f"positions need a width divisible by 4, not {dim}")
+    rate = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    angles = [axis.reshape(-1, 1) * rate for axis in (columns, rows)]  # 2 x (N, dim / 4)
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)[None].float()

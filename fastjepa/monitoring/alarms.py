@@ -1,0 +1,105 @@
+"""Warnings that name a collapse, its likely cause and the key to turn."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from fastjepa.config.schema import Config
+from fastjepa.engine.schedule import StepSettings
+
+INITIAL_STD = 0.02  # of every weight matrix
+
+
+class CollapseSign(NamedTuple):
+    """A reading that must not fall below `floor` times its value at the start."""
+
+    name: str
+    floor: float
+    meaning: str
+
+
+COLLAPSE_SIGNS = (
+    CollapseSign("feature_std", 0.25, "complete collapse, every patch is getting the same features"),
+    CollapseSign("image_std", 0.25, "complete collapse, every image is getting the same features"),
+    CollapseSign("effective_rank", 0.5, "dimensional collapse, the features are shrinking to a few directions"),
+    CollapseSign("lidar", 0.5, "dimensional collapse, few directions tell images apart"),
+)
+JUMP = 2.0  # a loss this many times all of the three readings before
+STILL = 0.01  # k-NN accuracy above that at the start which is none
+SHORT_MEMORY = 10  # steps: a target encoder that averages fewer follows the context encoder at once
+BIG_STEP = 0.25  # Adam moves a weight by about the learning rate a step: this share of its initial size is much
+
+
+def collapse_alarms(
+    history: Sequence[Mapping[str, float]], now: StepSettings, config: Config, warmup_steps: float = 0
+) -> list[str]:
+    """Sentences for what the last of the readings confirms: the step, what was seen, the likely cause, the key to turn.
+
+    Every kind warns at its second bad reading in a row and not again until it has recovered, so one odd batch never
+    warns and a long collapse warns once. Readings that are not finite are bad.
+
+    Args:
+        history: readings by name, and `step` and `loss`, in the order they were taken; a name may be missing in some.
+        now: the schedules' values, of which the likely cause is read.
+        warmup_steps: until when a k-NN may stand where it stood at the start.
+    """
+    if not history:
+        return []
+    last, found = history[-1], []
+    for sign in COLLAPSE_SIGNS:
+        start, *values = readings_of(history, sign.name) or [0.0]
+        bad = [not value >= sign.floor * start for value in values]
+        if sign.name in last and start > 0 and is_confirmed(bad):
+            share = f"{values[-1] / start:.0%} of its value at the start, {start:.3g}"
+            found.append(f"{sign.meaning} ({sign.name} {values[-1]:.3g}, {share}); {likely_remedy(history, now, config)}")
+    if "knn" in last and is_confirmed(stagnant_probes(history, warmup_steps)):
+        start = readings_of(history, "knn")[0]
+        found.append(f"stagnation, a k-NN on the features finds {last['knn']:.1%} after the warm-up, {start:.1%} at the "
+                     f"start: nothing is learned; {likely_remedy(history, now, config, stuck=True)}")  # fmt: skip
+    if is_confirmed(loss_jumps(readings_of(history, "loss"))):
+        found.append(f"the loss jumped to {last['loss']:.3g} and stayed; the steps are too large: lower optimization.lr "
+                     f"(now {now.lr:.2g}) or raise optimization.warmup")  # fmt: skip
+    return [f"step {last['step']}: {sentence}" for sentence in found]
+
+
+def readings_of(history: Iterable[Mapping[str, float]], name: str) -> list[float]:
+    """All readings of that name; NaN where one was not finite."""
+    return [math.nan if entry[name] is None else entry[name] for entry in history if name in entry]
+
+
+def is_confirmed(bad: Sequence[bool]) -> bool:
+    """Whether the last reading is the second bad one in a row."""
+    return list(bad[-2:]) == [True, True] and list(bad[-3:]) != [True] * 3
+
+
+def stagnant_probes(history: Sequence[Mapping[str, float]], warmup_steps: float) -> list[bool]:
+    probed = [entry for entry in history if "knn" in entry]
+    start, *later = readings_of(probed, "knn")
+    steps = [entry["step"] for entry in probed[1:]]
+    enough = min(start + STILL, 1 - STILL)  # what is classified without an error cannot be done better
+    return [not knn > enough for step, knn in zip(steps, later, strict=True) if step > warmup_steps]
+
+
+def loss_jumps(losses: Sequence[float]) -> list[bool]:
+    """Of each loss from the fourth on, whether it lies above JUMP times all of the three before the jump, or is not finite."""
+    bad: list[bool] = []
+    for i in range(3, len(losses)):
+        before = i - 1 if bad and bad[-1] else i  # a jump that lasts is measured from where it began
+        bad.append(not losses[i] <= JUMP * max(losses[max(0, before - 3) : before]))
+    return bad
+
+
+def likely_remedy(history: Sequence[Mapping[str, float]], now: StepSettings, config: Config, stuck: bool = False) -> str:
+    """The likely cause of a collapse and the key to turn, by what can be told apart: momentum, learning rate, objective."""
+    memory = 1 / max(1 - now.ema_momentum, 1e-9)  # steps
+    if memory < SHORT_MEMORY:
+        return (f"the target encoder follows the context encoder within {memory:.0f} steps: raise optimization.ema "
+                f"(now {now.ema_momentum:.3g}) to 0.99 or more")  # fmt: skip
+    peak = config.optimization.lr
+    if peak > BIG_STEP * INITIAL_STD or any(loss_jumps(readings_of(history, "loss"))):
+        return f"the steps are too large: lower optimization.lr (peak {peak:.2g}) or raise optimization.warmup"
+    if config.loss.regularizer == "none":
+        return "set loss.regularizer=vicreg, lower optimization.lr or raise optimization.ema"
+    if stuck:
+        return "train longer (optimization.epochs), or raise optimization.lr"
+    return "raise loss.regularizer_weight, lower optimization.lr or raise optimization.ema"

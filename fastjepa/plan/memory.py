@@ -1,0 +1,228 @@
+"""Closed-form memory of a training step, per GPU: what the engine holds between steps, and what autograd saves in one.
+
+Bytes of tensors. Not counted: the CUDA context, allocator rounding, the batch itself, workspaces, the short-lived tensors
+of the target network's forward, of a backward and of an optimizer step, and the regularizer.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastjepa.config.schema import Config
+from fastjepa.engine.deepspeed_config import BUCKET_ELEMENTS
+from fastjepa.masks.draw import draw_masks
+from fastjepa.masks.pack import pack
+from fastjepa.masks.packed import Blocks, Packed
+from fastjepa.masks.padding import padding_budget
+
+ZERO_STAGES = (0, 1, 2, 3)
+FP32_BYTES = 4
+# What DeepSpeed does unless its options say otherwise (runtime/zero/config.py of 0.19.8), in elements.
+SMALL_PARAMETER = int(1e5)  # stage3_param_persistence_threshold: ZeRO-3 keeps parameters of at most as many elements whole
+REUSE_DISTANCE = int(1e9)  # stage3_max_reuse_distance: and the others, where the next use is less than this away
+
+
+@dataclass(frozen=True)
+class NetworkSizes:
+    """Elements of the trained networks' parameters."""
+
+    trained: int  # encoder and predictor
+    encoder: int  # of the encoder, which the target network averages
+    matrices: int  # those of the encoder that the target network takes in runtime.dtype; norms and biases stay fp32
+    linear: int  # weights of linear layers: autograd keeps their bf16 copies from the forward to the backward
+    small: int  # in tensors of at most SMALL elements
+    groups: tuple[tuple[int, ...], ...]  # of each tensor, by the groups of optim.adamw: DeepSpeed shards each group
+
+
+def network_sizes(config: Config) -> NetworkSizes:
+    (dim, depth, _, mlp_ratio), narrow = config.encoder_shape, config.meta.pred_emb_dim
+    patch = config.data.channels * config.mask.patch_size**2 * dim
+    encoder, vectors = _layers([patch], [dim], dim, depth, round(dim * mlp_ratio))
+    predictor, narrow_vectors = _layers([narrow, dim * narrow], [narrow], narrow, config.meta.pred_depth, 4 * narrow)
+    out = config.target_dim
+    predictor, narrow_vectors = [*predictor, narrow * out], [*narrow_vectors, out]
+    groups = tuple(map(tuple, (encoder, predictor, vectors, narrow_vectors)))
+    counts = [count for group in groups for count in group]
+    return NetworkSizes(
+        trained=sum(counts),
+        encoder=sum(encoder) + sum(vectors),
+        matrices=sum(encoder),
+        linear=sum(encoder) - patch + sum(predictor) - narrow,
+        small=sum(count for count in counts if count <= SMALL_PARAMETER),
+        groups=groups,
+    )
+
+
+def _layers(first: list[int], bias: list[int], dim: int, depth: int, hidden: int) -> tuple[list[int], list[int]]:
+    """Elements of the tensors of a network of `depth` blocks and a last norm: of its matrices, and of its 1-d parameters."""
+    matrices = [3 * dim * dim, dim * dim, dim * hidden, hidden * dim]  # qkv, proj, fc1, fc2
+    vectors = [dim, dim, 3 * dim, dim, dim, dim, hidden, dim]  # norm1, the biases of qkv and proj, norm2, those of the mlp
+    return first + depth * matrices, bias + depth * vectors + [dim, dim]
+
+
+def state_bytes(size: NetworkSizes, dtype: str, gpus: int, stage: int) -> dict[str, int]:
+    """Bytes each rank holds for the model, by part; shards are counted without their padding.
+
+    All parameters are fp32, with bf16 compute too. The EMA's shards are held in fp32. They are sent in the dtype of the
+    target network's copy, from their place in it; but at stage 3, which cuts every tensor by itself, from beside it: a bf16
+    shard is then held once more, and an fp32 one counts for itself. ZeRO-1 shards moments, EMA and the fp32 master weights
+    that it keeps beside the parameters; ZeRO-2 the gradients too, but whole tensors where a shard begins or ends in them;
+    ZeRO-3 gradients and parameters, except small ones, which it holds whole beside their shards. Gradients are whole at
+    stages 0 and 1 while micro-batches add to them.
+
+    Args:
+        dtype: runtime.dtype, fp32 or bf16: what the target network's copy is made in. At stage 0 it computes from its EMA.
+        gpus: ranks.
+        stage: ZeRO's, 0 to 3.
+    """
+    whole, sharded = FP32_BYTES * size.trained, FP32_BYTES * size.trained // gpus
+    narrow = 0 if dtype == "fp32" else 2 * size.matrices
+    inside = stage < 3 or gpus == 1  # an EMA shard in the copy's own dtype lies in it
+    doubled = FP32_BYTES * (size.encoder if dtype == "fp32" else size.encoder - size.matrices) if inside else 0
+    return {
+        "parameters": whole if stage < 3 else sharded + (FP32_BYTES * size.small if gpus > 1 else 0),
+        "gradients": whole if stage < 2 else FP32_BYTES * touched_bytes(size, gpus) if stage == 2 else sharded,
+        "moments": 2 * (whole if stage < 1 else sharded),
+        "master_weights": 0 if stage < 1 else sharded,
+        "ema": FP32_BYTES * size.encoder if stage < 1 else (FP32_BYTES * size.encoder + (0 if inside else narrow)) // gpus,
+        "target_copy": 0 if stage < 1 else copied_bytes(size, dtype) - doubled // gpus,
+    }
+
+
+def touched_bytes(size: NetworkSizes, gpus: int) -> int:
+    """Elements of the tensors that a rank's shards reach into, on the rank where they are most."""
+    per_rank = np.zeros(gpus, dtype=np.int64)
+    for group in size.groups:
+        ends, shard = np.cumsum(group), -(-sum(group) // gpus)
+        for start, end in zip(ends - group, ends, strict=True):
+            per_rank[start // shard : (end - 1) // shard + 1] += end - start
+    return int(per_rank.max())
+
+
+def buffer_bytes(size: NetworkSizes, dtype: str, stage: int) -> dict[str, int]:
+    """Bytes each rank holds inside a step beside its states and activations.
+
+    `autocast_copies`: the bf16 weights of linear layers, which the backward reads again. `communication_buffers`: the
+    bucket that gradients are reduced from (DDP's hold the gradients themselves) and, at stage 3, the gathered parameters
+    that are alive at once, at the end of the forward; all in fp32.
+    """
+    communication = 0 if stage == 0 else BUCKET_ELEMENTS + (live_parameters(size) if stage == 3 else 0)
+    return {
+        "autocast_copies": 0 if dtype == "fp32" else 2 * size.linear,
+        "communication_buffers": FP32_BYTES * communication,
+    }
+
+
+def live_parameters(size: NetworkSizes) -> int:
+    """Elements that ZeRO-3 has gathered at the end of the forward: a layer is used again after twice what follows it."""
+    return min(size.trained - size.small, REUSE_DISTANCE // 2)
+
+
+def copied_bytes(size: NetworkSizes, dtype: str) -> int:
+    """Bytes of the target network's whole copy."""
+    return compute_width(dtype) * size.matrices + FP32_BYTES * (size.encoder - size.matrices)
+
+
+def compute_width(dtype: str) -> int:
+    return {"fp32": FP32_BYTES, "bf16": 2}[dtype]
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """The packed rows of one micro-batch."""
+
+    context: int  # of all contexts
+    target: int  # that the target network finishes
+    sequences: int  # of the predictor's sequences
+    queries: int  # that the predictor finishes
+
+    @classmethod
+    def of(cls, context: Packed, target: Packed, blocks: Blocks) -> "RowCounts":
+        return cls(len(context.idx), len(target.idx), len(blocks.sequences.idx), len(blocks.queries.idx))
+
+
+def row_counts(config: Config, micro_batch: int, gpus: int = 1, steps: int = 4) -> RowCounts:
+    """The most rows a micro-batch has in the first `steps` steps, each count by itself; masks are drawn as a run draws them.
+
+    With runtime.cuda_graph those of its budget, which the graph holds; what runs beside it needs as much again, at times.
+    """
+    total = config.data.batch_size * gpus
+    if config.runtime.cuda_graph:
+        size = padding_budget(config, total, micro_batch).size
+        return RowCounts(size.context, size.target, size.sequences, size.queries)
+    drawn = (draw_masks(config.mask, config.grid, config.runtime.seed, step, 0, micro_batch, total) for step in range(steps))
+    found = [RowCounts.of(*pack(*one, joint=config.joint, separate=config.separate)) for one in drawn]
+    return RowCounts(
+        *(max(counts) for counts in zip(*((r.context, r.target, r.sequences, r.queries) for r in found), strict=True))
+    )
+
+
+@dataclass(frozen=True)
+class ActivationBytes:
+    """Bytes, summed over layers."""
+
+    saved: int  # by autograd, from the forward to the backward
+    checkpointed: int  # the same with runtime.checkpoint_activations: what is kept, and one block at a time made anew
+    loss: int  # targets, predictions and their gradient
+
+
+def activation_bytes(config: Config, count: RowCounts) -> ActivationBytes:
+    """What the trained networks save for their backward, with attention that keeps its scores on chip.
+
+    Such attention (flash, varlen, xformers, short; sdpa where sequences have one length) saves q, k, v, its output and
+    a logsumexp for each row and head. The way `matmul` saves scores too, `sdpa` padding for ragged sequences. The residual
+    stream, inputs of norms, is fp32; inputs of matrix products have runtime.dtype. Index tensors belong to the batch.
+    """
+    dim, _, _, _ = config.encoder_shape
+    e = compute_width(config.runtime.dtype)
+    patches = count.context * config.data.channels * config.mask.patch_size**2 * e
+    features = _norm_bytes(count.context, dim) + count.context * dim * e  # the last norm, and the input of predictor_embed
+    narrow = config.meta.pred_emb_dim
+    ends = patches + features + _norm_bytes(count.queries, narrow) + count.queries * narrow * e  # and those of predictor_proj
+    layers = blocks_bytes(config, count)
+    inputs = sum(kept for kept, _ in layers)
+    loss = count.target * config.target_dim * FP32_BYTES + 2 * count.queries * config.target_dim * e
+    if config.loss.normalize != "layer":  # outside the fused kernel: the target of each query, and predictions in fp32
+        loss += count.queries * config.target_dim * FP32_BYTES * (1 if e == FP32_BYTES else 2)
+    if config.loss.normalize == "batch":
+        loss += count.target * config.target_dim * FP32_BYTES
+    saved = ends + sum(inside for _, inside in layers)
+    return ActivationBytes(saved, ends + inputs + max(inside - kept for kept, inside in layers), loss)
+
+
+def blocks_bytes(config: Config, count: RowCounts) -> list[tuple[int, int]]:
+    """(bytes of its input, bytes it saves, its input among them) of every block of the two networks."""
+    (dim, depth, heads, mlp_ratio), e = config.encoder_shape, compute_width(config.runtime.dtype)
+    narrow, pred_depth, pred_heads = config.meta.pred_emb_dim, config.meta.pred_depth, config.meta.pred_num_heads or heads
+    tokens = int(np.prod(config.grid))
+    table, sequences, queries = count.context + tokens, count.sequences, count.queries
+    encoder = (
+        count.context * dim * FP32_BYTES,
+        block_bytes(dim, heads, mlp_ratio, count.context, count.context, count.context, e),
+    )
+    found = [encoder] * depth
+    for i in range(pred_depth):
+        read = table if i == 0 else sequences
+        finished = queries if i == pred_depth - 1 else sequences
+        found.append((read * narrow * FP32_BYTES, block_bytes(narrow, pred_heads, 4.0, read, sequences, finished, e)))
+    return found
+
+
+def block_bytes(dim: int, heads: int, mlp_ratio: float, read: int, keys: int, queries: int, e: int) -> int:
+    """Bytes saved by a block that reads `read` rows, attends over `keys` rows and finishes `queries` of them.
+
+    Where it reads distinct rows (the predictor's first block), q, k and v are gathered in one tensor after the projection;
+    where it reads its keys and finishes fewer, the rows to query are gathered before.
+    """
+    hidden = round(dim * mlp_ratio)
+    qkv = 3 * keys * dim * e
+    if queries < keys:
+        qkv = qkv + queries * dim * e if read != keys else 2 * keys * dim * e + 2 * queries * dim * e
+    attention = _norm_bytes(read, dim) + read * dim * e + qkv + queries * (dim * e + heads * FP32_BYTES)
+    mlp = _norm_bytes(queries, dim) + queries * (dim + 2 * hidden) * e
+    return attention + mlp
+
+
+def _norm_bytes(rows: int, dim: int) -> int:
+    """A layer norm saves its input, a mean and a deviation, in fp32."""
+    return rows * (dim + 2) * FP32_BYTES

@@ -1,0 +1,122 @@
+"""Ranks, devices and the few reductions a run needs; one process alone never makes a process group."""
+
+import os
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from fastjepa.errors import ConfigError
+from fastjepa.ranks.meet import meet_ranks
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands: `rank` of `size` in all, `local_rank` on its machine, and its device."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes checkpoints, metrics and the console."""
+        return self.rank == 0
+
+
+def join_world(device: Literal["auto", "cpu", "cuda"] = "auto", timeout: float = 1800.0) -> World:
+    """Join the processes that torchrun or deepspeed started; without a launcher, be the only one.
+
+    Reads RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT and sets none of them. Several processes
+    talk through NCCL on CUDA and gloo on a CPU; `timeout` is in seconds, for joining and for each reduction.
+
+    Raises:
+        ConfigError: a device that is not there, an incomplete environment, or ranks that did not all arrive.
+    """
+    world = _number("WORLD_SIZE", 1)
+    rank, local_rank = (_number("RANK"), _number("LOCAL_RANK")) if world > 1 else (0, 0)
+    if not 0 <= rank < world:
+        raise ConfigError(
+            f"RANK={rank} must be in 0..{world - 1} (WORLD_SIZE={world}); start the run with torchrun or deepspeed"
+        )
+    place = World(rank, local_rank, world, _device(device, local_rank))
+    if world > 1 and not dist.is_initialized():
+        _join(place, timeout)
+    return place
+
+
+_store: dist.Store | None = None  # of the ranks that were started together
+
+
+def leave_world() -> None:
+    """Leave the process group, where there is one, together: what a rank closes, a slower one may still be reading from."""
+    if dist.is_initialized():
+        wait_for_ranks(60.0)
+        dist.destroy_process_group()
+
+
+def wait_for_ranks(seconds: float = 5.0) -> None:
+    """Wait until every rank has come here, but no longer: a launcher ends all others with the first that has failed."""
+    if _store is None or not dist.is_initialized():
+        return
+    until = time.monotonic() + seconds
+    try:
+        _store.add("lingering", 1)
+        while _store.add("lingering", 0) < dist.get_world_size() and time.monotonic() < until:
+            time.sleep(0.05)
+    except RuntimeError:  # the rank that keeps the store has left, when all had come
+        return
+
+
+def _device(wanted: str, local_rank: int) -> torch.device:
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("runtime.device: cuda was asked for and torch finds no CUDA device; set runtime.device=cpu or auto")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} here); start fewer ranks"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _join(place: World, timeout: float) -> None:
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(f"WORLD_SIZE={place.size} without {' and '.join(missing)}; start the run with torchrun or deepspeed")
+    cuda = place.device.type == "cuda"
+    global _store
+    try:
+        _store = meet_ranks(place.rank, place.size, timeout)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=_store,
+            rank=place.rank,
+            world_size=place.size,
+            timeout=timedelta(seconds=timeout),
+            device_id=place.device if cuda else None,
+        )
+    except RuntimeError as error:  # DistError from the store, any from the backend, which connects the ranks to each other
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        if "EADDRINUSE" in str(error):
+            raise ConfigError(
+                f"{address}: the port is in use; set MASTER_PORT to a free one, or on one machine use torchrun --standalone"
+            ) from error
+        raise ConfigError(
+            f"rank {place.rank} of {place.size} could not meet the others at {address} within {timeout:g} s; "
+            f"check that every rank was started and can reach that address [{' '.join(str(error).split())[:160]}]"
+        ) from error
+
+
+def _number(name: str, default: int | None = None) -> int:
+    text = os.environ.get(name, default)
+    try:
+        return int(text)
+    except (TypeError, ValueError):
+        found = "is not set" if text is None else f"is {text!r}, not a whole number"
+        raise ConfigError(f"{name} {found}; start the run with torchrun or deepspeed, or unset WORLD_SIZE") from None

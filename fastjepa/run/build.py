@@ -1,0 +1,134 @@
+"""Everything up to a run's first step: networks, engine and average."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import fastjepa_kernels
+from fastjepa.checkpoint.restore import restore_checkpoint
+from fastjepa.checkpoint.state import Shards, TrainState
+from fastjepa.config.schema import Config
+from fastjepa.data.sources import Source, open_source
+from fastjepa.engine.average import Average, ShardedAverage
+from fastjepa.engine.build import build_engine
+from fastjepa.engine.cuda_graph import check_cuda_graph
+from fastjepa.engine.plain import PlainEngine
+from fastjepa.engine.precision import EMULATED_BF16, compute_dtype, has_bf16, settle_dtype
+from fastjepa.engine.zero import ZeroEngine
+from fastjepa.errors import ConfigError
+from fastjepa.loader.loader import check_loader
+from fastjepa.loss.regularizers import BatchRegularizer, regularizer_term
+from fastjepa.masks.check import check_masks
+from fastjepa.model.fp8 import check_fp8, use_fp8
+from fastjepa.model.jepa import Jepa, build_pair
+from fastjepa.model.vit import Encoder, choose_attention, use_attention
+from fastjepa.plan.padding_cost import padding_note
+from fastjepa.ranks.collectives import all_gather
+from fastjepa.ranks.world import World, join_world
+from fastjepa.run.resume import checkpoint_to_resume, describe_run, resume_notes, start_run
+from fastjepa.weights.official import adopt_training
+from fastjepa.weights.read import TORCH_FILES
+
+
+class Run(NamedTuple):
+    """What steps are taken with."""
+
+    config: Config  # what it left open decided
+    world: World
+    source: Source
+    engine: PlainEngine | ZeroEngine
+    average: Average | ShardedAverage
+    state: TrainState
+    notes: list[str]  # what to tell the user
+
+
+def build_run(config: Config, output: Path, resume: str, init: Path | None, deepspeed_config: Path | None) -> Run:
+    """Everything up to the first step; arguments as in `train`."""
+    world = join_world(config.runtime.device, 2 * config.runtime.timeout)  # after the heartbeats, which name a rank
+    config = settle_dtype(config, world.device)
+    apply_process_settings(config)
+    source = open_source(config.data)
+    check_masks(config, config.data.batch_size * world.size)
+    check_loader(config, source, world.size)
+    about = describe_run(config, world, source)
+    found = checkpoint_to_resume(config, output, resume)
+    if found and found.suffix in TORCH_FILES:
+        found = adopt_training(found, output / "checkpoints", about["steps_per_epoch"], about, config.logging.write_tag)
+    jepa, target_encoder = build_networks(config, world.device, world.size)
+    notes = resume_notes(found, about, init) if found else start_run(jepa, target_encoder, output, about, init, world)
+    engine = build_engine(jepa, config, world, deepspeed_config)
+    average, state = build_average(engine, target_encoder, config)
+    state.record = about
+    if found:
+        restore_checkpoint(found, state)
+    notes += run_warnings(config, world.device)
+    return Run(config, world, source, engine, average, state, notes)
+
+
+def run_warnings(config: Config, device: torch.device) -> list[str]:
+    """What to tell the user of a config that runs, but not as it could."""
+    emulated = config.runtime.dtype == "bf16" and not has_bf16(device)
+    graph = [padding_note(config, config.data.batch_size)] if config.runtime.cuda_graph else []
+    return graph + ([EMULATED_BF16] if emulated else [])
+
+
+def apply_process_settings(config: Config) -> None:
+    """Process-wide settings of a run."""
+    if config.runtime.threads:
+        torch.set_num_threads(config.runtime.threads)
+    use_kernels(config.runtime.kernels)
+    if config.runtime.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def use_kernels(asked: str) -> None:
+    """Apply `runtime.kernels`: a way for all ops, then op=way for some."""
+    way, *exceptions = asked.split(",")
+    pairs = [exception.partition("=")[::2] for exception in exceptions]
+    try:
+        fastjepa_kernels.use(way, **dict(pairs))
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"runtime.kernels: {error}") from error
+
+
+def build_networks(config: Config, device: torch.device, ranks: int = 1) -> tuple[Jepa, Encoder]:
+    """The trained pair and the target encoder, on the device, computing as `runtime` says."""
+    way = check_compute(config, device, ranks)
+    pair = build_pair(config)
+    if config.runtime.target_fp8:
+        use_fp8(pair[1])
+    for network in pair:
+        use_attention(network.to(device), way)
+        if config.runtime.compile:
+            network.compile(dynamic=True)
+    return pair
+
+
+def check_compute(config: Config, device: torch.device, ranks: int = 1) -> str:
+    """Which attention runs; ConfigError where the device cannot compute as `runtime` says."""
+    way = choose_attention(config.runtime.attention, device, compute_dtype(config))
+    if config.runtime.cuda_graph:
+        check_cuda_graph(config, device, way, ranks)
+    if config.runtime.target_fp8:
+        check_fp8(config, device)
+    return way
+
+
+def build_regularizer(config: Config, world: World) -> BatchRegularizer | None:
+    term = regularizer_term(config.loss, config.runtime.seed)
+    pieces = config.data.batch_size // config.micro_batch
+    return term and BatchRegularizer(term, pieces, all_gather, world.rank, world.size)
+
+
+def build_average(engine: PlainEngine, target_encoder: Encoder, config: Config) -> tuple[Average, TrainState]:
+    """The average that follows the engine's encoder, and the state of both, at step 0."""
+    jepa = engine.jepa
+    parts = {"encoder": jepa.encoder, "predictor": jepa.predictor, "target_encoder": target_encoder}
+    if isinstance(engine, PlainEngine):
+        return Average(target_encoder, jepa.encoder), TrainState(0, parts, engine.optimizer)
+    online = {name.removeprefix("encoder."): piece for name, piece in engine.masters().items() if name.startswith("encoder.")}
+    average = ShardedAverage(target_encoder, online, compute_dtype(config))
+    return average, TrainState(0, parts, engine.optimizer, shards=Shards(engine, average, parts))

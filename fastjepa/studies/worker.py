@@ -1,0 +1,145 @@
+"""One arm of a study with one seed, in a process of its own: train, probe, write the row.
+
+`python -m fastjepa.studies.worker FOLDER` works in the folder, which is the run's directory too. Stopped at any moment, it goes
+on from its checkpoint when it is run again; two processes never work at one arm. The row is there whole or not at all.
+"""
+
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastjepa.checkpoint.directory import find_checkpoint, step_of
+from fastjepa.config.load import config_from_dict, load_config
+from fastjepa.config.schema import Config
+from fastjepa.data.sources import open_source
+from fastjepa.errors import is_users_to_mend
+from fastjepa.evals.inputs import open_splits, open_subject
+from fastjepa.evals.table import probe_features
+from fastjepa.files import write_atomic
+from fastjepa.plan.flops import flops_per_image
+from fastjepa.studies.arm import ARM_CONFIG, JOB_FILE, PROBED_INPUT, ROW_FILE, departures_from_default
+from fastjepa.studies.mae import mae_flops_per_image, train_mae
+from fastjepa.studies.subset import subset_of
+from fastjepa.studies.token_variance import token_variance
+from fastjepa.train import train
+
+WARMUP_SHARE = 0.1  # share of the steps
+PROBE_TRAIN_IMAGES = 20000  # images a probe learns from, as in `fastjepa eval table`
+
+
+def main(folder: Path) -> int:
+    """Exit code 0 when the row is there, 130 when a signal has stopped the arm, 2 for an error, its message printed."""
+    try:
+        with locked_folder(folder):
+            if not (folder / ROW_FILE).is_file():
+                row = run_arm(json.loads((folder / JOB_FILE).read_text()), folder)
+                write_atomic(folder / ROW_FILE, (json.dumps(row, indent=1) + "\n").encode())
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if not is_users_to_mend(error):
+            raise
+        print(error)
+        return 2
+    return 0
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Wait for another process that works in `folder`; its end, even by SIGKILL, lets go."""
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def run_arm(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The row of a job; KeyboardInterrupt where a signal has stopped its training."""
+    data = subset_of(job["data"], job["fraction"], folder)
+    config, steps = scheduled_config(config_from_dict(job["config"]), data, job["images"])
+    (folder / ARM_CONFIG).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+    trained = {"images": 0, "seconds": 0.0, "flops": 0.0}
+    if PROBED_INPUT[job["method"]] == "target":
+        (train_mae if job["method"] == "mae" else train_ijepa)(folder / ARM_CONFIG, folder, steps)
+        if step_of(find_checkpoint(folder)) < steps:
+            raise KeyboardInterrupt
+        images = steps * config.data.batch_size
+        trained = {
+            "images": images,
+            "seconds": images / logged_rate(folder),
+            "flops": images * training_flops(config, job["method"]),
+        }
+    else:
+        (folder / "config.yaml").write_text((folder / ARM_CONFIG).read_text())
+    kept = {name: value for name, value in job.items() if name != "config"}
+    return kept | trained | {"changed": departures_from_default(config)} | evaluate_arm(job, folder) | {"made_by": made_by()}
+
+
+def scheduled_config(config: Config, data: str, images: int) -> tuple[Config, int]:
+    """The config whose schedules end after `images` images of `data`, and its steps."""
+    batch = config.data.batch_size
+    an_epoch, steps = len(open_source(data)) // batch, max(1, images // batch)
+    epochs = math.ceil(steps / an_epoch)
+    scale = steps / (epochs * an_epoch)  # the last epoch may end beyond the last step: schedules are compressed
+    changed = {
+        "data": {"source": data},
+        "optimization": {"epochs": epochs, "warmup": WARMUP_SHARE * steps / an_epoch, "ipe_scale": scale},
+        "logging": {"every": min(config.logging.every, steps)},
+    }
+    replaced = {name: dataclasses.replace(getattr(config, name), **values) for name, values in changed.items()}
+    return dataclasses.replace(config, **replaced), steps
+
+
+def train_ijepa(config: Path, folder: Path, steps: int) -> None:
+    """Train with the trainer itself, which resumes."""
+    train(load_config(config), folder, steps)
+
+
+def training_flops(config: Config, method: str) -> float:
+    """FLOPs of training on an image."""
+    return mae_flops_per_image(config) if method == "mae" else flops_per_image(config)
+
+
+def logged_rate(folder: Path) -> float:
+    """Images per second of a run's steps, by its log, however often it was stopped."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] - before for before, line in zip([0, *(line["step"] for line in lines)], lines, strict=False)]
+    return sum(steps) / sum(count / line["images_per_s"] for count, line in zip(steps, lines, strict=True))
+
+
+def evaluate_arm(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Of the encoder that the method evaluates: k-NN, linear and BN + linear with their defaults, and the effective rank of
+    its pooled features (`probe`); what its tokens are made of (`shares`), None of pixels."""
+    splits, which = open_splits(job["data"], PROBE_TRAIN_IMAGES, None, job["seed"]), PROBED_INPUT[job["method"]]
+    subject = open_subject(folder, cache=False)
+    pair = subject.features(which, splits, seed=job["seed"])
+    probe = probe_features(*pair, len(splits[0].source.classes), job["seed"], subject.device)
+    return {"probe": probe, "shares": None if which == "pixels" else token_variance(subject, which, splits[1])}
+
+
+def made_by() -> dict[str, Any]:
+    """Versions, and the commit where fastjepa lies in its repository."""
+    import platform
+
+    import torch
+
+    from fastjepa import __version__
+
+    root = Path(__file__).resolve().parent.parent.parent
+    described = ["git", "-c", "safe.directory=*", "-C", str(root), "describe", "--always", "--dirty"]
+    commit = subprocess.run(described, capture_output=True, text=True).stdout.strip() if (root / ".git").exists() else None
+    return {"fastjepa": __version__, "commit": commit, "torch": torch.__version__,
+            "machine": platform.machine(), "threads": torch.get_num_threads(), "cores": os.cpu_count()}  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

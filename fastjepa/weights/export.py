@@ -1,0 +1,95 @@
+"""The encoder for other runtimes: ONNX, and the programs of torch.export.
+
+What is exported is the plain path, every image whole and as long as the others, without the packed rows of training.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from fastjepa.errors import ConfigError
+from fastjepa.weights.pretrained import PretrainedEncoder
+
+OPSET = 20  # the first with GELU
+
+
+class WholeImages(nn.Module):
+    """The encoder over a batch (B, N, D), with the encoder's own parameters and names.
+
+    Args:
+        dynamic: positions are computed from the images' size, else they are those of the encoder's own.
+    """
+
+    def __init__(self, encoder: PretrainedEncoder, dynamic: bool = False):
+        super().__init__()
+        if dynamic and not encoder.fixed_positions:
+            raise ConfigError(f"{encoder.origin}: positions were learned for one size of image; export without --dynamic")
+        self.patch_embed, self.blocks, self.norm = encoder.patch_embed, encoder.blocks, encoder.norm
+        self.dynamic = dynamic
+        self.register_buffer("pos_embed", encoder.pos_embed)
+        quarter = encoder.embed_dim // 4
+        rate = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+        self.register_buffer("rate", rate.float(), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) normalised floats -> (B, N, D)"""
+        x = self.patch_embed.proj(images)  # (B, D, rows, columns)
+        positions = self.positions(x.shape[2], x.shape[3]) if self.dynamic else self.pos_embed
+        x = x.flatten(2).transpose(1, 2) + positions
+        for block in self.blocks:
+            x = x + masked_attention(block.attn, block.norm1(x))
+            x = x + block.mlp(block.norm2(x))
+        return self.norm(x)
+
+    def positions(self, rows: int, columns: int) -> Tensor:
+        """(rows * columns, D): as `model.sincos_positions`."""
+        halves = [torch.arange(n, device=self.rate.device)[:, None] * self.rate for n in (columns, rows)]
+        column, row = (torch.cat((angle.sin(), angle.cos()), dim=1) for angle in halves)  # (n, D / 2)
+        shape = (rows, columns, column.shape[1])
+        return torch.cat((column[None].expand(shape), row[:, None].expand(shape)), dim=2).flatten(0, 1)
+
+
+def masked_attention(attention: nn.Module, x: Tensor) -> Tensor:
+    """(B, N, D) -> (B, N, D), with the weights of a model.Attention."""
+    qkv = attention.qkv(x).unflatten(2, (3, attention.num_heads, -1))  # (B, N, 3, H, d)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    return attention.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def size_ranges(encoder: PretrainedEncoder, dynamic: bool) -> tuple[tuple[Tensor], dict[str, dict[int, Dim]]]:
+    """Example images, and what varies of them: the batch; height and width if asked, in whole patches, two or more."""
+    patch, (height, width) = encoder.patch_size, encoder.image_size
+    example = torch.zeros(2, encoder.channels, height, width)
+    if not dynamic:
+        return (example,), {"images": {0: Dim("batch")}}
+    # Two different sizes above 1: the tracer takes equal ones, and 1, for constants.
+    example = torch.zeros(2, encoder.channels, 3 * patch, 5 * patch)
+    return (example,), {"images": {0: Dim("batch"), 2: patch * Dim("rows"), 3: patch * Dim("columns")}}
+
+
+def exported_program(encoder: PretrainedEncoder, dynamic: bool = False) -> ExportedProgram:
+    """The encoder as a torch.export program: (B, C, H, W) normalised floats -> (B, N, D)."""
+    example, shapes = size_ranges(encoder, dynamic)
+    with torch.no_grad():
+        return torch.export.export(WholeImages(encoder, dynamic).eval(), example, dynamic_shapes=shapes)
+
+
+def write_export(path: Path, to: str, encoder: PretrainedEncoder, dynamic: bool = False) -> None:
+    """Write `to`, pt2 or onnx; what the encoder is goes into the file's metadata under "fastjepa"."""
+    form = json.dumps(encoder.form.to_dict())
+    if to == "pt2":
+        torch.export.save(exported_program(encoder, dynamic), path, extra_files={"fastjepa": form})
+        return
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"--to onnx needs {error.name}; pip install 'fastjepa[onnx]'") from error
+    made = torch.onnx.export(exported_program(encoder, dynamic), dynamo=True, opset_version=OPSET, verbose=False,
+                             input_names=["images"], output_names=["features"])  # fmt: skip
+    made.model.metadata_props["fastjepa"] = form
+    made.save(path)

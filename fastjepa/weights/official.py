@@ -1,0 +1,233 @@
+"""Meta's `.pth.tar` checkpoints: the networks in them, and training that goes on from them or is handed over to them.
+
+A file holds `encoder`, `predictor` and `target_encoder` (names may start with "module."), the state `opt` of an AdamW
+with four groups (weights of the encoder and of the predictor, then their biases and 1-d parameters), addressed by
+position, `epoch` (epochs completed), and more. The positional embeddings, never trained, are parameters there and take
+a position in the first two groups. What this project writes has one key more, "fastjepa", which nobody else reads.
+"""
+
+import pickle
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastjepa.checkpoint.directory import find_checkpoint, verify_checkpoint
+from fastjepa.checkpoint.restore import load_networks
+from fastjepa.checkpoint.save import save_checkpoint
+from fastjepa.checkpoint.shard_files import StoredGroup
+from fastjepa.checkpoint.state import MOMENTS, OPTIMIZER, TrainState, read_state
+from fastjepa.config.load import config_from_dict, load_config
+from fastjepa.config.schema import Config
+from fastjepa.engine.adamw import build_adamw
+from fastjepa.engine.schedule import Schedule
+from fastjepa.errors import CheckpointError, ConfigError
+from fastjepa.model.jepa import build_pair
+from fastjepa.weights.pretrained import EncoderForm
+
+OFFICIAL_NETWORKS = ("encoder", "predictor", "target_encoder")
+MODULE_PREFIX = "module."
+OPTIMIZER_GROUPS = (("encoder", True), ("predictor", True), ("encoder", False), ("predictor", False))  # network, decayed
+POSITION_NAMES = ("encoder.pos_embed", "predictor.predictor_pos_embed")
+
+
+def load_official(path: str | Path) -> dict[str, Any]:
+    """A file's contents, names without "module."; tensors are mapped from it, read as they are used.
+
+    A file that is one network's weights alone is given as {"encoder": weights, "fastjepa": {"lone": True}}.
+    """
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(
+            f"{path}: not a checkpoint of tensors and numbers alone ({reason}); nothing else is read"
+        ) from error
+    if not isinstance(contents, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(contents).__name__} and no networks; give an official checkpoint")
+    if not any(name in contents for name in OFFICIAL_NETWORKS):
+        contents = {"encoder": contents, "fastjepa": {"lone": True}}
+    return {name: _plain_value(value, path) if name in OFFICIAL_NETWORKS else value for name, value in contents.items()}
+
+
+def _plain_value(network: Any, path: str | Path) -> dict[str, Tensor]:
+    if not isinstance(network, Mapping) or not all(isinstance(value, Tensor) for value in network.values()):
+        raise CheckpointError(f"{path}: no networks of named tensors in it; give an official checkpoint")
+    return {name.removeprefix(MODULE_PREFIX): tensor for name, tensor in network.items()}
+
+
+def official_networks(contents: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    return {name: contents[name] for name in OFFICIAL_NETWORKS if name in contents}
+
+
+def adopt_training(
+    path: str | Path, root: str | Path, steps_per_epoch: int, record: Mapping[str, Any], tag: str = "jepa"
+) -> Path:
+    """Turn an official file into a checkpoint of this trainer below `root`, which resumes like any other.
+
+    Networks and moments are the file's, bit for bit. Its step is the epochs completed times `steps_per_epoch`, or what a
+    file of this project says; schedules are functions of it. Every rank takes part, as in `checkpoint.save`.
+
+    Args:
+        record: that of the run to come; its config must be the file's. What the file says of batch and world replaces its.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        CheckpointError: what a run needs is not there, or does not fit; nothing has been written then.
+    """
+    contents = load_official(path)
+    if missing := [key for key in (*OFFICIAL_NETWORKS, "opt", "epoch") if key not in contents]:
+        raise CheckpointError(f"{path}: holds no {', '.join(missing)} to go on with; start from its weights with --init")
+    config = config_from_dict(record["config"], str(path))
+    with torch.device("meta"):
+        jepa, target = build_pair(config)
+    parts = {"encoder": jepa.encoder, "predictor": jepa.predictor, "target_encoder": target}
+    stored = official_networks(contents)
+    for name, network in parts.items():
+        _check_record(path, name, stored[name], network.state_dict())
+        network.load_state_dict(stored[name], assign=True)
+    optimizer = build_adamw(jepa.encoder, jepa.predictor)
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": _official_moments(path, stored, contents["opt"]), "param_groups": groups})
+    step = contents.get("fastjepa", {}).get("step", contents["epoch"] * steps_per_epoch)
+    state = TrainState(step, parts, optimizer, record=_its_record(contents, record, Path(path)))
+    return save_checkpoint(root, state, tag, keep_last=sys.maxsize)
+
+
+def _its_record(contents: Mapping[str, Any], record: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """A run's record with what the file says, so that resuming tells the differences."""
+    data = dict(record["config"]["data"])
+    if contents.get("batch_size"):
+        data["batch_size"] = contents["batch_size"]
+    world = {"world": contents["world_size"]} if contents.get("world_size") else {}
+    return {
+        **record,
+        **world,
+        "config": {**record["config"], "data": data},
+        "adopted": {"file": path.name, "epoch": contents["epoch"]},
+    }
+
+
+def _check_record(path: str | Path, network: str, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    for name in [*expected, *stored]:
+        there, here = (tuple(t[name].shape) if name in t else "absent" for t in (stored, expected))
+        if there != here:
+            raise CheckpointError(
+                f"{path}: {network}.{name} is {there} in the file and {here} by the config; give the YAML it was made with"
+            )
+
+
+def fixed_positions(networks: Mapping[str, Mapping[str, Tensor]], with_fixed: bool) -> list[list[str]]:
+    """The parameters of the four groups, "<network>.<name>", in the optimizer's order."""
+    groups = []
+    for network, decayed in OPTIMIZER_GROUPS:
+        names = [name for name, p in networks[network].items() if (p.ndim > 1 and "bias" not in name) == decayed]
+        qualified = [f"{network}.{name}" for name in names]
+        groups.append([name for name in qualified if with_fixed or name not in POSITION_NAMES])
+    return groups
+
+
+def _official_moments(
+    path: str | Path, networks: Mapping[str, Mapping[str, Tensor]], opt: Mapping[str, Any]
+) -> dict[int, dict]:
+    """The state of a file's optimizer by the positions that parameters have in this trainer's."""
+    lengths = [len(group["params"]) for group in opt["param_groups"]]
+    for with_fixed in (True, False):
+        theirs = fixed_positions(networks, with_fixed)
+        if [len(names) for names in theirs] == lengths:
+            break
+    else:
+        raise CheckpointError(f"{path}: an optimizer of {lengths} parameters a group does not belong to its networks")
+    order = [index for group in opt["param_groups"] for index in group["params"]]
+    found = {name: opt["state"][index] for index, name in zip(order, sum(theirs, []), strict=True) if index in opt["state"]}
+    ours = sum(fixed_positions(networks, with_fixed=False), [])
+    moments = {}
+    for number, name in enumerate(ours):
+        if name not in found:
+            continue
+        network, _, parameter = name.partition(".")
+        shape, entry = networks[network][parameter].shape, found[name]
+        if set(entry) != set(MOMENTS) or entry["exp_avg"].shape != shape or entry["exp_avg_sq"].shape != shape:
+            raise CheckpointError(f"{path}: the optimizer state of {name} is not AdamW's for {tuple(shape)} values")
+        step = torch.as_tensor(entry["step"], dtype=torch.float32).clone()  # a number in old files
+        moments[number] = {"step": step, "exp_avg": entry["exp_avg"], "exp_avg_sq": entry["exp_avg_sq"]}
+    return moments
+
+
+def recorded_config(found: Path) -> Config:
+    """The config that made a checkpoint of this trainer: its own record, or the run directory's."""
+    record = read_state(found)["record"]
+    if "config" in record:
+        return config_from_dict(record["config"], f"{found}/state.json")
+    return load_config(found.parent.parent / "config.yaml")
+
+
+def official_contents(path: str | Path, steps_per_epoch: int | None = None) -> dict[str, Any]:
+    """All that an official file holds, from a run (its latest checkpoint) or a checkpoint of this trainer.
+
+    `epoch` counts completed epochs: in the middle of one the official code would repeat its beginning, while this
+    trainer reads the step. Its scaler, which it has with bfloat16, starts afresh; the loss is not known.
+    """
+    found = find_checkpoint(path)
+    networks_ = load_networks(found)
+    verify_checkpoint(found)
+    said, config = read_state(found), recorded_config(found)
+    ipe = steps_per_epoch or said["record"].get("steps_per_epoch")
+    if not ipe:
+        raise ConfigError(f"{found}: does not say how many steps an epoch has; pass --steps-per-epoch N")
+    with torch.device("meta"):
+        jepa, target = build_pair(config)
+    order = {"encoder": jepa.encoder, "predictor": jepa.predictor, "target_encoder": target}
+    ordered = {name: {key: networks_[name][key] for key in network.state_dict()} for name, network in order.items()}
+    with StoredGroup(found, OPTIMIZER) as optimizer:
+        stored = {name: optimizer.read(name) for name in optimizer.forms}
+    scaler = torch.amp.GradScaler("cpu").state_dict() if config.runtime.dtype == "bf16" else None
+    return ordered | {
+        "opt": _optimizer(ordered, stored, config, Schedule(config.optimization, ipe), said["step"]),
+        "scaler": scaler,
+        "epoch": said["step"] // ipe,
+        "loss": None,
+        "batch_size": config.data.batch_size,
+        "world_size": said["record"].get("world", 1),
+        "lr": config.optimization.lr,
+        "fastjepa": {
+            "step": said["step"],
+            "form": EncoderForm.of_config(config, "target", f"fastjepa run, step {said['step']}").to_dict(),
+        },
+    }
+
+
+def _optimizer(networks: Mapping[str, Mapping[str, Tensor]], stored: Mapping[str, Tensor], config: Config, schedule: Schedule,
+               step: int) -> dict[str, Any]:  # fmt: skip
+    """The state dict of the official AdamW, from tensors named "<network>.<parameter>.<moment>"."""
+    groups = fixed_positions(networks, with_fixed=True)
+    made = torch.optim.AdamW([{"params": [torch.empty(0, device="meta") for _ in names]} for names in groups]).state_dict()
+    now = schedule(max(0, step - 1))
+    for group, (_, decayed) in zip(made["param_groups"], OPTIMIZER_GROUPS, strict=True):
+        group |= {"lr": now.lr, "weight_decay": now.weight_decay} if decayed else {}
+        group |= {} if decayed else {"lr": now.lr, "weight_decay": 0, "WD_exclude": True}
+    for number, name in enumerate(sum(groups, [])):
+        moments = {moment: stored[f"{name}.{moment}"] for moment in MOMENTS if f"{name}.{moment}" in stored}
+        if moments:
+            made["state"][number] = moments
+    return made
+
+
+def write_official(path: str | Path, contents: Mapping[str, Any]) -> None:
+    """Save contents as the official code does, every name of a network after "module."."""
+    torch.save({key: {MODULE_PREFIX + name: tensor for name, tensor in value.items()} if key in OFFICIAL_NETWORKS else value
+                for key, value in contents.items()}, path)  # fmt: skip
+
+
+def official_notes(contents: Mapping[str, Any], source: str | Path) -> list[str]:
+    """What a user should know of a file made from `contents`."""
+    step = contents.get("fastjepa", {}).get("step")
+    told = [f"from {source}, epoch {contents.get('epoch', 'unknown')}" + (f", step {step}" if step is not None else "")]
+    if "opt" not in contents:
+        told.append("there was no optimizer state in it, so that no training can go on from it")
+    return told
