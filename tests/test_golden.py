@@ -3,9 +3,10 @@
 `tests/reference/record_golden.py` runs the trainer and writes what it sees; this file compares. Three kinds of value:
 
 - Equal on every machine: masks, crops, pixels of micro-batches, names of a checkpoint's files, tensors and keys, options.
-- Within 1e-6 of their size on every machine: losses, regularizers, schedules; within 1e-5 features of kept weights.
+- Within 1e-6 of their size on every machine: losses and schedules; within 1e-5 regularizers, and features of kept weights.
+  Other instructions (SSE, AVX-512) moved losses by 3e-7 at most and regularizers by 1.4e-6.
 - Final weights: equal to the last bit (SHA-256) where torch's version and the CPU's maker and family are those of the
-  recording; elsewhere norm, mean size and greatest size of each network agree within 1e-5. Neither is ever skipped.
+  recording; on every machine norm, mean size and greatest size of each network agree within 1e-5.
 """
 
 import json
@@ -47,8 +48,8 @@ def close(expected: object, rel: float, at_least: float = 0.0):
 def test_losses_of_twenty_steps(seen, run: str):
     found, expected = seen["runs"][run], GOLDEN["runs"][run]
     assert found.keys() == expected.keys() and len(found["loss"]) == 20
-    for name in {"loss", "regularizer"} & expected.keys():
-        assert found[name] == close(expected[name], 1e-6), name
+    for name, tolerance in (("loss", 1e-6), ("regularizer", 1e-5)):
+        assert found.get(name, []) == close(expected.get(name, []), tolerance), name
 
 
 @pytest.mark.parametrize("run", GOLDEN["runs"])
@@ -93,8 +94,8 @@ def test_an_earlier_checkpoint_gives_its_encoders(seen, run: str):
 
 @pytest.mark.parametrize("run", KEPT)
 def test_an_earlier_checkpoint_is_resumed(seen, run: str):
-    for name, values in GOLDEN["kept"][run]["resumed"].items():
-        assert seen["kept"][run]["resumed"][name] == close(values, 1e-6), name
+    for name, tolerance in (("step", 0), ("loss", 1e-6), ("regularizer", 1e-5)):
+        assert seen["kept"][run]["resumed"][name] == close(GOLDEN["kept"][run]["resumed"][name], tolerance), name
 
 
 @pytest.mark.parametrize("run", [run for run in KEPT if "marked" in GOLDEN["kept"][run]])

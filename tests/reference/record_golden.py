@@ -42,7 +42,7 @@ ALONE = {
     "vicreg": [],
     "plain": PLAIN,
     "micro_batch": ["runtime.micro_batch=8"],
-    "official_cut": [*CUT, "mask.truncate_group=8"],
+    "official_cut": [*CUT, "mask.truncate_group=8", "optimization.final_weight_decay=0.4"],
     "official_cut_micro_batch": [*CUT, "mask.truncate_group=8", "runtime.micro_batch=4"],
     "joint": [*PLAIN, "meta.predictor=joint"],
     "target_input": [*PLAIN, "loss.target=input"],
@@ -72,6 +72,7 @@ MASKS = {
     "rasterized": ["mask.strategy=rasterized", "mask.truncate=none"],
     "random": ["mask.strategy=random", "mask.truncate=none"],
     "demo": [*SMALL_GRID, *DEMO_MASK, "mask.sampling=uniform", "mask.truncate=none"],
+    "crowded": [*SMALL_GRID, "mask.min_keep=4", "mask.pred_mask_scale=[0.3, 0.5]", "mask.truncate=none"],
     "demo_official": [*SMALL_GRID, *DEMO_MASK, "mask.truncate_group=16"],
 }
 DRAWS = [(0, 0, 0, 16, 16), (7, 1234, 5, 21, 64)]  # seed, step, first slot, last slot, slots of the global batch
@@ -318,7 +319,7 @@ def alone(out: Path) -> None:
     found = {
         "made_by": {"torch": torch.__version__.partition("+")[0], "processor": processor()},
         "runs": runs,
-        "schedule": series("vicreg", "lr", "weight_decay", "ema_momentum", "context_tokens", "target_tokens"),
+        "schedule": series("official_cut", "lr", "weight_decay", "ema_momentum", "context_tokens", "target_tokens"),
         "checkpoint": checkpoint_form("vicreg"),
         "masks": mask_draws(),
         "crops": crops(),
