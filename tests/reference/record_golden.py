@@ -72,7 +72,7 @@ MASKS = {
     "rasterized": ["mask.strategy=rasterized", "mask.truncate=none"],
     "random": ["mask.strategy=random", "mask.truncate=none"],
     "demo": [*SMALL_GRID, *DEMO_MASK, "mask.sampling=uniform", "mask.truncate=none"],
-    "crowded": [*SMALL_GRID, "mask.min_keep=4", "mask.pred_mask_scale=[0.3, 0.5]", "mask.truncate=none"],
+    "crowded": ["mask.min_keep=40", "mask.enc_mask_scale=[0.4, 0.5]", "mask.truncate=none"],
     "demo_official": [*SMALL_GRID, *DEMO_MASK, "mask.truncate_group=16"],
 }
 DRAWS = [(0, 0, 0, 16, 16), (7, 1234, 5, 21, 64)]  # seed, step, first slot, last slot, slots of the global batch
