@@ -200,7 +200,9 @@ def test_a_state_has_one_file(tmp_path: Path):
 @pytest.mark.slow
 def test_it_goes_on_bit_for_bit_after_a_kill(place: Path, tmp_path: Path):
     """Killed in mid-training, once something is written; the same command ends with the very file of one that ran through."""
-    often = "from fastjepa.cli.main import main; from fastjepa.visualize import decoder; decoder.SAVE_EVERY = 2; main(sys.argv[1:])"
+    often = (
+        "from fastjepa.cli.main import main; from fastjepa.visualize import decoder; decoder.SAVE_EVERY = 2; main(sys.argv[1:])"
+    )
     words, file = train(place, output=tmp_path / "killed"), tmp_path / "killed" / DECODER_FILE
     running = subprocess.Popen(
         [sys.executable, "-c", f"import sys; {often}", *words],

@@ -12,7 +12,7 @@ from fastjepa.config.fields import did_you_mean, read_section
 from fastjepa.config.schema import Config
 from fastjepa.errors import ConfigError
 
-PACKAGED = Path(__file__).parent / "configs"  # in a checkout a link to the configs/ beside this package
+PACKAGED = Path(__file__).parent.parent / "configs"  # in a checkout a link to the configs/ beside this package
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:

@@ -80,20 +80,28 @@ DRAWS = [(0, 0, 0, 16, 16), (7, 1234, 5, 21, 64)]  # seed, step, first slot, las
 
 def inner():
     """Return every function below the command line that is recorded, by name: the one place to mend when they move."""
-    from fastjepa.config import load
-    from fastjepa.data import BLOCKS_PER_SAMPLE, TRIES, MicroBatches, crop_box
-    from fastjepa.draws import BOXES, generator
-    from fastjepa.masks import draw
-    from fastjepa.sources import open_source
+    from fastjepa.config.load import load_config
+    from fastjepa.data.crops import BLOCKS_PER_SAMPLE, CROP_TRIES, crop_box
+    from fastjepa.data.sources import open_source
+    from fastjepa.loader.micro_batches import MicroBatches
+    from fastjepa.masks.draw import draw_masks
+    from fastjepa.rng import BOX_STREAM, generator
 
     def uniforms(seed: int, epoch: int, sample: int) -> list[float]:
-        return generator(seed, BOXES, epoch, sample * BLOCKS_PER_SAMPLE).random(4 * BLOCKS_PER_SAMPLE).tolist()
+        return generator(seed, BOX_STREAM, epoch, sample * BLOCKS_PER_SAMPLE).random(4 * BLOCKS_PER_SAMPLE).tolist()
 
     def images(overrides: list[str], rank: int, world: int, item: int):
-        config = load("demo", [*SHARED, *overrides])
+        config = load_config("demo", [*SHARED, *overrides])
         return MicroBatches(config, open_source(config.data), rank, world)[item].images
 
-    return {"load": load, "draw": draw, "crop_box": crop_box, "uniforms": uniforms, "flip_at": 4 * TRIES, "images": images}
+    return {
+        "load": load_config,
+        "draw": draw_masks,
+        "crop_box": crop_box,
+        "uniforms": uniforms,
+        "flip_at": 4 * CROP_TRIES,
+        "images": images,
+    }
 
 
 def write_images(folder: Path) -> None:
@@ -121,12 +129,12 @@ def bytes_of(text: str, count: int):
 
 def command(*words: str) -> str:
     """Run `fastjepa WORDS` in this process and return what it prints; a failure ends the recording."""
-    from fastjepa import cli
+    from fastjepa.cli.main import main
 
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         try:
-            code = cli.main(list(words))
+            code = main(list(words))
         except SystemExit as end:  # --help
             code = end.code
     if code:
@@ -266,14 +274,14 @@ def kept_run(name: str) -> dict:
     """
     import torch
 
-    import fastjepa
+    from fastjepa import load_encoder
 
     shutil.copytree(KEPT[name], name)
     images = torch.linspace(-9, 9, 2 * 28 * 28).sin().view(2, 1, 28, 28)
     found = {}
     for which in ("target", "context"):
         with torch.inference_mode():
-            features = fastjepa.load_encoder(name, which).forward_features(images)
+            features = load_encoder(name, which).forward_features(images)
         found[which] = [*features.shape, float(features.std()), *features[1, 2, :6].tolist()]
     if any(Path(name).glob("features/*")):
         found |= cached_features(name)
