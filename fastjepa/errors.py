@@ -3,9 +3,25 @@
 import re
 
 
+class UserError(ValueError):
+    """A mistake that the user can mend: the message is one sentence that names the thing and the remedy."""
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be run; the message names the key, the file and the remedy."""
+
+
+class CheckpointError(OSError):
+    """A checkpoint that cannot be written, or cannot be trusted; the message names the file and the remedy."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on; the message names the step and the last good checkpoint."""
+
+
 def is_users_to_mend(error: Exception) -> bool:
     """Whether an error is the user's to mend: its message is the whole story, or memory ran out."""
-    return isinstance(error, ConfigError | OSError | RunError) or is_out_of_memory(error)
+    return isinstance(error, UserError | OSError | RunError) or is_out_of_memory(error)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -21,15 +37,3 @@ def out_of_memory_sentence(error: Exception, command: str) -> str:
     train = "lower runtime.micro_batch or set runtime.checkpoint_activations=true, which change no result; `fastjepa plan` says"
     other = "close what else uses it, take --device cpu, or less at a time: --help says"
     return f"{asked}; {train} what fits" if command == "train" else f"{asked}; {other} how"
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message names the key, the file and the remedy."""
-
-
-class CheckpointError(OSError):
-    """A checkpoint that cannot be written, or cannot be trusted; the message names the file and the remedy."""
-
-
-class RunError(RuntimeError):
-    """A run that cannot go on; the message names the step and the last good checkpoint."""

@@ -1,21 +1,40 @@
-"""Files that are there whole or not at all."""
+"""Files and folders that are there whole or not at all."""
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_atomic(file: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    hidden = file.with_name(f".{file.name}.{os.getpid()}")
-    with open(hidden, "wb") as out:
-        out.write(content)
-        out.flush()
-        os.fsync(out.fileno())
-    hidden.replace(file)
+@contextmanager
+def atomic_path(final: Path) -> Iterator[Path]:
+    """Yield a path to write a file or a folder at; one rename brings it to `final` when the block ends without an error.
+
+    The hidden path lies in the folder of `final`, which is made where it is missing, and ends as `final` does. What is
+    written is on the disk before the rename, so a kill or a full disk leaves either the earlier file or the new one.
+    A folder at `final` is not replaced: OSError.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    hidden = final.with_name(f".{os.getpid()}.{final.name}")
+    try:
+        yield hidden
+        for path in [hidden, *(hidden.rglob("*") if hidden.is_dir() else ())]:
+            fsync(path)
+        os.replace(hidden, final)
+        fsync(final.parent)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True) if hidden.is_dir() else hidden.unlink(missing_ok=True)
+
+
+def write_atomic(file: Path, content: bytes | str) -> None:
+    """Write a file, text as UTF-8, so that it is there whole or not at all."""
+    with atomic_path(file) as hidden:
+        hidden.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def fsync(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
