@@ -76,11 +76,11 @@ def test_padding_changes_neither_the_loss_nor_a_gradient(way, pair):
 
 INTERPRETED = """
 import fastjepa_kernels, test_budget as b
-from fastjepa.packing import Budget, Size
+from fastjepa.masks.packed import PackedSize, PaddingBudget
 fastjepa_kernels.use("triton")
 small, large = b.masks_of(4, 3), b.masks_of(6, 4)
-assert Budget(Size.of(*large), 5).holds(Size.of(*small))
-b.assert_same(b.learned("short", *small, budget=Budget(Size.of(*large), 5)), b.learned("short", *small))
+assert PaddingBudget(PackedSize.of(*large), 5).holds(PackedSize.of(*small))
+b.assert_same(b.learned("short", *small, budget=PaddingBudget(PackedSize.of(*large), 5)), b.learned("short", *small))
 """
 
 

@@ -349,7 +349,10 @@ def test_everything_is_on_disk_before_the_rename_and_the_rename_after_it(tmp_pat
 # A process that forks one writer per moment and has it kill itself there, until a writer finishes.
 KILLS = """
     import json, os, pathlib, shutil, signal, sys
-    from fastjepa import checkpoint
+    from fastjepa.checkpoint import save
+    from fastjepa.checkpoint.directory import complete_checkpoints, verify_checkpoint
+    from fastjepa.checkpoint.restore import restore_checkpoint
+    from fastjepa.checkpoint.save import save_checkpoint
     from test_checkpoint import everything, make
 
     root, again = pathlib.Path(sys.argv[1]), sys.argv[2] == "again"
@@ -374,7 +377,7 @@ KILLS = """
                     kill()
                 return result
             setattr(module, name, hooked)
-        save_file = checkpoint.save_file
+        save_file = save.save_file
         def half(tensors, file):
             save_file(tensors, file)
             os.truncate(file, os.path.getsize(file) // 2)
@@ -382,25 +385,25 @@ KILLS = """
             next(p for p in pathlib.Path(path).iterdir()).unlink()
         hook(os, "fsync", lambda *_: None)
         hook(os, "replace", lambda *_: None)
-        hook(checkpoint, "save_file", half)
+        hook(save, "save_file", half)
         hook(shutil, "rmtree", lambda path, *_: some(path) if os.path.isdir(path) else None)
 
     outcomes = []
     for moment in range(1, 200):
         shutil.rmtree(root, ignore_errors=True)
-        checkpoint.save(root, old, keep_last=1)
+        save_checkpoint(root, old, keep_last=1)
         if (writer := os.fork()) == 0:
             kill_at(moment)
-            checkpoint.save(root, new, keep_last=1)
+            save_checkpoint(root, new, keep_last=1)
             os._exit(0)
         if os.waitstatus_to_exitcode(os.waitpid(writer, 0)[1]) != -signal.SIGKILL:
             break
-        found = checkpoint.complete(root)
+        found = complete_checkpoints(root)
         for path in root.glob("[!.]*"):
-            checkpoint.verify(path)  # nothing half-written or half-deleted under a checkpoint's name
-        restored = everything(checkpoint.restore(found[-1], make(seed=3)))
+            verify_checkpoint(path)  # nothing half-written or half-deleted under a checkpoint's name
+        restored = everything(restore_checkpoint(found[-1], make(seed=3)))
         outcomes.append("new" if restored == everything(new) else "old" if restored == everything(old) else "neither")
-        checkpoint.save(root, new, keep_last=1)
+        save_checkpoint(root, new, keep_last=1)
         assert os.listdir(root) == [f"jepa-{new.step:08d}"], os.listdir(root)  # the next save cleans up
     print(json.dumps(outcomes))
 """
@@ -424,23 +427,25 @@ def test_kill_9_at_any_moment_leaves_the_old_or_the_new_one_whole(tmp_path, step
 
 FULL_DISK = """
     import pathlib, resource, sys
-    from fastjepa import checkpoint
+    from fastjepa.checkpoint.directory import verify_checkpoint
+    from fastjepa.checkpoint.save import save_checkpoint
+    from fastjepa.errors import CheckpointError
     from test_checkpoint import everything, make, train
 
     root, room = pathlib.Path(sys.argv[1]), int(sys.argv[2])
-    good = checkpoint.save(root, make(step=1))
+    good = save_checkpoint(root, make(step=1))
     state = make(seed=1)
     train(state, 2)
     before = everything(state)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
     try:
-        checkpoint.save(root, state)
-    except checkpoint.CheckpointError as error:
+        save_checkpoint(root, state)
+    except CheckpointError as error:
         print(error)
     else:
         raise SystemExit("it fitted")
     assert [path.name for path in root.iterdir()] == [good.name], list(root.iterdir())
-    checkpoint.verify(good)
+    verify_checkpoint(good)
     assert everything(state) == before
 """
 

@@ -397,10 +397,13 @@ def test_workers_hand_over_one_block_of_files(tmp_path: Path):
 
 RUN = """
 import signal, sys, torch
-from fastjepa import config, data, sources
+from fastjepa.config import schema
+from fastjepa.config.load import config_from_dict
+from fastjepa.data.sources import open_source
+from fastjepa.loader.loader import Loader
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background inherits a deaf one
-setting = config.from_dict({config})
-with data.Loader(setting, sources.open_source(setting.data), 0, 1, 0, torch.device("cpu")) as loader:
+setting = config_from_dict({schema})
+with Loader(setting, open_source(setting.data), 0, 1, 0, torch.device("cpu")) as loader:
     for step in range(10**9):
         list(loader.micro_batches(step))
         if step == 5:
@@ -458,16 +461,17 @@ def digest(batch) -> str:
 
 HASHED = """
 import hashlib, os, sys
-from fastjepa import cli, train
-take, hashes = train.step, open(f"{sys.argv[1]}.{os.environ['RANK']}", "w")
+from fastjepa.cli.main import main
+from fastjepa.run.step import take_step
+take, hashes = take_step, open(f"{sys.argv[1]}.{os.environ['RANK']}", "w")
 
 def step(engine, target_encoder, batches, *rest):
     batches = list(batches)
-    print(*map(digest, batches), sep="\\n", file=hashes, flush=True)
+    print(*map(digest, batches), sep="\n", file=hashes, flush=True)
     return take(engine, target_encoder, batches, *rest)
 
-train.step = step
-sys.exit(cli.main(["train", *sys.argv[2:]]))
+take_step = step
+sys.exit(main(["train", *sys.argv[2:]]))
 """
 
 

@@ -22,26 +22,27 @@ LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 REDUCTIONS = """
     import torch
-    from fastjepa import distributed
-    place = distributed.init("cpu", timeout=240)
+    from fastjepa.ranks.collectives import all_gather, barrier, max_over_ranks, mean_over_ranks, text_of_main, union_of_names
+    from fastjepa.ranks.world import join_world, leave_world
+    place = join_world("cpu", timeout=240)
     rank = place.rank
     assert (place.size, place.local_rank, place.device.type) == (2, rank, "cpu") and place.is_main == (rank == 0)
     rows = torch.full((3, 2), float(rank), requires_grad=True)
-    gathered = distributed.all_gather(rows.t().contiguous().t())  # not contiguous
+    gathered = all_gather(rows.t().contiguous().t())  # not contiguous
     assert gathered.tolist() == [[0.0, 0.0]] * 3 + [[1.0, 1.0]] * 3 and not gathered.requires_grad
     whole = torch.full((6,), -1.0)
     own = whole[3 * rank :][:3].fill_(rank)
-    assert distributed.all_gather(own, into=whole) is whole and whole.tolist() == [0.0] * 3 + [1.0] * 3  # in place
+    assert all_gather(own, into=whole) is whole and whole.tolist() == [0.0] * 3 + [1.0] * 3  # in place
     mine = torch.tensor([1.0, 10.0]) * (rank + 1)
-    assert distributed.mean(mine).tolist() == [1.5, 15.0]
+    assert mean_over_ranks(mine).tolist() == [1.5, 15.0]
     assert mine.tolist() == [1.0 * (rank + 1), 10.0 * (rank + 1)], "mean must not change its argument"
-    assert distributed.mean(torch.tensor(rank)).item() == 0.5
-    assert distributed.from_main(["runs/a é", "b"][rank]) == "runs/a é"
-    assert distributed.union([{"b", "a"}, {"a", "longer"}][rank]) == ["a", "b", "longer"]
-    assert distributed.highest([15, 0][rank]) == 15
-    assert distributed.init("cpu") == place  # a second call joins nothing
-    distributed.barrier()
-    distributed.shutdown()
+    assert mean_over_ranks(torch.tensor(rank)).item() == 0.5
+    assert text_of_main(["runs/a é", "b"][rank]) == "runs/a é"
+    assert union_of_names([{"b", "a"}, {"a", "longer"}][rank]) == ["a", "b", "longer"]
+    assert max_over_ranks([15, 0][rank]) == 15
+    assert join_world("cpu") == place  # a second call joins nothing
+    barrier()
+    leave_world()
     assert not torch.distributed.is_initialized()
 """
 
@@ -99,11 +100,12 @@ def test_two_ranks_gather_in_rank_order_and_average():
 
 def test_a_rank_that_never_comes_is_one_sentence_that_names_the_address():
     code = """
-        from fastjepa import config, distributed
+        from fastjepa.errors import ConfigError
+        from fastjepa.ranks.world import join_world
         try:
-            distributed.init("cpu", timeout=1)
-        except config.ConfigError as error:
-            assert "rank 0 of 2" in str(error) and "127.0.0.1" in str(error) and "\\n" not in str(error), error
+            join_world("cpu", timeout=1)
+        except ConfigError as error:
+            assert "rank 0 of 2" in str(error) and "127.0.0.1" in str(error) and "\n" not in str(error), error
         else:
             raise SystemExit("met a rank that was never started")
     """

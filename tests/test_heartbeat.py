@@ -11,10 +11,9 @@ from fastjepa.ranks.world import World
 
 SETUP = """
     import os, sys, time, torch
-    from fastjepa import distributed
-    from fastjepa.heartbeat import Heartbeat
+    from fastjepa.ranks.world import join_world
 
-    world = distributed.init("cpu", timeout=240)
+    world = join_world("cpu", timeout=240)
     first = world.rank == 0
 """
 

@@ -107,13 +107,13 @@ def test_targets_as_they_are_or_standardised_over_the_batch(kind, distance):
 
 RANKS = """
     import torch
-    from fastjepa import distributed
-    from fastjepa.loss import standardised
-    place = distributed.init("cpu", timeout=240)
+    from fastjepa.loss.jepa_loss import standardised_targets
+    from fastjepa.ranks.world import join_world, leave_world
+    place = join_world("cpu", timeout=240)
     rows = torch.randn(36, 6, generator=torch.Generator().manual_seed(0)) * 3 + 1
     mine = slice(0, 10) if place.rank == 0 else slice(10, 36)  # ranks have different numbers of targets
-    torch.testing.assert_close(standardised(rows[mine]), torch.nn.functional.batch_norm(rows, None, None, training=True)[mine])
-    distributed.shutdown()
+    torch.testing.assert_close(standardised_targets(rows[mine]), torch.nn.functional.batch_norm(rows, None, None, training=True)[mine])
+    leave_world()
 """
 
 

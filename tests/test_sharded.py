@@ -128,17 +128,19 @@ def test_an_average_of_bf16_weights_would_be_seen():
 
 POISONED = """
     import sys, torch
-    from fastjepa import cli, distributed, train
+    from fastjepa.cli.main import main
+    from fastjepa.loss.jepa_loss import jepa_loss
+    from fastjepa.ranks.collectives import rank_count, this_rank
 
-    real, calls = train.jepa_loss, iter(range(1000))
+    real, calls = jepa_loss, iter(range(1000))
     bad = {int(word.split("=")[0]): float(word.split("=")[1]) for word in sys.argv[1].split(",")}
     def loss(prediction, *rest):
         number = next(calls)
-        if number in bad and distributed.rank() == distributed.size() - 1:
+        if number in bad and this_rank() == rank_count() - 1:
             prediction.register_hook(lambda gradient: gradient * bad[number])
         return real(prediction, *rest)
-    train.jepa_loss = loss
-    sys.exit(cli.main(["train", *sys.argv[2:]]))
+    jepa_loss = loss
+    sys.exit(main(["train", *sys.argv[2:]]))
 """
 
 

@@ -28,6 +28,16 @@ class Average:
         ema_update_(self.averages, self.values, momentum, finite, table=self.table)
 
 
+class FollowedAverage:
+    """An average that the engine's optimizer moves in its own pass, as PlainEngine.follow says."""
+
+    def __init__(self, target_encoder: nn.Module):
+        self.target_encoder = target_encoder
+
+    def update(self, momentum: float, finite: Tensor) -> None:
+        """Do nothing: the step that has just been taken moved the average, with the same momentum and flag."""
+
+
 class ShardedAverage:
     """Each rank averages its pieces of the engine's fp32 master weights; the target encoder is the whole, gathered once a step.
 

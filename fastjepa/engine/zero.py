@@ -14,10 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastjepa.engine.adamw import apply_schedule, build_adamw
+from fastjepa.engine.average import ShardedAverage
 from fastjepa.engine.schedule import StepSettings
 from fastjepa.errors import ConfigError
 from fastjepa.masks.packed import Blocks, Packed
 from fastjepa.model.jepa import Jepa
+from fastjepa.model.vit import Encoder
 from fastjepa.ranks.shard import Piece
 from fastjepa.ranks.world import World
 
@@ -32,6 +34,7 @@ class ZeroEngine:
     def __init__(self, jepa: Jepa, settings: dict[str, Any], world: World, pred_lr_scale: float = 1.0):
         self.jepa, self.device = jepa, world.device
         self.micro_batches, self.seen = settings["gradient_accumulation_steps"], 0
+        self.low = settings["torch_autocast"]["enabled"]
         self.stage = settings["zero_optimization"]["stage"]
         self.names = {p: name for name, p in jepa.named_parameters()}
         self.shapes = {name: tuple(p.shape) for p, name in self.names.items()}
@@ -43,6 +46,14 @@ class ZeroEngine:
             with self._loaded(group) as flat:
                 self.optimizer.state[flat] = {"step": torch.zeros((), device=flat.device), "exp_avg": torch.zeros_like(flat),
                                               "exp_avg_sq": torch.zeros_like(flat)}  # fmt: skip
+
+    shards = True  # whether ranks share the state
+
+    def follow(self, target_encoder: Encoder) -> ShardedAverage:
+        """Return the average that follows the encoder's fp32 masters, sharded as they are; it starts as `target_encoder`."""
+        masters = {name: piece for name, piece in self.masters().items() if name.startswith("encoder.")}
+        online = {name.removeprefix("encoder."): piece for name, piece in masters.items()}
+        return ShardedAverage(target_encoder, online, torch.bfloat16 if self.low else torch.float32)
 
     def __call__(self, images: Tensor, context: Packed, blocks: Blocks) -> tuple[Tensor, Tensor]:
         """As Jepa.forward."""

@@ -7,6 +7,7 @@ import numpy as np
 from fastjepa.config.schema import Config
 from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.packed import PackedSize, PaddingBudget
+from fastjepa.masks.packings import packing_of
 
 BUDGET_DRAWS = 1000
 
@@ -21,7 +22,7 @@ def padding_budget(config: Config, total: int, micro_batch: int | None = None) -
     sizes = drawn_sizes(config, total, micro_batch or config.micro_batch)
     least, most = (PackedSize(*map(int, extreme)) for extreme in (sizes.min(axis=0), sizes.max(axis=0)))
     context, target, queries = config.runtime.token_budget or most[:3]
-    blocks = 1 if config.joint else config.mask.target_blocks
+    blocks = packing_of(config.meta.predictor, config.loss.target).predictor_sequences(config.mask.target_blocks)
     size = most._replace(context=context, target=target, queries=queries, sequences=blocks * context + queries)
     lacking = ((size.context - least.context, size.longest_context), (size.queries - least.queries, size.longest_block),
                (size.sequences - least.sequences, size.longest_sequence))  # fmt: skip
@@ -32,7 +33,6 @@ def padding_budget(config: Config, total: int, micro_batch: int | None = None) -
 def drawn_sizes(config: Config, total: int, micro_batch: int) -> np.ndarray:
     """(DRAWS, len(Size)) sizes of the first micro-batch of each step."""
     mask, seed = config.mask, config.runtime.seed
+    packing = packing_of(config.meta.predictor, config.loss.target)
     pairs = (draw_masks(mask, config.grid, seed, step, 0, micro_batch, total) for step in range(BUDGET_DRAWS))
-    return np.array(
-        [PackedSize.of(context, target.any(axis=1, keepdims=True) if config.joint else target) for context, target in pairs]
-    )
+    return np.array([PackedSize.of(context, packing.predicted(target)[0]) for context, target in pairs])

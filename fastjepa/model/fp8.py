@@ -8,17 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastjepa.config.schema import Config
 from fastjepa.errors import ConfigError
 
 E4M3_MAX = 448.0  # of torch.float8_e4m3fn
 FP8_CAPABILITY = (8, 9)  # the first CUDA capability with FP8 products
 
 
-def check_fp8(config: Config, device: torch.device) -> None:
+def check_fp8(device: torch.device, dtype: str) -> None:
     """ConfigError where FP8 products would not run or not be faster."""
     able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
-    if not able or config.runtime.dtype != "bf16":
+    if not able or dtype != "bf16":
         raise ConfigError(
             "runtime.target_fp8: it needs a GPU of sm_89 or newer (Ada, Hopper) and runtime.dtype bf16; switch it off"
         )

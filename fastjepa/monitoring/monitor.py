@@ -67,7 +67,7 @@ class Probe:
 def encode_images(encoder: nn.Module, images: Tensor, config: Config, device: torch.device) -> Tensor:
     """(b, C, H, W) uint8 -> (b, D) fp32 on the device: the mean over patches, computed in the run's own dtype."""
     pooled = [torch.empty(0, config.encoder_shape[0], device=device)]
-    with autocast_of(config, device):
+    with autocast_of(config.runtime.dtype, device):
         for block in images.split(config.micro_batch) if len(images) else ():
             # Not through __call__: a compiled network would be compiled once more for images without masks.
             rows = encoder.forward(block.to(device))
