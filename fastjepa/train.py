@@ -1,4 +1,7 @@
-"""The run: `deepspeed|torchrun|python fastjepa/train.py --config C`, or `fastjepa train --config C`."""
+"""The run, top to bottom: build, the loop with both branches and the loss, log, save.
+
+Start it with `deepspeed|torchrun|python fastjepa/train.py --config C`, or with `fastjepa train --config C`.
+"""
 
 import runpy
 import sys
@@ -68,10 +71,12 @@ def train(
     runs = build_runs(config, engine)
 
     def context_features(batch: Batch) -> Tensor:
+        """Return the context features (T, D) of a micro-batch, without gradient."""
         with autocast_of(config.runtime.dtype, world.device):
             return engine.features(batch.images, batch.context, batch.blocks)
 
     def save() -> Path:
+        """Write a checkpoint; every rank takes part."""
         state.skipped, state.skipped_in_row, _ = skips.sync()
         state.bad_files = union_of_names(loader.bad)
         with log.pause():

@@ -1,4 +1,4 @@
-"""Choosing the engine that `runtime.zero` asks for."""
+"""Building the engine that `runtime.zero` asks for."""
 
 from pathlib import Path
 

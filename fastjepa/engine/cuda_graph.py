@@ -34,7 +34,7 @@ def check_cuda_graph(device: torch.device, way: str, ranks: int, zero: str | int
 
 
 class EagerRuns:
-    """The body of the loop over micro-batches runs for each of them."""
+    """Eager runs: the body of the loop over micro-batches runs for each of them."""
 
     def over(self, batches: Iterable[Batch], tally: StepTally) -> Iterator[Batch]:
         """Yield every micro-batch to the body of the loop, and count what it noted in the tally."""
@@ -43,12 +43,12 @@ class EagerRuns:
             tally.count(batch)
 
     def logged(self) -> dict[str, float]:
-        """Return what a line of the log holds of it."""
+        """Return the values of a line of the log that are its own."""
         return {}
 
 
 class CudaGraph(EagerRuns):
-    """The body of the loop runs to be captured, on the first micro-batch of the budget's size, and is replayed from then on.
+    """A CUDA graph of the body of the loop: captured on the first micro-batch of the budget's size, replayed from then on.
 
     The body must do all of its work on the device, from the batch that it is given to the gradients of `parameters` and
     to the tally's loss and features; the last are overwritten by the next replay. With one micro-batch a step a replay

@@ -20,7 +20,8 @@ SYNC_BUFFERS = max({"forward_sync_buffers", "broadcast_buffers"} & signature(Dis
 
 
 class PlainEngine:
-    """Accumulates `micro_batches` gradients between steps; ranks exchange them during the last backward only.
+    """Forward, backward and step in plain torch. It gathers the gradients of `micro_batches` micro-batches between steps;
+    ranks exchange them during the last backward only.
 
     With `static_gradients` a gradient stays where it is in memory and is zeroed after a step, as a CUDA graph needs it.
     """

@@ -12,7 +12,7 @@ DISTANCES = {"smooth_l1": F.smooth_l1_loss, "l2": F.mse_loss}  # the official co
 
 
 class LayerNormalization:
-    """The method: each target at mean 0 and variance 1, without affine, normalised inside the kernel of the loss."""
+    """Normalisation of the method: each target at mean 0 and variance 1, without affine, inside the kernel of the loss."""
 
     def loss(self, prediction: Tensor, target: Tensor, blocks: Blocks, kind: str) -> Tensor:
         """Return the loss; arguments as in `jepa_loss`."""

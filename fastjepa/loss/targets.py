@@ -9,7 +9,9 @@ from fastjepa_kernels import patchify_tokens
 
 
 class OutputTargets:
-    """The method: the target encoder sees the whole image; its output on the U rows that are in any target block."""
+    """Targets of the method: the target encoder sees the whole image, and gives its output on the U rows that are in any
+    target block.
+    """
 
     runs_network = True
 
@@ -33,7 +35,7 @@ class MaskedInputTargets(OutputTargets):
 
 
 class PixelTargets(OutputTargets):
-    """The pixels of each patch of normalised images, in fp32; the target encoder is not run.
+    """Pixels of each patch of normalised images, in fp32; the target encoder is not run.
 
     With loss.normalize layer each patch then has mean 0 and variance 1, as in MAE (He et al., 2022), with an eps of 1e-5.
     """
@@ -48,6 +50,7 @@ class PixelTargets(OutputTargets):
         return patchify_tokens(batch.images, batch.target.idx, *mean_std, embed.patch_size, torch.float32)
 
     def watched(self, target: Tensor, context: Tensor) -> Tensor:
+        """Return the context features: pixels cannot collapse."""
         return context
 
 

@@ -1,10 +1,10 @@
-"""Packed sequences: rows of many images laid end to end, with where each sequence starts.
+"""Packing: boolean masks become rows of many images laid end to end, with where each sequence starts.
 
 A micro-batch of b images of N patches is addressed as b*N flat rows (image * N + patch). `pack` turns boolean
 masks into everything the networks need, on the host, so that no step ever waits for the device to count rows.
 Order is the official one: target block major, then context mask, then image.
 
-Within a Budget every micro-batch has the same shapes. Wanted rows of the target network are filled up with more rows of the
+Within a budget every micro-batch has the same shapes. Wanted rows of the target network are filled up with more rows of the
 same images; contexts and predictor sequences with dummy sequences at the end, whose queries weigh nothing, so that their
 gradients are zeros. No row lies past the last cu_seqlens: attention kernels leave the gradients of such rows undefined.
 """

@@ -1,4 +1,4 @@
-"""The one shape that micro-batches are padded to for a CUDA graph, from what masks hold."""
+"""Padding: the one shape that micro-batches are padded to for a CUDA graph, from what masks hold."""
 
 import functools
 
@@ -14,9 +14,10 @@ BUDGET_DRAWS = 1000
 
 @functools.cache
 def padding_budget(config: Config, total: int, micro_batch: int | None = None) -> PaddingBudget:
-    """The budget of micro-batches of a global batch of `total` images.
+    """Return the budget of micro-batches of a global batch of `total` images.
 
-    Rows are runtime.token_budget or, for each count, the most that DRAWS steps draw: about one micro-batch in DRAWS / 3 is
+    Rows are runtime.token_budget or, for each count, the most that BUDGET_DRAWS steps draw: about one micro-batch in
+    BUDGET_DRAWS / 3 is
     then over it. Dummies are as many as the smallest of those micro-batches needs.
     """
     sizes = drawn_sizes(config, total, micro_batch or config.micro_batch)
@@ -31,7 +32,7 @@ def padding_budget(config: Config, total: int, micro_batch: int | None = None) -
 
 @functools.cache
 def drawn_sizes(config: Config, total: int, micro_batch: int) -> np.ndarray:
-    """(DRAWS, len(Size)) sizes of the first micro-batch of each step."""
+    """Return the sizes of the first micro-batch of each step, (BUDGET_DRAWS, 7)."""
     mask, seed = config.mask, config.runtime.seed
     packing = packing_of(config.meta.predictor, config.loss.target)
     pairs = (draw_masks(mask, config.grid, seed, step, 0, micro_batch, total) for step in range(BUDGET_DRAWS))

@@ -1,4 +1,4 @@
-"""Everything up to a run's first step: networks, engine and average."""
+"""Building a run up to its first step: networks, engine and average."""
 
 import dataclasses
 import os
@@ -33,7 +33,7 @@ from fastjepa.weights.read import TORCH_FILES
 
 
 class Run(NamedTuple):
-    """What steps are taken with."""
+    """A run before its next step: the parts that steps are taken with."""
 
     config: Config  # what it left open decided
     world: World
@@ -45,7 +45,7 @@ class Run(NamedTuple):
 
 
 def build_run(config: Config, output: Path, resume: str, init: Path | None, deepspeed_config: Path | None) -> Run:
-    """Everything up to the first step; arguments as in `train`."""
+    """Build a run up to its next step; arguments as in `train`. Every rank takes part."""
     world = join_world(config.runtime.device, 2 * config.runtime.timeout)  # after the heartbeats, which name a rank
     dtype = settle_dtype(config.runtime.dtype, world.device)
     config = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, dtype=dtype))
@@ -71,14 +71,14 @@ def build_run(config: Config, output: Path, resume: str, init: Path | None, deep
 
 
 def run_warnings(config: Config, device: torch.device) -> list[str]:
-    """What to tell the user of a config that runs, but not as it could."""
+    """Return sentences for the user of a config that runs, but not as it could."""
     emulated = config.runtime.dtype == "bf16" and not has_bf16(device)
     graph = [padding_note(config, config.data.batch_size)] if config.runtime.cuda_graph else []
     return graph + ([EMULATED_BF16] if emulated else [])
 
 
 def apply_process_settings(config: Config) -> None:
-    """Process-wide settings of a run."""
+    """Apply the settings that hold for the whole process: threads, kernels, deterministic algorithms."""
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
     use_kernels(config.runtime.kernels)
@@ -98,7 +98,7 @@ def use_kernels(asked: str) -> None:
 
 
 def build_networks(config: Config, device: torch.device, ranks: int = 1) -> tuple[Jepa, Encoder]:
-    """The trained pair and the target encoder, on the device, computing as `runtime` says."""
+    """Return the trained pair and the target encoder, on the device, computing as `runtime` says."""
     way = check_compute(config, device, ranks)
     pair = build_pair(config)
     if config.runtime.target_fp8:
@@ -111,7 +111,7 @@ def build_networks(config: Config, device: torch.device, ranks: int = 1) -> tupl
 
 
 def check_compute(config: Config, device: torch.device, ranks: int = 1) -> str:
-    """Which attention runs; ConfigError where the device cannot compute as `runtime` says."""
+    """Return which attention runs; raise ConfigError where the device cannot compute as `runtime` says."""
     way = choose_attention(config.runtime.attention, device, COMPUTE_DTYPES[config.runtime.dtype])
     if config.runtime.cuda_graph:
         check_cuda_graph(device, way, ranks, config.runtime.zero)
