@@ -1,4 +1,4 @@
-"""The inspector: what it finds for ops 1 to 7 on every card, and that it finds what is wrong."""
+"""The inspector: every op keeps its promises on every card, and a planted fault is found."""
 
 import json
 import os

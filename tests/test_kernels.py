@@ -1,4 +1,4 @@
-"""The trainer on the kernels: what `runtime.kernels` asks for runs or is refused, and trains alike."""
+"""The trainer on the kernels: a request by `runtime.kernels` runs or is refused, and trains alike."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def config(tmp_path_factory) -> Path:
 
 
 def losses(config: Path, output: Path, kernels: str) -> list[float]:
-    """Ten steps in a process where Triton's interpreter stands ready."""
+    """Train ten steps in a process where Triton's interpreter stands ready; return their losses."""
     command = [sys.executable, "-m", "fastjepa.cli", "train", "--config", config, "--output", output, "--max-steps", "10"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     words = [*map(str, command), f"runtime.kernels={kernels}"]

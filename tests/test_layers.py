@@ -1,4 +1,4 @@
-"""The doors for other trainers against what they replace: timm's PatchEmbed and ModelEmaV3, torch's AdamW."""
+"""The doors for other trainers against the classes they replace: timm's PatchEmbed and ModelEmaV3, torch's AdamW."""
 
 from copy import deepcopy
 
@@ -67,7 +67,7 @@ def test_twenty_steps_have_the_losses_of_adamw_and_a_loop_of_lerp(grouping):
 
 
 def test_some_parameters_have_no_target():
-    """As a predictor has none, wherever it stands among the groups."""
+    """A predictor has none, wherever it stands among the groups."""
     model, plain = small_model(), small_model()
     target = deepcopy(model[3])
     ours = FusedAdamWEMA(grouped(model), targets=zip(model[3].parameters(), target.parameters(), strict=True))
@@ -92,7 +92,7 @@ def test_a_step_that_is_not_finite_changes_nothing():
 
 
 def test_state_moves_from_adamw_and_back():
-    """AdamW, ours, AdamW, ten steps each, as thirty of AdamW."""
+    """Ten steps of AdamW, ten of ours and ten of AdamW are thirty of AdamW."""
     model, plain = small_model(), small_model()
     theirs = torch.optim.AdamW(grouped(plain), lr=3e-3)
     expected = [loss for seed in range(3) for loss in train(plain, theirs, 10, seed)]
@@ -123,7 +123,7 @@ def test_state_survives_a_file(tmp_path):
 
 
 def test_parameters_without_gradients_are_as_in_adamw():
-    """A head that joins later starts its count then; what never has a gradient has no state."""
+    """A head that joins later starts its count then; a parameter that never has a gradient has no state."""
     model, plain = small_model(), small_model()
     ours, theirs = FusedAdamWEMA(model.parameters(), lr=3e-3), torch.optim.AdamW(plain.parameters(), lr=3e-3)
     for m in (model, plain):

@@ -1,4 +1,4 @@
-"""The ops as other trainers meet them: modules and an optimizer with the parameters and state dicts of what they replace."""
+"""Modules and an optimizer for other trainers, with the parameters and state dicts of the classes that they replace."""
 
 from collections.abc import Callable, Iterable
 from copy import deepcopy
@@ -44,15 +44,16 @@ class MaskedPatchEmbed(nn.Module):
             self.register_buffer(name, channels, persistent=False)
 
     def forward(self, images: Tensor, idx: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) images, (T,) int32 rows image * N + patch, or None for all B * N -> (T, D) tokens.
+        """Embed the patches of (B, C, H, W) images that idx names into (T, D) tokens, in the weight's dtype or autocast's.
 
-        In the weight's dtype, or autocast's.
+        idx is (T,) int32, patch n of image b being b * N + n; None stands for all B * N patches, in order.
         """
         device = images.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.proj.weight.dtype
+        # Bytes are normalised here; floats have been, by whoever made them.
         given = (None, None) if images.is_floating_point() else (self.mean, self.std)
         mean, std = (None if channels is None else channels.float() for channels in given)  # after .bfloat16()
-        rows = patchify_tokens(images, idx, mean, std, self.patch_size, dtype)
+        rows = patchify_tokens(images, idx, mean, std, self.patch_size, dtype)  # (T, C * p * p)
         return F.linear(rows, self.proj.weight.flatten(1), self.proj.bias)
 
 
@@ -92,8 +93,11 @@ class ModelEma(nn.Module):
         self._table: Table | None = None
 
     def get_decay(self, step: int | None = None) -> float:
-        """The momentum at a step: 0 until update_after_step is past; then `decay`, or with warmup
-        1 - (1 + t / gamma)^-power, between min_decay and decay, t counting from there."""
+        """Return the momentum at a step: 0 until update_after_step is past, then `decay`.
+
+        With warmup it is 1 - (1 + t / gamma)^-power, between min_decay and decay, t counting from update_after_step:
+        gamma 1 and power 2/3 give 0.37, 0.52, 0.60 at t = 1, 2, 3.
+        """
         if step is None:
             return self.decay
         since = step - self.update_after_step - 1
@@ -112,6 +116,7 @@ class ModelEma(nn.Module):
         targets, sources = [], []
         for averaged, average, value in self._pairs(model):
             value = value.to(average.device)
+            # Three ways: copied as it is; averaged with all others in one launch; averaged alone where no kernel takes it.
             if not averaged:
                 average.copy_(value if finite is None else torch.where(finite, value.to(average.dtype), average))
             elif all(x.dtype in (torch.float32, torch.bfloat16) and x.is_contiguous() for x in (average, value)):
@@ -135,7 +140,7 @@ class ModelEma(nn.Module):
         return self.module(*args, **kwargs)
 
     def _pairs(self, model: nn.Module) -> list[tuple[bool, Tensor, Tensor]]:
-        """(whether it is averaged, average, the model's), in the order of the state dict, tied weights once."""
+        """List (True where it is averaged, average, the model's tensor), in the order of the state dict, tied weights once."""
         copied = {name for name, _ in self.module.named_buffers(remove_duplicate=False)} if self.exclude_buffers else set()
         seen: set[int] = set()
         pairs = []
@@ -148,7 +153,7 @@ class ModelEma(nn.Module):
 
 
 class FusedAdamWEMA(torch.optim.Optimizer):
-    """torch.optim.AdamW and the moving average of what it gives in one pass; state dicts load into and from AdamW.
+    """AdamW as torch has it, and the moving average of the new parameters, in one pass; state dicts load into and from AdamW.
 
     Args:
         params: parameters or groups, fp32, contiguous, on one device.
@@ -194,7 +199,11 @@ class FusedAdamWEMA(torch.optim.Optimizer):
         self._gather()
 
     def _gather(self) -> None:
-        """The parameters in the op's order, those with a target first, and their counts in one tensor, state kept."""
+        """Put the parameters into the op's order, those with a target first, and their counts into one tensor; keep the state.
+
+        Groups [a, b] and [c], targets for b and c: parameters [b, c, a], groups [0, 1, 0]. state[p]["step"] of each is a view
+        of one element of (3,) counts, so that a state dict holds them as AdamW's does.
+        """
         numbered = [(p, number) for number, group in enumerate(self.param_groups) for p in group["params"]]
         numbered.sort(key=lambda pair: pair[0] not in self._targets)
         self._params, self._numbers = [p for p, _ in numbered], [number for _, number in numbered]
@@ -240,6 +249,7 @@ class FusedAdamWEMA(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         grads = [None if p.grad is None else p.grad.contiguous() for p in self._params]
+        # State begins with a parameter's first gradient, as in AdamW.
         for p, grad, step in zip(self._params, grads, self._steps.unbind(), strict=True):
             if grad is not None and p not in self.state:
                 self.state[p]["step"], self._table = step, None

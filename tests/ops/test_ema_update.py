@@ -24,7 +24,7 @@ def clones(*lists):
 
 
 def assert_near(ours, theirs):
-    """One rounding apart: the definition may fuse the multiply and the add."""
+    """Assert equality but for one rounding: the definition may fuse the multiply and the add."""
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b, rtol=2 * torch.finfo(a.dtype).eps, atol=5e-7)
@@ -188,7 +188,7 @@ def test_compiles_whole(way, device):
     finite = torch.tensor(True, device=device)
 
     def moved(target, source):
-        """Out of place, so that the check can run it twice; its tensors are never where the table has them."""
+        """Move out of place, so that the check can run it twice; its tensors are never where the table has them."""
         target, copy = target.clone(), target.bfloat16()
         ema_update_([target], [source], 0.75, finite, [copy], table)
         return target + copy

@@ -22,7 +22,7 @@ SIZES = [
 
 
 def image_rows(images: int, tokens: int, kept: int, device: torch.device) -> torch.Tensor:
-    """(images, kept) int32: distinct places in each image."""
+    """Return (images, kept) int32: distinct places in each image."""
     places = [some_rows(tokens, kept, device, seed=i) for i in range(images)]
     return torch.stack(places) if images else torch.zeros(0, kept, dtype=torch.int32, device=device)
 
@@ -70,7 +70,7 @@ def test_positions_repeat_along_the_rows(device):
 @pytest.mark.parametrize("positions_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_has_the_dtype_of_the_sum(dtype, positions_dtype, fill_dtype, device):
-    """As x + positions in eager; gradients in the dtypes of x and fill."""
+    """The result has the dtype of x + positions in eager torch, the gradients those of x and fill."""
     x = torch.randn(5, 96, device=device).to(dtype).requires_grad_()
     fill = torch.randn(96, device=device).to(fill_dtype).requires_grad_()
     positions = torch.randn(11, 96, device=device).to(positions_dtype)

@@ -10,7 +10,7 @@ from checks import DTYPES, compiles_whole
 from checks import as_good as as_good_in_units
 from torch import Tensor
 
-from fastjepa_kernels import dispatch
+from fastjepa_kernels import dense_attention, dispatch
 from fastjepa_kernels.varlen_attention import attention_way, varlen_attention, varlen_attention_ref
 
 module = sys.modules[varlen_attention.__module__]  # the package's name for it is the function's
@@ -18,12 +18,12 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def as_good(op, ref, *inputs) -> None:
-    """In fp32 the definition is its own truth: its sums may be made in another order."""
+    """Compare as the house does, but in fp32 the definition is its own truth: its sums may be made in another order."""
     as_good_in_units(op, ref, *inputs, units=16.0 if inputs[0].dtype == torch.float32 else 2.0)
 
 
 def packed(queries: list[int], keys: list[int], dtype: torch.dtype, device: torch.device, width: int = 24) -> tuple:
-    """The arguments of an attention function for two heads, q, k and v tracked."""
+    """Make the arguments of an attention function for two heads, q, k and v tracked."""
     q, k, v = (
         torch.randn(rows, 2, width, device=device).to(dtype).requires_grad_() for rows in (sum(queries), sum(keys), sum(keys))
     )
@@ -93,14 +93,14 @@ def test_the_ways_of_a_cpu_have_the_gradients_of_calculus(queries, keys, way):
 
 
 def test_equal_lengths_are_not_padded(monkeypatch):
-    monkeypatch.setattr(module, "_padded", None)
-    monkeypatch.setattr(module, "_each", None)
+    monkeypatch.setattr(dense_attention, "_padded", None)
+    monkeypatch.setattr(dense_attention, "_each", None)
     as_good(by("auto"), varlen_attention_ref, *packed([70, 70], [80, 80], torch.float32, CPU))
 
 
 def test_only_long_ragged_fp32_sequences_run_one_by_one(monkeypatch):
-    monkeypatch.setattr(module, "_each", lambda *_: "each")
-    monkeypatch.setattr(module, "_padded", lambda *_: "padded")
+    monkeypatch.setattr(dense_attention, "_each", lambda *_: "each")
+    monkeypatch.setattr(dense_attention, "_padded", lambda *_: "padded")
     runs = {
         (dtype, most): varlen_attention(*packed([3, 5], [7, most], dtype, CPU)) for dtype in DTYPES[:2] for most in (64, 65)
     }
