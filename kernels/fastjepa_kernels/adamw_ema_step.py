@@ -210,18 +210,22 @@ def owners_of(tensors: Stepped) -> Tensor:
         bits |= BF16_TARGET * (target is not None and target.dtype == torch.bfloat16)
         bits |= COPY * bool(tensors.copies)
         rows.append((*places, tensors.groups[i], param.numel(), kind_of(places, bits)))
-    return torch.tensor(rows, dtype=torch.int64).view(-1, 9)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 9)
 
 
-def launch(table: Table, steps: Tensor, hyper: Tensor, weight: float, momentum: Tensor | None, finite: Tensor | None) -> None:
+def run_kernels(
+    table: Table, steps: Tensor, hyper: Tensor, weight: float, momentum: Tensor | None, finite: Tensor | None
+) -> None:
     """Launch the kernel of the coefficients, then the step once for each kind of tensor."""
     coefficients = steps.new_empty(len(steps), 7)  # (n, 7) fp32
-    _adamw_coefficients_kernel[(-(-len(steps) // 128),)](
+    dispatch.launch(
+        _adamw_coefficients_kernel, (-(-len(steps) // 128),),
         table.addresses, hyper, steps, steps if finite is None else finite, coefficients, len(steps),
         HAS_FINITE=finite is not None, BLOCK=128, num_warps=4,
     )  # fmt: skip
     for chunks, kind in zip(table.chunks, table.kinds, strict=True):
-        _adamw_ema_step_fwd_kernel[(len(chunks),)](
+        dispatch.launch(
+            _adamw_ema_step_fwd_kernel, (len(chunks),),
             table.addresses, chunks, coefficients,
             chunks if momentum is None else momentum, chunks if finite is None else finite, weight,
             HAS_MOMENTUM=momentum is not None, HAS_FINITE=finite is not None,
@@ -261,7 +265,7 @@ def adamw_ema_step_fwd(
         return
     table = None if owners is None else Table(owners, addresses, chunks, kinds)
     here = owners_of(Stepped(params, grads, exp_avgs, exp_avg_sqs, groups, targets, copies))
-    launch(fitting(table, here, params[0].device), steps, hyper, weight, momentum, finite)
+    run_kernels(fitting(table, here, params[0].device), steps, hyper, weight, momentum, finite)
 
 
 @adamw_ema_step_fwd.register_fake

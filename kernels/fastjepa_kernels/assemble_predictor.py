@@ -158,7 +158,8 @@ def assemble_predictor_fwd(
     if out.numel():
         block = dispatch.block_width(width)
         height = max(1, 4096 // block)
-        _assemble_predictor_fwd_kernel[(-(-length // height), -(-width // block))](
+        dispatch.launch(
+            _assemble_predictor_fwd_kernel, (-(-length // height), -(-width // block)),
             context, context_idx.contiguous(), positions, mask_token.contiguous(), idx.contiguous(), out,
             length, width, len(context), context.stride(0), positions.stride(0), BLOCK_L=height, BLOCK_P=block,
         )  # fmt: skip
@@ -190,7 +191,8 @@ def assemble_predictor_dmask(dout: Tensor, idx: Tensor, rows: int) -> Tensor:
     partial = dout.new_empty(-(-length // SUM_ROWS), width, dtype=torch.float32)  # (programs, P)
     if partial.numel():
         block = dispatch.block_width(width, 256)
-        _assemble_predictor_dmask_kernel[(len(partial), -(-width // block))](
+        dispatch.launch(
+            _assemble_predictor_dmask_kernel, (len(partial), -(-width // block)),
             dout, idx.contiguous(), partial, length, width, rows, dout.stride(0),
             ROWS=SUM_ROWS, BLOCK_L=16, BLOCK_P=block, num_warps=8,
         )  # fmt: skip

@@ -6,6 +6,8 @@ tests.
 """
 
 import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,6 +89,17 @@ def plan(device_type: str) -> dict[str, tuple[str, str]]:
     on_gpu = device_type == "cuda" and not ABSENT
     auto = ("triton", "auto, on a GPU") if on_gpu else ("torch", f"auto: {unusable('cuda') or 'no GPU'}")
     return {op: auto if asked == "auto" else (asked, "asked for") for op, asked in _asked.items()}
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Make a card the current one for the time of a `with`; do nothing for a CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *arguments: Any, **options: Any) -> None:
+    """Launch kernel[grid] on the card of its first argument; Triton alone would take the current card, whatever that is."""
+    with on_device(first.device):
+        kernel[grid](first, *arguments, **options)
 
 
 def may_read(tensor: Tensor) -> bool:

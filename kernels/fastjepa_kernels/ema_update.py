@@ -134,9 +134,9 @@ def make_table(owners: Tensor, device: torch.device) -> Table:
         whole = elements // VECTOR * VECTOR if kind & ALIGNED else 0
         for of, start, stop in ((kind, 0, whole), (kind & ~ALIGNED, whole, elements)):
             if start < stop:
-                first = torch.arange(start, stop, CHUNK)
+                first = torch.arange(start, stop, CHUNK, device="cpu")
                 launches.setdefault(of, []).append(torch.stack([torch.full_like(first, row), first], dim=1))
-    chunks = [torch.cat(parts).to(device) for parts in launches.values()]
+    chunks = [torch.cat(parts).to(device) for parts in launches.values()]  # (C, 2) each
     return Table(owners, upload(owners, device), chunks, list(launches))
 
 
@@ -144,9 +144,10 @@ def upload(values: Tensor, device: torch.device) -> Tensor:
     """Copy a host tensor to the device without waiting for it; torch keeps the pinned memory until it is read."""
     if device.type != "cuda":
         return values.to(device)
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("a CUDA graph would replay addresses that moved; make the table before capturing, and keep it")
-    return values.pin_memory().to(device, non_blocking=True)
+    with dispatch.on_device(device):  # the stream that may be capturing is this card's
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a CUDA graph would replay addresses that moved; make the table before capturing, and keep it")
+        return values.pin_memory().to(device, non_blocking=True)
 
 
 def fitting(table: Table | None, owners: Tensor, device: torch.device) -> Table:
@@ -166,13 +167,14 @@ def owners_of(targets: Sequence[Tensor], sources: Sequence[Tensor], copies: Sequ
         bits = BF16_TARGET * (target.dtype == torch.bfloat16) | BF16_SOURCE * (source.dtype == torch.bfloat16)
         bits |= COPY * bool(copies)
         rows.append((*places, target.numel(), kind_of(places, bits)))
-    return torch.tensor(rows, dtype=torch.int64).view(-1, 5)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 5)
 
 
-def launch(table: Table, weight: float, momentum: Tensor | None, finite: Tensor | None) -> None:
+def run_kernels(table: Table, weight: float, momentum: Tensor | None, finite: Tensor | None) -> None:
     """Launch the kernel once for each kind of tensor; where an argument is absent the kernel does not read its place."""
     for chunks, kind in zip(table.chunks, table.kinds, strict=True):
-        _ema_update_fwd_kernel[(len(chunks),)](
+        dispatch.launch(
+            _ema_update_fwd_kernel, (len(chunks),),
             table.addresses, chunks, chunks if momentum is None else momentum, chunks if finite is None else finite, weight,
             HAS_MOMENTUM=momentum is not None, HAS_FINITE=finite is not None,
             HAS_COPY=bool(kind & COPY), ALIGNED=bool(kind & ALIGNED),
@@ -197,7 +199,7 @@ def ema_update_fwd(
 ) -> None:
     """Compare the table with the tensors given here, which may be a compiled graph's clones, and launch."""
     table = None if owners is None else Table(owners, addresses, chunks, kinds)
-    launch(fitting(table, owners_of(targets, sources, copies), targets[0].device), weight, momentum, finite)
+    run_kernels(fitting(table, owners_of(targets, sources, copies), targets[0].device), weight, momentum, finite)
 
 
 @ema_update_fwd.register_fake

@@ -116,7 +116,8 @@ def take(x: Tensor, idx: Tensor, per_image: int, image_rows: int, dtype: torch.d
         width = dispatch.block_width(x.shape[1])
         height = max(1, 4096 // width)
         grid = (-(-len(idx) // height), -(-x.shape[1] // width))
-        _gather_tokens_fwd_kernel[grid](
+        dispatch.launch(
+            _gather_tokens_fwd_kernel, grid,
             x, idx.contiguous(), out, len(idx), x.shape[1], max(per_image, 1), image_rows, x.stride(0),
             BLOCK_T=height, BLOCK_D=width,
         )  # fmt: skip
@@ -131,9 +132,10 @@ def sum_repeats(dout: Tensor, order: Tensor, starts: Tensor, dtype: torch.dtype)
         block = dispatch.block_width(width)
         height = max(1, 1024 // block)
         grid = (-(-rows // height), -(-width // block))
-        _gather_tokens_repeated_bwd_kernel[grid](
-            dout, order, starts, dx, rows, width, dout.stride(0), UNROLL=4, BLOCK_M=height, BLOCK_D=block
-        )
+        dispatch.launch(
+            _gather_tokens_repeated_bwd_kernel, grid,
+            dout, order, starts, dx, rows, width, dout.stride(0), UNROLL=4, BLOCK_M=height, BLOCK_D=block,
+        )  # fmt: skip
     return dx
 
 

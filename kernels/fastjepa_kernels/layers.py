@@ -36,7 +36,8 @@ class MaskedPatchEmbed(nn.Module):
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size, bias=bias)
         for name, values in (("mean", mean), ("std", std)):
-            channels = None if values is None else torch.tensor(list(values), dtype=torch.float32)
+            made_on = self.proj.weight.device
+            channels = None if values is None else torch.tensor(list(values), dtype=torch.float32, device=made_on)
             if channels is not None and channels.shape != (in_chans,):
                 raise ValueError(
                     f"MaskedPatchEmbed: {name} has {channels.numel()} values for {in_chans} channels; give one each"
@@ -213,7 +214,8 @@ class FusedAdamWEMA(torch.optim.Optimizer):
         self._table: Table | None = None
         for p, step in zip(self._params, self._steps.unbind(), strict=True):
             if p in self.state:
-                self.state[p]["step"] = step.copy_(torch.as_tensor(self.state[p]["step"]))
+                made = self.state[p]["step"]  # a tensor, or in old files a number
+                self.state[p]["step"] = step.copy_(made) if isinstance(made, Tensor) else step.fill_(made)
                 self._moments(p)
 
     def _moments(self, p: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,7 +235,7 @@ class FusedAdamWEMA(torch.optim.Optimizer):
         """Send lr, betas, eps and weight decay of the groups to the device, where they changed; without waiting for it."""
         rows = [(float(g["lr"]), *g["betas"], g["eps"], g["weight_decay"]) for g in self.param_groups]
         if rows != self._written:
-            values = torch.tensor(rows, dtype=torch.float64)
+            values = torch.tensor(rows, dtype=torch.float64, device="cpu")
             self._hyper.copy_(values.pin_memory() if self._hyper.is_cuda else values, non_blocking=True)
             self._written = rows
 

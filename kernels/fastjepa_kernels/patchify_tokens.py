@@ -112,7 +112,8 @@ def patchify_tokens_fwd(
         block_i = min(side, max(1, TILE // (side * block_c)))
         block_t = max(1, TILE // (side * block_c * block_i))
         grid = (-(-rows // block_t), -(-channels // block_c), -(-patch_size // block_i))
-        _patchify_tokens_fwd_kernel[grid](
+        dispatch.launch(
+            _patchify_tokens_fwd_kernel, grid,
             images, *(out if x is None else x.contiguous() for x in (idx, mean, std)), out,
             rows, channels, gh * gw, gw, *images.stride(),
             UNIT=1 if images.is_floating_point() else 255, HAS_IDX=idx is not None, NORMALISE=mean is not None,

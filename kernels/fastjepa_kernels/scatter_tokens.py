@@ -121,7 +121,7 @@ def invert(idx: Tensor, rows: int, per_image: int, image_rows: int) -> Tensor:
     inverse = torch.full((rows,), -1, dtype=torch.int32, device=idx.device)  # (M,)
     if len(idx):
         grid = (-(-len(idx) // 1024),)
-        _invert_kernel[grid](idx.contiguous(), inverse, len(idx), max(per_image, 1), image_rows, BLOCK_T=1024)
+        dispatch.launch(_invert_kernel, grid, idx.contiguous(), inverse, len(idx), max(per_image, 1), image_rows, BLOCK_T=1024)
     return inverse
 
 
@@ -137,7 +137,8 @@ def scatter_tokens_fwd(
         block = dispatch.block_width(width)
         height = max(1, 4096 // block)
         inverse = invert(idx, rows, per_image, image_rows)
-        _scatter_tokens_fwd_kernel[(-(-rows // height), -(-width // block))](
+        dispatch.launch(
+            _scatter_tokens_fwd_kernel, (-(-rows // height), -(-width // block)),
             x, inverse, x if fill is None else fill.contiguous(), x if positions is None else positions.contiguous(), out,
             rows, width, 1 if positions is None else len(positions), x.stride(0),
             HAS_FILL=fill is not None, HAS_POSITIONS=positions is not None, BLOCK_M=height, BLOCK_D=block,
@@ -170,9 +171,10 @@ def scatter_tokens_dfill(dout: Tensor, idx: Tensor, per_image: int, image_rows: 
     if partial.numel():
         block = dispatch.block_width(width, 256)
         inverse = invert(idx, rows, per_image, image_rows)
-        _scatter_tokens_dfill_kernel[(len(partial), -(-width // block))](
-            dout, inverse, partial, rows, width, dout.stride(0), ROWS=SUM_ROWS, BLOCK_M=16, BLOCK_D=block
-        )
+        dispatch.launch(
+            _scatter_tokens_dfill_kernel, (len(partial), -(-width // block)),
+            dout, inverse, partial, rows, width, dout.stride(0), ROWS=SUM_ROWS, BLOCK_M=16, BLOCK_D=block,
+        )  # fmt: skip
     return partial.sum(dim=0)
 
 

@@ -215,7 +215,8 @@ def short_attention_fwd(
     out, lse = q.new_empty(q.shape), q.new_empty(rows, heads, dtype=torch.float32)
     if out.numel():
         chosen = shapes(q, max_q, max_k, backward=False)
-        _short_attention_fwd_kernel[(sequences * heads, -(-max_q // chosen["BLOCK_M"]))](
+        dispatch.launch(
+            _short_attention_fwd_kernel, (sequences * heads, -(-max_q // chosen["BLOCK_M"])),
             q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, heads, math.log2(math.e) * width**-0.5,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             D=width, ALIGN=common(q, k, v), DOT=dot_dtype(q), PRECISION="ieee", **chosen,
@@ -245,7 +246,8 @@ def short_attention_bwd(
     heads, width, sequences = q.shape[1], q.shape[2], len(cu_seqlens_q) - 1
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     if dq.numel() or dk.numel():
-        _short_attention_bwd_kernel[(sequences * heads,)](
+        dispatch.launch(
+            _short_attention_bwd_kernel, (sequences * heads,),
             dout, q, k, v, lse, cu_seqlens_q, cu_seqlens_k, dq, dk, dv, heads, width**-0.5,
             dout.stride(0), dout.stride(1), q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             D=width, ALIGN=common(dout, q, k, v), DOT=dot_dtype(q), PRECISION="ieee", **shapes(q, max_q, max_k, backward=True),

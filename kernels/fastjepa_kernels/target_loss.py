@@ -123,7 +123,8 @@ def target_loss_fwd(
     if queries:
         block = 1 << (width - 1).bit_length()
         height = max(1, 2048 // block)  # 16 elements a thread: a row stays in registers
-        _target_loss_fwd_kernel[(-(-queries // height),)](
+        dispatch.launch(
+            _target_loss_fwd_kernel, (-(-queries // height),),
             prediction, features, idx.contiguous(), weight.contiguous(), losses, direction,
             queries, width, prediction.stride(0), features.stride(0),
             KIND=kind, WANTS_GRAD=wants_grad, BLOCK_Q=height, BLOCK_D=block, num_warps=min(max(block // 512, 4), 32),
@@ -145,9 +146,10 @@ def target_loss_bwd(direction: Tensor, weight: Tensor, dloss: Tensor) -> Tensor:
     if dprediction.numel():
         block = dispatch.block_width(width)
         height = max(1, 4096 // block)
-        _target_loss_bwd_kernel[(-(-queries // height), -(-width // block))](
-            direction, weight.contiguous(), dloss, dprediction, queries, width, BLOCK_Q=height, BLOCK_D=block
-        )
+        dispatch.launch(
+            _target_loss_bwd_kernel, (-(-queries // height), -(-width // block)),
+            direction, weight.contiguous(), dloss, dprediction, queries, width, BLOCK_Q=height, BLOCK_D=block,
+        )  # fmt: skip
     return dprediction
 
 
