@@ -7,13 +7,15 @@ chip (flash, varlen, xformers, short); sdpa and matmul pad ragged sequences to t
 
 | way | implementation | where |
 |---|---|---|
-| flash | flash-attn | CUDA, bf16 and fp16 |
-| varlen | torch.nn.attention.varlen (torch's own FlashAttention) | CUDA, bf16 and fp16 |
-| xformers | memory_efficient_attention under a block-diagonal mask | CUDA, bf16 and fp16 |
-| short | short_attention: at most 256 keys, heads of at most 64; only by name | CUDA |
+| flash | flash-attn's FlashAttention | CUDA, bf16 and fp16, heads of a multiple of 8 channels to 256 |
+| varlen | torch.nn.attention.varlen, held to FlashAttention by WINDOW: never cuDNN | as flash |
+| xformers | memory_efficient_attention under a block-diagonal mask | as flash |
+| short | short_attention; only by name | CUDA, at most 256 tokens, heads of at most 64 |
 | sdpa | scaled_dot_product_attention, padded, or a call a sequence on a CPU | anywhere |
 | matmul | matmul, softmax, matmul, padded | anywhere |
-| auto | the first of flash, varlen, xformers that is there, else sdpa; in fp32 sdpa; on a CPU in bf16 matmul | anywhere |
+| auto | the first of flash, varlen, xformers that can run, else sdpa; in fp32 sdpa; on a CPU in bf16 matmul | anywhere |
+
+FlashAttention sums dq in no fixed order, unless torch.use_deterministic_algorithms asks for one: flash and varlen obey it.
 """
 
 import functools
@@ -25,9 +27,15 @@ from torch import Tensor
 
 from . import dispatch
 from .dense_attention import PackedQKV, check_packed, dense_attention
-from .short_attention import short_attention
+from .short_attention import MOST, WIDEST, short_attention
 
-WAYS = ("auto", "flash", "varlen", "xformers", "short", "sdpa", "matmul")
+LIBRARIES = ("flash", "varlen", "xformers")  # in the order that auto tries them
+WAYS = ("auto", *LIBRARIES, "short", "sdpa", "matmul")
+
+# The window (keys to the left and to the right) that varlen asks for, wider than any sequence, so that it hides no key. From
+# 2.14 on torch takes cuDNN on sm_90 and sm_100 where there is no window: that plans anew for every number of rows, about 45
+# ms each, keeps all plans, and has no deterministic backward. FlashAttention drops a window that covers the longest sequence.
+WINDOW = 1 << 20
 
 # Knowledge of the packages, in plain dictionaries, which torch.compile reads without a break. A package is imported when it
 # is first wanted; one that is not installed is known beforehand, as no import that fails can be compiled.
@@ -77,14 +85,26 @@ def load(way: str) -> Callable[..., Tensor]:
     if way == "short":
         return short_attention
     if way == "flash":
-        from flash_attn import flash_attn_varlen_func
+        import flash_attn  # noqa: F401
 
-        return flash_attn_varlen_func
+        return _flash
     if way == "varlen":
-        from torch.nn.attention.varlen import varlen_attn
+        import torch.nn.attention.varlen  # noqa: F401
 
-        return varlen_attn
+        return _varlen
     return _load_xformers()
+
+
+def _flash(*packed) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(*packed, deterministic=torch.are_deterministic_algorithms_enabled())
+
+
+def _varlen(*packed) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn(*packed, window_size=(WINDOW, WINDOW))
 
 
 def _load_xformers() -> Callable[..., Tensor]:
@@ -113,29 +133,56 @@ def _load_xformers() -> Callable[..., Tensor]:
     return xformers
 
 
-def attention_way(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Return the implementation that `name` means for tensors of this device and dtype: itself, or the choice of `auto`.
+def attention_way(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int | None = None, longest: int | None = None
+) -> str:
+    """Return the implementation that `name` means for such tensors: itself, or the one that `auto` chooses.
+
+    Args:
+        name: one of WAYS.
+        device, dtype: of q, k and v.
+        head_dim: channels of a head; None: not known yet, and not judged.
+        longest: rows of the longest sequence of q or k; None: as head_dim.
 
     Raises:
-        ValueError: an unknown way, or one that cannot run here.
+        ValueError: an unknown way, or one that cannot run here; one sentence with the remedy.
     """
     if name not in WAYS:
         raise ValueError(f"attention: {name} is no way; use one of {', '.join(WAYS)}")
-    if name in ("sdpa", "matmul"):
-        return name
-    if name == "short":
-        if reason := dispatch.unusable(device.type):
-            raise ValueError(f"attention: short cannot run here ({reason}); use auto")
-        return name
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        if name != "auto":
-            raise ValueError(f"attention: {name} needs a CUDA device and bf16 or fp16, not {dtype} on {device.type}; use auto")
-        return "matmul" if device.type != "cuda" and dtype == torch.bfloat16 else "sdpa"
     if name == "auto":
-        return next((way for way in ("flash", "varlen", "xformers") if not missing(way)), "sdpa")
-    if missing(name):
-        raise ValueError(f"attention: {name} cannot run here ({missing(name)}); use auto")
+        if device.type != "cuda" and dtype == torch.bfloat16:
+            return "matmul"
+        return next((way for way in LIBRARIES if not _obstacle(way, device, dtype, head_dim, longest)), "sdpa")
+    if reason := _obstacle(name, device, dtype, head_dim, longest):
+        raise ValueError(f"attention: {name} {reason}; use auto")
     return name
+
+
+def _obstacle(way: str, device: torch.device, dtype: torch.dtype, head_dim: int | None, longest: int | None) -> str:
+    """Return the reason why a way cannot run, or an empty string."""
+    if way in ("sdpa", "matmul"):
+        return ""
+    if way == "short":
+        if reason := dispatch.unusable(device.type):
+            return f"cannot run here ({reason})"
+        if dtype not in dispatch.FLOATS:
+            return f"needs fp32, bf16 or fp16, not {dtype}"
+        return _too_large(head_dim, longest, 1, WIDEST, MOST)
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return f"needs a CUDA device and bf16 or fp16, not {dtype} on {device.type}"
+    if missing(way):
+        return f"cannot run here ({missing(way)})"
+    return _too_large(head_dim, longest, 8, 256, WINDOW)
+
+
+def _too_large(head_dim: int | None, longest: int | None, multiple: int, widest: int, most: int) -> str:
+    if head_dim is not None and head_dim % multiple:
+        return f"takes heads of a multiple of {multiple} channels, not {head_dim}"
+    if head_dim is not None and head_dim > widest:
+        return f"takes heads of at most {widest} channels, not {head_dim}"
+    if longest is not None and longest > most:
+        return f"takes sequences of at most {most} tokens, not {longest}"
+    return ""
 
 
 def varlen_attention(
@@ -171,7 +218,7 @@ def varlen_attention(
     """
     packed = PackedQKV(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k)
     check_packed("varlen_attention", packed)
-    way = attention_way(way, q.device, q.dtype)
+    way = attention_way(way, q.device, q.dtype, q.shape[2], max(max_q, max_k))
     if way in ("sdpa", "matmul") or not q.shape[0]:
         return dense_attention(packed, way)
     return library(way)(*packed)
