@@ -84,7 +84,7 @@ def assemble_predictor_ref(
     return gather_tokens_repeated_ref(torch.cat((seen, masked)), idx)
 
 
-@jit
+@jit(do_not_specialize=["L", "T"])
 def _assemble_predictor_fwd_kernel(
     context_ptr,  # (T, P)
     context_idx_ptr,  # (T,) int32
@@ -116,7 +116,7 @@ def _assemble_predictor_fwd_kernel(
     tl.store(out_ptr + offs_l[:, None] * P + offs_p[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@jit
+@jit(do_not_specialize=["L", "T"])
 def _assemble_predictor_dmask_kernel(
     dout_ptr,  # (L, P)
     idx_ptr,  # (L,) int32

@@ -3,6 +3,10 @@
 `auto` runs the kernel on CUDA tensors and the definition elsewhere. The one that `use` asks for runs, or an error says why
 it cannot. With TRITON_INTERPRET=1 in the environment before triton is imported, `triton` also runs on a CPU, slowly, for
 tests.
+
+Triton compiles a kernel again for an integer argument that is 1, and for one that 16 divides. Where that buys wider loads
+(widths, strides) it is wanted. Numbers of rows change every step and only bound a mask: their kernels name them in
+`do_not_specialize`.
 """
 
 import os
@@ -23,8 +27,8 @@ except ImportError as error:  # macOS, Windows: the definitions still run
     class tl:
         constexpr = int
 
-    def jit(kernel):
-        return kernel
+    def jit(kernel=None, **options):
+        return kernel or jit
 
 
 OPS = (

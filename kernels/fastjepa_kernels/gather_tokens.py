@@ -52,7 +52,7 @@ class _GatherRepeated(torch.autograd.Function):
         return dout.new_zeros(ctx.rows, dout.shape[1], dtype=wide).index_add_(0, idx, dout.to(wide)).to(dout.dtype), None
 
 
-@jit
+@jit(do_not_specialize=["T", "K"])
 def _gather_tokens_fwd_kernel(
     x_ptr,  # (M, D)
     idx_ptr,  # (T,) int32
@@ -75,7 +75,7 @@ def _gather_tokens_fwd_kernel(
     tl.store(out_ptr + offs_t[:, None] * D + offs_d[None, :], x, mask=mask)
 
 
-@jit
+@jit(do_not_specialize=["M"])
 def _gather_tokens_repeated_bwd_kernel(
     dout_ptr,  # (T, D)
     order_ptr,  # (T,) int32: the t of each row of x, row by row, rising within a row

@@ -46,7 +46,7 @@ def patchify_tokens_ref(
     return rows.flatten(1).to(dtype)
 
 
-@jit
+@jit(do_not_specialize=["T"])
 def _patchify_tokens_fwd_kernel(
     images_ptr,  # (B, C, H, W), any strides
     idx_ptr,  # (T,) int32, or anything

@@ -41,7 +41,7 @@ def result_dtype(x: Tensor, positions: Tensor | None) -> torch.dtype:
     return x.dtype if positions is None else torch.promote_types(x.dtype, positions.dtype)
 
 
-@jit
+@jit(do_not_specialize=["T", "K"])
 def _invert_kernel(
     idx_ptr,  # (T,) int32
     inverse_ptr,  # (M,) int32, -1 everywhere
@@ -57,7 +57,7 @@ def _invert_kernel(
     tl.store(inverse_ptr + row, offs_t.to(tl.int32), mask=mask_t)
 
 
-@jit
+@jit(do_not_specialize=["M", "N"])
 def _scatter_tokens_fwd_kernel(
     x_ptr,  # (T, D)
     inverse_ptr,  # (M,) int32: the t of each row, or -1
@@ -91,7 +91,7 @@ def _scatter_tokens_fwd_kernel(
     tl.store(out_ptr + offs_m[:, None] * D + offs_d[None, :], row.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@jit
+@jit(do_not_specialize=["M"])
 def _scatter_tokens_dfill_kernel(
     dout_ptr,  # (M, D)
     inverse_ptr,  # (M,) int32

@@ -38,7 +38,7 @@ def target_loss_ref(prediction: Tensor, features: Tensor, idx: Tensor, weight: T
     return (rows * weight).sum()  # not a matrix product: autocast would take that to bf16
 
 
-@jit
+@jit(do_not_specialize=["Q"])
 def _target_loss_fwd_kernel(
     prediction_ptr,  # (Q, D)
     features_ptr,  # (U, D)
@@ -90,7 +90,7 @@ def _target_loss_fwd_kernel(
         tl.store(direction_ptr + offs_q[:, None] * D + offs_d[None, :], direction, mask=mask)
 
 
-@jit
+@jit(do_not_specialize=["Q"])
 def _target_loss_bwd_kernel(
     direction_ptr,  # (Q, D)
     weight_ptr,  # (Q,) fp32
