@@ -1,5 +1,6 @@
 """The doors for other trainers against the classes they replace: timm's PatchEmbed and ModelEmaV3, torch's AdamW."""
 
+import pickle
 from copy import deepcopy
 
 import pytest
@@ -274,3 +275,37 @@ def test_the_embedding_computes_in_autocasts_dtype():
     assert ours(torch.randn(1, 3, 16, 16)).dtype == torch.float32
     with pytest.raises(ValueError, match="2 values for 3 channels"):
         MaskedPatchEmbed(mean=(0.5, 0.5))
+
+
+@pytest.mark.parametrize("copied", [deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_the_optimizer_survives_pickle_and_deepcopy(copied, steps_before):
+    """Model, average and optimizer are copied in one call, as they name one another's tensors."""
+    model = small_model()
+    target = deepcopy(model)
+    optimizer = FusedAdamWEMA(grouped(model), lr=3e-3, targets=zip(model.parameters(), target.parameters(), strict=True))
+    train(model, optimizer, steps_before, momentum=0.9)
+    twin, average, again = copied((model, target, optimizer))
+    assert train(twin, again, 3, seed=1, momentum=0.9) == train(model, optimizer, 3, seed=1, momentum=0.9)
+    for ours, theirs in ((model, twin), (target, average)):
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert next(model.parameters()) is not next(twin.parameters())
+    assert all(state["step"] == steps_before + 3 for state in again.state.values())
+
+
+def test_the_embedding_keeps_mean_and_std_through_the_meta_device():
+    """A large model is built without memory, then emptied onto its device and loaded: mean and std are in no state dict."""
+    plain = MaskedPatchEmbed(patch_size=8, embed_dim=24, mean=MEAN, std=STD)
+    images = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
+    with torch.device("meta"):
+        built = nn.Sequential(MaskedPatchEmbed(patch_size=8, embed_dim=24, mean=MEAN, std=STD))
+    assert built[0].mean.is_meta
+    torch.utils.deterministic.fill_uninitialized_memory, before = True, torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)  # memory that nobody wrote is NaN
+    built.to_empty(device="cpu")
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before
+    built[0].load_state_dict(plain.state_dict())
+    torch.testing.assert_close(built[0](images), plain(images), rtol=0, atol=0)
+    assert built.bfloat16()[0].mean.dtype == torch.float32
+    torch.testing.assert_close(built[0].mean, torch.tensor(MEAN), rtol=0, atol=0)

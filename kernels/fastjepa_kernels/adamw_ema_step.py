@@ -34,6 +34,7 @@ from .ema_update import (
     Table,
     address,
     check_alike,
+    check_apart,
     check_scalars,
     ema_update_ref,
     fitting,
@@ -285,6 +286,7 @@ def adamw_ema_table(
     """Make the table of these tensors once, for every later step; gradients may move afterwards, at little cost."""
     tensors = Stepped(params, grads, exp_avgs, exp_avg_sqs, groups, targets, copies)
     _check_tensors(tensors)
+    check_apart("adamw_ema_step", params, targets, copies)
     return make_table(owners_of(tensors), params[0].device if params else torch.device("cpu"))
 
 
@@ -314,19 +316,22 @@ def adamw_ema_step_(
             [[1e-3, 0.9, 0.999, 1e-8, 0.05]].
         groups: the row of `hyper` of each parameter.
         targets: of the first len(targets) parameters; fp32 or bf16.
-        momentum: a float, or a 0-dim fp32 tensor on the device, which a CUDA graph reads at each replay.
+        momentum: between 0 and 1; a float, or a 0-dim fp32 tensor on the device, which a CUDA graph reads at each replay.
         copies: bf16, one for each target, or none.
         finite: 0-dim bool tensor on the device; where it is False nothing is written.
         table: adamw_ema_table(...) where it is made beforehand; else it is made here.
 
     Raises:
-        ValueError, TypeError, IndexError: wrong number, shape, dtype, layout or device; a group that `hyper` lacks.
+        ValueError, TypeError, IndexError: wrong number, shape, dtype, layout or device; a group that `hyper` lacks; a
+            momentum outside [0, 1], or params, targets or copies that share their memory (CPU and debug only).
     """
     _check_tensors(Stepped(params, grads, exp_avgs, exp_avg_sqs, groups, targets, copies))
     if not params:
         return
     _check_steps(params, steps, hyper, groups)
     check_scalars("adamw_ema_step", params[0], momentum, finite)
+    if dispatch.may_read(params[0]):
+        check_apart("adamw_ema_step", params, targets, copies)
     given = isinstance(momentum, Tensor)
     with torch.no_grad():
         adamw_ema_step_fwd(

@@ -1,8 +1,8 @@
 """The choice between the two implementations of an op, its definition in torch and its Triton kernel, made here alone.
 
-`auto` runs the kernel on CUDA tensors and the definition elsewhere. The one that `use` asks for runs, or an error says why
-it cannot. With TRITON_INTERPRET=1 in the environment before triton is imported, `triton` also runs on a CPU, slowly, for
-tests.
+`auto` runs the kernel on CUDA tensors, and the definition elsewhere and inside torch.func's transforms. The one that `use`
+asks for runs, or an error says why it cannot. With TRITON_INTERPRET=1 in the environment before triton is imported, `triton`
+also runs on a CPU, slowly, for tests.
 
 Triton compiles a kernel again for an integer argument that is 1, and for one that 16 divides. Where that buys wider loads
 (widths, strides) it is wanted. Numbers of rows change every step and only bound a mask: their kernels name them in
@@ -78,9 +78,21 @@ def unusable(device_type: str) -> str:
     return f"it has none for tensors on {device_type}"
 
 
+def transformed() -> bool:
+    """Return True inside grad, vmap, jvp and the like of torch.func, and inside forward-mode autograd.
+
+    A kernel registered with torch would be given the values there and lose the tangents: a derivative of zero, in silence.
+    """
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
 def runs_triton(op: str, tensor: Tensor) -> bool:
     """Return True where `op` runs its kernel on this tensor; RuntimeError where triton was asked for and cannot run."""
     asked = _asked[op]
+    if transformed():
+        if asked == "triton":
+            raise RuntimeError(f"{op}: the Triton kernel has no rules for torch.func or forward mode; use auto or torch")
+        return False
     if asked == "auto":
         return tensor.is_cuda and not ABSENT
     if asked == "triton" and (reason := unusable(tensor.device.type)):
@@ -108,7 +120,7 @@ def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *arguments: Any, *
 
 def may_read(tensor: Tensor) -> bool:
     """Return True where a check may read values: on a CPU, and with FASTJEPA_KERNELS_DEBUG=1; elsewhere reading waits."""
-    if torch.compiler.is_compiling() or tensor.is_meta:
+    if torch.compiler.is_compiling() or tensor.is_meta or transformed():
         return False
     return DEBUG or tensor.device.type == "cpu"
 
@@ -122,6 +134,15 @@ def check_idx(name: str, idx: Tensor, rows: int) -> None:
     low, high = (int(value) for value in idx.aminmax())
     if low < 0 or high >= rows:
         raise IndexError(f"{name} has values from {low} to {high}, outside the {rows} rows it indexes")
+
+
+def check_distinct(op: str, idx: Tensor, rows: int, remedy: str) -> None:
+    """Raise ValueError where (T,) or (B, K) idx names a row twice (in an image) and `may_read` allows a look."""
+    if not idx.numel() or not may_read(idx):
+        return
+    named = torch.zeros(*idx.shape[:-1], rows, dtype=torch.bool, device=idx.device).scatter_(-1, idx.long(), True)
+    if int(named.sum()) < idx.numel():
+        raise ValueError(f"{op}: idx names a row twice; {remedy}")
 
 
 def check_float(op: str, **tensors: Tensor) -> None:

@@ -211,14 +211,11 @@ def ema_table(targets: Sequence[Tensor], sources: Sequence[Tensor], copies: Sequ
     """Make the table of these tensors once, for every later `ema_update_`; a CUDA graph must be captured with one.
 
     Raises:
-        ValueError, TypeError: as ema_update_; two targets at one address.
+        ValueError, TypeError: as ema_update_; targets or copies that share their memory.
     """
     _check_tensors(targets, sources, copies)
-    owners = owners_of(targets, sources, copies or ())
-    placed = owners[owners[:, -2] > 0, 0]
-    if len(placed.unique()) < len(placed):
-        raise ValueError("ema_update: two targets share their memory; give each once")
-    return make_table(owners, targets[0].device if targets else torch.device("cpu"))
+    check_apart("ema_update", targets, copies or ())
+    return make_table(owners_of(targets, sources, copies or ()), targets[0].device if targets else torch.device("cpu"))
 
 
 def ema_update_(
@@ -235,7 +232,7 @@ def ema_update_(
         targets: fp32 or bf16, any shapes, contiguous, on one device, no two overlapping. A bf16 average stalls near
             momentum 1: keep fp32 ones, and `copies` to compute from.
         sources: one for each target, of its shape; fp32 or bf16.
-        momentum: a float, or a 0-dim fp32 tensor on the device, which a CUDA graph reads at each replay.
+        momentum: between 0 and 1; a float, or a 0-dim fp32 tensor on the device, which a CUDA graph reads at each replay.
         finite: 0-dim bool tensor on the device; where it is False nothing is written. The definition, which a CPU runs,
             then wants finite sources, as a skipped optimizer step leaves them.
         copies: bf16, one for each target: its new value rounded, written in the same pass.
@@ -243,12 +240,15 @@ def ema_update_(
             milliseconds for a thousand tensors. The kernel alone needs it.
 
     Raises:
-        ValueError, TypeError: wrong number, shape, dtype, layout or device.
+        ValueError, TypeError: wrong number, shape, dtype, layout or device; a momentum outside [0, 1], or targets or copies
+            that share their memory (a tensor's value, and memory: CPU and debug only).
     """
     _check_tensors(targets, sources, copies)
     if not targets:
         return
     check_scalars("ema_update", targets[0], momentum, finite)
+    if dispatch.may_read(targets[0]):
+        check_apart("ema_update", targets, copies or ())
     if not dispatch.runs_triton("ema_update", targets[0]):
         return ema_update_ref(targets, sources, momentum, finite, copies)
     given = isinstance(momentum, Tensor)
@@ -260,12 +260,28 @@ def ema_update_(
 
 
 def check_scalars(op: str, first: Tensor, momentum: float | Tensor, finite: Tensor | None) -> None:
-    """Raise TypeError or ValueError where `momentum` or `finite` is a tensor of a wrong dtype, shape or device."""
+    """Raise TypeError or ValueError where `momentum` or `finite` is a wrong tensor, or momentum is not between 0 and 1.
+
+    The value of a tensor is looked at only where `may_read` allows it.
+    """
     for name, tensor, dtype in (("momentum", momentum, torch.float32), ("finite", finite, torch.bool)):
         if isinstance(tensor, Tensor):
             if tensor.ndim or tensor.dtype != dtype:
                 raise TypeError(f"{op}: {name} must be a 0-dim {dtype} tensor, not {tuple(tensor.shape)} of {tensor.dtype}")
             dispatch.check_device(op, first, **{name: tensor})
+    known = not isinstance(momentum, Tensor) or dispatch.may_read(momentum)
+    if known and not 0 <= momentum <= 1:
+        raise ValueError(f"{op}: momentum is {float(momentum):.6g}; it must be between 0 and 1")
+
+
+def check_apart(op: str, *lists: Sequence[Tensor]) -> None:
+    """Raise ValueError where tensors that are written share memory, for which a kernel's programs would race.
+
+    Addresses [(100, 124), (120, 144)] of two tensors: the second begins before the first ends.
+    """
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for one in lists for t in one if t.numel())
+    if any(start < end for (_, end), (start, _) in zip(spans, spans[1:], strict=False)):
+        raise ValueError(f"{op}: two of the tensors that are written share their memory; give each once")
 
 
 def check_alike(op: str, name: str, tensors: Sequence[Tensor], like: Sequence[Tensor], dtypes: tuple) -> None:

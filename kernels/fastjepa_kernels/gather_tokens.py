@@ -39,17 +39,28 @@ def flat_rows(idx: Tensor, rows: int) -> Tensor:
 
 
 class _GatherRepeated(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x: Tensor, idx: Tensor) -> Tensor:
-        ctx.save_for_backward(idx)
-        ctx.rows = x.shape[0]
+    def forward(x: Tensor, idx: Tensor) -> Tensor:
         return x.index_select(0, idx)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        x, idx = inputs
+        ctx.rows = x.shape[0]
+        ctx.save_for_backward(idx)
+        ctx.save_for_forward(idx)
 
     @staticmethod
     def backward(ctx, dout: Tensor) -> tuple[Tensor, None]:
         (idx,) = ctx.saved_tensors
         wide = torch.promote_types(dout.dtype, torch.float32)
-        return dout.new_zeros(ctx.rows, dout.shape[1], dtype=wide).index_add_(0, idx, dout.to(wide)).to(dout.dtype), None
+        return dout.new_zeros(ctx.rows, dout.shape[1], dtype=wide).index_add(0, idx, dout.to(wide)).to(dout.dtype), None
+
+    @staticmethod
+    def jvp(ctx, dx: Tensor, _) -> Tensor:
+        return dx.index_select(0, *ctx.saved_tensors)
 
 
 @jit(do_not_specialize=["T", "K"])
@@ -213,9 +224,11 @@ def gather_tokens(x: Tensor, idx: Tensor) -> Tensor:
         (T, D), or (B, K, D).
 
     Raises:
-        ValueError, TypeError, IndexError: wrong shape, dtype or device; an index out of range (CPU and debug only).
+        ValueError, TypeError, IndexError: wrong shape, dtype or device; an index out of range, or there twice (CPU and debug
+            only).
     """
     _check("gather_tokens", x, idx)
+    dispatch.check_distinct("gather_tokens", idx, x.shape[-2], "use gather_tokens_repeated")
     if not dispatch.runs_triton("gather_tokens", x):
         return gather_tokens_ref(x, idx)
     if x.ndim == 2:

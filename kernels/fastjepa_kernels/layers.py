@@ -20,7 +20,7 @@ class MaskedPatchEmbed(nn.Module):
     Args:
         patch_size, in_chans, embed_dim, bias: as in timm.
         mean, std: of each channel, counting from 0 to 1: uint8 images are normalised with them, floats taken as they
-            are. Not in the state dict.
+            are. Not in the state dict; fp32 whatever the module is cast to, and there after `to_empty`.
     """
 
     def __init__(
@@ -35,14 +35,24 @@ class MaskedPatchEmbed(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size, bias=bias)
-        for name, values in (("mean", mean), ("std", std)):
-            made_on = self.proj.weight.device
-            channels = None if values is None else torch.tensor(list(values), dtype=torch.float32, device=made_on)
-            if channels is not None and channels.shape != (in_chans,):
-                raise ValueError(
-                    f"MaskedPatchEmbed: {name} has {channels.numel()} values for {in_chans} channels; give one each"
-                )
+        self._channels = {name: list(values) for name, values in (("mean", mean), ("std", std)) if values is not None}
+        for name in ("mean", "std"):
+            values = self._channels.get(name)
+            if values is not None and len(values) != in_chans:
+                raise ValueError(f"MaskedPatchEmbed: {name} has {len(values)} values for {in_chans} channels; give one each")
+            on = self.proj.weight.device
+            channels = None if values is None else torch.tensor(values, dtype=torch.float32, device=on)  # (C,)
             self.register_buffer(name, channels, persistent=False)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "MaskedPatchEmbed":
+        """Move as every module does, then write mean and std anew, in fp32: `to_empty` would leave them without values."""
+        super()._apply(fn, recurse)
+        for name, values in self._channels.items():
+            channels = getattr(self, name).float()
+            if not channels.is_meta:
+                channels.copy_(torch.tensor(values, dtype=torch.float32, device="cpu"))
+            setattr(self, name, channels)
+        return self
 
     def forward(self, images: Tensor, idx: Tensor | None = None) -> Tensor:
         """Embed the patches of (B, C, H, W) images that idx names into (T, D) tokens, in the weight's dtype or autocast's.
@@ -52,8 +62,7 @@ class MaskedPatchEmbed(nn.Module):
         device = images.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.proj.weight.dtype
         # Bytes are normalised here; floats have been, by whoever made them.
-        given = (None, None) if images.is_floating_point() else (self.mean, self.std)
-        mean, std = (None if channels is None else channels.float() for channels in given)  # after .bfloat16()
+        mean, std = (None, None) if images.is_floating_point() else (self.mean, self.std)
         rows = patchify_tokens(images, idx, mean, std, self.patch_size, dtype)  # (T, C * p * p)
         return F.linear(rows, self.proj.weight.flatten(1), self.proj.bias)
 
@@ -162,6 +171,7 @@ class FusedAdamWEMA(torch.optim.Optimizer):
         targets: (parameter, its average) pairs: zip(encoder.parameters(), target_encoder.parameters()); fp32 or bf16.
         copies: (parameter, bf16 copy of its average) pairs, for every target or none.
 
+    pickle and deepcopy carry parameters and targets along: copy models and optimizer in one call.
     With CUDA graphs: take one step first, keep gradients in place (set_to_none=False), pass momentum as a tensor, and call
     write_hyper() before a replay where lr or weight decay moved.
     """
@@ -224,6 +234,14 @@ class FusedAdamWEMA(torch.optim.Optimizer):
             moment = state.get(name)
             state[name] = torch.zeros_like(p, memory_format=torch.contiguous_format) if moment is None else moment.contiguous()
         return state["exp_avg"], state["exp_avg_sq"]
+
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"_targets": self._targets, "_copies": self._copies}
+
+    def __setstate__(self, state: dict) -> None:
+        """Take what pickle and deepcopy carry; the tables of addresses are made again for the tensors of the copy."""
+        super().__setstate__(state)
+        self._gather()
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)

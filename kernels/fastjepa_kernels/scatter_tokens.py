@@ -219,7 +219,8 @@ def scatter_tokens(
         fp32. The gradients have the dtypes of x and fill.
 
     Raises:
-        ValueError, TypeError, IndexError: wrong shape, dtype or device; an index out of range (CPU and debug only).
+        ValueError, TypeError, IndexError: wrong shape, dtype or device; an index out of range, or there twice (CPU and debug
+            only).
     """
     _check(x, idx, num_rows, fill, positions)
     if not dispatch.runs_triton("scatter_tokens", x):
@@ -252,3 +253,4 @@ def _check(x: Tensor, idx: Tensor, num_rows: int, fill: Tensor | None, positions
     dispatch.check_float("scatter_tokens", x=x, **given)
     dispatch.check_device("scatter_tokens", x, idx=idx, **given)
     dispatch.check_idx("idx", idx, num_rows)
+    dispatch.check_distinct("scatter_tokens", idx, num_rows, "give each place once")

@@ -255,6 +255,9 @@ def test_compiles_whole(way, device):
     compiles_whole(stepped, torch.randn(3, 100, device=device), torch.randn(3, 100, device=device))
 
 
+SHARED = torch.zeros(6)
+
+
 def parts(**changed):
     given = {name: [torch.zeros(4)] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")}
     return given | {"steps": torch.zeros(1), "hyper": torch.zeros(1, 5, dtype=torch.float64), "groups": [0]} | changed
@@ -278,6 +281,8 @@ def parts(**changed):
         (parts(targets=[torch.zeros(4, device="meta")]), ValueError, "is on meta"),
         (parts(targets=[torch.zeros(4)], copies=[torch.zeros(4)]), TypeError, r"copies\[0\] must be bfloat16"),
         (parts(copies=[torch.zeros(4).bfloat16()]), ValueError, "1 copies for 0"),
+        (parts(momentum=1.012), ValueError, "momentum is 1.012; it must be between 0 and 1"),
+        (parts(params=[SHARED[:4]], targets=[SHARED[2:]], momentum=0.5), ValueError, "share their memory; give each once"),
         (parts(finite=torch.ones(1, dtype=torch.bool)), TypeError, "finite must be a 0-dim torch.bool"),
         (parts(momentum=torch.ones((), dtype=torch.bfloat16)), TypeError, "momentum must be a 0-dim torch.float32"),
     ],

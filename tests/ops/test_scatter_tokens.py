@@ -5,6 +5,7 @@ import torch
 from checks import DTYPES, as_good, compiles_whole, equal, some_rows
 from torch.library import opcheck
 
+import fastjepa_kernels
 from fastjepa_kernels import gather_tokens, scatter_tokens, scatter_tokens_ref
 
 # (rows, width, placed): the widths of ViT-B, L, H and g, odd ones, prime counts, one row, none placed, none at all
@@ -188,3 +189,12 @@ def test_says_what_is_wrong(x, idx, given, error, says):
 def test_wants_floating_rows():
     with pytest.raises(TypeError, match="x must be float32, bfloat16 or float16"):
         scatter_tokens(torch.zeros(2, 8, dtype=torch.int32), torch.arange(2, dtype=torch.int32), 4)
+
+
+@pytest.mark.parametrize("way", ["triton", "torch"])
+def test_a_place_that_is_named_twice_is_refused(way):
+    fastjepa_kernels.use(way)
+    idx = torch.tensor([[3, 1], [2, 2]], dtype=torch.int32)
+    with pytest.raises(ValueError, match="scatter_tokens: idx names a row twice; give each place once"):
+        scatter_tokens(torch.randn(2, 2, 4), idx, 5)
+    assert scatter_tokens(torch.randn(2, 2, 4), idx[:1].expand(2, 2), 5).shape == (2, 5, 4)  # in two images
