@@ -17,7 +17,8 @@ from fastjepa.config.load import load_config
 pytest_plugins = ["pytester"]
 
 ROOT = Path(__file__).resolve().parent.parent
-OPS_SUPPORT = {"__init__", "cases", "dispatch", "layers", "inspect"}  # files of fastjepa_kernels that are no op
+# files of fastjepa_kernels that are no op
+OPS_SUPPORT = {"__init__", "cases", "dense_attention", "dispatch", "layers", "inspect"}
 COMMON_PACKAGES = {
     "accelerate",
     "datasets",

@@ -1,4 +1,4 @@
-"""The inspector: what it finds for ops 1 to 7 on every card, and that it finds what is wrong."""
+"""The inspector: every op keeps its promises on every card, and a planted fault is found."""
 
 import json
 import os
@@ -140,3 +140,67 @@ def test_widths_are_traced_to_their_arguments():
     found = inspect.widths(ptx, {0: "x_ptr", 1: "out_ptr"})
     assert found["load"] == {"x_ptr": [16], "out_ptr": [8], inspect.ADDRESSES: [16]}
     assert found["store"] == {"out_ptr": [4]}
+
+
+# Every op that takes rows, with the numbers of rows of five steps: one, multiples of 16, others.
+RAGGED = """
+import json, torch
+from fastjepa_kernels import (assemble_predictor, gather_tokens, gather_tokens_repeated, inspect, patchify_tokens,
+                              scatter_tokens, target_loss)
+from fastjepa_kernels.cases import Case
+
+def some(total, count):
+    return torch.randperm(total)[:count].int()
+
+def table(rows):
+    return torch.randn(rows, 128)
+
+def gather(rows):
+    x = table(rows + 5)
+    return Case(lambda: gather_tokens(x, some(rows + 5, rows)), reads=[], leaves=[x])
+
+def repeated(rows):
+    x, idx = table(rows + 5), torch.randint(rows + 5, (2 * rows + 1,)).int()
+    return Case(lambda: gather_tokens_repeated(x, idx), reads=[], leaves=[x])
+
+def scatter(rows):
+    x, fill, positions = table(rows), torch.randn(128), table(rows + 5)
+    return Case(lambda: scatter_tokens(x, some(rows + 5, rows), rows + 5, fill, positions), reads=[], leaves=[x, fill])
+
+def assemble(rows):
+    context, mask_token, idx = table(rows), torch.randn(128), torch.randint(rows + 40, (3 * rows + 1,)).int()
+    context_idx, positions = torch.randint(40, (rows,)).int(), table(40)
+    return Case(lambda: assemble_predictor(context, context_idx, positions, mask_token, idx), reads=[],
+                leaves=[context, mask_token])
+
+def patchify(rows):
+    images = torch.randint(256, (4, 3, 64, 64), dtype=torch.uint8)
+    return Case(lambda: patchify_tokens(images, some(64, rows)), reads=[])
+
+def loss(rows):
+    prediction, features, weight = table(rows), table(rows + 5), torch.rand(rows)
+    return Case(lambda: target_loss(prediction, features, some(rows + 5, rows), weight), reads=[], leaves=[prediction])
+
+CASES = {f.__name__: (f, [(rows,) for rows in (1, 16, 17, 32, 43)])
+         for f in (gather, repeated, scatter, assemble, patchify, loss)}
+
+if __name__ == "__main__":
+    compiled = {}
+    for op in CASES:
+        for phase in inspect.record("ragged", op):
+            for launch in phase.launches:
+                key = f"{op} {phase.direction} {launch.kernel}"
+                compiled.setdefault(key, set()).add(repr((launch.signature, launch.constexprs, launch.aligned, launch.options)))
+    print(json.dumps({key: len(forms) for key, forms in compiled.items()}))
+"""
+
+
+def test_numbers_of_rows_that_change_compile_nothing_anew(tmp_path: Path):
+    """Triton compiles again for an argument that is 1, or that 16 divides: rows are neither, for good, as it buys nothing."""
+    (tmp_path / "ragged.py").write_text(RAGGED)
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{tmp_path}{os.pathsep}{KERNELS}"}
+    done = subprocess.run([sys.executable, "-m", "ragged"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    forms = json.loads(done.stdout)
+    assert len(forms) >= 12
+    assert {kernel: count for kernel, count in forms.items() if count > 1} == {}

@@ -20,7 +20,7 @@ def mask_pairs(draw):
 
 
 def target_blocks(target_mask: np.ndarray) -> Packed:
-    """(b, R, N) bool -> the positions of the R*b target blocks, block major."""
+    """Turn (b, R, N) bool into the positions of the R*b target blocks, block major."""
     by_block = target_mask.transpose(1, 0, 2)
     return Packed.of(np.nonzero(by_block)[2], by_block.sum(axis=2).reshape(-1))
 

@@ -1,5 +1,6 @@
-"""The doors for other trainers against what they replace: timm's PatchEmbed and ModelEmaV3, torch's AdamW."""
+"""The doors for other trainers against the classes they replace: timm's PatchEmbed and ModelEmaV3, torch's AdamW."""
 
+import pickle
 from copy import deepcopy
 
 import pytest
@@ -67,7 +68,7 @@ def test_twenty_steps_have_the_losses_of_adamw_and_a_loop_of_lerp(grouping):
 
 
 def test_some_parameters_have_no_target():
-    """As a predictor has none, wherever it stands among the groups."""
+    """A predictor has none, wherever it stands among the groups."""
     model, plain = small_model(), small_model()
     target = deepcopy(model[3])
     ours = FusedAdamWEMA(grouped(model), targets=zip(model[3].parameters(), target.parameters(), strict=True))
@@ -92,7 +93,7 @@ def test_a_step_that_is_not_finite_changes_nothing():
 
 
 def test_state_moves_from_adamw_and_back():
-    """AdamW, ours, AdamW, ten steps each, as thirty of AdamW."""
+    """Ten steps of AdamW, ten of ours and ten of AdamW are thirty of AdamW."""
     model, plain = small_model(), small_model()
     theirs = torch.optim.AdamW(grouped(plain), lr=3e-3)
     expected = [loss for seed in range(3) for loss in train(plain, theirs, 10, seed)]
@@ -123,7 +124,7 @@ def test_state_survives_a_file(tmp_path):
 
 
 def test_parameters_without_gradients_are_as_in_adamw():
-    """A head that joins later starts its count then; what never has a gradient has no state."""
+    """A head that joins later starts its count then; a parameter that never has a gradient has no state."""
     model, plain = small_model(), small_model()
     ours, theirs = FusedAdamWEMA(model.parameters(), lr=3e-3), torch.optim.AdamW(plain.parameters(), lr=3e-3)
     for m in (model, plain):
@@ -274,3 +275,37 @@ def test_the_embedding_computes_in_autocasts_dtype():
     assert ours(torch.randn(1, 3, 16, 16)).dtype == torch.float32
     with pytest.raises(ValueError, match="2 values for 3 channels"):
         MaskedPatchEmbed(mean=(0.5, 0.5))
+
+
+@pytest.mark.parametrize("copied", [deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_the_optimizer_survives_pickle_and_deepcopy(copied, steps_before):
+    """Model, average and optimizer are copied in one call, as they name one another's tensors."""
+    model = small_model()
+    target = deepcopy(model)
+    optimizer = FusedAdamWEMA(grouped(model), lr=3e-3, targets=zip(model.parameters(), target.parameters(), strict=True))
+    train(model, optimizer, steps_before, momentum=0.9)
+    twin, average, again = copied((model, target, optimizer))
+    assert train(twin, again, 3, seed=1, momentum=0.9) == train(model, optimizer, 3, seed=1, momentum=0.9)
+    for ours, theirs in ((model, twin), (target, average)):
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert next(model.parameters()) is not next(twin.parameters())
+    assert all(state["step"] == steps_before + 3 for state in again.state.values())
+
+
+def test_the_embedding_keeps_mean_and_std_through_the_meta_device():
+    """A large model is built without memory, then emptied onto its device and loaded: mean and std are in no state dict."""
+    plain = MaskedPatchEmbed(patch_size=8, embed_dim=24, mean=MEAN, std=STD)
+    images = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
+    with torch.device("meta"):
+        built = nn.Sequential(MaskedPatchEmbed(patch_size=8, embed_dim=24, mean=MEAN, std=STD))
+    assert built[0].mean.is_meta
+    torch.utils.deterministic.fill_uninitialized_memory, before = True, torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)  # memory that nobody wrote is NaN
+    built.to_empty(device="cpu")
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before
+    built[0].load_state_dict(plain.state_dict())
+    torch.testing.assert_close(built[0](images), plain(images), rtol=0, atol=0)
+    assert built.bfloat16()[0].mean.dtype == torch.float32
+    torch.testing.assert_close(built[0].mean, torch.tensor(MEAN), rtol=0, atol=0)
