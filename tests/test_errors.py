@@ -10,10 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_train import ROOT, write_config
 
 from fastjepa.cli.main import main
 from fastjepa.errors import is_users_to_mend
+from tests.support.places import ROOT
+from tests.support.runs import write_config
 
 TRAIN = ["train", "--config", "CONFIG", "--output", "OUT"]
 MISTAKES = {  # what is wrong: the command, what its sentence says
