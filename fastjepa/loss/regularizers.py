@@ -88,8 +88,10 @@ class BatchRegularizer(NoRegularizer):
     micro-batch 1 of rank 1 owns the rows 24 to 31 of the 32.
     """
 
-    def __init__(self, term: RegularizerTerm, pieces: int, world: World):
-        self.term, self.pieces, self.rank, self.ranks = term, pieces, world.rank, world.size
+    def __init__(
+        self, term: RegularizerTerm, pieces: int, world: World, gather: Callable[[Tensor], Tensor] = all_gather
+    ):
+        self.term, self.pieces, self.rank, self.ranks, self.gather = term, pieces, world.rank, world.size, gather
         self.pooled, self.piece, self.step = None, 0, 0
         self.value = 0.0  # the term of the last batch, for the log
 
@@ -102,7 +104,7 @@ class BatchRegularizer(NoRegularizer):
 
     def survey(self, pooled: list[Tensor]) -> None:
         """Gather the (S, D) pooled features, without gradient, of all of this rank's micro-batches from every rank."""
-        self.pooled, self.piece = all_gather(torch.cat(pooled)), 0
+        self.pooled, self.piece = self.gather(torch.cat(pooled)), 0
 
     def __call__(self, context: Tensor, sequences: Packed) -> Tensor:
         pooled = pool_sequences(context, sequences)  # (S, D)

@@ -1,4 +1,4 @@
-"""The plain engine with adamw_ema_step_: AdamW and the average in one pass are torch's AdamW and ema_update_, one after the other.
+"""The plain engine with adamw_ema_step_: one pass that is torch's AdamW and ema_update_, one after the other.
 
 The kernel runs in Triton's interpreter, which must be chosen before triton is imported: in a process of its own.
 """

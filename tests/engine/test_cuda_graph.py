@@ -2,28 +2,30 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from fastjepa.engine.average import Average
-from fastjepa.engine.cuda_graph import padded_size
+from fastjepa.engine.cuda_graph import CudaGraph, padded_size
 from fastjepa.engine.plain import PlainEngine
 from fastjepa.engine.schedule import StepSettings
+from fastjepa.engine.tally import StepTally
 from fastjepa.loader.batch import Batch
 from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.pack import pack
 from fastjepa.masks.packed import PackedSize
 from fastjepa.masks.padding import drawn_sizes, padding_budget
 from fastjepa.model.jepa import build_pair
-from fastjepa.monitoring.lines import graph_counts
-from fastjepa.run.build import build_networks
-from fastjepa.run.step import micro_step, take_step
+from fastjepa.run.build import build_networks, build_runs
+from fastjepa.run.step import Step
 from tests.support.networks import perturbed
 from tests.support.padding import configured
+from tests.support.steps import take_step
 
-STEPS = 20
+STEPS, NOW = 20, StepSettings(1e-3, 0.1, 0.9)
 
 
 def tight():
@@ -47,19 +49,35 @@ def test_a_batch_over_the_budget_runs_without_and_is_counted():
     config = tight()
     jepa, target_encoder = build_pair(config)
     engine, average = PlainEngine(jepa, static_gradients=True), Average(target_encoder, jepa.encoder)
-    eager = micro_step(engine, average, replace(config, runtime=replace(config.runtime, cuda_graph=False)))
-    graph = micro_step(engine, average, config)
+    runs = build_runs(config, engine)
+    eager, graph = Step(engine, average, config), Step(engine, average, config, None, runs)
     room = padding_budget(config, 8)
     sizes = [PackedSize(*size) for size in drawn_sizes(config, 8, 8)[:STEPS].tolist()]
     over = [step for step, size in enumerate(sizes) if not room.holds(size)]
     assert 0 < len(over) < STEPS
     assert [padded_size(drawn(config, step)[0]) == room.size for step in range(STEPS)] == [s not in over for s in range(STEPS)]
     for step in over[:2]:
-        loss, _ = graph(drawn(config, step)[0])
+        loss = graph.learn(drawn(config, step), NOW).loss
         engine.optimizer.zero_grad()
-        assert torch.equal(loss, eager(drawn(config, step)[0])[0])
-    assert graph_counts(graph) == {"replayed": 0, "uncaptured": 2}
-    assert graph_counts(eager) == {}
+        assert torch.equal(loss, eager.learn(drawn(config, step), NOW).loss)
+    assert runs.logged() == {"replayed": 0, "uncaptured": 2}
+    assert eager.runs.logged() == {}
+
+
+def test_a_replay_leaves_what_it_computed_where_the_body_does():
+    """The results of the capture are the step's, also after a batch that ran without; losses of micro-batches add up."""
+    config = configured()
+    batch, tally, runs = drawn(config, 0)[0], StepTally(), CudaGraph(padding_budget(config, 8), [], 3)
+    static = torch.tensor(0.0)
+    replays = iter((5.0, 7.0))
+    runs.graph = SimpleNamespace(replay=lambda: static.fill_(next(replays)))  # as it is once it has been captured
+    runs.batch, runs.results = batch.clone(), (static, torch.ones(2, 3))
+    over = replace(batch, context=replace(batch.context, max_len=99))
+    for given in runs.over([batch, over, batch], tally):
+        assert given is over
+        tally.note(torch.tensor(1.0), torch.zeros(1, 3))
+    assert float(tally.loss) == 5.0 + 1.0 + 7.0 and tally.features.shape == (2, 3)
+    assert runs.logged() == {"replayed": 2, "uncaptured": 1}
 
 
 def test_gradients_stay_where_they_are():
@@ -95,15 +113,13 @@ def test_captured_steps_are_the_eager_ones(pieces, dtype):
         target_encoder.load_state_dict(copy.deepcopy(jepa.encoder.state_dict()))
         engine = PlainEngine(jepa, micro_batches=pieces, static_gradients=captured)
         average = Average(target_encoder, jepa.encoder)
-        micro, losses = micro_step(engine, average, ours), []
+        step_of, losses = Step(engine, average, ours, None, build_runs(ours, engine)), []
         for step in range(STEPS):
             batches = drawn(config, step, pieces, "cuda")
             if step == 7:
                 batches[0].images.fill_(float("nan"))
-            losses.append(
-                take_step(engine, average, batches, StepSettings(1e-4 * step, 0.1, 0.9 + step / 400), ours, None, micro).loss
-            )
-        runs.append((torch.stack(losses), engine.parameters, list(target_encoder.parameters()), micro))
+            losses.append(step_of(batches, StepSettings(1e-4 * step, 0.1, 0.9 + step / 400))[0].loss)
+        runs.append((torch.stack(losses), engine.parameters, list(target_encoder.parameters()), step_of.runs))
     (eager, parameters, averages, _), (replayed, ours, our_averages, graph) = runs
     tolerance = 1e-4 if dtype == "fp32" else 2e-2
     torch.testing.assert_close(replayed, eager, rtol=tolerance, atol=tolerance, equal_nan=True)
@@ -118,12 +134,12 @@ def test_a_replay_never_waits_for_the_device():
     config = configured(device="cuda")
     jepa, target_encoder = build_networks(config, torch.device("cuda"))
     engine, average = PlainEngine(jepa, static_gradients=True), Average(target_encoder, jepa.encoder)
-    micro = micro_step(engine, average, config)
+    runs = build_runs(config, engine)
     batches = [drawn(config, step, device="cuda") for step in range(2)]
-    take_step(engine, average, batches[0], StepSettings(1e-3, 0.1, 0.9), config, None, micro)
+    take_step(engine, average, batches[0], NOW, config, None, runs)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        take_step(engine, average, batches[1], StepSettings(1e-3, 0.1, 0.9), config, None, micro)
+        take_step(engine, average, batches[1], NOW, config, None, runs)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert micro.replayed == 2
+    assert runs.replayed == 2

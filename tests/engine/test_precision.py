@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastjepa.config.load import config_from_dict
-from fastjepa.engine.precision import COMPUTE_DTYPES, EMULATED_BF16, compute_dtype, settle_dtype
+from fastjepa.engine.precision import EMULATED_BF16, settle_dtype
 from fastjepa.run.build import run_warnings
 
 CPU = torch.device("cpu")
@@ -19,14 +19,13 @@ def config(dtype):
 )
 def test_auto_is_bf16_where_the_cpu_has_instructions_for_it(instructions, dtype, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
-    settled = settle_dtype(config("auto"), CPU)
-    assert settled.runtime.dtype == dtype
-    assert compute_dtype(settled) == COMPUTE_DTYPES[dtype]
+    settled = settle_dtype("auto", CPU)
+    assert settled == dtype
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_what_is_asked_for_stays(dtype):
-    assert settle_dtype(config(dtype), CPU) == config(dtype)
+    assert settle_dtype(dtype, CPU) == dtype
 
 
 @pytest.mark.parametrize(("has", "said"), [(False, True), (True, False)])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastjepa import train as trainer
 from fastjepa.checkpoint.directory import find_checkpoint
 from fastjepa.checkpoint.restore import load_networks
 from fastjepa.checkpoint.shard_files import StoredGroup, consolidate, shard_name, write_shard_file
@@ -20,7 +21,6 @@ from fastjepa.engine.build import build_engine
 from fastjepa.engine.deepspeed_config import BUCKET_ELEMENTS, deepspeed_settings
 from fastjepa.engine.zero import deepspeed_ops
 from fastjepa.errors import ConfigError
-from fastjepa.loss.jepa_loss import jepa_loss
 from fastjepa.model.jepa import build_pair
 from fastjepa.ranks.collectives import rank_count, this_rank
 from fastjepa.ranks.shard import Piece
@@ -104,7 +104,7 @@ def test_an_average_of_bf16_weights_would_be_seen():
 
 def poisoned(bad: dict[int, float], words: list[str]) -> int:
     """Train with the gradients of the last rank multiplied by `bad[step]`."""
-    real, calls = jepa_loss, iter(range(1000))
+    real, calls = trainer.jepa_loss, iter(range(1000))
 
     def loss(prediction: torch.Tensor, *rest: object) -> torch.Tensor:
         number = next(calls)
@@ -112,7 +112,7 @@ def poisoned(bad: dict[int, float], words: list[str]) -> int:
             prediction.register_hook(lambda gradient: gradient * bad[number])
         return real(prediction, *rest)
 
-    jepa_loss = loss
+    trainer.jepa_loss = loss
     return main(words)
 
 

@@ -337,9 +337,11 @@ def test_workers_outlive_an_interrupt_and_die_with_the_loader(folder: Path):
 def test_a_forgotten_loader_does_not_keep_the_process(folder: Path, loader: str):
     code = f"""
 import torch
-from fastjepa import config, data, sources
-setting = config.from_dict({settings(folder, num_workers=1, loader=loader).to_dict()})
-loader = data.Loader(setting, sources.open_source(setting.data), 0, 1, 0, torch.device("cpu"))
+from fastjepa.config.load import config_from_dict
+from fastjepa.data.sources import open_source
+from fastjepa.loader.loader import Loader
+setting = config_from_dict({settings(folder, num_workers=1, loader=loader).to_dict()})
+loader = Loader(setting, open_source(setting.data), 0, 1, 0, torch.device("cpu"))
 print(len(list(loader.micro_batches(0))))
 raise KeyError("on the way out")
 """

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from fastjepa.config.schema import LossConfig
-from fastjepa.loss.jepa_loss import jepa_loss, standardised_targets
+from fastjepa.loss.jepa_loss import NORMALIZATIONS, jepa_loss, standardised_targets
 from fastjepa.loss.regularizers import BatchRegularizer, pool_sequences, regularizer_term
 from fastjepa.masks.pack import pack
-from fastjepa.masks.packed import Packed
-from fastjepa.ranks.world import join_world, leave_world
+from fastjepa.masks.packed import Packed, full_sequences
+from fastjepa.ranks.world import World, join_world, leave_world
 from tests.support import ranks
 
 
@@ -100,7 +100,7 @@ def test_targets_as_they_are_or_standardised_over_the_batch(kind, distance):
     prediction, features = torch.randn(36, 6, requires_grad=True), torch.randn(36, 6) * 3 + 1
     over_rows = F.batch_norm(features, None, None, training=True)
     for normalize, target in (("none", features), ("batch", over_rows)):
-        found, expected = jepa_loss(prediction, features, blocks, kind, normalize), distance(prediction, target)
+        found, expected = jepa_loss(prediction, features, blocks, kind, NORMALIZATIONS[normalize]), distance(prediction, target)
         torch.testing.assert_close(found, expected)
         grads = (torch.autograd.grad(value, prediction)[0] for value in (found, expected))
         torch.testing.assert_close(*grads)
@@ -128,13 +128,13 @@ def test_gradients_of_the_pieces_add_up_to_the_whole(world, pieces, name):
 
     parts = [part.clone().requires_grad_() for part in x.chunk(world * pieces)]
     for rank in range(world):
-        spread = BatchRegularizer(term, pieces, lambda mine: x, rank, world)
+        spread = BatchRegularizer(term, pieces, World(rank, rank, world, x.device), gather=lambda mine: x)
         spread.step = 3
         mine = parts[rank * pieces : (rank + 1) * pieces]
         if pieces > 1:
             spread.survey([part.detach() for part in mine])
         for part in mine:
-            value = spread(part)
+            value = spread(part, full_sequences(len(part), 1))  # sequences of one row, which are their own means
             (value / world).backward()  # DDP averages over ranks
         torch.testing.assert_close(spread.value, term(x, 3))
     torch.testing.assert_close(torch.cat([part.grad for part in parts]), whole.grad)

@@ -11,17 +11,18 @@ from fastjepa.errors import ConfigError
 from fastjepa.loader.batch import Batch
 from fastjepa.loss.targets import masked_input_targets, output_targets, pixel_targets
 from fastjepa.masks.pack import pack
+from fastjepa.masks.packings import SEPARATE, packing_of
 from fastjepa.model.jepa import build_pair
 from fastjepa.plan.flops import flops_of_packed
-from fastjepa.run.step import take_step
 from tests.support.networks import masks, perturbed, small
+from tests.support.steps import take_step
 
 NOW = StepSettings(lr=3e-3, weight_decay=0.0, ema_momentum=0.99)
 IMAGES = torch.randint(0, 256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
 def batch_of(config) -> Batch:
-    return Batch(IMAGES, *pack(*masks(), separate=config.separate), bad=())
+    return Batch(IMAGES, *pack(*masks(), packing=packing_of(config.meta.predictor, config.loss.target)), bad=())
 
 
 def queries() -> list[tuple[int, int]]:
@@ -89,7 +90,7 @@ def test_pixels_need_no_target_network(monkeypatch):
 
 def test_a_block_of_an_image_counts_once_however_the_targets_are_laid_out():
     """Weights and queries do not depend on where targets come from."""
-    together, apart = pack(*masks())[2], pack(*masks(), separate=True)[2]
+    together, apart = pack(*masks())[2], pack(*masks(), packing=SEPARATE)[2]
     assert torch.equal(together.weight, apart.weight) and torch.equal(together.queries.idx, apart.queries.idx)
     assert len(torch.unique(apart.target_rows)) == int(masks()[1].sum())
 

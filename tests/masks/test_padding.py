@@ -18,6 +18,7 @@ from fastjepa.loss.jepa_loss import jepa_loss
 from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.pack import pack
 from fastjepa.masks.packed import PackedSize, PaddingBudget
+from fastjepa.masks.packings import JOINT, PER_BLOCK
 from fastjepa.masks.padding import drawn_sizes, padding_budget
 from fastjepa.model.jepa import build_pair
 from fastjepa.model.vit import use_attention
@@ -73,7 +74,8 @@ def assert_same(found, expected) -> None:
 @given(pair=padded_pairs())
 def test_padding_changes_neither_the_loss_nor_a_gradient(way, pair):
     context, target, joint, room = pair
-    assert_same(learned(way, context, target, joint=joint, budget=room), learned(way, context, target, joint=joint))
+    packing = JOINT if joint else PER_BLOCK
+    assert_same(learned(way, context, target, packing=packing, budget=room), learned(way, context, target, packing=packing))
 
 
 def pad_in_the_kernels() -> None:
@@ -95,7 +97,7 @@ def test_padding_changes_nothing_in_the_kernels_either():
 @given(padded_pairs())
 def test_every_batch_within_the_budget_has_its_shape(pair):
     context, target, joint, room = pair
-    packed, plain = (pack(context, target, joint=joint, budget=b) for b in (room, None))
+    packed, plain = (pack(context, target, packing=JOINT if joint else PER_BLOCK, budget=b) for b in (room, None))
     batch = Batch(IMAGES, *packed, bad=())
     assert padded_size(batch) == room.size
     ragged = [(one[0], one[2].sequences, one[2].queries) for one in (packed, plain)]
@@ -178,7 +180,7 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 ])  # fmt: skip
 def test_what_cannot_be_captured_is_refused_in_a_sentence(device, way, ranks, zero, words):
     with pytest.raises(ConfigError, match=f"runtime.cuda_graph: .*{words}"):
-        check_cuda_graph(configured(zero=zero), device, way, ranks)
+        check_cuda_graph(device, way, ranks, zero)
 
 
 def test_a_regularizer_that_would_pool_the_padding_is_refused():

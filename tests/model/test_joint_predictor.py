@@ -15,13 +15,14 @@ from fastjepa.engine.schedule import StepSettings
 from fastjepa.loader.batch import Batch
 from fastjepa.loss.jepa_loss import jepa_loss
 from fastjepa.masks.pack import pack
+from fastjepa.masks.packings import JOINT, PER_BLOCK, packing_of
 from fastjepa.model import vit
 from fastjepa.model.jepa import build_pair
 from fastjepa.plan.flops import count_flops, flops_of_packed, flops_per_image
 from fastjepa.plan.memory import row_counts
-from fastjepa.run.step import take_step
 from tests.support.flops import assert_close, counted, draw, lengths, loop, tiny
 from tests.support.networks import N, masks, perturbed, plain_jepa, small
+from tests.support.steps import take_step
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -32,7 +33,7 @@ def joint(c: Config) -> Config:
 
 def learned(context_mask, target_mask, together: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
     jepa, target_encoder = (perturbed(network) for network in build_pair(small()))
-    context, target, blocks = pack(context_mask, target_mask, joint=together)
+    context, target, blocks = pack(context_mask, target_mask, packing=JOINT if together else PER_BLOCK)
     with torch.no_grad():
         features = target_encoder(IMAGES, wanted=target)
     loss = jepa_loss(jepa(IMAGES, context, blocks)[0], features, blocks)
@@ -52,7 +53,7 @@ def test_with_several_it_is_a_loop_over_images_whose_block_is_the_union():
     """Every query attends to the context and to the patches of all blocks, each of which is there once."""
     jepa = perturbed(build_pair(small())[0])
     context_mask, target_mask = masks()
-    context, _, blocks = pack(context_mask, target_mask, joint=True)
+    context, _, blocks = pack(context_mask, target_mask, packing=JOINT)
     expected, _ = plain_jepa(jepa, IMAGES, context_mask, target_mask.any(axis=1, keepdims=True))
     torch.testing.assert_close(jepa(IMAGES, context, blocks)[0], expected, rtol=1e-5, atol=1e-5)
 
@@ -71,10 +72,10 @@ def test_a_patch_weighs_what_it_does_in_all_blocks_together(k, r, of_step, seed)
 
 def test_flops_and_rows_are_those_of_the_joint_predictor(monkeypatch: pytest.MonkeyPatch):
     c = joint(tiny(images=3, truncate="none", num_enc_masks=2))
-    packed = pack(*draw(c), joint=True)
+    packed = pack(*draw(c), packing=JOINT)
     monkeypatch.setattr(vit, "packed_attention", loop)
     assert_close(flops_of_packed(c, *packed), counted(c, *packed))
-    steps = [flops_of_packed(c, *pack(*draw(c, step), joint=True)).total for step in range(16)]
+    steps = [flops_of_packed(c, *pack(*draw(c, step), packing=JOINT)).total for step in range(16)]
     assert flops_per_image(c) == pytest.approx(np.mean(steps))
     assert row_counts(c, 3, steps=1).sequences == len(packed[2].sequences.idx)
 
@@ -84,7 +85,7 @@ def test_the_closed_form_is_exact_for_equal_lengths(contexts):
     c = joint(tiny(images=2, num_enc_masks=contexts, num_pred_masks=2))
     context_mask, target_mask = (np.zeros((2, count, 48), bool) for count in (contexts, 2))
     context_mask[:, :, 36:] = target_mask[:, 0, :8] = target_mask[:, 1, 4:12] = True
-    packed = pack(context_mask, target_mask, joint=True)
+    packed = pack(context_mask, target_mask, packing=JOINT)
     assert_close(count_flops(c, 12, 8, 12), flops_of_packed(c, *packed), 1e-12)
     assert count_flops(c, 12, 8, 12).total < flops_of_packed(c, *lengths(12, 8, 12, contexts, 2, 2)).total
 
@@ -114,7 +115,11 @@ def test_the_loss_falls(setting):
     config = small(**setting)
     jepa, target_encoder = build_pair(config)
     engine, average = PlainEngine(jepa), Average(target_encoder, jepa.encoder)
-    batch = Batch(IMAGES, *pack(*masks(k=config.mask.num_enc_masks), joint=config.joint), bad=())
+    batch = Batch(
+        IMAGES,
+        *pack(*masks(k=config.mask.num_enc_masks), packing=packing_of(config.meta.predictor, config.loss.target)),
+        bad=(),
+    )
     now = StepSettings(lr=2e-3, weight_decay=0.0, ema_momentum=0.999)
     found = [float(take_step(engine, average, [batch], now, config).loss) for _ in range(60)]
     assert found[-1] < 0.5 * found[0]

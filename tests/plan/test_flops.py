@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from fastjepa.config.load import config_from_dict
 from fastjepa.config.schema import LossConfig
 from fastjepa.masks.pack import pack
+from fastjepa.masks.packings import SEPARATE, packing_of
 from fastjepa.model import vit
 from fastjepa.plan.flops import count_flops, encoder_flops, flops_of_packed, flops_per_image, official_flops
 from tests.support.flops import assert_close, counted, draw, lengths, loop, tiny
@@ -39,7 +40,7 @@ def test_ragged_lengths_match_torch(monkeypatch: pytest.MonkeyPatch, sampling: s
 def test_other_targets_match_torch(monkeypatch: pytest.MonkeyPatch, target: str, strategy: str):
     """Blocks that the target network sees alone, a sequence each; or no target network, and pixels to predict."""
     c = dataclasses.replace(tiny(images=4, truncate="none", strategy=strategy), loss=LossConfig(target=target))
-    packed = pack(*draw(c), separate=c.separate)
+    packed = pack(*draw(c), packing=packing_of(c.meta.predictor, c.loss.target))
     monkeypatch.setattr(vit, "packed_attention", loop)
     found = flops_of_packed(c, *packed)
     assert_close(found, counted(c, *packed))
@@ -51,7 +52,7 @@ def test_a_block_by_itself_is_counted_as_it_is_packed():
     c = dataclasses.replace(tiny(num_pred_masks=2), loss=LossConfig(target="input"))
     context_mask, target_mask = np.zeros((2, 1, 48), bool), np.zeros((2, 2, 48), bool)
     context_mask[..., :20] = target_mask[..., 30:42] = True
-    packed = pack(context_mask, target_mask, separate=True)
+    packed = pack(context_mask, target_mask, packing=SEPARATE)
     assert_close(count_flops(c, 20, 12, 12), flops_of_packed(c, *packed), 1e-12)
 
 

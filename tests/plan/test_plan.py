@@ -20,9 +20,10 @@ from fastjepa.engine.build import build_engine
 from fastjepa.engine.deepspeed_config import BUCKET_ELEMENTS
 from fastjepa.engine.precision import autocast_of
 from fastjepa.engine.schedule import StepSettings
-from fastjepa.loss.jepa_loss import jepa_loss
+from fastjepa.loss.jepa_loss import NORMALIZATIONS, jepa_loss
 from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.pack import pack
+from fastjepa.masks.packings import packing_of
 from fastjepa.model.jepa import build_pair
 from fastjepa.model.vit import use_attention
 from fastjepa.plan.flops import flops_per_image
@@ -47,8 +48,9 @@ from fastjepa.plan.plan import (
     plan_run,
     traffic_rows,
 )
+from fastjepa.ranks import collectives
 from fastjepa.ranks.world import join_world
-from fastjepa.run.build import build_average, build_networks
+from fastjepa.run.build import build_networks
 from tests.support import ranks
 from tests.support.places import ROOT
 
@@ -100,10 +102,10 @@ def report(count: int, stage: int, dtype: str) -> dict:
     jepa, target_encoder = build_networks(c, world.device)
     fixed = {b.untyped_storage().data_ptr() for network in (jepa, target_encoder) for b in network.buffers()}
     network = build_engine(jepa, c, world)
-    average, state = build_average(network, target_encoder, c)
+    average = network.follow(target_encoder)
     for step in range(2):
         for micro_batch in range(2):
-            with autocast_of(c, world.device):
+            with autocast_of(c.runtime.dtype, world.device):
                 with torch.no_grad():
                     features = target_encoder(images, wanted=target)
                 prediction, seen = network(images, context, blocks)
@@ -193,7 +195,10 @@ def saved(c: Config) -> tuple[int, RowCounts]:
         return tensor
 
     images = torch.zeros(c.micro_batch, 3, *c.image_size, dtype=torch.uint8)
-    with autocast_of(c, torch.device("cpu")), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with (
+        autocast_of(c.runtime.dtype, torch.device("cpu")),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
         jepa(images, packed[0], packed[2])
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), RowCounts.of(*packed)
 
@@ -262,7 +267,7 @@ def test_twice_the_ranks_halve_what_is_sharded_and_nothing_else(stage: int, dtyp
 def test_the_loss_holds_what_is_planned_for_it(normalize: str, target: str):
     """Targets, what autograd keeps of the loss, and the gradient that a backward makes; `layer` is the fused kernel's."""
     c = dataclasses.replace(small(), loss=LossConfig(normalize=normalize, target=target))
-    _, seen, blocks = pack(*draw_masks(c.mask, c.grid, 0, 0, 0, 2, 2), separate=c.separate)
+    _, seen, blocks = pack(*draw_masks(c.mask, c.grid, 0, 0, 0, 2, 2), packing=packing_of(c.meta.predictor, c.loss.target))
     features = torch.randn(len(seen.idx), c.target_dim)
     prediction = torch.randn(len(blocks.target_rows), c.target_dim, requires_grad=True)
     kept = {}
@@ -273,7 +278,7 @@ def test_the_loss_holds_what_is_planned_for_it(normalize: str, target: str):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        jepa_loss(prediction, features, blocks, normalize=normalize)
+        jepa_loss(prediction, features, blocks, normalization=NORMALIZATIONS[normalize])
     standard = features.nbytes if normalize == "batch" else 0
     held = sum(tensor.nbytes for tensor in kept.values()) + features.nbytes + standard + prediction.nbytes
     rows = RowCounts(1, len(seen.idx), 1, len(blocks.target_rows))

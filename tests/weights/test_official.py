@@ -26,7 +26,6 @@ from fastjepa.engine.plain import PlainEngine
 from fastjepa.engine.schedule import Schedule
 from fastjepa.errors import CheckpointError
 from fastjepa.model.jepa import build_pair
-from fastjepa.run.step import take_step
 from fastjepa.run.verify import (
     FINAL_TOLERANCE,
     VERIFY_TOLERANCE,
@@ -37,6 +36,7 @@ from fastjepa.run.verify import (
 )
 from fastjepa.weights.official import adopt_training, official_contents, write_official
 from tests.support.places import REFERENCES
+from tests.support.steps import take_step
 from tests.support.weights import SHAPE, convert, make_state, official_file, same_networks
 
 
