@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import time
 import warnings
 from functools import cache
 
@@ -113,6 +114,7 @@ def report(count: int, stage: int, dtype: str) -> dict:
             network.backward(value)
             del features, prediction, seen, value
             if micro_batch == 0:
+                time.sleep(0.5)  # gloo's threads let go of what they sent a moment after a collective has returned
                 held = {key: size for key, size in storages().items() if key not in before and key not in fixed}
         average.update(now.ema_momentum, network.step(now))
         if step == 0:
