@@ -88,9 +88,7 @@ class BatchRegularizer(NoRegularizer):
     micro-batch 1 of rank 1 owns the rows 24 to 31 of the 32.
     """
 
-    def __init__(
-        self, term: RegularizerTerm, pieces: int, world: World, gather: Callable[[Tensor], Tensor] = all_gather
-    ):
+    def __init__(self, term: RegularizerTerm, pieces: int, world: World, gather: Callable[[Tensor], Tensor] = all_gather):
         self.term, self.pieces, self.rank, self.ranks, self.gather = term, pieces, world.rank, world.size, gather
         self.pooled, self.piece, self.step = None, 0, 0
         self.value = 0.0  # the term of the last batch, for the log

@@ -15,7 +15,6 @@ class OutputTargets:
 
     runs_network = True
 
-    @torch.no_grad()
     def __call__(self, target_encoder: Encoder, batch: Batch) -> Tensor:
         """Return the targets, (U, D)."""
         return target_encoder(batch.images, wanted=batch.target)
@@ -28,7 +27,6 @@ class OutputTargets:
 class MaskedInputTargets(OutputTargets):
     """Targets of the masked input: the target encoder sees each target block alone, a sequence each (paper, appendix)."""
 
-    @torch.no_grad()
     def __call__(self, target_encoder: Encoder, batch: Batch) -> Tensor:
         """Return the targets, (U, D), block by block."""
         return target_encoder(batch.images, batch.target)
@@ -42,7 +40,6 @@ class PixelTargets(OutputTargets):
 
     runs_network = False
 
-    @torch.no_grad()
     def __call__(self, target_encoder: Encoder, batch: Batch) -> Tensor:
         """Return the targets, (U, C * p * p)."""
         embed = target_encoder.patch_embed

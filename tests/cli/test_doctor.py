@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
+from fastjepa.cli import survey
 from fastjepa.cli.main import main
 from fastjepa.cli.survey import DEEPSPEED_OPS, OPTIONAL_PACKAGES, deepspeed_op_rows, driver_row, precision_row, survey_machine
-from fastjepa.engine import precision
 from fastjepa.engine.precision import settle_dtype
 from tests.support.places import ROOT
 
@@ -30,7 +30,7 @@ def test_it_covers_the_machine(found):
 def test_the_dtype_of_auto_is_the_trainers(found, monkeypatch):
     settled = settle_dtype("auto", CPU)
     assert found["precision"]["auto"][0] == settled
-    monkeypatch.setattr(precision, "has_bf16", lambda device: False)
+    monkeypatch.setattr(survey, "has_bf16", lambda device: False)
     assert precision_row(CPU) == ("auto", "fp32", "this CPU has no bf16 instructions")
 
 

@@ -7,9 +7,9 @@ from hypothesis import strategies as some
 from torch import Tensor, nn
 
 from fastjepa.config.load import config_from_dict
+from fastjepa.engine import average
 from fastjepa.engine.average import ShardedAverage, _Part
 from fastjepa.model.jepa import build_pair
-from fastjepa.ranks import collectives
 from fastjepa.ranks.shard import Piece
 from tests.support.runs import TINY
 
@@ -50,13 +50,13 @@ def test_every_rank_gets_the_whole_average(shapes, world, way, dtype):
     extents = [[(name, piece.start, piece.tensor.numel()) for name, piece in mine.items()] for mine in cuts]
     parts, networks = [], []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collectives, "gather_objects", lambda _: extents)
+        patch.setattr(average, "gather_objects", lambda _: extents)
         for rank in range(world):  # as if this were that rank's process
-            patch.setattr(collectives, "this_rank", lambda rank=rank: rank)
+            patch.setattr(average, "this_rank", lambda rank=rank: rank)
             networks.append({name: nn.Parameter(value.clone(), requires_grad=False) for name, value in start.items()})
             parts.append(_Part(networks[rank], cuts[rank], dtype))
             parts[rank].update(0.75, YES)
-        patch.setattr(collectives, "all_gather", lambda _, into=None: into.copy_(sent) if into is not None else sent)
+        patch.setattr(average, "all_gather", lambda _, into=None: into.copy_(sent) if into is not None else sent)
         sent = torch.cat([part.sent for part in parts])
         for part in parts:
             part.gather()

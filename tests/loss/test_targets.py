@@ -9,7 +9,7 @@ from fastjepa.engine.plain import PlainEngine
 from fastjepa.engine.schedule import StepSettings
 from fastjepa.errors import ConfigError
 from fastjepa.loader.batch import Batch
-from fastjepa.loss.targets import masked_input_targets, output_targets, pixel_targets
+from fastjepa.loss.targets import TARGETS
 from fastjepa.masks.pack import pack
 from fastjepa.masks.packings import SEPARATE, packing_of
 from fastjepa.model.jepa import build_pair
@@ -36,7 +36,7 @@ def test_at_the_masked_input_a_block_knows_nothing_of_the_rest_of_its_image():
     config = small(loss={"target": "input"})
     _, encoder = build_pair(config)
     batch = batch_of(config)
-    found = masked_input_targets(perturbed(encoder), batch)[batch.blocks.target_rows]
+    found = TARGETS["input"](perturbed(encoder), batch)[batch.blocks.target_rows]
 
     alone = []
     for r in range(3):
@@ -46,7 +46,7 @@ def test_at_the_masked_input_a_block_knows_nothing_of_the_rest_of_its_image():
                 block[0, 0] = masks()[1][i, r]
                 alone.append(encoder(IMAGES[i : i + 1], pack(block, block)[0]))
     torch.testing.assert_close(found, torch.cat(alone))
-    whole = output_targets(encoder, batch_of(small()))[batch_of(small()).blocks.target_rows]
+    whole = TARGETS["output"](encoder, batch_of(small()))[batch_of(small()).blocks.target_rows]
     assert not torch.allclose(found, whole, atol=1e-2)
 
 
@@ -54,7 +54,7 @@ def test_pixels_are_those_of_the_predicted_patch():
     config = small(loss={"target": "pixels"})
     _, encoder = build_pair(config)
     batch = batch_of(config)
-    found = pixel_targets(encoder, batch)[batch.blocks.target_rows].view(-1, 3, 8, 8)
+    found = TARGETS["pixels"](encoder, batch)[batch.blocks.target_rows].view(-1, 3, 8, 8)
     mean, std = (torch.tensor(values)[:, None, None] for values in config.mean_std)
     pictures = (IMAGES / 255 - mean) / std
     for patch, (i, n) in zip(found, queries(), strict=True):

@@ -63,7 +63,7 @@ def test_a_patch_weighs_what_it_does_in_all_blocks_together(k, r, of_step, seed)
     random = np.random.default_rng(seed)
     context_mask, target_mask = random.random((3, k, N)) < 0.4, random.random((3, r, N)) < 0.4
     target_mask[:, :, 1] = True
-    apart, joined = (pack(context_mask, target_mask, of_step, together) for together in (False, True))
+    apart, joined = (pack(context_mask, target_mask, of_step, packing) for packing in (PER_BLOCK, JOINT))
     assert torch.equal(joined[1].idx, apart[1].idx), "the target network does the same work"
     weights = [torch.zeros(len(one[1].idx)).index_add(0, one[2].target_rows, one[2].weight) for one in (apart, joined)]
     torch.testing.assert_close(weights[1], weights[0])

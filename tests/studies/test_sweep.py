@@ -23,7 +23,7 @@ from fastjepa.engine.schedule import Schedule
 from fastjepa.errors import ConfigError
 from fastjepa.masks.check import check_masks
 from fastjepa.masks.draw import draw_masks
-from fastjepa.studies import arm, worker
+from fastjepa.studies import worker
 from fastjepa.studies.arm import ARM_CONFIG, JOB_FILE, Arm, departures_from_default
 from fastjepa.studies.subset import subset_of
 from fastjepa.studies.sweep import BASE_CONFIG, STUDIES, ArmJob, job_rows, plan_jobs, sweep_jobs
@@ -87,7 +87,7 @@ def test_schedules_end_with_the_budget_whatever_an_epoch_is(steps: int, batch: i
         pass
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arm, "open_source", lambda data: Images(range(size)))
+        patch.setattr(worker, "open_source", lambda data: Images(range(size)))
         base = load_config(BASE_CONFIG, [f"data.batch_size={batch}", "optimization.ema=[0.5,1.0]"])
         config, found = scheduled_config(base, "somewhere", steps * batch + batch - 1)
     schedule = Schedule(config.optimization, size // batch)
