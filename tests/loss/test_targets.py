@@ -84,7 +84,7 @@ def test_pixels_need_no_target_network(monkeypatch):
     monkeypatch.setattr(target_encoder, "forward", lambda *_, **__: pytest.fail("the target network was run"))
     batch = batch_of(config)
     taken = take_step(PlainEngine(jepa), Average(target_encoder, jepa.encoder), [batch], NOW, config)
-    assert taken.target.shape == (len(batch.context.idx), 32)
+    assert taken.features.shape == (len(batch.context.idx), 32)
     assert flops_of_packed(config, batch.context, batch.target, batch.blocks).target_forward == 0
 
 
