@@ -283,9 +283,11 @@ def test_two_ranks_give_the_run_of_one(config, tmp_path, launcher):
     expected = trained(config, tmp_path / "one", "--max-steps", 5, "loss.regularizer=vicreg")
     ranks = {"torchrun": [BIN / "torchrun", "--nproc_per_node", 2, "--master_port", 29613],
              "deepspeed": [BIN / "deepspeed", "--num_accelerators", 2, "--master_port", 29614]}[launcher]  # fmt: skip
-    arguments = ["--config", config, "--output", tmp_path / "two", "--max-steps", 5]
+    zero = {"torchrun": "auto", "deepspeed": 1}[launcher]
+    arguments = ["--config", config, "--output", tmp_path / "two", "--max-steps", 5, f"runtime.zero={zero}"]
     done = run(*ranks, "fastjepa/train.py", *arguments, "data.batch_size=4", "runtime.micro_batch=2", "loss.regularizer=vicreg")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert ("runtime.zero: auto is 0 (plain DDP): about" in done.stdout) == (zero == "auto")
     assert [entry["loss"] for entry in lines(tmp_path / "two")] == pytest.approx([e["loss"] for e in expected], rel=1e-5)
 
 

@@ -113,6 +113,11 @@ def buffer_bytes(size: NetworkSizes, dtype: str, stage: int) -> dict[str, int]:
     }
 
 
+def tensor_bytes(size: NetworkSizes, dtype: str, gpus: int, stage: int) -> dict[str, int]:
+    """Return the bytes of all that a rank holds in a step but activations, by part."""
+    return state_bytes(size, dtype, gpus, stage) | buffer_bytes(size, dtype, stage)
+
+
 def live_parameters(size: NetworkSizes) -> int:
     """Elements that ZeRO-3 has gathered at the end of the forward: a layer is used again after twice what follows it."""
     return min(size.trained - size.small, REUSE_DISTANCE // 2)
@@ -164,6 +169,10 @@ class ActivationBytes:
     saved: int  # by autograd, from the forward to the backward
     checkpointed: int  # the same with runtime.checkpoint_activations: what is kept, and one block at a time made anew
     loss: int  # targets, predictions and their gradient
+
+    def held(self, checkpointed: bool) -> int:
+        """Return the bytes that a micro-batch holds at most, with runtime.checkpoint_activations or without."""
+        return (self.checkpointed if checkpointed else self.saved) + self.loss
 
 
 def activation_bytes(config: Config, count: RowCounts) -> ActivationBytes:
