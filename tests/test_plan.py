@@ -127,7 +127,7 @@ def report(count: int, stage: int, dtype: str) -> dict:
     c = small(dtype, stage)
     sent = spy()
     world = join_world("cpu")
-    context, target, blocks = pack(*draw_masks(c.mask, c.grid, 0, 0, 0, 2, 2))
+    context, target, blocks = pack(*draw_masks(c.mask, c.grid, 0, 0, range(2), 2))
     images, now = torch.rand(2, 3, 64, 64), StepSettings(1e-4, 0.04, 0.99)
     before = storages()
     jepa, target_encoder = build_networks(c, world.device)
@@ -218,7 +218,7 @@ def saved(c: Config) -> tuple[int, RowCounts]:
     """Bytes of distinct storages that autograd saves in a forward, without parameters and buffers."""
     jepa, _ = build_pair(c)
     use_attention(jepa, c.runtime.attention)
-    packed = pack(*draw_masks(c.mask, c.grid, 0, 0, 0, c.micro_batch, c.micro_batch))
+    packed = pack(*draw_masks(c.mask, c.grid, 0, 0, range(c.micro_batch), c.micro_batch))
     own = {t.untyped_storage().data_ptr() for t in (*jepa.parameters(), *jepa.buffers())}
     kept = {}  # the tensors too: an address that is freed would be used again
 
@@ -297,7 +297,7 @@ def test_twice_the_ranks_halve_what_is_sharded_and_nothing_else(stage: int, dtyp
 def test_the_loss_holds_what_is_planned_for_it(normalize: str, target: str):
     """Targets, what autograd keeps of the loss, and the gradient that a backward makes; `layer` is the fused kernel's."""
     c = dataclasses.replace(small(), loss=LossConfig(normalize=normalize, target=target))
-    _, seen, blocks = pack(*draw_masks(c.mask, c.grid, 0, 0, 0, 2, 2), separate=c.separate)
+    _, seen, blocks = pack(*draw_masks(c.mask, c.grid, 0, 0, range(2), 2), separate=c.separate)
     features = torch.randn(len(seen.idx), c.target_dim)
     prediction = torch.randn(len(blocks.target_rows), c.target_dim, requires_grad=True)
     kept = {}

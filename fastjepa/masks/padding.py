@@ -32,7 +32,7 @@ def padding_budget(config: Config, total: int, micro_batch: int | None = None) -
 def drawn_sizes(config: Config, total: int, micro_batch: int) -> np.ndarray:
     """(DRAWS, len(Size)) sizes of the first micro-batch of each step."""
     mask, seed = config.mask, config.runtime.seed
-    pairs = (draw_masks(mask, config.grid, seed, step, 0, micro_batch, total) for step in range(BUDGET_DRAWS))
+    pairs = (draw_masks(mask, config.grid, seed, step, range(micro_batch), total) for step in range(BUDGET_DRAWS))
     return np.array(
         [PackedSize.of(context, target.any(axis=1, keepdims=True) if config.joint else target) for context, target in pairs]
     )

@@ -155,7 +155,8 @@ def row_counts(config: Config, micro_batch: int, gpus: int = 1, steps: int = 4) 
     if config.runtime.cuda_graph:
         size = padding_budget(config, total, micro_batch).size
         return RowCounts(size.context, size.target, size.sequences, size.queries)
-    drawn = (draw_masks(config.mask, config.grid, config.runtime.seed, step, 0, micro_batch, total) for step in range(steps))
+    mask, grid, seed, slots = config.mask, config.grid, config.runtime.seed, range(micro_batch)
+    drawn = (draw_masks(mask, grid, seed, step, slots, total) for step in range(steps))
     found = [RowCounts.of(*pack(*one, joint=config.joint, separate=config.separate)) for one in drawn]
     return RowCounts(
         *(max(counts) for counts in zip(*((r.context, r.target, r.sequences, r.queries) for r in found), strict=True))

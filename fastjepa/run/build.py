@@ -52,7 +52,7 @@ def build_run(config: Config, output: Path, resume: str, init: Path | None, deep
     config = settle_dtype(config, world.device)
     apply_process_settings(config)
     source = open_source(config.data)
-    check_masks(config, config.data.batch_size * world.size)
+    check_masks(config.mask, config.grid, config.runtime.seed, config.data.batch_size * world.size)
     check_loader(config, source, world.size)
     about = describe_run(config, world, source)
     found = checkpoint_to_resume(config, output, resume)
