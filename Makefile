@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 # One process a core, up to two: for so small a network that is nearly twice as fast as two threads, and the same run.
 RANKS := $(shell test "$$(nproc)" -gt 1 && echo 2 || echo 1)
+PYTEST := $(BIN)/python -m pytest -n $(RANKS) --dist loadgroup
 BENCHES := $(wildcard benchmarks/ops/bench_*.py benchmarks/bench_*.py)
 BENCH_STORE := .benchmarks/$(shell uname -n)
 BENCH_LIMIT ?= 25%
@@ -12,7 +13,7 @@ PACKAGING := setup.py pyproject.toml kernels/setup.py
 unexport PYTHONDONTWRITEBYTECODE  # where it is set, each process would spend seconds on compiling torch anew
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lint browser test test-slow gpu-check bench bench-compare results demo docs pictures dist clean
+.PHONY: help venv lint browser test test-slow test-long gpu-check bench bench-compare results demo docs pictures dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,13 +40,16 @@ browser: ## Chromium, which the tests of the report's page need, by apt where th
 		as=$$(test "$$(id -u)" -eq 0 || echo sudo); \
 		$$as apt-get update -qq && $$as apt-get install -y -qq --no-install-recommends chromium
 
-test: $(VENV)/dev.stamp ## every test that needs no GPU and is not slow (under 15 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow"
+test: $(VENV)/dev.stamp ## every test that needs no GPU and is neither slow nor long (under 6 minutes on 2 cores)
+	$(PYTEST) -m "not slow and not long"
 	@echo "== The ops, on Triton's interpreter where there is no GPU"
-	$(BIN)/python -m pytest tests/ops
+	$(PYTEST) tests/ops
 
-test-slow: $(VENV)/dev.stamp ## the slow tests
-	$(BIN)/python -m pytest -m slow --durations 20
+test-slow: $(VENV)/dev.stamp ## the slow tests: launchers, ZeRO, compiled networks, other architectures (under 10 minutes on 2 cores)
+	$(PYTEST) -m slow --durations 20
+
+test-long: $(VENV)/dev.stamp ## the long tests: leaks, NVMe, wheels, ViT-H, every command of the pages (each night on GitHub)
+	$(PYTEST) -m long --durations 20
 
 gpu-check: ## the kernels on a card: tests, compiled and graph paths, benches (any PYTHON with torch; under 10 minutes)
 	PYTHONPATH=kernels:. $(PYTHON) benchmarks/gpu_check.py $(ARGS)

@@ -28,6 +28,7 @@ EXTRAS = {
 EXTRAS["dev"] = [
     "pytest>=8.3",
     "pytest-timeout",
+    "pytest-xdist",  # make test runs two processes
     "pytest-benchmark",  # gpu-check runs the benches dry
     "hypothesis",
     "ruff==0.17.6",  # pinned: another version formats otherwise

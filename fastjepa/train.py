@@ -1,4 +1,7 @@
-"""The run: `deepspeed|torchrun|python fastjepa/train.py --config C`, or `fastjepa train --config C`."""
+"""The run, top to bottom: build, the loop with both branches and the loss, log, save.
+
+Start it with `deepspeed|torchrun|python fastjepa/train.py --config C`, or with `fastjepa train --config C`.
+"""
 
 import runpy
 import sys
@@ -11,25 +14,28 @@ if __name__ == "__main__":
     sys.exit(runpy.run_module("fastjepa.cli", run_name="__main__", alter_sys=True))
 
 import signal
-import sys
-from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from fastjepa.checkpoint.directory import latest_checkpoint
 from fastjepa.checkpoint.save import save_checkpoint
-from fastjepa.checkpoint.state import TrainState
-from fastjepa.config.schema import Config
+from fastjepa.config.schema import Config, LoggingConfig
+from fastjepa.engine.precision import autocast_of
 from fastjepa.engine.schedule import Schedule
+from fastjepa.engine.tally import StepTally
 from fastjepa.errors import RunError
+from fastjepa.loader.batch import Batch
 from fastjepa.loader.loader import Loader
-from fastjepa.monitoring.lines import open_run_log, report_step, watch_collapse
-from fastjepa.monitoring.log import Log
-from fastjepa.monitoring.monitor import Monitor
+from fastjepa.loss.jepa_loss import NORMALIZATIONS, jepa_loss
+from fastjepa.loss.regularizers import build_regularizer
+from fastjepa.loss.targets import TARGETS
+from fastjepa.monitoring.run_log import RunLog
 from fastjepa.monitoring.skips import Skips
 from fastjepa.ranks.collectives import union_of_names
 from fastjepa.ranks.heartbeat import Heartbeat
-from fastjepa.ranks.world import World, leave_world
-from fastjepa.run.build import build_regularizer, build_run
-from fastjepa.run.step import micro_step, take_step
+from fastjepa.ranks.world import leave_world
+from fastjepa.run.build import build_run, build_runs
 from fastjepa.run.stop import Stop
 
 
@@ -54,64 +60,78 @@ def train(
     """
     run = build_run(config, output, resume, init, deepspeed_config)
     config, world, engine, average, state = run.config, run.world, run.engine, run.average, run.state
-    images = config.data.batch_size * world.size
-    schedule = Schedule(config.optimization, len(run.source) // images)
+    schedule = Schedule(config.optimization, len(run.source) // (config.data.batch_size * world.size))
     last = min(schedule.total_steps, max_steps or schedule.total_steps)
-    skips = Skips(world.device, state.skipped, state.skipped_in_row, state.step)
-    spread = build_regularizer(config, world)
-    micro = micro_step(engine, average, config, world.size, spread)
     every = config.logging.checkpoint_every or schedule.steps_per_epoch
+    skips = Skips(world.device, state.skipped, state.skipped_in_row, state.step)
+    # The variant of the objective, chosen once.
+    targets, normalization = TARGETS[config.loss.target], NORMALIZATIONS[config.loss.normalize]
+    regularizer = build_regularizer(config.loss, config.runtime.seed, config.data.batch_size // config.micro_batch, world)
+    # How the body of the inner loop is run: for every micro-batch, or as one CUDA graph that is replayed.
+    runs = build_runs(config, engine)
+
+    def context_features(batch: Batch) -> Tensor:
+        """Return the context features (T, D) of a micro-batch, without gradient."""
+        with autocast_of(config.runtime.dtype, world.device):
+            return engine.features(batch.images, batch.context, batch.blocks)
+
+    def save() -> Path:
+        """Write a checkpoint; every rank takes part."""
+        state.skipped, state.skipped_in_row, _ = skips.sync()
+        state.bad_files = union_of_names(loader.bad)
+        with log.pause():
+            return save_checkpoint(output / "checkpoints", state, config.logging.write_tag, config.logging.keep_last)
 
     with (
         Loader(config, run.source, world.rank, world.size, state.step, world.device, max(last, state.step)) as loader,
-        open_run_log(config, output, schedule, state, world) as log,
+        RunLog(config, output, world, schedule, state.step) as log,
         Stop() as stop,
         Heartbeat(world, config.runtime.timeout, state.step) as heart,
     ):
-        monitor = Monitor(config, run.source, average.target_encoder, schedule, log.kept, log.flops_per_image)
+        log.watch(run.source, average)
         loader.bad.update(state.bad_files)
         for note in run.notes:
             log.message(note)
         while state.step < last and not stop.agreed():
-            now = schedule(state.step)
-            taken = take_step(engine, average, heart.batches(loader.micro_batches(state.step)), now, config, spread, micro)
-            skips.update(taken.finite)
+            now, tally = schedule(state.step), StepTally()  # lr, weight decay and EMA momentum: functions of the step
+            batches = regularizer.surveyed(heart.batches(loader.micro_batches(state.step)), now.step, context_features)
+            for batch in runs.over(batches, tally):  # images (b, C, H, W), packed context and target blocks
+                with autocast_of(config.runtime.dtype, world.device):
+                    with torch.no_grad():
+                        target = targets(average.target_encoder, batch)  # the upper branch of the paper's figure
+                    prediction, context = engine(batch.images, batch.context, batch.blocks)  # the lower branch
+                    loss = jepa_loss(prediction, target, batch.blocks, config.loss.kind, normalization)
+                engine.backward(loss + regularizer(context, batch.context))
+                tally.note(loss, targets.watched(target, context))
+            finite = engine.step(now)  # on the device: a step that is not finite changes no weight, moment or average
+            average.update(now.ema_momentum, finite)
+            skips.update(finite)
             state.step += 1
             heart.finished(state.step)
-            watch_collapse(log, monitor, state.step, taken, now)
-            report_step(log, state.step, taken, now, skips, spread, micro, schedule, images)
+            log.record(state.step, tally, now, skips, regularizer.logged() | runs.logged())
             if skips.poll()[1] >= config.runtime.max_skipped:
-                raise RunError(too_many_skips(state.step, config, output))
+                raise RunError(too_many_skips(state.step, config.runtime.max_skipped, output, config.logging))
             if state.step % every == 0 and state.step < last:
-                save_run(state, output, config, world, loader, skips, log)
-        saved = save_run(state, output, config, world, loader, skips, log)
+                save()
+        saved = save()
         log.message(farewell(state.step, schedule.total_steps, stop.received, saved))
     leave_world()
     return saved
 
 
-def save_run(state: TrainState, output: Path, config: Config, world: World, loader: Loader, skips: Skips,
-         log: Log) -> Path:  # fmt: skip
-    """Write a checkpoint; every rank takes part."""
-    state.skipped, state.skipped_in_row, _ = skips.sync()
-    state.bad_files = union_of_names(loader.bad)
-    root, tag = output / "checkpoints", config.logging.write_tag
-    with log.pause():
-        return save_checkpoint(root, state, tag, config.logging.keep_last)
-
-
-def too_many_skips(at: int, config: Config, output: Path) -> str:
-    good = latest_checkpoint(output / "checkpoints", config.logging.write_tag)
+def too_many_skips(step: int, most: int, output: Path, logging: LoggingConfig) -> str:
+    """Return the sentence for a run whose gradients were not finite for `most` steps in a row."""
+    good = latest_checkpoint(output / "checkpoints", logging.write_tag)
     where = f"the last good checkpoint is {good}" if good else "no checkpoint was written yet"
     return (
-        f"step {at}: {config.runtime.max_skipped} steps in a row had gradients that are not finite "
-        f"(runtime.max_skipped); {where}; lower optimization.lr or look at the data"
+        f"step {step}: {most} steps in a row had gradients that are not finite (runtime.max_skipped); {where}; "
+        "lower optimization.lr or look at the data"
     )
 
 
-def farewell(at: int, total: int, received: int | None, saved: Path) -> str:
+def farewell(step: int, total: int, received: int | None, saved: Path) -> str:
+    """Return the last sentence of a run, which says how to go on where a signal has stopped it."""
     if received:
-        return (
-            f"stopped by {signal.Signals(received).name} after step {at} of {total}; run the same command to go on from {saved}"
-        )
-    return f"{'finished' if at >= total else 'stopped'} after step {at} of {total}; the checkpoint is {saved}"
+        name = signal.Signals(received).name
+        return f"stopped by {name} after step {step} of {total}; run the same command to go on from {saved}"
+    return f"{'finished' if step >= total else 'stopped'} after step {step} of {total}; the checkpoint is {saved}"

@@ -1,12 +1,15 @@
-"""What every test runs under: two threads, the same examples each time, and no skips but those of GPU tests."""
+"""The rules of every test: one thread, the same examples each time, and no skips but those of GPU tests."""
 
 import os
+from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # before torch is imported, and for the processes that tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the processes that tests start
 
 import hypothesis
 import pytest
 import torch
+
+from tests.support.runs import write_config
 
 hypothesis.settings.register_profile("house", derandomize=True, deadline=None, database=None, print_blob=True)
 hypothesis.settings.load_profile("house")
@@ -14,6 +17,7 @@ hypothesis.settings.load_profile("house")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than about five seconds; `make test-slow` runs it")
+    config.addinivalue_line("markers", "long: takes minutes, or repeats at full size what another test shows; `make test-long`")
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none, and the only test that may be")
 
 
@@ -47,3 +51,9 @@ def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
         report.outcome = "failed"
         report.longrepr = f"only tests marked gpu may be skipped or expected to fail: {reason}"
         report.__dict__.pop("wasxfail", None)
+
+
+@pytest.fixture(scope="session")
+def toy_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config over 40 small images: five steps an epoch, ten in all."""
+    return write_config(tmp_path_factory.mktemp("toy"))

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_data import write_idx_pairs
 
 from fastjepa.data.sources import open_source
+from tests.support.images import write_idx_pairs
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # as `python benchmarks/data.py` has it

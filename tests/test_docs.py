@@ -6,8 +6,6 @@ at all, and why.
 
 import dataclasses
 import functools
-import importlib
-import pkgutil
 import re
 import shlex
 import shutil
@@ -21,13 +19,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_data import write_idx
-from test_house import ROOT
 
-from fastjepa import cli
+from fastjepa.cli import convert, data, evaluate, main, plan, sweep, visualize
 from fastjepa.cli.main import build_parser
 from fastjepa.config.schema import Config
 from fastjepa.data.prepare.catalog import CIFAR10_CLASSES
+from tests.support.images import write_idx
+from tests.support.places import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(bash|sh|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -80,10 +78,12 @@ def inline_commands() -> list[str]:
 
 def examples() -> list[str]:
     """Those that end the help of a command."""
-    modules = [importlib.import_module(f"fastjepa.cli.{module.name}") for module in pkgutil.iter_modules(cli.__path__)]
-    found = [value for module in modules for name, value in vars(module).items() if name.endswith("_EXAMPLES")]
-    texts = [text for value in found for text in (value.values() if isinstance(value, dict) else [value])]
-    lines = [line for text in texts for line in text.splitlines()]
+    texts = [text for module in (main, data, evaluate) for text in module.EXAMPLES.values()]
+    lines = [
+        line
+        for text in (*texts, *(m.EXAMPLES for m in (convert, visualize, plan, sweep, visualize)))
+        for line in text.splitlines()
+    ]
     shown = [line.strip() for line in lines if re.match("  (fastjepa|torchrun|deepspeed|python) ", line)]
     return list(dict.fromkeys(command for line in shown for command in line.split(" && ") if not command.endswith("--help")))
 
@@ -210,8 +210,27 @@ def toy(words: list[str], place: Path, output: Path) -> None:
     assert main.main([*words, *TOY.get(kind, []), *more]) in (None, 0)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("command", [command for command in commands() if not only_parsed(command)])
+def kind(command: str) -> str:
+    """Return the subcommand, for `eval`, `data` and `convert` with what it does; the launchers all train."""
+    words = shlex.split(command)
+    if words[0] == "python" and words[1] != "fastjepa/train.py":
+        return words[1]
+    name, *rest = started(command)
+    return f"{name} {rest[0]}" if name in ("eval", "data") else name
+
+
+def runs() -> list:
+    """Return the commands that are run: the first of each kind among the slow tests, the others among the long ones."""
+    met, found = set(), []
+    for command in (command for command in commands() if not only_parsed(command)):
+        mark = pytest.mark.long if kind(command) in met else pytest.mark.slow
+        found.append(pytest.param(command, marks=mark, id=command))
+        met.add(kind(command))
+    return found
+
+
+@pytest.mark.xdist_group("docs")  # what the pages suppose is made once
+@pytest.mark.parametrize("command", runs())
 def test_a_command_runs(command: str, place: Path):
     words = shlex.split(command)
     if words[0] == "python" and words[1] != "fastjepa/train.py":
@@ -236,6 +255,7 @@ def python_blocks() -> list[tuple[str, str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("docs")
 @pytest.mark.parametrize("code", [code for _, code in python_blocks()], ids=[name for name, _ in python_blocks()])
 def test_a_block_of_python_runs(code: str, place: Path):
     """`images` is a batch as the demo's network takes it."""

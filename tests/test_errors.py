@@ -10,10 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_train import ROOT, write_config
 
 from fastjepa.cli.main import main
 from fastjepa.errors import is_users_to_mend
+from tests.support.places import ROOT
+from tests.support.runs import write_config
 
 TRAIN = ["train", "--config", "CONFIG", "--output", "OUT"]
 MISTAKES = {  # what is wrong: the command, what its sentence says
@@ -190,12 +191,11 @@ def test_a_host_without_memory(places, tmp_path):
     """A process that may have 512 MiB more, and a network of gigabytes."""
     file = tmp_path / "limited.py"
     file.write_text("""import resource, sys
-import torch, torchvision, fastjepa.train
-from fastjepa import cli
+from fastjepa.cli.main import main
 
 pages = int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 29),) * 2)
-sys.exit(cli.main(sys.argv[1:]))
+sys.exit(main(sys.argv[1:]))
 """)
     large = ["meta.embed_dim=8192", "meta.num_heads=8", "data.num_workers=0"]
     ended = python(file, "train", "--config", places["CONFIG"], "--output", tmp_path / "run", *large)

@@ -17,7 +17,8 @@ from fastjepa.config.load import load_config
 pytest_plugins = ["pytester"]
 
 ROOT = Path(__file__).resolve().parent.parent
-OPS_SUPPORT = {"__init__", "cases", "dispatch", "layers", "inspect"}  # files of fastjepa_kernels that are no op
+# files of fastjepa_kernels that are no op
+OPS_SUPPORT = {"__init__", "cases", "dense_attention", "dispatch", "layers", "inspect"}
 COMMON_PACKAGES = {
     "accelerate",
     "datasets",
@@ -68,9 +69,153 @@ def body(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.stmt]:
     return function.body[1:] if ast.get_docstring(function) is not None else function.body
 
 
+# The law of the house: an import goes down this list or stays in its folder.
+FOLDERS = ("errors", "files", "rng", "config", "ranks", "data", "masks", "loader", "model", "loss", "engine", "checkpoint",
+           "weights", "plan", "run", "evals", "monitoring", "train", "visualize", "report", "studies", "cli")  # fmt: skip
+SHARED_NAMES = {"main", "register"}  # what every command and program has
+NO_NOUN = re.compile(r"(What|Of|By|Its|Those)\b")  # beginnings of a docstring that leave the noun out
+
+Sources = dict[str, str]  # module -> text
+
+
+def package() -> Sources:
+    """Return the text of every module of fastjepa by its dotted name."""
+    names = {path: ".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in below("fastjepa")}
+    return {name: (ROOT / path).read_text() for path, name in names.items()}
+
+
+def folder(module: str) -> str:
+    return module.split(".")[1] if "." in module else module
+
+
+def imported(sources: Sources) -> dict[str, set[str]]:
+    """Return the modules of the package that each module imports, also those it imports inside of functions."""
+    found = {}
+    for module, text in sources.items():
+        found[module] = set()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "fastjepa":
+                full = {f"{node.module}.{alias.name}" for alias in node.names}
+                found[module] |= {name if name in sources else node.module for name in full}
+            elif isinstance(node, ast.Import):
+                found[module] |= {alias.name for alias in node.names if alias.name in sources}
+        found[module] -= {module, "fastjepa"}
+    return found
+
+
+def upward(sources: Sources) -> list[str]:
+    """Return the imports that go up, as "importer -> imported"."""
+    place = {name: number for number, name in enumerate(FOLDERS)}
+    pairs = [
+        (module, other) for module, others in imported(sources).items() for other in sorted(others) if module != "fastjepa"
+    ]
+    return [f"{module} -> {other}" for module, other in pairs if place[folder(other)] > place[folder(module)]]
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Return a circle of imports for each module that closes one, by a walk in depth."""
+    done: set[str] = set()
+    found: list[list[str]] = []
+
+    def walk(module: str, path: list[str]) -> None:
+        if module in path:
+            found.append(path[path.index(module) :] + [module])
+        elif module not in done:
+            for other in sorted(graph.get(module, ())):
+                walk(other, [*path, module])
+            done.add(module)
+
+    for module in graph:
+        walk(module, [])
+    return found
+
+
+def top_level_names(text: str) -> set[str]:
+    """Return the names that a module defines itself."""
+    names = set()
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)}
+    return names
+
+
+def crowded_names(sources: Sources) -> dict[str, list[str]]:
+    """Return the top-level names that more than two modules have, and where."""
+    where: dict[str, list[str]] = {}
+    for module, text in sources.items():
+        for name in top_level_names(text) - SHARED_NAMES:
+            where.setdefault(name, []).append(module)
+    return {name: modules for name, modules in where.items() if len(modules) > 2}
+
+
+def long_signatures(text: str) -> list[str]:
+    """Return the functions with more than six parameters, self and cls not counted."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            given = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            if len([name for name in given if name not in ("self", "cls")]) > 6:
+                found.append(node.name)
+    return found
+
+
+def nounless(text: str) -> list[str]:
+    """Return the docstrings of a module that begin without their noun."""
+    kinds = ast.Module | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    found = [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)]
+    return [docstring.splitlines()[0] for docstring in found if NO_NOUN.match(docstring)]
+
+
+def test_imports_go_down():
+    assert {folder(module) for module in package()} - {"fastjepa"} == set(FOLDERS)
+    assert upward(package()) == []
+
+
+def test_no_imports_go_in_circles():
+    assert circles(imported(package())) == []
+
+
+def test_a_name_has_one_meaning():
+    assert crowded_names(package()) == {}
+
+
+def test_functions_have_at_most_six_parameters():
+    texts = {path: (ROOT / path).read_text() for path in (*below("fastjepa"), *below("benchmarks"))}
+    assert {str(path): found for path, text in texts.items() if (found := long_signatures(text))} == {}
+
+
+def test_docstrings_begin_with_a_verb_or_a_noun():
+    folders = ("fastjepa", "kernels", "benchmarks", "tests")
+    texts = {path: (ROOT / path).read_text() for folder in folders for path in below(folder)}
+    assert {str(path): found for path, text in texts.items() if (found := nounless(text))} == {}
+
+
+def test_the_law_sees_planted_faults():
+    """Each check above fails on a package with the one fault that it is for."""
+    sound = {
+        "fastjepa.rng": "def draw(): return 1",
+        "fastjepa.masks.draw": "from fastjepa.rng import draw\ndef draw_masks(): return draw()",
+    }
+    assert upward(sound) == [] and circles(imported(sound)) == [] and crowded_names(sound) == {}
+    up = sound | {"fastjepa.rng": "def draw():\n    from fastjepa.masks.draw import draw_masks"}
+    assert upward(up) == ["fastjepa.rng -> fastjepa.masks.draw"]
+    assert circles(imported(up)) == [["fastjepa.rng", "fastjepa.masks.draw", "fastjepa.rng"]]
+    thrice = {f"fastjepa.masks.{name}": "def load(): return 1\ndef main(): return 2" for name in "abc"}
+    assert set(crowded_names(thrice)) == {"load"}
+    assert long_signatures("class A:\n    def f(self, a, b, c, d, e, *, g): pass") == []
+    assert long_signatures("def f(a, b, c, d, e, f, *, g): pass") == ["f"]
+    assert nounless('"""Packed rows."""\ndef f():\n    "What it is."\nclass A:\n    "Of the rows."') == [
+        "What it is.",
+        "Of the rows.",
+    ]
+
+
 def test_no_trainer_file_shadows_a_module():
     """`deepspeed fastjepa/train.py` puts fastjepa/ first on sys.path: its names must be nobody else's."""
-    names = {path.parts[1].removesuffix(".py") for path in below("fastjepa")} - {"__init__", "__main__"}
+    names = {path.parts[1].removesuffix(".py") for path in below("fastjepa")} - {"__init__", "__main__"}  # files and folders
     assert {"train", "config"} <= names
     assert not names & (sys.stdlib_module_names | packages_distributions().keys() | COMMON_PACKAGES)
 

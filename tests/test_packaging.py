@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_data import write_idx_pairs
-from test_house import CONFIGS, ROOT, files
 
 import fastjepa_kernels
 from fastjepa import __version__
+from tests.support.images import write_idx_pairs
+from tests.support.places import CONFIGS, ROOT, files
+
+pytestmark = [pytest.mark.long, pytest.mark.xdist_group("packaging")]  # one build serves all
 
 SMALL = ["data.batch_size=4", "runtime.dtype=fp32", "runtime.device=cpu", "--max-steps", "1"]
 WITHOUT_LIGHTLY = "loss.regularizer=none"
@@ -56,7 +58,6 @@ def python(dist, tmp_path_factory) -> Path:
     return fresh
 
 
-@pytest.mark.slow
 def test_both_distributions_give_a_wheel_and_a_source_distribution(dist):
     version = __version__
     found = {path.name for path in dist.iterdir()}
@@ -71,7 +72,6 @@ def test_both_distributions_give_a_wheel_and_a_source_distribution(dist):
             assert {member.partition("/")[0].partition("-")[0] for member in wheel.namelist()} == {name}
 
 
-@pytest.mark.slow
 def test_it_trains_outside_the_repository(python, tmp_path):
     write_idx_pairs(tmp_path / "data/fashion-mnist")
     where = "import fastjepa, fastjepa_kernels; print(fastjepa.__file__, fastjepa_kernels.__file__)"
@@ -81,7 +81,6 @@ def test_it_trains_outside_the_repository(python, tmp_path):
     assert (tmp_path / "run/checkpoints/jepa-00000001/encoder.safetensors").is_file()
 
 
-@pytest.mark.slow
 def test_every_config_comes_along(python, tmp_path):
     names = [path.stem for path in CONFIGS]
     code = f"from fastjepa.config.load import load_config; print([load_config(name).mask.patch_size for name in {names}])"

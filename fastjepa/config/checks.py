@@ -61,10 +61,10 @@ def _check_objective(config: "Config", require: Callable[[bool, str], None]) -> 
     require(not runtime.cuda_graph or loss.regularizer == "none",
             "runtime.cuda_graph: not with loss.regularizer, which would pool the padding; switch one of them off")  # fmt: skip
     require(
-        not runtime.cuda_graph or not config.separate and loss.normalize != "batch",
+        not runtime.cuda_graph or loss.target != "input" and loss.normalize != "batch",
         "runtime.cuda_graph: its padding knows no loss.target input and no loss.normalize batch; switch it off",
     )
-    require(not (config.joint and config.separate),
+    require(not (config.meta.predictor == "joint" and loss.target == "input"),
             "meta.predictor: joint has one target for a patch, and loss.target input one for each of its blocks; "
             "change one of them")  # fmt: skip
     require(loss.normalize != "batch" or config.micro_batch == config.data.batch_size,

@@ -277,16 +277,6 @@ class Config:
         return self.runtime.micro_batch or self.data.batch_size
 
     @property
-    def joint(self) -> bool:
-        """Whether the predictor sees all of an image's target blocks at once."""
-        return self.meta.predictor == "joint"
-
-    @property
-    def separate(self) -> bool:
-        """Whether the target network sees every target block by itself."""
-        return self.loss.target == "input"
-
-    @property
     def target_dim(self) -> int:
         """Width of a target: features, or the values of a patch."""
         pixels = self.data.channels * self.mask.patch_size**2

@@ -11,7 +11,7 @@ from fastjepa_kernels import ema_table, ema_update_
 
 
 class Average:
-    """The target encoder's own fp32 parameters are the average."""
+    """An average held by the target encoder's own fp32 parameters."""
 
     def __init__(self, target_encoder: nn.Module, online: nn.Module):
         self.target_encoder = target_encoder
@@ -20,7 +20,9 @@ class Average:
 
     @torch.no_grad()
     def update(self, momentum: float, finite: Tensor) -> None:
-        """average <- momentum * average + (1 - momentum) * online where `finite` holds; nothing elsewhere.
+        """Move the average: average <- momentum * average + (1 - momentum) * online where `finite` holds, else not at all.
+
+        Example: an average of 2 and a weight of 4 give 2.04 with momentum 0.98.
 
         `finite` is a 0-dim bool tensor on the device: a skipped step is never read back by the host. The online weights
         must be finite, which a skipped optimizer step leaves them.
@@ -28,8 +30,18 @@ class Average:
         ema_update_(self.averages, self.values, momentum, finite, table=self.table)
 
 
+class FollowedAverage:
+    """An average that the engine's optimizer moves in its own pass, as PlainEngine.follow says."""
+
+    def __init__(self, target_encoder: nn.Module):
+        self.target_encoder = target_encoder
+
+    def update(self, momentum: float, finite: Tensor) -> None:
+        """Do nothing: the step that has just been taken moved the average, with the same momentum and flag."""
+
+
 class ShardedAverage:
-    """Each rank averages its pieces of the engine's fp32 master weights; the target encoder is the whole, gathered once a step.
+    """An average in pieces: each rank moves those of its fp32 master weights, and the whole is gathered once a step.
 
     The target encoder's matrices are in the dtype it computes in, its norms and biases in fp32, as autocast takes them:
     it computes what a whole fp32 average would.
@@ -45,7 +57,7 @@ class ShardedAverage:
 
     @torch.no_grad()
     def update(self, momentum: float, finite: Tensor) -> None:
-        """As Average.update."""
+        """Move this rank's pieces, as Average.update does, and gather the whole."""
         for part in self.parts:
             part.update(momentum, finite)
             part.gather()
@@ -58,7 +70,7 @@ class ShardedAverage:
             part.gather()
 
     def pieces(self) -> dict[str, Piece]:
-        """{parameter: this rank's piece of its average}"""
+        """Return this rank's piece of the average of each parameter that it has a piece of, by name."""
         return {name: piece for part in self.parts for name, piece in part.pieces.items()}
 
 
@@ -91,7 +103,12 @@ class _Part:
         self.table = ema_table(self.averages, self.values, self._rounded()) if home.type == "cuda" else None
 
     def _laid_out(self, parameters: dict[str, nn.Parameter], extents: list, dtype: torch.dtype) -> Tensor | None:
-        """What is gathered, with the parameters as views of it where each one's pieces lie side by side there."""
+        """Return the buffer that is gathered, its parameters views of it, where each one's pieces lie side by side in it.
+
+        Elsewhere return None, and keep where each received piece is copied to. Example: two ranks with room for 4 share a
+        of 6 elements and b of 2. Rank 0 sends a[0:4], rank 1 sends a[4:6] and b[0:2]: pieces at the places 0, 4 and 6 that
+        start at 0, 4 and 0 in their parameters. Place minus start is 0 for both of a, and 6 for b, so both become views.
+        """
         places = [(name, start, rank * self.room + offset, count)
                   for rank, extent in enumerate(extents) for name, start, count, offset in _offsets(extent)]  # fmt: skip
         origins = {(name, offset - start) for name, start, offset, _ in places}
@@ -111,12 +128,15 @@ class _Part:
         return None if self.sent is self.average else self.copies
 
     def update(self, momentum: float, finite: Tensor) -> None:
+        """Move the averages, and round them to what is sent."""
         ema_update_(self.averages, self.values, momentum, finite.to(self.average.device), self._rounded(), self.table)
 
     def round(self) -> None:
+        """Round averages that were written from outside to what is sent."""
         self.sent.copy_(self.average)
 
     def gather(self) -> None:
+        """Bring every rank's pieces to the target encoder."""
         if self.whole is None:
             # (world * room,), freed again: the memory of the activations has room for it.
             everyone = all_gather(self.sent.to(self.device))
@@ -126,7 +146,10 @@ class _Part:
 
 
 def _offsets(extent: list[tuple[str, int, int]]) -> list[tuple[str, int, int, int]]:
-    """Where each piece lies in what its rank sends: (name, start, count, offset)."""
+    """Return where each piece lies in what its rank sends: (name, start, count, offset).
+
+    Example: pieces (a, 4, 2) and (b, 0, 2) lie at the offsets 0 and 2.
+    """
     placed, offset = [], 0
     for name, start, count in extent:
         placed.append((name, start, count, offset))

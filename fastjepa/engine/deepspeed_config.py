@@ -12,7 +12,7 @@ BUCKET_ELEMENTS = 50_000_000  # elements of a reduction or gather: 200 MB of fp3
 
 
 def deepspeed_settings(config: Config, stage: int, given: Path | None = None) -> dict[str, Any]:
-    """DeepSpeed's configuration: what the config says, and the file `given` on top of what the config leaves open.
+    """Return DeepSpeed's configuration: what the config says, and the file `given` on top of what the config leaves open.
 
     Raises:
         ConfigError: a file that cannot be read, or that contradicts the config; the message names both keys.
@@ -40,7 +40,7 @@ def deepspeed_settings(config: Config, stage: int, given: Path | None = None) ->
 
 
 def _check_nvme(given: Path | None, zero: Mapping[str, Any], stage: int) -> None:
-    """Of what DeepSpeed can keep on NVMe, masters and moments at stage 3: the average then reads the fp32 weights."""
+    """Refuse what cannot be kept on NVMe: masters and moments at stage 3 can, as the average then reads the fp32 weights."""
     if (zero.get("offload_param") or {}).get("device") == "nvme":
         raise ConfigError(f"{given}: offload_param to nvme hides the weights from the average; offload to cpu")
     optimizer = zero.get("offload_optimizer") or {}

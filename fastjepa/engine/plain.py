@@ -7,17 +7,21 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from fastjepa.engine.adamw import apply_schedule, build_adamw
+from fastjepa.engine.adamw import apply_schedule, build_adamw, build_adamw_ema
+from fastjepa.engine.average import Average, FollowedAverage
 from fastjepa.engine.schedule import StepSettings
 from fastjepa.masks.packed import Blocks, Packed
 from fastjepa.model.jepa import Jepa
+from fastjepa.model.vit import Encoder
+from fastjepa_kernels import dispatch
 
 # Torch 2.14 renamed the option.
 SYNC_BUFFERS = max({"forward_sync_buffers", "broadcast_buffers"} & signature(DistributedDataParallel).parameters.keys())
 
 
 class PlainEngine:
-    """Accumulates `micro_batches` gradients between steps; ranks exchange them during the last backward only.
+    """Forward, backward and step in plain torch. It gathers the gradients of `micro_batches` micro-batches between steps;
+    ranks exchange them during the last backward only.
 
     With `static_gradients` a gradient stays where it is in memory and is zeroed after a step, as a CUDA graph needs it.
     """
@@ -25,27 +29,44 @@ class PlainEngine:
     def __init__(self, jepa: Jepa, world: int = 1, micro_batches: int = 1, static_gradients: bool = False,
                  pred_lr_scale: float = 1.0):  # fmt: skip
         self.jepa, self.micro_batches, self.static_gradients = jepa, micro_batches, static_gradients
+        self.pred_lr_scale = pred_lr_scale
         self.optimizer = build_adamw(jepa.encoder, jepa.predictor, pred_lr_scale)
+        self.advance = self._advance
         self.parameters = list(jepa.parameters())
         fixed = {SYNC_BUFFERS: False}  # positions: no forward needs to exchange them
         self.network = jepa if world == 1 else DistributedDataParallel(jepa, gradient_as_bucket_view=True, **fixed)
         self._count(0)
 
+    shards = False  # whether ranks share the state
+
+    def follow(self, target_encoder: Encoder) -> Average:
+        """Return the average that follows the encoder; it starts as `target_encoder`, which holds it.
+
+        Where `runtime.kernels` takes the kernel of adamw_ema_step (by default on CUDA), AdamW and the average are one pass
+        over the weights, which `step` makes. Elsewhere the average is a pass of its own, after torch's AdamW.
+        """
+        if not dispatch.runs_triton("adamw_ema_step", self.parameters[0]):
+            return Average(target_encoder, self.jepa.encoder)
+        self.optimizer = build_adamw_ema(self.jepa.encoder, self.jepa.predictor, target_encoder, self.pred_lr_scale)
+        self.advance = self._advance_with_average
+        return FollowedAverage(target_encoder)
+
     def __call__(self, images: Tensor, context: Packed, blocks: Blocks) -> tuple[Tensor, Tensor]:
-        """As Jepa.forward."""
+        """Return predictions (Q, D) and context features (T, D), as Jepa.forward."""
         return self.network(images, context, blocks)
 
     @torch.no_grad()
     def features(self, images: Tensor, context: Packed, blocks: Blocks) -> Tensor:
-        """(T, D) context features alone, without gradient."""
+        """Return the context features (T, D) alone, without gradient."""
         return self.jepa.encoder(images, context)
 
     def backward(self, loss: Tensor) -> None:
+        """Add a micro-batch's gradients to those of the step."""
         loss.backward()
         self._count(self.seen + 1)
 
     def _count(self, seen: int) -> None:
-        """The micro-batches seen; outside the forward, which is thereby the same function every time, to a compiler too."""
+        """Count the micro-batches, outside the forward, which is thereby the same function every time, to a compiler too."""
         self.seen = seen
         self.network.require_backward_grad_sync = seen + 1 == self.micro_batches
 
@@ -57,8 +78,14 @@ class PlainEngine:
         """
         finite = torch.isfinite(get_total_norm([p.grad for p in self.parameters], foreach=True))
         apply_schedule(self.optimizer, now)
-        self.optimizer.found_inf = (~finite).float()
-        self.optimizer.step()
+        self.advance(now, finite)
         self.optimizer.zero_grad(set_to_none=not self.static_gradients)
         self._count(0)
         return finite
+
+    def _advance(self, now: StepSettings, finite: Tensor) -> None:
+        self.optimizer.found_inf = (~finite).float()
+        self.optimizer.step()
+
+    def _advance_with_average(self, now: StepSettings, finite: Tensor) -> None:
+        self.optimizer.step(momentum=now.ema_momentum, finite=finite)

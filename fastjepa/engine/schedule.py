@@ -8,7 +8,7 @@ from fastjepa.config.schema import OptimizationConfig
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What the schedules say at one step."""
+    """Values of the schedules at one step."""
 
     lr: float
     weight_decay: float
@@ -18,7 +18,7 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Call it with a step (0 is the first) to get its Now.
+    """Schedules of a run: call it with a step (0 is the first) to get its settings.
 
     As in the official code, learning rate and weight decay are advanced before the optimizer step, so that step 0
     already uses their value at 1, while the momentum starts at its value at 0.
@@ -29,6 +29,7 @@ class Schedule:
 
     @property
     def total_steps(self) -> int:
+        """Number of steps of the whole run."""
         return self.optimization.epochs * self.steps_per_epoch
 
     def __call__(self, step: int) -> StepSettings:
@@ -45,5 +46,5 @@ class Schedule:
 
 
 def cosine_between(start: float, end: float, progress: float) -> float:
-    """From start (progress 0) to end (1) along half a cosine, and at end from there on."""
+    """Go from start (progress 0) to end (1) along half a cosine, and stay at end from there on."""
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))

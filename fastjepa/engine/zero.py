@@ -14,16 +14,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastjepa.engine.adamw import apply_schedule, build_adamw
+from fastjepa.engine.average import ShardedAverage
 from fastjepa.engine.schedule import StepSettings
 from fastjepa.errors import ConfigError
 from fastjepa.masks.packed import Blocks, Packed
 from fastjepa.model.jepa import Jepa
+from fastjepa.model.vit import Encoder
 from fastjepa.ranks.shard import Piece
 from fastjepa.ranks.world import World
 
 
 class ZeroEngine:
-    """The same methods over DeepSpeed's ZeRO: optimizer state and fp32 masters (1), gradients (2), weights (3) sharded.
+    """Forward, backward and step over DeepSpeed's ZeRO: optimizer state and fp32 masters (1), gradients (2), weights (3)
+    sharded.
+
+    The methods are those of PlainEngine.
 
     Parameters and reductions stay in fp32, computation is autocast, and DeepSpeed's own check of the gradients' norm, which
     all ranks share, decides whether a step is taken: it waits for the device once a step.
@@ -32,6 +37,7 @@ class ZeroEngine:
     def __init__(self, jepa: Jepa, settings: dict[str, Any], world: World, pred_lr_scale: float = 1.0):
         self.jepa, self.device = jepa, world.device
         self.micro_batches, self.seen = settings["gradient_accumulation_steps"], 0
+        self.low = settings["torch_autocast"]["enabled"]
         self.stage = settings["zero_optimization"]["stage"]
         self.names = {p: name for name, p in jepa.named_parameters()}
         self.shapes = {name: tuple(p.shape) for p, name in self.names.items()}
@@ -44,37 +50,48 @@ class ZeroEngine:
                 self.optimizer.state[flat] = {"step": torch.zeros((), device=flat.device), "exp_avg": torch.zeros_like(flat),
                                               "exp_avg_sq": torch.zeros_like(flat)}  # fmt: skip
 
+    shards = True  # whether ranks share the state
+
+    def follow(self, target_encoder: Encoder) -> ShardedAverage:
+        """Return the average that follows the encoder's fp32 masters, sharded as they are; it starts as `target_encoder`."""
+        masters = {name: piece for name, piece in self.masters().items() if name.startswith("encoder.")}
+        online = {name.removeprefix("encoder."): piece for name, piece in masters.items()}
+        return ShardedAverage(target_encoder, online, torch.bfloat16 if self.low else torch.float32)
+
     def __call__(self, images: Tensor, context: Packed, blocks: Blocks) -> tuple[Tensor, Tensor]:
-        """As Jepa.forward."""
+        """Return predictions (Q, D) and context features (T, D), as Jepa.forward."""
         return self.network(images, context, blocks)
 
     @torch.no_grad()
     def features(self, images: Tensor, context: Packed, blocks: Blocks) -> Tensor:
-        """As Engine.features; weights that are sharded are gathered for the whole pair or not at all."""
+        """Return the context features (T, D) alone; sharded weights are gathered for the whole pair or not at all."""
         return self.network(images, context, blocks)[1] if self.stage == 3 else self.jepa.encoder(images, context)
 
     def backward(self, loss: Tensor) -> None:
+        """Add a micro-batch's gradients to those of the step."""
         self.network.backward(loss, scale_wrt_gas=False)
         self.seen += 1
         if self.seen < self.micro_batches:
-            self.network.step()  # counts the micro-batch; the last one is Engine.step's
+            self.network.step()  # counts the micro-batch; the last one is counted by `step`
 
     def step(self, now: StepSettings) -> Tensor:
-        """As Engine.step."""
+        """Step the optimizer unless a gradient is not finite, and return whether it was stepped, as PlainEngine.step."""
         apply_schedule(self.optimizer, now)
         self.network.step()
         self.seen = 0
         return torch.tensor(not self.zero.overflow, device=self.device)
 
     def masters(self) -> dict[str, Piece]:
-        """{parameter: this rank's piece of its fp32 master}, "encoder." and "predictor." before official names."""
+        """Return this rank's piece of each parameter's fp32 master, by "encoder." or "predictor." and the official name."""
         # Weights are fp32 themselves: where masters are on NVMe, they are the same numbers.
         flats = [self.zero.fp16_partitioned_groups_flat[group] if self._swapped(group) else flat
                  for group, flat in enumerate(self.groups)]  # fmt: skip
         return {name: self._piece(flats[group], name, *place) for group, name, place in self._places()}
 
     def moments(self) -> dict[str, Piece]:
-        """{parameter.moment: this rank's piece of it}; each step count is everywhere, its group's. Copies of those on NVMe."""
+        """Return this rank's piece of each "parameter.moment"; a step count is everywhere, its group's. Those on NVMe are
+        copies.
+        """
         states, found = [self._state(group) for group in range(len(self.groups))], {}
         for group, name, place in self._places():
             found |= {f"{name}.{key}": self._piece(states[group][key], name, *place) for key in ("exp_avg", "exp_avg_sq")}
@@ -94,12 +111,12 @@ class ZeroEngine:
             self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
 
     def _swapped(self, group: int) -> bool:
-        """Whether DeepSpeed keeps the group's masters and moments on NVMe between steps; small groups stay in memory."""
+        """Return whether DeepSpeed keeps the group's masters and moments on NVMe between steps; small groups stay in memory."""
         return self.stage == 3 and self.zero._swappable_optimizer_subgroup(group)
 
     @contextlib.contextmanager
     def _loaded(self, group: int) -> Iterator[Tensor]:
-        """The group's masters, and its moments, in memory for a change that is written back."""
+        """Bring the group's masters and moments into memory for a change that is written back."""
         if self._swapped(group):
             self.zero._optimizer_states_and_gradient_swap_in(group)
         yield self.groups[group]
@@ -107,7 +124,7 @@ class ZeroEngine:
             self.zero._optimizer_states_and_gradient_swap_out(group)
 
     def _state(self, group: int) -> dict[str, Tensor]:
-        """AdamW's state of the group, to read; to write as well unless it is on NVMe."""
+        """Return AdamW's state of the group, to read; to write as well unless it is on NVMe."""
         state = self.optimizer.state[self.groups[group]]
         if not self._swapped(group):
             return state
@@ -128,13 +145,17 @@ class ZeroEngine:
         return Piece(flat.detach().narrow(0, offset, count), start, self.shapes[name])
 
     def _owners(self) -> Iterator[tuple[int, str]]:
-        """(group, parameter) of every parameter, also of those this rank has no part of."""
+        """Yield (group, parameter) of every parameter, also of those this rank has no part of."""
         members = self.zero.fp16_groups if self.stage == 3 else self.zero.bit16_groups
         for group, parameters in enumerate(members):
             yield from ((group, self.names[p]) for p in parameters)
 
     def _places(self) -> Iterator[tuple[int, str, tuple[int, int, int]]]:
-        """(group, parameter, (offset in the group, start in the parameter, count)) of this rank's pieces."""
+        """Yield (group, parameter, (offset in the group, start in the parameter, count)) of this rank's pieces.
+
+        Example at stage 3 on two ranks: of a parameter of 5 elements each rank holds 3, the last one padded; rank 1's piece
+        starts at 3 in the parameter and counts 2.
+        """
         by_name = {name: p for p, name in self.names.items()}
         for group, name in self._owners():
             p = by_name[name]
@@ -174,7 +195,9 @@ def _initialize(jepa: Jepa, optimizer: torch.optim.Optimizer, settings: dict[str
 
 
 def deepspeed_ops(device: str) -> list[tuple[str, bool, str]]:
-    """(name, whether it can be built here, what DeepSpeed says) of its compiled parts that a setting of ours could reach."""
+    """Return (name, whether it can be built here, DeepSpeed's words) of its compiled parts that a setting of ours could
+    reach.
+    """
     os.environ.setdefault("DS_ACCELERATOR", device)
     from deepspeed.ops.op_builder.all_ops import ALL_OPS
 

@@ -23,6 +23,7 @@ from fastjepa.data.sources import Source
 from fastjepa.loader.batch import Batch
 from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.pack import pack
+from fastjepa.masks.packings import packing_of
 from fastjepa.masks.padding import padding_budget
 from fastjepa.rng import BOX_STREAM, ORDER_STREAM, SUBSTITUTE_STREAM, generator
 
@@ -40,6 +41,7 @@ class MicroBatches(Dataset):
         self.config, self.source, self.rank = config, source, rank
         self.total = config.data.batch_size * world
         self.n_micro = config.data.batch_size // config.micro_batch
+        self.packing = packing_of(config.meta.predictor, config.loss.target)
         self.budget = padding_budget(config, self.total) if config.runtime.cuda_graph else None
         self.steps_per_epoch = len(source) // self.total
         # However large max_bad is, a source without one readable image must stop the run.
@@ -59,8 +61,7 @@ class MicroBatches(Dataset):
         shown, bad = images(step // self.steps_per_epoch, samples)
         slots = range(start, start + size)
         drawn = draw_masks(self.config.mask, self.config.grid, self.config.runtime.seed, step, slots, self.total)
-        joint, separate = self.config.joint, self.config.separate
-        packed = pack(*drawn, images=data.batch_size, joint=joint, budget=self.budget, separate=separate)
+        packed = pack(*drawn, images=data.batch_size, packing=self.packing, budget=self.budget)
         return Batch(shown, *packed, bad=tuple(dict.fromkeys(bad)))
 
     @torch.inference_mode()  # saves a fifth of the time at 28 pixels

@@ -1,20 +1,26 @@
 """Regularizers on the pooled context features: VICReg and SIGReg over the global batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from fastjepa.config.schema import LossConfig
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
+from fastjepa.loader.batch import Batch
 from fastjepa.masks.packed import Packed
+from fastjepa.ranks.collectives import all_gather
+from fastjepa.ranks.world import World
 from fastjepa.rng import SLICE_STREAM, torch_seed
 
 RegularizerTerm = Callable[[Tensor, int], Tensor]  # (S, D) pooled features and the step -> fp32 scalar, weighted
 
 
 def pool_sequences(features: Tensor, sequences: Packed) -> Tensor:
-    """(T, D) -> (S, D): fp32 mean of each sequence."""
+    """Return the fp32 mean of each sequence: (T, D) -> (S, D).
+
+    Example: rows 1, 3, 5 with cu_seqlens 0, 2, 3 belong to sequences 0, 0, 1 and have the means 2, 5.
+    """
     lengths = sequences.cu_seqlens.diff()
     owner = torch.repeat_interleave(torch.arange(len(lengths), device=features.device), lengths, output_size=len(features))
     sums = features.new_zeros(len(lengths), features.shape[1], dtype=torch.float32).index_add(0, owner, features.float())
@@ -22,7 +28,7 @@ def pool_sequences(features: Tensor, sequences: Packed) -> Tensor:
 
 
 def regularizer_term(config: LossConfig, seed: int = 0) -> RegularizerTerm | None:
-    """The term that the config asks for, or None.
+    """Return the term that the config asks for, or None.
 
     vicreg: variance hinge plus off-diagonal covariance (Bardes et al. 2022; with I-JEPA: C-JEPA, Mo & Tong 2024).
     sigreg: distance of 1,024 random projections to a standard Gaussian (LeJEPA, Balestriero & LeCun 2025), with lightly's
@@ -33,7 +39,7 @@ def regularizer_term(config: LossConfig, seed: int = 0) -> RegularizerTerm | Non
     try:
         return (_vicreg if config.regularizer == "vicreg" else _sigreg)(config, seed)
     except ImportError as error:
-        raise ConfigError(f"loss.regularizer: {config.regularizer} needs lightly; pip install 'fastjepa[lightly]'") from error
+        raise UserError(f"loss.regularizer: {config.regularizer} needs lightly; pip install 'fastjepa[lightly]'") from error
 
 
 def _vicreg(config: LossConfig, seed: int) -> RegularizerTerm:
@@ -50,7 +56,7 @@ def _sigreg(config: LossConfig, seed: int) -> RegularizerTerm:
     sigreg = SIGReg()
 
     def term(pooled: Tensor, step: int) -> Tensor:
-        """Its N: the statistic is a sum over the batch, as in the paper's listing."""
+        """Return N times the statistic: a sum over the batch, as in the paper's listing."""
         with torch.random.fork_rng([pooled.device] if pooled.is_cuda else []):  # it draws from the device's generator
             torch.manual_seed(torch_seed(seed, SLICE_STREAM, step))
             return config.regularizer_weight * sigreg.to(pooled.device)(pooled)
@@ -58,27 +64,48 @@ def _sigreg(config: LossConfig, seed: int) -> RegularizerTerm:
     return term
 
 
-class BatchRegularizer:
+class NoRegularizer:
+    """No term: what stands in the loop where `loss.regularizer` is none."""
+
+    def surveyed(self, batches: Iterable[Batch], step: int, features: Callable[[Batch], Tensor]) -> Iterable[Batch]:
+        """Return the micro-batches of a step; `features` computes the context features of one, without gradient."""
+        return batches
+
+    def __call__(self, context: Tensor, sequences: Packed) -> Tensor | float:
+        """Return the term on the context features (T, D) of the next micro-batch, scaled for a mean over ranks."""
+        return 0.0
+
+    def logged(self) -> dict[str, Tensor]:
+        """Return what a line of the log holds of it."""
+        return {}
+
+
+class BatchRegularizer(NoRegularizer):
     """The regularizer over the step's global batch, whatever the ranks and micro-batches.
 
     Every piece of the batch computes the term on all pooled features, its own with gradient and the others' without:
-    the gradients of the pieces then add up to that of the whole.
+    the gradients of the pieces then add up to that of the whole. With two ranks of two micro-batches of 8 sequences,
+    micro-batch 1 of rank 1 owns the rows 24 to 31 of the 32.
     """
 
-    def __init__(
-        self, term: RegularizerTerm, pieces: int, gather: Callable[[Tensor], Tensor], rank: int, world: int
-    ):  # fmt: skip
-        self.term, self.pieces, self.gather, self.rank, self.world = term, pieces, gather, rank, world
-        self.pooled, self.piece = None, 0
-        self.step = 0  # set by who takes steps
+    def __init__(self, term: RegularizerTerm, pieces: int, world: World, gather: Callable[[Tensor], Tensor] = all_gather):
+        self.term, self.pieces, self.rank, self.ranks, self.gather = term, pieces, world.rank, world.size, gather
+        self.pooled, self.piece, self.step = None, 0, 0
         self.value = 0.0  # the term of the last batch, for the log
 
+    def surveyed(self, batches: Iterable[Batch], step: int, features: Callable[[Batch], Tensor]) -> Iterable[Batch]:
+        self.step = step
+        if self.pieces > 1:  # a first pass, without gradient, over all of this rank's micro-batches
+            batches = list(batches)
+            self.survey([pool_sequences(features(batch), batch.context) for batch in batches])
+        return batches
+
     def survey(self, pooled: list[Tensor]) -> None:
-        """Take the (S, D) pooled features of all of this rank's micro-batches, computed without gradient."""
+        """Gather the (S, D) pooled features, without gradient, of all of this rank's micro-batches from every rank."""
         self.pooled, self.piece = self.gather(torch.cat(pooled)), 0
 
-    def __call__(self, pooled: Tensor) -> Tensor:
-        """pooled: (S, D) of the next micro-batch, with gradient -> fp32 scalar, scaled for a mean over ranks."""
+    def __call__(self, context: Tensor, sequences: Packed) -> Tensor:
+        pooled = pool_sequences(context, sequences)  # (S, D)
         if self.pieces == 1:
             self.survey([pooled.detach()])
         start = (self.rank * self.pieces + self.piece) * len(pooled)
@@ -86,4 +113,13 @@ class BatchRegularizer:
         everyone = torch.cat((self.pooled[:start], pooled, self.pooled[start + len(pooled) :]))
         value = self.term(everyone, self.step)
         self.value = value.detach()
-        return self.world * value
+        return self.ranks * value
+
+    def logged(self) -> dict[str, Tensor]:
+        return {"regularizer": self.value}
+
+
+def build_regularizer(config: LossConfig, seed: int, pieces: int, world: World) -> NoRegularizer:
+    """Return the regularizer that the config asks for, over `pieces` micro-batches a step."""
+    term = regularizer_term(config, seed)
+    return BatchRegularizer(term, pieces, world) if term else NoRegularizer()

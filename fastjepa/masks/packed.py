@@ -1,4 +1,4 @@
-"""Sequences laid end to end, and the sizes that they may be padded to."""
+"""Packed rows: sequences laid end to end, and the sizes that they may be padded to."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Movable:
-    """Tensors that travel together: the methods of a tensor over every tensor (or Movable) field."""
+    """Tensors that travel together: methods of a tensor, applied to every tensor (or Movable) field."""
 
     def _map(self, move):
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -32,7 +32,9 @@ class Movable:
 
 @dataclass(frozen=True)
 class Packed(Movable):
-    """S sequences in T rows. `length` is the length all sequences share, or None where they differ."""
+    """Packed rows: S sequences laid end to end in T rows. `length` is the length all sequences share, or None where they
+    differ.
+    """
 
     idx: Tensor  # (T,) int32: what each row is a copy of
     cu_seqlens: Tensor  # (S + 1,) int32: sequence s holds rows cu_seqlens[s] to cu_seqlens[s + 1]
@@ -42,7 +44,11 @@ class Packed(Movable):
 
     @classmethod
     def of(cls, idx: np.ndarray, lengths: np.ndarray, at_least: int = 0, dummies: int = 0) -> "Packed":
-        """`max_len` is the longest length, or `at_least` where that is more; the last `dummies` sequences are dummies."""
+        """Make it of rows and lengths; `max_len` is the longest, or `at_least` where that is more. The last `dummies` are
+        dummies.
+
+        Example: lengths 2, 1 give cu_seqlens 0, 2, 3, max_len 2, length None and mean_len 1.5.
+        """
         cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         longest = max(int(lengths.max(initial=0)), at_least)
         return cls(
@@ -56,7 +62,7 @@ class Packed(Movable):
 
 @dataclass(frozen=True)
 class Blocks(Movable):
-    """The target blocks as the predictor sees them: R*K*b sequences of context rows followed by masked rows."""
+    """Target blocks as the predictor sees them: R*K*b sequences of context rows followed by masked rows."""
 
     sequences: Packed  # (T,) rows: below `context rows`: that context row; above: position (idx - context rows)
     order: Tensor  # (T,) int32 and
@@ -67,7 +73,7 @@ class Blocks(Movable):
 
 
 class PackedSize(NamedTuple):
-    """How large a packed micro-batch is."""
+    """Size of a packed micro-batch, in rows."""
 
     context: int  # rows of all contexts
     target: int  # rows that the target network finishes
@@ -88,12 +94,13 @@ class PackedSize(NamedTuple):
 
 
 class PaddingBudget(NamedTuple):
-    """What micro-batches are padded to: a size, and the dummy sequences that take up what is missing."""
+    """Budget of a micro-batch: the size it is padded to, and the dummy sequences that take up what is missing."""
 
     size: PackedSize
     dummies: int
 
     def holds(self, found: PackedSize) -> bool:
+        """Return whether a micro-batch of that size can be padded to this budget."""
         most = self.size
         lacking = ((most.context - found.context, most.longest_context), (most.queries - found.queries, most.longest_block),
                    (most.sequences - found.sequences, most.longest_sequence))  # fmt: skip
@@ -101,7 +108,7 @@ class PaddingBudget(NamedTuple):
 
 
 def full_sequences(images: int, tokens: int, device: torch.device | None = None) -> Packed:
-    """Every patch of every image, as (images) sequences of (tokens) rows; made on the device, which nothing waits for."""
+    """Return every patch of every image: a sequence of `tokens` rows an image, made on the device, which nothing waits for."""
     rows = images * tokens
     idx = torch.arange(rows, dtype=torch.int32, device=device)
     return Packed(idx, torch.arange(0, rows + 1, tokens, dtype=torch.int32, device=device), tokens, tokens, float(tokens))

@@ -1,4 +1,4 @@
-"""The one shape that micro-batches are padded to for a CUDA graph, from what masks hold."""
+"""Padding: the one shape that micro-batches are padded to for a CUDA graph, from what masks hold."""
 
 import functools
 
@@ -7,21 +7,23 @@ import numpy as np
 from fastjepa.config.schema import Config
 from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.packed import PackedSize, PaddingBudget
+from fastjepa.masks.packings import packing_of
 
 BUDGET_DRAWS = 1000
 
 
 @functools.cache
 def padding_budget(config: Config, total: int, micro_batch: int | None = None) -> PaddingBudget:
-    """The budget of micro-batches of a global batch of `total` images.
+    """Return the budget of micro-batches of a global batch of `total` images.
 
-    Rows are runtime.token_budget or, for each count, the most that DRAWS steps draw: about one micro-batch in DRAWS / 3 is
+    Rows are runtime.token_budget or, for each count, the most that BUDGET_DRAWS steps draw: about one micro-batch in
+    BUDGET_DRAWS / 3 is
     then over it. Dummies are as many as the smallest of those micro-batches needs.
     """
     sizes = drawn_sizes(config, total, micro_batch or config.micro_batch)
     least, most = (PackedSize(*map(int, extreme)) for extreme in (sizes.min(axis=0), sizes.max(axis=0)))
     context, target, queries = config.runtime.token_budget or most[:3]
-    blocks = 1 if config.joint else config.mask.target_blocks
+    blocks = packing_of(config.meta.predictor, config.loss.target).predictor_sequences(config.mask.target_blocks)
     size = most._replace(context=context, target=target, queries=queries, sequences=blocks * context + queries)
     lacking = ((size.context - least.context, size.longest_context), (size.queries - least.queries, size.longest_block),
                (size.sequences - least.sequences, size.longest_sequence))  # fmt: skip
@@ -30,9 +32,8 @@ def padding_budget(config: Config, total: int, micro_batch: int | None = None) -
 
 @functools.cache
 def drawn_sizes(config: Config, total: int, micro_batch: int) -> np.ndarray:
-    """(DRAWS, len(Size)) sizes of the first micro-batch of each step."""
+    """Return the sizes of the first micro-batch of each step, (BUDGET_DRAWS, 7)."""
     mask, seed = config.mask, config.runtime.seed
+    packing = packing_of(config.meta.predictor, config.loss.target)
     pairs = (draw_masks(mask, config.grid, seed, step, range(micro_batch), total) for step in range(BUDGET_DRAWS))
-    return np.array(
-        [PackedSize.of(context, target.any(axis=1, keepdims=True) if config.joint else target) for context, target in pairs]
-    )
+    return np.array([PackedSize.of(context, packing.predicted(target)[0]) for context, target in pairs])

@@ -12,20 +12,20 @@ from fastjepa.model.vit import Encoder
 
 
 class Jepa(nn.Module):
-    """What is trained: the context encoder and the predictor."""
+    """Pair that is trained: the context encoder and the predictor."""
 
     def __init__(self, encoder: Encoder, predictor: Predictor):
         super().__init__()
         self.encoder, self.predictor = encoder, predictor
 
     def forward(self, images: Tensor, context: Packed, blocks: Blocks) -> tuple[Tensor, Tensor]:
-        """(b, C, H, W) -> predictions (Q, D) and context features (T, D)."""
+        """Map images (b, C, H, W) to predictions (Q, D) and context features (T, D)."""
         features = self.encoder(images, context)
         return self.predictor(features, context, blocks), features
 
 
 def build_pair(config: Config) -> tuple[Jepa, Encoder]:
-    """The trained pair and the target encoder, its copy; weights are a function of runtime.seed alone."""
+    """Return the trained pair and the target encoder, its copy; weights are a function of runtime.seed alone."""
     dim, depth, heads, mlp_ratio = config.encoder_shape
     meta = config.meta
     with torch.random.fork_rng(devices=[]):

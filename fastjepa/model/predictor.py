@@ -12,7 +12,7 @@ class Predictor(nn.Module):
 
     def __init__(self, grid: tuple[int, int], embed_dim: int, dim: int, depth: int, num_heads: int,
                  target_dim: int | None = None):  # fmt: skip
-        """`target_dim`: width of what is predicted; default: the encoder's."""
+        """Build it; `target_dim` is the width of what is predicted, by default the encoder's."""
         super().__init__()
         self.checkpointed = False
         self.predictor_embed = nn.Linear(embed_dim, dim)
@@ -25,7 +25,7 @@ class Predictor(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(self, features: Tensor, context: Packed, blocks: Blocks) -> Tensor:
-        """features: (T, D) of the context rows -> (Q, D) predictions of the target rows, official order."""
+        """Map features (T, D) of the context rows to predictions (Q, D) of the target rows, in the official order."""
         positions = self.predictor_pos_embed[0]
         seen = self.predictor_embed(features) + positions.index_select(0, context.idx % len(positions))
         table = torch.cat((seen, positions + self.mask_token[0]))  # (T + N, P): every distinct row, once

@@ -1,4 +1,9 @@
-"""The attention of the networks: `runtime.attention` names a way, the kernels' one door runs it over packed sequences."""
+"""The vision transformer over packed rows: attention, blocks and the encoder.
+
+Parameter names are those of the official state dicts. Work whose result nobody reads is not done: patches outside a
+context are never embedded, a last block finishes only the rows that are wanted, and what the predictor's target blocks
+share in its first block is computed once. `runtime.attention` names the library that attention runs in.
+"""
 
 from collections.abc import Sequence
 
@@ -14,7 +19,7 @@ from fastjepa_kernels.layers import MaskedPatchEmbed
 
 
 def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The implementation `runtime.attention: name` means here; ConfigError where the one asked for cannot run."""
+    """Return the implementation that `runtime.attention: name` means here; ConfigError where the one asked for cannot run."""
     try:
         return attention_way(name, device, dtype)
     except ValueError as error:
@@ -22,12 +27,12 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, queries: Packed, keys: Packed, way: str) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v within each sequence.
+    """Compute softmax(q k^T / sqrt(d)) v within each sequence.
 
     Args:
         q: (Tq, H, d); k, v: (Tk, H, d), fp32, bf16 or fp16.
         queries, keys: sequence s of the one attends to sequence s of the other; only lengths are used.
-        way: what `choose` returned.
+        way: what `choose_attention` returned.
 
     Returns:
         (Tq, H, d).
@@ -39,6 +44,8 @@ RepeatedRows = tuple[Tensor, Tensor]  # order and starts, as in Blocks
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention within packed sequences."""
+
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
@@ -49,7 +56,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, sequences: Packed, queries: Packed | None = None, repeats: RepeatedRows | None = None
     ) -> Tensor:
-        """x: (M, D) normalised rows -> (T, D), or (Q, D) for the rows `queries.idx` alone.
+        """Map normalised rows x (M, D) to (T, D), or to (Q, D) for the rows `queries.idx` alone.
 
         With `repeats`, x is a table of distinct rows and `sequences.idx` says which of them each of the T rows is.
         """
@@ -70,6 +77,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """Two linear layers with a GELU between them."""
+
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
@@ -92,7 +101,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, sequences: Packed, queries: Packed | None = None, repeats: RepeatedRows | None = None
     ) -> Tensor:
-        """(M, D) -> (T, D) or, with `queries`, (Q, D); arguments as in Attention."""
+        """Map (M, D) to (T, D) or, with `queries`, to (Q, D); arguments as in Attention."""
         mixed = self.attn(self.norm1(x), sequences, queries, repeats)
         if repeats is not None:
             x = gather_tokens_repeated(x, sequences.idx, repeats)
@@ -125,7 +134,7 @@ class Encoder(nn.Module):
         self.apply(init_weights)
 
     def forward(self, images: Tensor, visible: Packed | None = None, wanted: Packed | None = None) -> Tensor:
-        """Features of patches after the final norm.
+        """Return the features of patches after the final norm.
 
         Args:
             images: (b, C, H, W), uint8, or floats that are normalised; any resolution that is a multiple of the patch.
@@ -149,16 +158,18 @@ class Encoder(nn.Module):
         return self.norm(run_block(self.blocks[-1], self.checkpointed, x, visible, wanted))
 
     def features(self, images: Tensor) -> Tensor:
-        """(b, C, H, W) -> (b, N, D)"""
+        """Map whole images (b, C, H, W) to (b, N, D)."""
         return self(images).view(len(images), -1, self.embed_dim)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
+        """Return the position embeddings (N, D) of a grid, computed anew where it is not the training grid."""
         if grid == self.grid:
             return self.pos_embed[0]
         return sincos_positions(self.embed_dim, grid)[0].to(self.pos_embed)
 
 
 def use_attention(network: nn.Module, way: str) -> None:
+    """Let every attention of the network run in the library that `way` names."""
     for module in network.modules():
         if isinstance(module, Attention):
             module.way = way
@@ -172,14 +183,19 @@ def run_block(block: Block, checkpointed: bool, *args) -> Tensor:
 
 
 def init_weights(module: nn.Module) -> None:
-    """Truncated normal, 0.02, as the official code ends up with (its depth-wise rescale is overwritten)."""
+    """Draw weights from a truncated normal of deviation 0.02, as the official code ends up with (its depth-wise rescale is
+    overwritten).
+    """
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
 
 
 def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
-    """(1, N, dim) fp32: the first half of the channels encodes the column, the second the row, each sines then cosines."""
+    """Return (1, N, dim) fp32: the first half of the channels encodes the column, the second the row, each sines then cosines.
+
+    Example of dim 4: patch (row 1, column 2) is sin 2, cos 2, sin 1, cos 1.
+    """
     if dim % 4:
         raise ConfigError(f"positions need a width divisible by 4, not {dim}")
     rate = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))

@@ -33,7 +33,7 @@ BIG_STEP = 0.25  # Adam moves a weight by about the learning rate a step: this s
 def collapse_alarms(
     history: Sequence[Mapping[str, float]], now: StepSettings, config: Config, warmup_steps: float = 0
 ) -> list[str]:
-    """Sentences for what the last of the readings confirms: the step, what was seen, the likely cause, the key to turn.
+    """Return sentences for what the last of the readings confirms: the step, what was seen, the likely cause, the key to turn.
 
     Every kind warns at its second bad reading in a row and not again until it has recovered, so one odd batch never
     warns and a long collapse warns once. Readings that are not finite are bad.
@@ -63,12 +63,12 @@ def collapse_alarms(
 
 
 def readings_of(history: Iterable[Mapping[str, float]], name: str) -> list[float]:
-    """All readings of that name; NaN where one was not finite."""
+    """Return all readings of that name; NaN where one was not finite."""
     return [math.nan if entry[name] is None else entry[name] for entry in history if name in entry]
 
 
 def is_confirmed(bad: Sequence[bool]) -> bool:
-    """Whether the last reading is the second bad one in a row."""
+    """Return whether the last reading is the second bad one in a row."""
     return list(bad[-2:]) == [True, True] and list(bad[-3:]) != [True] * 3
 
 
@@ -81,7 +81,9 @@ def stagnant_probes(history: Sequence[Mapping[str, float]], warmup_steps: float)
 
 
 def loss_jumps(losses: Sequence[float]) -> list[bool]:
-    """Of each loss from the fourth on, whether it lies above JUMP times all of the three before the jump, or is not finite."""
+    """Return for each loss from the fourth on whether it lies above JUMP times all of the three before the jump, or is not
+    finite.
+    """
     bad: list[bool] = []
     for i in range(3, len(losses)):
         before = i - 1 if bad and bad[-1] else i  # a jump that lasts is measured from where it began
@@ -90,7 +92,9 @@ def loss_jumps(losses: Sequence[float]) -> list[bool]:
 
 
 def likely_remedy(history: Sequence[Mapping[str, float]], now: StepSettings, config: Config, stuck: bool = False) -> str:
-    """The likely cause of a collapse and the key to turn, by what can be told apart: momentum, learning rate, objective."""
+    """Return the likely cause of a collapse and the key to turn, by what can be told apart: momentum, learning rate,
+    objective.
+    """
     memory = 1 / max(1 - now.ema_momentum, 1e-9)  # steps
     if memory < SHORT_MEMORY:
         return (f"the target encoder follows the context encoder within {memory:.0f} steps: raise optimization.ema "

@@ -1,4 +1,4 @@
-"""What one sees of a run: metrics.jsonl, TensorBoard, the console and throughput."""
+"""The log: metrics.jsonl, TensorBoard, the console and throughput."""
 
 import contextlib
 import importlib.util
@@ -19,7 +19,7 @@ from fastjepa.monitoring.machine import memory_gib
 
 
 class Log:
-    """Writes `output`/metrics.jsonl, TensorBoard events and the console; with `output` None it does nothing.
+    """Log of a run in `output`/metrics.jsonl, TensorBoard events and the console; with `output` None it does nothing.
 
     Call `step` after every optimizer step. Every `every` steps, and at the last, it writes one JSON object; tensors
     among the values are read from the device only then. Rates are over the wall time since the last such step, without
@@ -27,7 +27,7 @@ class Log:
 
     Args:
         flops_per_image: FLOPs of training on one image, forward and backward.
-        gemm_rate: FLOP/s of all devices of the run together (`gemm_flops` times their number).
+        gemm_rate: FLOP/s of all devices of the run together (`gemm_rate` times their number).
         console: whether to print: a progress bar on a terminal, else plain lines.
         tensorboard: whether to write events when TensorBoard is installed.
     """
@@ -69,11 +69,11 @@ class Log:
 
     @property
     def writes(self) -> bool:
-        """Whether this rank's log is the one that is written."""
+        """Return whether this rank's log is the one that is written."""
         return self._file is not None
 
     def due(self, step: int) -> bool:
-        """Whether `step` (steps taken so far, from 1) is one that gets a line."""
+        """Return whether `step` (steps taken so far, from 1) is one that gets a line."""
         return self._file is not None and (step % self.every == 0 or step == self.total_steps)
 
     def step(self, step: int, epoch: int, values: Mapping[str, float | Tensor], images: int) -> None:
@@ -104,7 +104,7 @@ class Log:
         self._held |= values
 
     def message(self, text: str) -> None:
-        """A line of text on the console, above the progress bar."""
+        """Print a line of text on the console, above the progress bar."""
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
         elif self._file is not None and self._console:
@@ -112,7 +112,7 @@ class Log:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Time that is not training: checkpoints, evaluations; it counts towards no rate. May be nested."""
+        """Leave out time that is not training, such as checkpoints, from every rate. May be nested."""
         start, before = time.perf_counter(), self._paused
         try:
             yield

@@ -11,7 +11,9 @@ GEMM_SHAPES = {"cpu": ((1024, 1024, 1024), (2048, 1024, 2048), (4096, 1024, 1024
 
 @torch.inference_mode()
 def gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """Matrix-product rate in FLOP/s: the best of several large shapes in `dtype`, on one device with its current threads."""
+    """Measure the rate of matrix products in FLOP/s: the best of several large shapes in `dtype`, on one device with its
+    current threads.
+    """
     best = 0.0
     shapes = GEMM_SHAPES[device.type]
     for m, k, n in shapes:
@@ -30,7 +32,8 @@ def gemm_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) ->
 
 
 def memory_gib() -> float:
-    """Peak memory of this process in GiB: allocated on the GPU where CUDA is in use, else resident (workers excluded).
+    """Return the peak memory of this process in GiB: allocated on the GPU where CUDA is in use, else resident (workers
+    excluded).
 
     NaN, null in the log, on a CPU under Windows, which does not say.
     """

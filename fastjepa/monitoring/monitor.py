@@ -1,7 +1,7 @@
-"""Collapse seen while it happens: readings of the target encoder's features, and the warnings they give rise to.
+"""The monitor: readings of the target encoder's features while a run goes on, and the warnings they give rise to.
 
 Two kinds of readings go to the log. Every `logging.monitor_every` steps the features a step has made anyway are
-measured (`spread`, `effective_rank`). Every `logging.probe_every` steps the target encoder sees a fixed set of images:
+measured (`feature_std`, `effective_rank`). Every `logging.probe_every` steps the target encoder sees a fixed set of images:
 their RankMe, LiDAR and, where there are labels, an online k-NN. When to look is a function of the step, whatever was
 resumed; only the rank that writes the log looks, and nothing here talks between ranks.
 """
@@ -35,7 +35,7 @@ READING_NAMES = ("feature_std", "effective_rank", "image_std", "image_rank", "li
 
 @dataclass(frozen=True)
 class Probe:
-    """The images that every probe of a run looks at, uint8 on the host, and what its k-NN knows of them."""
+    """Images that every probe of a run looks at, uint8 on the host, and what its k-NN knows of them."""
 
     bank: Tensor  # (m, C, H, W) training images as an evaluation sees them
     bank_labels: Tensor | None  # (m,) int64; None: no k-NN
@@ -45,7 +45,7 @@ class Probe:
     about: str  # where the k-NN's images come from, for the user
 
     def read(self, encoder: nn.Module, config: Config, device: torch.device) -> dict[str, float]:
-        """The readings `image_std`, `image_rank`, `lidar` and, with labels, `knn` (accuracy)."""
+        """Take the readings `image_std`, `image_rank`, `lidar` and, with labels, `knn` (accuracy)."""
         bank, queries = (encode_images(encoder, images, config, device) for images in (self.bank, self.queries))
         views = encode_images(encoder, self.views.flatten(0, 1), config, device)
         found = {
@@ -65,9 +65,9 @@ class Probe:
 
 @torch.no_grad()
 def encode_images(encoder: nn.Module, images: Tensor, config: Config, device: torch.device) -> Tensor:
-    """(b, C, H, W) uint8 -> (b, D) fp32 on the device: the mean over patches, computed in the run's own dtype."""
+    """Map (b, C, H, W) uint8 to (b, D) fp32 on the device: the mean over patches, computed in the run's own dtype."""
     pooled = [torch.empty(0, config.encoder_shape[0], device=device)]
-    with autocast_of(config, device):
+    with autocast_of(config.runtime.dtype, device):
         for block in images.split(config.micro_batch) if len(images) else ():
             # Not through __call__: a compiled network would be compiled once more for images without masks.
             rows = encoder.forward(block.to(device))
@@ -105,7 +105,7 @@ def shuffled_rows(config: Config, source: Source) -> np.ndarray:
 
 
 def held_out_source(config: Config, source: Source) -> Source | None:
-    """The val or test split of the run's data, where there is one with the same classes."""
+    """Return the val or test split of the run's data, where there is one with the same classes."""
     try:
         held = open_source(config.data, "val")
     except ConfigError:
@@ -118,17 +118,21 @@ def bank_size(source: Source) -> int:
 
 
 def query_size(source: Source) -> int:
-    """Images the k-NN classifies; of training images, where there is no other split, a third at most."""
+    """Return the number of images that the k-NN classifies; of training images, where there is no other split, a third at
+    most.
+    """
     return min(QUERY_IMAGES, len(source) // 3) if len(source.classes) >= 2 else 0
 
 
 def lidar_size(config: Config, source: Source) -> int:
-    """Images whose views LiDAR compares; with VIEWS of each, the within-class covariance has full rank."""
+    """Return the number of images whose views LiDAR compares; with LIDAR_VIEWS of each, the within-class covariance has full
+    rank.
+    """
     return min(max(64, config.encoder_shape[0] // 4), len(source))
 
 
 def _readable(source: Source, rows: np.ndarray, config: Config) -> dict[int, Tensor]:
-    """The images (C, h, w) of those rows that can be read; read in rising order, as files lie."""
+    """Return the images (C, h, w) of those rows that can be read; read in rising order, as files lie."""
     found = {}
     for row in sorted(map(int, rows)):
         try:
@@ -139,7 +143,7 @@ def _readable(source: Source, rows: np.ndarray, config: Config) -> dict[int, Ten
 
 
 def _views(image: Tensor, row: int, config: Config) -> Tensor:
-    """(q, C, H, W): training crops of an image, as the loader draws them."""
+    """Return training crops of an image, as the loader draws them: (q, C, H, W)."""
     uniforms = np.random.default_rng([config.runtime.seed, row]).random((LIDAR_VIEWS, 4 * CROP_TRIES + 1)).tolist()
     boxes = [crop_box(*image.shape[1:], config.data.crop_scale, numbers) for numbers in uniforms]
     flips = [config.data.use_horizontal_flip and numbers[-1] < 0.5 for numbers in uniforms]
@@ -147,7 +151,8 @@ def _views(image: Tensor, row: int, config: Config) -> Tensor:
 
 
 def probe_period(config: Config, source: Source, total_steps: int, flops_per_image: float) -> int:
-    """Steps between probes; 0: none. `logging.probe_every`, or as often as `logging.monitor_budget` allows, by FLOPs.
+    """Return the steps between probes, 0 for none: `logging.probe_every`, or as often as `logging.monitor_budget` allows, by
+    FLOPs.
 
     A probe costs one rank the forward passes of its images while the others wait, a step the work on one rank's batch.
     Probes then fall on logged steps, never more often than every `logging.monitor_every` ones, besides that at step 1.
@@ -165,7 +170,7 @@ def probe_period(config: Config, source: Source, total_steps: int, flops_per_ima
 
 
 class Monitor:
-    """Takes the readings of a run on the rank that writes its log.
+    """Readings of a run, taken on the rank that writes its log.
 
     Args:
         history: the entries of a resumed run's log, () for a new one.
@@ -214,5 +219,7 @@ class Monitor:
         return self._falls(step, self.period)
 
     def _falls(self, step: int, every: int) -> bool:
-        """At step 1 and at multiples of `every`, but for those that would share the first logged line with step 1."""
+        """Return whether something falls due: at step 1 and at multiples of `every`, but for those that would share the first
+        logged line with step 1.
+        """
         return every > 0 and (step == 1 or step % every == 0 and step > self.config.logging.every)

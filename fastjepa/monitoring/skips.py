@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Skips:
-    """Counts non-finite steps on the device and reads the counts back without waiting for it.
+    """Counts of non-finite steps, kept on the device and read back without waiting for it.
 
     On CUDA `poll` answers LAG steps late, by when the copy has long arrived: always the same number of steps, so that
     ranks that counted alike also decide alike.
@@ -35,7 +35,7 @@ class Skips:
             self._copies.append((host, event))
 
     def poll(self) -> tuple[int, int, int]:
-        """(skipped in all, skipped in a row, steps): now on a CPU, LAG steps ago on CUDA."""
+        """Return (skipped in all, skipped in a row, steps): now on a CPU, LAG steps ago on CUDA."""
         if not self._asynchronous:
             return self.sync()
         while len(self._copies) > self.LAG:
@@ -45,5 +45,5 @@ class Skips:
         return self._arrived
 
     def sync(self) -> tuple[int, int, int]:
-        """The exact counts; waits for the device."""
+        """Return the exact counts; wait for the device."""
         return tuple(self._counts.tolist())

@@ -11,9 +11,11 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from fastjepa.config.schema import Config
+from fastjepa.loss.targets import TARGETS
 from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.pack import pack
 from fastjepa.masks.packed import Blocks, Packed
+from fastjepa.masks.packings import PerBlockPacking, packing_of
 
 PREDICTOR_MLP_RATIO = 4.0
 
@@ -63,10 +65,11 @@ def count_flops(
         images: images of a forward, which share the predictor's table of positions (default: the micro-batch).
     """
     images = images or config.micro_batch
-    rows = _equal_lengths(config, context_tokens, target_union if config.joint else target_block_tokens, images)
-    if config.separate:
-        return _flops_of_rows(config, rows, np.full(images * config.mask.target_blocks, float(target_block_tokens)))
-    return _flops_of_rows(config, rows, np.full(images, float(target_union)))
+    packing, lengths = _packing(config), (target_block_tokens, target_union)
+    rows = _equal_lengths(config, context_tokens, packing.predicted_tokens(*lengths), images)
+    sequences = images * packing.target_sequences(config.mask.target_blocks)
+    finished = np.full(sequences, float(packing.finished_tokens(*lengths)))
+    return _flops_of_rows(config, rows, finished)
 
 
 def flops_of_packed(config: Config, context: Packed, target: Packed, blocks: Blocks) -> Flops:
@@ -75,7 +78,7 @@ def flops_of_packed(config: Config, context: Packed, target: Packed, blocks: Blo
     Reads the tensors of `packing.pack`; hand them over before they move to a device, or this waits for it.
     """
     lengths = _lengths(target)
-    images = len(lengths) // (config.mask.target_blocks if config.separate else 1)
+    images = len(lengths) // _packing(config).target_sequences(config.mask.target_blocks)
     rows = _Rows(images, _lengths(context), _lengths(blocks.queries), _lengths(blocks.sequences))
     return _flops_of_rows(config, rows, lengths)
 
@@ -88,7 +91,7 @@ def flops_per_image(config: Config, total: int | None = None, steps: int = 16) -
     total = total or config.data.batch_size
     mask, grid, seed, slots = config.mask, config.grid, config.runtime.seed, range(config.micro_batch)
     draws = (draw_masks(mask, grid, seed, step, slots, total) for step in range(steps))
-    found = (pack(*drawn, joint=config.joint, separate=config.separate) for drawn in draws)
+    found = (pack(*drawn, packing=_packing(config)) for drawn in draws)
     return float(np.mean([flops_of_packed(config, *one).total for one in found]))
 
 
@@ -119,7 +122,7 @@ def _flops_of_rows(config: Config, rows: _Rows, wanted: np.ndarray) -> Flops:
     """`wanted`: rows that the target network finishes, of each image, or of each block where it sees blocks alone."""
     dim, depth, _, mlp_ratio = config.encoder_shape
     context = depth * _block_flops(dim, mlp_ratio, rows.context, rows.context)
-    target = _target_flops(config, wanted if config.separate else np.full(rows.images, _token_counts(config)), wanted)
+    target = _target_flops(config, _packing(config).target_tokens(wanted, _token_counts(config)), wanted)
     return _qkv_split_flops(
         rows.images, *target, _embed_flops(config, rows.context.sum()), context, _predictor_flops(config, rows)
     )
@@ -127,7 +130,7 @@ def _flops_of_rows(config: Config, rows: _Rows, wanted: np.ndarray) -> Flops:
 
 def _target_flops(config: Config, tokens: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
     """The target network's embedding and blocks, over sequences of `tokens` patches; nothing where pixels are predicted."""
-    if config.loss.target == "pixels":
+    if not TARGETS[config.loss.target].runs_network:
         return 0.0, 0.0
     dim, depth, _, mlp_ratio = config.encoder_shape
     blocks = (depth - 1) * _block_flops(dim, mlp_ratio, tokens, tokens) + _block_flops(dim, mlp_ratio, tokens, wanted)
@@ -177,9 +180,13 @@ def _qkv_split_flops(images: int, target_embed: float, target: float, embed: flo
 
 def _equal_lengths(config: Config, context_tokens: float, target_block_tokens: float, images: int) -> _Rows:
     contexts = config.mask.num_enc_masks * images
-    sequences = contexts * (1 if config.joint else config.mask.target_blocks)
+    sequences = contexts * _packing(config).predictor_sequences(config.mask.target_blocks)
     queries = np.full(sequences, float(target_block_tokens))
     return _Rows(images, np.full(contexts, float(context_tokens)), queries, queries + context_tokens)
+
+
+def _packing(config: Config) -> PerBlockPacking:
+    return packing_of(config.meta.predictor, config.loss.target)
 
 
 def _lengths(packed: Packed) -> np.ndarray:

@@ -10,9 +10,11 @@ import numpy as np
 
 from fastjepa.config.schema import Config
 from fastjepa.engine.deepspeed_config import BUCKET_ELEMENTS
+from fastjepa.loss.jepa_loss import NORMALIZATIONS
 from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.pack import pack
 from fastjepa.masks.packed import Blocks, Packed
+from fastjepa.masks.packings import packing_of
 from fastjepa.masks.padding import padding_budget
 
 ZERO_STAGES = (0, 1, 2, 3)
@@ -157,7 +159,8 @@ def row_counts(config: Config, micro_batch: int, gpus: int = 1, steps: int = 4) 
         return RowCounts(size.context, size.target, size.sequences, size.queries)
     mask, grid, seed, slots = config.mask, config.grid, config.runtime.seed, range(micro_batch)
     drawn = (draw_masks(mask, grid, seed, step, slots, total) for step in range(steps))
-    found = [RowCounts.of(*pack(*one, joint=config.joint, separate=config.separate)) for one in drawn]
+    packing = packing_of(config.meta.predictor, config.loss.target)
+    found = [RowCounts.of(*pack(*one, packing=packing)) for one in drawn]
     return RowCounts(
         *(max(counts) for counts in zip(*((r.context, r.target, r.sequences, r.queries) for r in found), strict=True))
     )
@@ -192,10 +195,7 @@ def activation_bytes(config: Config, count: RowCounts) -> ActivationBytes:
     layers = blocks_bytes(config, count)
     inputs = sum(kept for kept, _ in layers)
     loss = count.target * config.target_dim * FP32_BYTES + 2 * count.queries * config.target_dim * e
-    if config.loss.normalize != "layer":  # outside the fused kernel: the target of each query, and predictions in fp32
-        loss += count.queries * config.target_dim * FP32_BYTES * (1 if e == FP32_BYTES else 2)
-    if config.loss.normalize == "batch":
-        loss += count.target * config.target_dim * FP32_BYTES
+    loss += config.target_dim * NORMALIZATIONS[config.loss.normalize].extra_bytes(count.queries, count.target, e)
     saved = ends + sum(inside for _, inside in layers)
     return ActivationBytes(saved, ends + inputs + max(inside - kept for kept, inside in layers), loss)
 

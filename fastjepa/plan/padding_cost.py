@@ -4,6 +4,7 @@ from fastjepa.config.schema import Config
 from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.pack import pack
 from fastjepa.masks.packed import PackedSize
+from fastjepa.masks.packings import packing_of
 from fastjepa.masks.padding import BUDGET_DRAWS, drawn_sizes, padding_budget
 from fastjepa.plan.flops import flops_of_packed
 
@@ -18,7 +19,8 @@ def padding_share(config: Config, total: int, steps: int = 16) -> float:
     """FLOPs that the padding adds, as a share of those of the same micro-batches without."""
     mask, seed = config.mask, config.runtime.seed
     pairs = [draw_masks(mask, config.grid, seed, step, range(config.micro_batch), total) for step in range(steps)]
-    plain, padded = (sum(flops_of_packed(config, *pack(*pair, joint=config.joint, budget=room)).total for pair in pairs)
+    packing = packing_of(config.meta.predictor, config.loss.target)
+    plain, padded = (sum(flops_of_packed(config, *pack(*pair, packing=packing, budget=room)).total for pair in pairs)
                      for room in (None, padding_budget(config, total)))  # fmt: skip
     return padded / plain - 1
 

@@ -1,5 +1,6 @@
-"""Everything up to a run's first step: networks, engine and average."""
+"""Building a run up to its first step: networks, engine and average."""
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -13,20 +14,19 @@ from fastjepa.config.schema import Config
 from fastjepa.data.sources import Source, open_source
 from fastjepa.engine.average import Average, ShardedAverage
 from fastjepa.engine.build import build_engine
-from fastjepa.engine.cuda_graph import check_cuda_graph
+from fastjepa.engine.cuda_graph import CudaGraph, EagerRuns, check_cuda_graph
 from fastjepa.engine.plain import PlainEngine
-from fastjepa.engine.precision import EMULATED_BF16, compute_dtype, has_bf16, settle_dtype
+from fastjepa.engine.precision import COMPUTE_DTYPES, EMULATED_BF16, has_bf16, settle_dtype
 from fastjepa.engine.zero import ZeroEngine
 from fastjepa.errors import ConfigError
 from fastjepa.loader.loader import check_loader
-from fastjepa.loss.regularizers import BatchRegularizer, regularizer_term
 from fastjepa.masks.check import check_masks
+from fastjepa.masks.padding import padding_budget
 from fastjepa.model.fp8 import check_fp8, use_fp8
 from fastjepa.model.jepa import Jepa, build_pair
 from fastjepa.model.vit import Encoder, choose_attention, use_attention
 from fastjepa.plan.padding_cost import padding_note
 from fastjepa.plan.sharding import choose_zero_stage
-from fastjepa.ranks.collectives import all_gather
 from fastjepa.ranks.memory import rank_memory_bytes
 from fastjepa.ranks.world import World, join_world
 from fastjepa.run.resume import checkpoint_to_resume, describe_run, resume_notes, start_run
@@ -35,7 +35,7 @@ from fastjepa.weights.read import TORCH_FILES
 
 
 class Run(NamedTuple):
-    """What steps are taken with."""
+    """A run before its next step: the parts that steps are taken with."""
 
     config: Config  # what it left open decided
     world: World
@@ -47,9 +47,10 @@ class Run(NamedTuple):
 
 
 def build_run(config: Config, output: Path, resume: str, init: Path | None, deepspeed_config: Path | None) -> Run:
-    """Everything up to the first step; arguments as in `train`."""
+    """Build a run up to its next step; arguments as in `train`. Every rank takes part."""
     world = join_world(config.runtime.device, 2 * config.runtime.timeout)  # after the heartbeats, which name a rank
-    config = settle_dtype(config, world.device)
+    dtype = settle_dtype(config.runtime.dtype, world.device)
+    config = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, dtype=dtype))
     apply_process_settings(config)
     source = open_source(config.data)
     check_masks(config.mask, config.grid, config.runtime.seed, config.data.batch_size * world.size)
@@ -62,8 +63,10 @@ def build_run(config: Config, output: Path, resume: str, init: Path | None, deep
     notes = resume_notes(found, about, init) if found else start_run(jepa, target_encoder, output, about, init, world)
     stage, reason = zero_stage(config, world)
     engine = build_engine(jepa, config, world, stage, deepspeed_config)
-    average, state = build_average(engine, target_encoder, config)
-    state.record = about
+    average = engine.follow(target_encoder)
+    networks = {"encoder": jepa.encoder, "predictor": jepa.predictor, "target_encoder": target_encoder}
+    shards = Shards(engine, average, networks) if engine.shards else None
+    state = TrainState(0, networks, engine.optimizer, record=about, shards=shards)
     if found:
         restore_checkpoint(found, state)
     notes += reason + run_warnings(config, world.device)
@@ -79,14 +82,14 @@ def zero_stage(config: Config, world: World) -> tuple[int, list[str]]:
 
 
 def run_warnings(config: Config, device: torch.device) -> list[str]:
-    """What to tell the user of a config that runs, but not as it could."""
+    """Return sentences for the user of a config that runs, but not as it could."""
     emulated = config.runtime.dtype == "bf16" and not has_bf16(device)
     graph = [padding_note(config, config.data.batch_size)] if config.runtime.cuda_graph else []
     return graph + ([EMULATED_BF16] if emulated else [])
 
 
 def apply_process_settings(config: Config) -> None:
-    """Process-wide settings of a run."""
+    """Apply the settings that hold for the whole process: threads, kernels, deterministic algorithms."""
     if config.runtime.threads:
         torch.set_num_threads(config.runtime.threads)
     use_kernels(config.runtime.kernels)
@@ -106,7 +109,7 @@ def use_kernels(asked: str) -> None:
 
 
 def build_networks(config: Config, device: torch.device, ranks: int = 1) -> tuple[Jepa, Encoder]:
-    """The trained pair and the target encoder, on the device, computing as `runtime` says."""
+    """Return the trained pair and the target encoder, on the device, computing as `runtime` says."""
     way = check_compute(config, device, ranks)
     pair = build_pair(config)
     if config.runtime.target_fp8:
@@ -119,27 +122,17 @@ def build_networks(config: Config, device: torch.device, ranks: int = 1) -> tupl
 
 
 def check_compute(config: Config, device: torch.device, ranks: int = 1) -> str:
-    """Which attention runs; ConfigError where the device cannot compute as `runtime` says."""
-    way = choose_attention(config.runtime.attention, device, compute_dtype(config))
+    """Return which attention runs; raise ConfigError where the device cannot compute as `runtime` says."""
+    way = choose_attention(config.runtime.attention, device, COMPUTE_DTYPES[config.runtime.dtype])
     if config.runtime.cuda_graph:
-        check_cuda_graph(config, device, way, ranks)
+        check_cuda_graph(device, way, ranks, config.runtime.zero)
     if config.runtime.target_fp8:
-        check_fp8(config, device)
+        check_fp8(device, config.runtime.dtype)
     return way
 
 
-def build_regularizer(config: Config, world: World) -> BatchRegularizer | None:
-    term = regularizer_term(config.loss, config.runtime.seed)
-    pieces = config.data.batch_size // config.micro_batch
-    return term and BatchRegularizer(term, pieces, all_gather, world.rank, world.size)
-
-
-def build_average(engine: PlainEngine, target_encoder: Encoder, config: Config) -> tuple[Average, TrainState]:
-    """The average that follows the engine's encoder, and the state of both, at step 0."""
-    jepa = engine.jepa
-    parts = {"encoder": jepa.encoder, "predictor": jepa.predictor, "target_encoder": target_encoder}
-    if isinstance(engine, PlainEngine):
-        return Average(target_encoder, jepa.encoder), TrainState(0, parts, engine.optimizer)
-    online = {name.removeprefix("encoder."): piece for name, piece in engine.masters().items() if name.startswith("encoder.")}
-    average = ShardedAverage(target_encoder, online, compute_dtype(config))
-    return average, TrainState(0, parts, engine.optimizer, shards=Shards(engine, average, parts))
+def build_runs(config: Config, engine: PlainEngine) -> EagerRuns:
+    """Return how the body of the loop over micro-batches is run: eagerly, or as a CUDA graph."""
+    if not config.runtime.cuda_graph:
+        return EagerRuns()
+    return CudaGraph(padding_budget(config, config.data.batch_size), engine.parameters, engine.micro_batches)

@@ -4,6 +4,6 @@ from pathlib import Path
 
 
 def run_directory(path: Path) -> Path:
-    """The run directory of a checkpoint, or `path` itself."""
+    """Return the run directory of a checkpoint, or `path` itself."""
     path = path.resolve()
     return path.parent.parent if path.parent.name == "checkpoints" else path.parent if path.name == "checkpoints" else path

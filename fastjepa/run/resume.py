@@ -24,7 +24,7 @@ from fastjepa.weights.read import TORCH_FILES, starting_networks
 
 
 def describe_run(config: Config, world: World, source: Source) -> dict:
-    """What a resumed run is compared with: exactness holds on the same machine, versions and thread count."""
+    """Describe a run, for a resumed one to compare with: exactness holds on one machine, with equal versions and threads."""
     versions = {"fastjepa": __version__, "torch": torch.__version__, "python": platform.python_version()}
     decoder = "dali" if decodes_with_dali(config, source) else "torch"
     machine = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.machine()
@@ -40,7 +40,10 @@ def describe_run(config: Config, world: World, source: Source) -> dict:
 
 
 def checkpoint_to_resume(config: Config, output: Path, resume: str) -> Path | None:
-    """The checkpoint that a run in `output` goes on from; an official file in `output` only while there is none of ours."""
+    """Return the checkpoint that a run in `output` goes on from, if any.
+
+    An official file (meta.read_checkpoint) counts only while there is no checkpoint of ours.
+    """
     root, meta = output / "checkpoints", config.meta
     resume = "must" if meta.load_checkpoint and resume == "auto" else resume
     if resume == "never":
@@ -57,7 +60,7 @@ def checkpoint_to_resume(config: Config, output: Path, resume: str) -> Path | No
 
 
 def resume_notes(found: Path, about: dict, init: Path | None) -> list[str]:
-    """What to tell the user of a run that is resumed."""
+    """Return sentences for the user of a run that is resumed: from where, and in what it differs."""
     verify_checkpoint(found, [STATE_FILE])
     differs = record_differences(read_state(found)["record"], about)
     unused = [f"--init {init} is not used: it is for runs that start"] if init else []
@@ -66,7 +69,7 @@ def resume_notes(found: Path, about: dict, init: Path | None) -> list[str]:
 
 def start_run(jepa: Jepa, target_encoder: Encoder, output: Path, about: dict, init: Path | None,
           world: World) -> list[str]:  # fmt: skip
-    """Start from `init` or from scratch; returns what to tell the user."""
+    """Start from `init` or from scratch, and return sentences for the user."""
     if world.is_main:
         start_directory(output, about)
     barrier()
@@ -86,7 +89,7 @@ def start_directory(output: Path, about: dict) -> None:
 
 
 def load_initial_weights(parts: dict[str, nn.Module], init: Path) -> list[str]:
-    """Load the networks that `init` holds; a target encoder it lacks starts as the encoder. Returns their names."""
+    """Load the networks that `init` holds; a target encoder it lacks starts as the encoder. Return their names."""
     given = starting_networks(init)
     if "encoder" in given:
         given.setdefault("target_encoder", given["encoder"])

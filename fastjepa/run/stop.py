@@ -7,7 +7,7 @@ from fastjepa.ranks.collectives import max_over_ranks
 
 
 class Stop:
-    """SIGTERM and SIGINT ask for a stop after the current step; a second Ctrl-C ends the process at once.
+    """A stop after the current step, asked for by SIGTERM or SIGINT; a second Ctrl-C ends the process at once.
 
     A launcher passes on what the terminal or SLURM has sent to every process: only a SIGINT that comes PASSED_ON seconds
     after the first is another one, and SIGTERM has SIGKILL to follow it.
@@ -32,6 +32,6 @@ class Stop:
             signal.raise_signal(number)
 
     def agreed(self) -> bool:
-        """Whether any rank was asked, so that all stop after the same step."""
+        """Return whether any rank was asked, so that all stop after the same step."""
         self.received = max_over_ranks(self.received or 0) or None
         return self.received is not None

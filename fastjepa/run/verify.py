@@ -21,7 +21,7 @@ from fastjepa.loss.jepa_loss import jepa_loss
 from fastjepa.masks.pack import pack
 from fastjepa.model.jepa import build_pair
 from fastjepa.model.vit import Encoder
-from fastjepa.run.step import take_step
+from fastjepa.run.step import Step
 
 VERIFY_TOLERANCE, FINAL_TOLERANCE = 1e-5, 1e-4
 VERIFIED_NETWORKS = ("encoder", "predictor", "target_encoder")
@@ -149,12 +149,12 @@ def trajectory_errors(reference: ReferenceFile) -> dict[str, float]:
     engine, target_encoder = restored_networks(reference)
     average = Average(target_encoder, engine.jepa.encoder)
     schedule = Schedule(reference.config.optimization, int(reference.meta["ipe"]))
-    losses, nows = [], []
+    take_step, losses, nows = Step(engine, average, reference.config), [], []
     for step in range(int(reference.meta["steps"])):
         now = schedule(step)
         batch = reference_batch(reference[f"step{step}.images"], *reference.masks(step))
-        taken = take_step(engine, average, [batch], now, reference.config)
-        losses.append(taken.loss)
+        tally, _ = take_step([batch], now)
+        losses.append(tally.loss)
         nows.append([now.lr, now.weight_decay, now.ema_momentum])
     networks = zip(VERIFIED_NETWORKS, (engine.jepa.encoder, engine.jepa.predictor, target_encoder), strict=True)
     ours = {f"{name}.{key}": value for name, network in networks for key, value in network.state_dict().items()}

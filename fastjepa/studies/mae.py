@@ -5,6 +5,7 @@ hidden patches' pixels, normalised per patch. There is no class token, as in I-J
 Learning rate, weight decay, crops and order are those that the config gives I-JEPA.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,7 +77,8 @@ def train_mae(file: Path, folder: Path, steps: int) -> None:
     """
     cfg = load_config(file)
     world = join_world(cfg.runtime.device)
-    cfg = settle_dtype(cfg, world.device)
+    dtype = settle_dtype(cfg.runtime.dtype, world.device)
+    cfg = dataclasses.replace(cfg, runtime=dataclasses.replace(cfg.runtime, dtype=dtype))
     apply_process_settings(cfg)
     source = open_source(cfg.data)
     state, encoder, decoder = build_mae(cfg, world.device)
@@ -118,7 +120,7 @@ def mae_step(encoder: Encoder, decoder: MaeDecoder, state: TrainState, batches: 
         torch.manual_seed(torch_seed(cfg.runtime.seed, MASK_STREAM, state.step))
         for images in batches:
             keep, masked = random_keep(len(images), cfg, images.device)
-            with autocast_of(cfg, images.device):
+            with autocast_of(cfg.runtime.dtype, images.device):
                 value = mae_loss(encoder, decoder, images, keep, masked, cfg) / pieces
             value.backward()
             total += value.detach()

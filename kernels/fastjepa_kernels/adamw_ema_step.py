@@ -9,9 +9,18 @@ eps as in torch.optim.AdamW (Loshchilov and Hutter, "Decoupled weight decay regu
 
 Traffic, e_g and e_t bytes an element of gradient and target: 24 + e_g without a target, 24 + e_g + 2 e_t with one, 2 for a
 copy; 16 bytes a chunk of 4096 elements for its place. Apart, AdamW and the average move p once more: 4 bytes.
+
+Tensors are found through a table, as in ema_update, with rows of nine. lr, betas, eps and weight decay are read from
+`hyper`, a row a group, on the device, so that a schedule needs neither a wait nor a new CUDA graph. An example: weights in
+group 0, biases in group 1, which do not decay; `groups` [0, 0, 1] for three parameters.
+
+    hyper (2, 5) fp64   [[1e-3, 0.9, 0.999, 1e-8, 0.05], [1e-3, 0.9, 0.999, 1e-8, 0.0]]
+    coefficients (3, 7) of step 2, row 0: 1 - lr wd = 0.99995, 1 - beta1 = 0.1, beta2 = 0.999, 1 - beta2 = 0.001,
+        lr / (1 - beta1^2) = 5.263e-3, 1 / sqrt(1 - beta2^2) = 22.366, eps = 1e-8
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +34,7 @@ from .ema_update import (
     Table,
     address,
     check_alike,
+    check_apart,
     check_scalars,
     ema_update_ref,
     fitting,
@@ -34,6 +44,18 @@ from .ema_update import (
 
 BF16_GRAD, BF16_TARGET = 1, 2  # bits of a kind, beside COPY and ALIGNED
 MASTER, NARROW = (torch.float32,), (torch.float32, torch.bfloat16)
+
+
+class Stepped(NamedTuple):
+    """Tensors of one step, parameter by parameter: those of `adamw_ema_step_`, in its order."""
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor | None]
+    exp_avgs: Sequence[Tensor]
+    exp_avg_sqs: Sequence[Tensor]
+    groups: Sequence[int]
+    targets: Sequence[Tensor]
+    copies: Sequence[Tensor]
 
 
 def adamw_ema_step_ref(
@@ -50,7 +72,7 @@ def adamw_ema_step_ref(
     finite: Tensor | None = None,
     table: Table | None = None,
 ) -> None:
-    """As adamw_ema_step_, by torch's fused AdamW; it reads `hyper`, for which a GPU would have to be waited for."""
+    """Compute adamw_ema_step_ by torch's fused AdamW; it reads `hyper`, for which a GPU would have to be waited for."""
     counts = steps.unbind()
     advance = 1.0 if finite is None else finite.float()
     for group, (lr, beta1, beta2, eps, weight_decay) in enumerate(hyper.tolist()):
@@ -78,10 +100,14 @@ def _adamw_coefficients_kernel(
     HAS_FINITE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What the chunks of a tensor share: fp64, since 1 - beta^t cancels; and its count, which they would race for."""
+    """Compute the coefficients that all chunks of a tensor share, in fp64, as 1 - beta^t cancels, and advance its count.
+
+    The count has a launch of its own, because the chunks of a tensor would race for it.
+    """
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < n
     row = addresses_ptr + offs.to(tl.int64) * 9
+    # A parameter without a gradient (address 0) does not count the step, nor does any in a step that is not finite.
     stepped = mask & (tl.load(row + 1, mask=mask, other=0) != 0)
     if HAS_FINITE:
         stepped = stepped & (tl.load(finite_ptr) != 0)
@@ -89,6 +115,7 @@ def _adamw_coefficients_kernel(
     lr = tl.load(hyper, mask=mask, other=0.0)
     beta1 = tl.load(hyper + 1, mask=mask, other=0.5)
     beta2 = tl.load(hyper + 2, mask=mask, other=0.5)
+    # This step's number, and the corrections 1 - beta^step of both moments.
     step = tl.load(steps_ptr + offs, mask=mask, other=0.0) + 1.0
     correction1 = 1.0 - tl.exp(tl.log(beta1) * step.to(tl.float64))
     correction2 = 1.0 - tl.exp(tl.log(beta2) * step.to(tl.float64))
@@ -119,6 +146,7 @@ def _adamw_ema_step_fwd_kernel(
     TARGET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    # From the program's chunk to its tensor's row of addresses, and to the coefficients of that tensor.
     chunk = tl.program_id(0).to(tl.int64) * 2
     number = tl.load(chunks_ptr + chunk)
     first = tl.load(chunks_ptr + chunk + 1)
@@ -142,6 +170,7 @@ def _adamw_ema_step_fwd_kernel(
     if HAS_FINITE:
         mask = mask & (tl.load(finite_ptr) != 0)
     stepped = mask & (grad_address != 0)
+    # AdamW: m += (1 - beta1) (g - m), v = beta2 v + (1 - beta2) g^2, then the parameter, its decay apart from both.
     param = tl.load(param_ptr + offs, mask=mask)
     grad = tl.load(grad_ptr + offs, mask=stepped, other=0.0).to(tl.float32)
     exp_avg = tl.load(exp_avg_ptr + offs, mask=stepped, other=0.0)
@@ -153,6 +182,7 @@ def _adamw_ema_step_fwd_kernel(
     change = tl.load(shared + 4) * exp_avg / (tl.sqrt(exp_avg_sq) * tl.load(shared + 5) + tl.load(shared + 6))
     param = tl.where(stepped, param * tl.load(shared) - change, param)
     tl.store(param_ptr + offs, param, mask=stepped)
+    # The average of the parameter as it has just become, still in registers: this is what one pass saves.
     averaged = mask & (target_address != 0)
     if HAS_MOMENTUM:
         weight = 1.0 - tl.load(momentum_ptr)
@@ -165,29 +195,38 @@ def _adamw_ema_step_fwd_kernel(
         tl.store(copy_ptr + offs, average.to(tl.bfloat16), mask=averaged)
 
 
-def owners_of(params, grads, exp_avgs, exp_avg_sqs, groups, targets, copies) -> Tensor:
-    """A gradient without elements has no address, but its parameter still counts the step: any other address will do."""
+def owners_of(tensors: Stepped) -> Tensor:
+    """Return (n, 9) int64 on the CPU: six addresses (0: none), group, elements, kind of each parameter.
+
+    A gradient without elements has no address, but its parameter still counts the step: any other address will do.
+    """
     rows = []
-    for i, param in enumerate(params):
-        grad, target = grads[i], targets[i] if i < len(targets) else None
+    for i, param in enumerate(tensors.params):
+        grad, target = tensors.grads[i], tensors.targets[i] if i < len(tensors.targets) else None
         grad_place = 0 if grad is None else grad.data_ptr() or 16
-        averages = (address(target), address(copies[i] if i < len(copies) else None))
-        places = (param.data_ptr(), grad_place, exp_avgs[i].data_ptr(), exp_avg_sqs[i].data_ptr(), *averages)
+        averages = (address(target), address(tensors.copies[i] if i < len(tensors.copies) else None))
+        moments = (tensors.exp_avgs[i].data_ptr(), tensors.exp_avg_sqs[i].data_ptr())
+        places = (param.data_ptr(), grad_place, *moments, *averages)
         bits = BF16_GRAD * (grad is not None and grad.dtype == torch.bfloat16)
         bits |= BF16_TARGET * (target is not None and target.dtype == torch.bfloat16)
-        bits |= COPY * bool(copies)
-        rows.append((*places, groups[i], param.numel(), kind_of(places, bits)))
-    return torch.tensor(rows, dtype=torch.int64).view(-1, 9)
+        bits |= COPY * bool(tensors.copies)
+        rows.append((*places, tensors.groups[i], param.numel(), kind_of(places, bits)))
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 9)
 
 
-def launch(table: Table, steps: Tensor, hyper: Tensor, weight: float, momentum: Tensor | None, finite: Tensor | None) -> None:
-    coefficients = steps.new_empty(len(steps), 7)
-    _adamw_coefficients_kernel[(-(-len(steps) // 128),)](
+def run_kernels(
+    table: Table, steps: Tensor, hyper: Tensor, weight: float, momentum: Tensor | None, finite: Tensor | None
+) -> None:
+    """Launch the kernel of the coefficients, then the step once for each kind of tensor."""
+    coefficients = steps.new_empty(len(steps), 7)  # (n, 7) fp32
+    dispatch.launch(
+        _adamw_coefficients_kernel, (-(-len(steps) // 128),),
         table.addresses, hyper, steps, steps if finite is None else finite, coefficients, len(steps),
         HAS_FINITE=finite is not None, BLOCK=128, num_warps=4,
     )  # fmt: skip
     for chunks, kind in zip(table.chunks, table.kinds, strict=True):
-        _adamw_ema_step_fwd_kernel[(len(chunks),)](
+        dispatch.launch(
+            _adamw_ema_step_fwd_kernel, (len(chunks),),
             table.addresses, chunks, coefficients,
             chunks if momentum is None else momentum, chunks if finite is None else finite, weight,
             HAS_MOMENTUM=momentum is not None, HAS_FINITE=finite is not None,
@@ -220,14 +259,14 @@ def adamw_ema_step_fwd(
     chunks: Sequence[Tensor],
     kinds: Sequence[int],
 ) -> None:
-    """Kernel or definition: chosen in here, because the definition reads `hyper`, which no compiled graph can."""
+    """Run the kernel or the definition: chosen in here, because the definition reads `hyper`, which no compiled graph can."""
     if not dispatch.runs_triton("adamw_ema_step", params[0]):
         momentum = 1.0 - weight if momentum is None else momentum
         adamw_ema_step_ref(params, grads, exp_avgs, exp_avg_sqs, steps, hyper, groups, targets, momentum, copies, finite)
         return
     table = None if owners is None else Table(owners, addresses, chunks, kinds)
-    here = owners_of(params, grads, exp_avgs, exp_avg_sqs, groups, targets, copies)
-    launch(fitting(table, here, params[0].device), steps, hyper, weight, momentum, finite)
+    here = owners_of(Stepped(params, grads, exp_avgs, exp_avg_sqs, groups, targets, copies))
+    run_kernels(fitting(table, here, params[0].device), steps, hyper, weight, momentum, finite)
 
 
 @adamw_ema_step_fwd.register_fake
@@ -244,10 +283,11 @@ def adamw_ema_table(
     targets: Sequence[Tensor] = (),
     copies: Sequence[Tensor] = (),
 ) -> Table:
-    """What `adamw_ema_step_` needs to know of these tensors, made once; gradients may move afterwards, at little cost."""
-    _check_tensors(params, grads, exp_avgs, exp_avg_sqs, groups, targets, copies)
-    device = params[0].device if params else torch.device("cpu")
-    return make_table(owners_of(params, grads, exp_avgs, exp_avg_sqs, groups, targets, copies), device)
+    """Make the table of these tensors once, for every later step; gradients may move afterwards, at little cost."""
+    tensors = Stepped(params, grads, exp_avgs, exp_avg_sqs, groups, targets, copies)
+    _check_tensors(tensors)
+    check_apart("adamw_ema_step", params, targets, copies)
+    return make_table(owners_of(tensors), params[0].device if params else torch.device("cpu"))
 
 
 def adamw_ema_step_(
@@ -264,7 +304,7 @@ def adamw_ema_step_(
     finite: Tensor | None = None,
     table: Table | None = None,
 ) -> None:
-    """One step of AdamW and of the moving average of what it gives, all in place.
+    """Take one step of AdamW, and one of the moving average of the new parameters, all in place.
 
     Args:
         params: fp32, contiguous, on one device; those that have a target first.
@@ -272,22 +312,26 @@ def adamw_ema_step_(
             still moves).
         exp_avgs, exp_avg_sqs: fp32 moments, one for each.
         steps: (n,) fp32: how many steps each parameter has made.
-        hyper: (G, 5) fp64 on the device: lr, beta1, beta2, eps and weight_decay of each group.
+        hyper: (G, 5) fp64 on the device: lr, beta1, beta2, eps and weight_decay of each group, such as
+            [[1e-3, 0.9, 0.999, 1e-8, 0.05]].
         groups: the row of `hyper` of each parameter.
         targets: of the first len(targets) parameters; fp32 or bf16.
-        momentum: a float, or a 0-dim fp32 tensor on the device, which a CUDA graph reads at each replay.
+        momentum: between 0 and 1; a float, or a 0-dim fp32 tensor on the device, which a CUDA graph reads at each replay.
         copies: bf16, one for each target, or none.
         finite: 0-dim bool tensor on the device; where it is False nothing is written.
         table: adamw_ema_table(...) where it is made beforehand; else it is made here.
 
     Raises:
-        ValueError, TypeError, IndexError: wrong number, shape, dtype, layout or device; a group that `hyper` lacks.
+        ValueError, TypeError, IndexError: wrong number, shape, dtype, layout or device; a group that `hyper` lacks; a
+            momentum outside [0, 1], or params, targets or copies that share their memory (CPU and debug only).
     """
-    _check_tensors(params, grads, exp_avgs, exp_avg_sqs, groups, targets, copies)
+    _check_tensors(Stepped(params, grads, exp_avgs, exp_avg_sqs, groups, targets, copies))
     if not params:
         return
     _check_steps(params, steps, hyper, groups)
     check_scalars("adamw_ema_step", params[0], momentum, finite)
+    if dispatch.may_read(params[0]):
+        check_apart("adamw_ema_step", params, targets, copies)
     given = isinstance(momentum, Tensor)
     with torch.no_grad():
         adamw_ema_step_fwd(
@@ -310,7 +354,8 @@ def _check_steps(params: Sequence[Tensor], steps: Tensor, hyper: Tensor, groups:
     dispatch.check_device("adamw_ema_step", params[0], steps=steps, hyper=hyper)
 
 
-def _check_tensors(params, grads, exp_avgs, exp_avg_sqs, groups, targets, copies) -> None:
+def _check_tensors(tensors: Stepped) -> None:
+    params, grads, exp_avgs, exp_avg_sqs, groups, targets, copies = tensors
     op, present = "adamw_ema_step", [i for i, grad in enumerate(grads) if grad is not None]
     check_alike(op, "params", params, params, MASTER)
     check_alike(op, "exp_avgs", exp_avgs, params, MASTER)

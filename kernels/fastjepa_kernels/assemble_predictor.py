@@ -1,4 +1,4 @@
-"""assemble_predictor: the packed input of I-JEPA's predictor, and the layout of its sequences.
+"""assemble_predictor: make the packed input of I-JEPA's predictor, and the layout of its sequences.
 
     out[l] = context[idx[l]] + positions[context_idx[idx[l]]]        where idx[l] < T
              mask_token + positions[idx[l] - T]                      elsewhere
@@ -8,6 +8,13 @@ Every context row is there once for each target block. Sums are made in fp32, in
 
 Traffic, e bytes an element: forward 2 L P e and 4 bytes an index, positions re-read from L2; backward L P e read, T P e
 written, and 8 bytes an index to group the repeats: dcontext reads the rows of contexts, dmask_token all others, none twice.
+
+An example of the layout, 2 images, 1 context mask, 1 target block an image. Contexts have 2 and 1 rows (T = 3), starts
+[0, 2, 3]; target blocks lie at positions [5, 6] and [4], starts [0, 2, 3]. Each sequence is a context, then its block:
+
+    sequence 0   context rows 0, 1   mask tokens at 5, 6        idx [0, 1, 8, 9]    (T + 5 = 8)
+    sequence 1   context row  2      mask token  at 4           idx [2, 7]
+    idx [0, 1, 8, 9, 2, 7], cu_seqlens [0, 4, 6]
 """
 
 import torch
@@ -23,19 +30,20 @@ SUM_ROWS = 256  # rows whose share of dmask_token one program sums
 def predictor_layout(
     context_cu_seqlens: Tensor, target_idx: Tensor, target_cu_seqlens: Tensor, images: int, context_rows: int
 ) -> tuple[Tensor, Tensor]:
-    """The predictor's sequences: for each target block, context mask and image (the last fastest), context then target rows.
+    """Lay out the predictor's sequences: one for each target block, context mask and image, the last fastest.
 
-    Plain torch, on any device, without waiting for it: the number of rows is known from what is given.
+    A sequence is the rows of its context, then those of its block; the file begins with an example. Plain torch, on any
+    device, without waiting for it: the number of rows is known from the arguments.
 
     Args:
-        context_cu_seqlens: (K * images + 1,) int32, where each context starts: K masks, mask major.
+        context_cu_seqlens: (K * images + 1,) int32, the start of each context, then the end: K masks, mask major.
         target_idx: (U,) int32, the position in its image of each row of the target blocks.
-        target_cu_seqlens: (R * images + 1,) int32, where each block starts: R blocks an image, block major.
+        target_cu_seqlens: (R * images + 1,) int32, the start of each block, then the end: R blocks an image, block major.
         images: b.
-        context_rows: T, what context_cu_seqlens ends with.
+        context_rows: T, the last value of context_cu_seqlens.
 
     Returns:
-        idx: (R * T + K * U,) int32, what assemble_predictor puts in each row: below T that context row, else T + position.
+        idx: (R * T + K * U,) int32, the content of each row: below T that context row, else T + position.
         cu_seqlens: (R * K * images + 1,) int32.
 
     Raises:
@@ -43,13 +51,16 @@ def predictor_layout(
     """
     _check_layout(context_cu_seqlens, target_idx, target_cu_seqlens, images, context_rows)
     masks, blocks = ((len(starts) - 1) // max(images, 1) for starts in (context_cu_seqlens, target_cu_seqlens))
+    # The content of every row that a sequence can be made of: context rows 0 to T - 1, then T + position of the blocks.
     table = torch.cat((torch.arange(context_rows, dtype=torch.int32, device=target_idx.device), target_idx + context_rows))
 
     def pieces(of_contexts: Tensor, of_blocks: Tensor) -> Tensor:
-        """(K * b,), (R * b,) -> (R * K * b * 2,): what each sequence takes of its context and of its block, in turn."""
+        """Repeat (K * b,) and (R * b,) into (R * K * b * 2,): for each sequence its context's value, then its block's."""
         pair = of_contexts.view(1, masks, images), of_blocks.view(blocks, 1, images)
         return torch.stack([part.expand(blocks, masks, images) for part in pair], dim=-1).flatten()
 
+    # Two pieces a sequence. In the example: lengths [2, 2, 1, 1], ends [2, 4, 5, 6], so they start at [0, 2, 4, 5] in idx,
+    # and at [0, 3, 2, 5] in the table; the shift between the two is [0, 1, -2, 0].
     lengths = pieces(context_cu_seqlens.diff(), target_cu_seqlens.diff())
     ends = lengths.cumsum(0, dtype=torch.int32)
     shift = pieces(context_cu_seqlens[:-1], target_cu_seqlens[:-1] + context_rows) - (ends - lengths)
@@ -67,13 +78,13 @@ def assemble_predictor_ref(
     idx: Tensor,
     repeats: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """As assemble_predictor: every distinct row is made once, then repeated."""
-    seen = context + positions.index_select(0, context_idx)
-    masked = (positions.to(seen.dtype) + mask_token).to(seen.dtype)
+    """Compute assemble_predictor in plain PyTorch: every distinct row is made once, then repeated."""
+    seen = context + positions.index_select(0, context_idx)  # (T, P)
+    masked = (positions.to(seen.dtype) + mask_token).to(seen.dtype)  # (N, P)
     return gather_tokens_repeated_ref(torch.cat((seen, masked)), idx)
 
 
-@jit
+@jit(do_not_specialize=["L", "T"])
 def _assemble_predictor_fwd_kernel(
     context_ptr,  # (T, P)
     context_idx_ptr,  # (T,) int32
@@ -94,6 +105,7 @@ def _assemble_predictor_fwd_kernel(
     mask_l, mask_p = offs_l < L, offs_p < P
     mask = mask_l[:, None] & mask_p[None, :]
     row = tl.load(idx_ptr + offs_l, mask=mask_l, other=0).to(tl.int64)
+    # Below T the row is a context row, whose position context_idx knows; from T on it is a mask token at position row - T.
     seen = row < T
     position = tl.load(context_idx_ptr + row, mask=mask_l & seen, other=0).to(tl.int64)
     position = tl.where(seen, position, row - T)
@@ -104,7 +116,7 @@ def _assemble_predictor_fwd_kernel(
     tl.store(out_ptr + offs_l[:, None] * P + offs_p[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@jit
+@jit(do_not_specialize=["L", "T"])
 def _assemble_predictor_dmask_kernel(
     dout_ptr,  # (L, P)
     idx_ptr,  # (L,) int32
@@ -121,6 +133,7 @@ def _assemble_predictor_dmask_kernel(
     offs_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     mask_p = offs_p < P
     total = tl.zeros([BLOCK_L, BLOCK_P], dtype=tl.float32)
+    # Context rows are masked, so that their gradient is not read here: dcontext reads it.
     for start in range(0, ROWS, BLOCK_L):
         offs_l = first + start + tl.arange(0, BLOCK_L)
         masked = tl.load(idx_ptr + offs_l, mask=offs_l < L, other=-1) >= T
@@ -145,7 +158,8 @@ def assemble_predictor_fwd(
     if out.numel():
         block = dispatch.block_width(width)
         height = max(1, 4096 // block)
-        _assemble_predictor_fwd_kernel[(-(-length // height), -(-width // block))](
+        dispatch.launch(
+            _assemble_predictor_fwd_kernel, (-(-length // height), -(-width // block)),
             context, context_idx.contiguous(), positions, mask_token.contiguous(), idx.contiguous(), out,
             length, width, len(context), context.stride(0), positions.stride(0), BLOCK_L=height, BLOCK_P=block,
         )  # fmt: skip
@@ -160,7 +174,7 @@ def _(context, context_idx, positions, mask_token, idx, order, starts):
 
 @torch.library.custom_op("fastjepa_kernels::assemble_predictor_dcontext", mutates_args=())
 def assemble_predictor_dcontext(dout: Tensor, order: Tensor, starts: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-    """(L, P) -> (rows, P) of `dtype`: the sum over each context row's repeats."""
+    """Sum (L, P) over each context row's repeats into (rows, P) of `dtype`."""
     return sum_repeats(dispatch.contiguous_rows(dout), order, starts[: rows + 1], dtype)
 
 
@@ -171,13 +185,14 @@ def _(dout, order, starts, rows, dtype):
 
 @torch.library.custom_op("fastjepa_kernels::assemble_predictor_dmask", mutates_args=())
 def assemble_predictor_dmask(dout: Tensor, idx: Tensor, rows: int) -> Tensor:
-    """(L, P) -> (P,) fp32: the sum over the rows that are no context row, in two fixed stages."""
+    """Sum (L, P) over the rows that are no context row into (P,) fp32, in two fixed stages: 256 rows a program, then those."""
     dout = dispatch.contiguous_rows(dout)
     length, width = dout.shape
-    partial = dout.new_empty(-(-length // SUM_ROWS), width, dtype=torch.float32)
+    partial = dout.new_empty(-(-length // SUM_ROWS), width, dtype=torch.float32)  # (programs, P)
     if partial.numel():
         block = dispatch.block_width(width, 256)
-        _assemble_predictor_dmask_kernel[(len(partial), -(-width // block))](
+        dispatch.launch(
+            _assemble_predictor_dmask_kernel, (len(partial), -(-width // block)),
             dout, idx.contiguous(), partial, length, width, rows, dout.stride(0),
             ROWS=SUM_ROWS, BLOCK_L=16, BLOCK_P=block, num_warps=8,
         )  # fmt: skip
@@ -217,7 +232,7 @@ def assemble_predictor(
     idx: Tensor,
     repeats: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The rows of the predictor's sequences: context rows and mask tokens, each with its position (paper, section 3).
+    """Make the rows of the predictor's sequences: context rows and mask tokens, each with its position (paper, section 3).
 
     Args:
         context: (T, P), the context encoder's features in the predictor's width; fp32, bf16 or fp16.
@@ -226,7 +241,7 @@ def assemble_predictor(
         mask_token: (P,), any of the dtypes.
         idx: (L,) int32, below T that context row, T + n a mask token at position n: predictor_layout makes it.
         repeats: occurrences(idx, T + N) where it is known beforehand (a loader's worker can make it); else the backward
-            makes what it needs.
+            makes them.
 
     Returns:
         (L, P), in the dtype that context and positions promote to; sums are made in fp32.

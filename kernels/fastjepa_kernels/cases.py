@@ -1,4 +1,7 @@
-"""What the inspector runs: every op once, at the trainer's widths and few rows, and the bytes that it cannot do without."""
+"""Calls of every op for the inspector, at the trainer's widths and few rows, each with the bytes that it cannot do without.
+
+Tensors are made on torch's default device: the CPU for the inspector; a check on a card sets it to that card.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,7 +20,7 @@ from .target_loss import target_loss
 
 
 class Case(NamedTuple):
-    """A call of a public op and what of its tensors must move at least; dout, results and gradients are counted besides."""
+    """A call of a public op, and the tensors that must move at least; dout, results and gradients are counted besides."""
 
     call: Callable[[], Any]
     reads: list[Tensor]
@@ -76,7 +79,7 @@ def _patchify_tokens(patch: int, layout: str, source: torch.dtype, dtype: torch.
 
 
 def _target_loss(width: int, dtype: torch.dtype, kind: str) -> Case:
-    """The gradient leaves the forward scaled by what no host knows: one pass more in the backward is part of the op."""
+    """Count one pass more in the backward: it scales the gradient by a number that no host knows, which is part of the op."""
     prediction, features = torch.randn(43, width).to(dtype), torch.randn(53, width).to(dtype)
     idx, weight = _some(53, 43), torch.rand(43)
     return Case(
@@ -118,7 +121,7 @@ def _adamw_ema_step(width: int, grad: torch.dtype, copied: str) -> Case:
 
 
 def _short_attention(head: int, dtype: torch.dtype) -> Case:
-    """fp16 stands for bf16, whose products the interpreter makes in fp32: another kernel."""
+    """Take fp16 for bf16, whose products the interpreter makes in fp32: that would be another kernel."""
     starts = torch.tensor([0, 61, 98, 235], dtype=torch.int32)
     q, k, v = (torch.randn(235, 3, head).to(dtype) for _ in range(3))
     lse = torch.zeros(235, 3)
@@ -153,7 +156,7 @@ CASES = {
     "adamw_ema_step": (_adamw_ema_step, [(96, FP32, "alone"), (96, FP32, "copied"), (96, BF16, "copied")]),
 }
 PROMISED = set(CASES) - {"short_attention"}
-UNALIGNED = {  # (op, how the case begins, what it does): rows that 16 bytes do not divide, or whose values lie apart
+UNALIGNED = {  # (op, how the case begins, load or store): rows that 16 bytes do not divide, or whose values lie apart
     ("patchify_tokens", "14", "load"),
     ("patchify_tokens", "14", "store"),
     ("patchify_tokens", "16 NHWC", "load"),

@@ -1,10 +1,17 @@
-"""Which implementation of an op runs: its definition in torch, or its Triton kernel. Decided here alone.
+"""The choice between the two implementations of an op, its definition in torch and its Triton kernel, made here alone.
 
-`auto` runs the kernel on CUDA tensors and the definition elsewhere. What was asked for by `use` runs or raises.
-With TRITON_INTERPRET=1 in the environment before triton is imported, `triton` also runs on a CPU, slowly, for tests.
+`auto` runs the kernel on CUDA tensors, and the definition elsewhere and inside torch.func's transforms. The one that `use`
+asks for runs, or an error says why it cannot. With TRITON_INTERPRET=1 in the environment before triton is imported, `triton`
+also runs on a CPU, slowly, for tests.
+
+Triton compiles a kernel again for an integer argument that is 1, and for one that 16 divides. Where that buys wider loads
+(widths, strides) it is wanted. Numbers of rows change every step and only bound a mask: their kernels name them in
+`do_not_specialize`.
 """
 
 import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +27,8 @@ except ImportError as error:  # macOS, Windows: the definitions still run
     class tl:
         constexpr = int
 
-    def jit(kernel):
-        return kernel
+    def jit(kernel=None, **options):
+        return kernel or jit
 
 
 OPS = (
@@ -61,7 +68,7 @@ def use(way: str = "auto", **per_op: str) -> None:
 
 
 def unusable(device_type: str) -> str:
-    """Why no Triton kernel can run on tensors of this device type, or nothing."""
+    """Return the reason why no Triton kernel can run on tensors of this device type, or an empty string."""
     if ABSENT:
         return f"triton is not installed ({ABSENT})"
     if device_type == "cuda" or (device_type == "cpu" and INTERPRETED):
@@ -71,9 +78,21 @@ def unusable(device_type: str) -> str:
     return f"it has none for tensors on {device_type}"
 
 
+def transformed() -> bool:
+    """Return True inside grad, vmap, jvp and the like of torch.func, and inside forward-mode autograd.
+
+    A kernel registered with torch would be given the values there and lose the tangents: a derivative of zero, in silence.
+    """
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
 def runs_triton(op: str, tensor: Tensor) -> bool:
-    """Whether `op` runs its kernel on this tensor; RuntimeError where triton was asked for and cannot."""
+    """Return True where `op` runs its kernel on this tensor; RuntimeError where triton was asked for and cannot run."""
     asked = _asked[op]
+    if transformed():
+        if asked == "triton":
+            raise RuntimeError(f"{op}: the Triton kernel has no rules for torch.func or forward mode; use auto or torch")
+        return False
     if asked == "auto":
         return tensor.is_cuda and not ABSENT
     if asked == "triton" and (reason := unusable(tensor.device.type)):
@@ -82,41 +101,74 @@ def runs_triton(op: str, tensor: Tensor) -> bool:
 
 
 def plan(device_type: str) -> dict[str, tuple[str, str]]:
-    """For each op what runs on this kind of device, and why."""
+    """Return, for each op, the implementation that runs on this kind of device, and the reason."""
     on_gpu = device_type == "cuda" and not ABSENT
     auto = ("triton", "auto, on a GPU") if on_gpu else ("torch", f"auto: {unusable('cuda') or 'no GPU'}")
     return {op: auto if asked == "auto" else (asked, "asked for") for op, asked in _asked.items()}
 
 
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Make a card the current one for the time of a `with`; do nothing for a CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *arguments: Any, **options: Any) -> None:
+    """Launch kernel[grid] on the card of its first argument; Triton alone would take the current card, whatever that is."""
+    with on_device(first.device):
+        kernel[grid](first, *arguments, **options)
+
+
+def may_read(tensor: Tensor) -> bool:
+    """Return True where a check may read values: on a CPU, and with FASTJEPA_KERNELS_DEBUG=1; elsewhere reading waits."""
+    if torch.compiler.is_compiling() or tensor.is_meta or transformed():
+        return False
+    return DEBUG or tensor.device.type == "cpu"
+
+
 def check_idx(name: str, idx: Tensor, rows: int) -> None:
-    """The dtype of an index; its values too on a CPU or with FASTJEPA_KERNELS_DEBUG=1: elsewhere reading them would wait."""
+    """Raise TypeError where an index is not int32, and IndexError where it leaves the rows and `may_read` allows a look."""
     if idx.dtype != torch.int32:
         raise TypeError(f"{name} must be int32, not {idx.dtype}; idx.int() converts it")
-    if torch.compiler.is_compiling() or not idx.numel() or idx.is_meta or not (DEBUG or idx.device.type == "cpu"):
+    if not idx.numel() or not may_read(idx):
         return
     low, high = (int(value) for value in idx.aminmax())
     if low < 0 or high >= rows:
         raise IndexError(f"{name} has values from {low} to {high}, outside the {rows} rows it indexes")
 
 
+def check_distinct(op: str, idx: Tensor, rows: int, remedy: str) -> None:
+    """Raise ValueError where (T,) or (B, K) idx names a row twice (in an image) and `may_read` allows a look."""
+    if not idx.numel() or not may_read(idx):
+        return
+    named = torch.zeros(*idx.shape[:-1], rows, dtype=torch.bool, device=idx.device).scatter_(-1, idx.long(), True)
+    if int(named.sum()) < idx.numel():
+        raise ValueError(f"{op}: idx names a row twice; {remedy}")
+
+
 def check_float(op: str, **tensors: Tensor) -> None:
+    """Raise TypeError where a tensor has a dtype that no kernel takes."""
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             raise TypeError(f"{op}: {name} must be float32, bfloat16 or float16, not {tensor.dtype}")
 
 
 def check_device(op: str, first: Tensor, **tensors: Tensor) -> None:
+    """Raise ValueError where a tensor is on another device than the first."""
     for name, tensor in tensors.items():
         if tensor.device != first.device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, the first argument on {first.device}; move one of them")
 
 
 def block_width(width: int, most: int = 1024) -> int:
-    """Columns a program takes: the largest power of two that divides the width, or one that covers it when that is small."""
-    divisor = width & -width
+    """Return how many columns a program takes: a power of two that divides the width, or else one that covers it.
+
+    768 = 3 * 256 gives 256, three programs a row and no masked lane. 100 = 25 * 4 would give 4: below 64 a program takes
+    the whole row instead, 128 columns of which 28 are masked. 2048 gives `most`.
+    """
+    divisor = width & -width  # the lowest bit that is set: the largest power of two that divides
     return min(divisor, most) if divisor >= 64 else min(1 << (width - 1).bit_length(), most)
 
 
 def contiguous_rows(x: Tensor) -> Tensor:
-    """x, copied only where the elements of its last dimension do not lie side by side; rows may be any distance apart."""
+    """Return x, copied only where elements of its last dimension do not lie side by side; rows may be any distance apart."""
     return x if x.stride(-1) == 1 else x.contiguous()

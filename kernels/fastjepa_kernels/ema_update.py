@@ -6,6 +6,13 @@ in fp32, where `finite` holds; nothing is written elsewhere. The arithmetic is t
 half on included, so that momentum 0 copies the source exactly.
 
 Traffic, e_t and e_s bytes an element: 2 e_t + e_s, and 2 for a copy; 16 bytes a chunk of 4096 elements for its place.
+
+One launch moves tensors of any number and size, because the kernel reads their addresses from a table. An example: fp32
+targets A of 10,000 elements and B of 10, both 16-byte aligned, without copies.
+
+    addresses (2, 5)   A: [target, source, 0, 10000, 8]   B: [target, source, 0, 10, 8]        8 = ALIGNED
+    launch of kind 8   chunks [[0, 0], [0, 4096], [0, 8192], [1, 0]]     A whole (10,000 = 8 * 1250), B's first 8 elements
+    launch of kind 0   chunks [[1, 8]]                                   B's last 2 elements, one by one
 """
 
 from collections.abc import Sequence
@@ -19,11 +26,11 @@ from .dispatch import jit, tl
 
 CHUNK = 4096  # elements a program takes
 VECTOR = 8  # elements in 16 bytes of bf16: whole vectors and the rest of a tensor are launched apart
-BF16_TARGET, BF16_SOURCE, COPY, ALIGNED = 1, 2, 4, 8  # bits of a kind: one launch for each kind there is
+BF16_TARGET, BF16_SOURCE, COPY, ALIGNED = 1, 2, 4, 8  # bits of a kind: 9 is an aligned bf16 target; one launch a kind
 
 
 class Table(NamedTuple):
-    """Where tensors lie, for a kernel that takes them all: made once, it saves making it every step.
+    """Addresses of tensors, for a kernel that takes them all; a table that is kept saves making it every step.
 
     A table never makes a result wrong: each call compares it with the tensors it is given (on the host, no wait), and where
     they moved it sends their new addresses along, a few dozen bytes a tensor.
@@ -43,7 +50,7 @@ def ema_update_ref(
     copies: Sequence[Tensor] | None = None,
     table: Table | None = None,
 ) -> None:
-    """As ema_update_, but sources must be finite whatever `finite` says: their difference is multiplied by zero."""
+    """Compute ema_update_; sources must be finite whatever `finite` says, as their difference is multiplied by zero."""
     if not targets:
         return
     wide = torch.promote_types(targets[0].dtype, torch.float32)
@@ -76,6 +83,7 @@ def _ema_update_fwd_kernel(
     SOURCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    # From the program's chunk to its tensor's row, and from there to the memory of target, source and copy.
     chunk = tl.program_id(0).to(tl.int64) * 2
     row = addresses_ptr + tl.load(chunks_ptr + chunk) * 5
     first = tl.load(chunks_ptr + chunk + 1)
@@ -94,6 +102,7 @@ def _ema_update_fwd_kernel(
         mask = mask & (tl.load(finite_ptr) != 0)
     if HAS_MOMENTUM:
         weight = 1.0 - tl.load(momentum_ptr)
+    # torch.lerp starts from the nearer end: a + w (b - a) below one half, b - (1 - w) (b - a) from there on.
     near = weight < 0.5
     target = tl.load(target_ptr + offs, mask=mask).to(tl.float32)
     source = tl.load(source_ptr + offs, mask=mask).to(tl.float32)
@@ -105,41 +114,44 @@ def _ema_update_fwd_kernel(
 
 
 def address(tensor: Tensor | None) -> int:
+    """Return the address of a tensor, 0 for an absent one."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def kind_of(addresses: Sequence[int], bits: int) -> int:
+    """Add ALIGNED to the bits of the dtypes where 16 divides every address; an absent tensor's 0 does not count."""
     return bits | (ALIGNED if all(place % 16 == 0 for place in addresses) else 0)
 
 
 def make_table(owners: Tensor, device: torch.device) -> Table:
-    """(n, K) int64 on the CPU, elements and kind last -> the chunks of each kind.
+    """Cut the tensors of (n, K) int64 rows, elements and kind last, into the chunks of each kind, on the device.
 
     A tensor that is 16-byte aligned gives its whole vectors to its kind, and the fewer than eight elements left to the
-    kind without alignment.
+    kind without alignment: 4,099 aligned elements are chunks [0, 4096) of their kind and [4096, 4099) of the other.
     """
     launches: dict[int, list[Tensor]] = {}
     for row, (elements, kind) in enumerate(owners[:, -2:].tolist()):
         whole = elements // VECTOR * VECTOR if kind & ALIGNED else 0
         for of, start, stop in ((kind, 0, whole), (kind & ~ALIGNED, whole, elements)):
             if start < stop:
-                first = torch.arange(start, stop, CHUNK)
+                first = torch.arange(start, stop, CHUNK, device="cpu")
                 launches.setdefault(of, []).append(torch.stack([torch.full_like(first, row), first], dim=1))
-    chunks = [torch.cat(parts).to(device) for parts in launches.values()]
+    chunks = [torch.cat(parts).to(device) for parts in launches.values()]  # (C, 2) each
     return Table(owners, upload(owners, device), chunks, list(launches))
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on the device, without waiting for it; pinned memory is kept by torch until it is read."""
+    """Copy a host tensor to the device without waiting for it; torch keeps the pinned memory until it is read."""
     if device.type != "cuda":
         return values.to(device)
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("a CUDA graph would replay addresses that moved; make the table before capturing, and keep it")
-    return values.pin_memory().to(device, non_blocking=True)
+    with dispatch.on_device(device):  # the stream that may be capturing is this card's
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a CUDA graph would replay addresses that moved; make the table before capturing, and keep it")
+        return values.pin_memory().to(device, non_blocking=True)
 
 
 def fitting(table: Table | None, owners: Tensor, device: torch.device) -> Table:
-    """A table for these owners: the given one, the given one with new addresses, or a new one."""
+    """Return a table for these owners: the given one, the given one with new addresses, or a new one."""
     if table is None or not torch.equal(owners[:, -2:], table.owners[:, -2:]):
         return make_table(owners, device)
     if torch.equal(owners, table.owners):
@@ -148,18 +160,21 @@ def fitting(table: Table | None, owners: Tensor, device: torch.device) -> Table:
 
 
 def owners_of(targets: Sequence[Tensor], sources: Sequence[Tensor], copies: Sequence[Tensor]) -> Tensor:
+    """Return (n, 5) int64 on the CPU: addresses of target, source and copy (0: none), elements, kind."""
     rows = []
     for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
         places = (target.data_ptr(), source.data_ptr(), address(copies[i] if copies else None))
         bits = BF16_TARGET * (target.dtype == torch.bfloat16) | BF16_SOURCE * (source.dtype == torch.bfloat16)
         bits |= COPY * bool(copies)
         rows.append((*places, target.numel(), kind_of(places, bits)))
-    return torch.tensor(rows, dtype=torch.int64).view(-1, 5)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 5)
 
 
-def launch(table: Table, weight: float, momentum: Tensor | None, finite: Tensor | None) -> None:
+def run_kernels(table: Table, weight: float, momentum: Tensor | None, finite: Tensor | None) -> None:
+    """Launch the kernel once for each kind of tensor; where an argument is absent the kernel does not read its place."""
     for chunks, kind in zip(table.chunks, table.kinds, strict=True):
-        _ema_update_fwd_kernel[(len(chunks),)](
+        dispatch.launch(
+            _ema_update_fwd_kernel, (len(chunks),),
             table.addresses, chunks, chunks if momentum is None else momentum, chunks if finite is None else finite, weight,
             HAS_MOMENTUM=momentum is not None, HAS_FINITE=finite is not None,
             HAS_COPY=bool(kind & COPY), ALIGNED=bool(kind & ALIGNED),
@@ -182,9 +197,9 @@ def ema_update_fwd(
     chunks: Sequence[Tensor],
     kinds: Sequence[int],
 ) -> None:
-    """Compiled graphs may pass clones of the targets: the table is held against what is really here."""
+    """Compare the table with the tensors given here, which may be a compiled graph's clones, and launch."""
     table = None if owners is None else Table(owners, addresses, chunks, kinds)
-    launch(fitting(table, owners_of(targets, sources, copies), targets[0].device), weight, momentum, finite)
+    run_kernels(fitting(table, owners_of(targets, sources, copies), targets[0].device), weight, momentum, finite)
 
 
 @ema_update_fwd.register_fake
@@ -193,17 +208,14 @@ def _(targets, sources, copies, weight, momentum, finite, owners, addresses, chu
 
 
 def ema_table(targets: Sequence[Tensor], sources: Sequence[Tensor], copies: Sequence[Tensor] | None = None) -> Table:
-    """What `ema_update_` needs to know of these tensors, made once; also what a CUDA graph must be captured with.
+    """Make the table of these tensors once, for every later `ema_update_`; a CUDA graph must be captured with one.
 
     Raises:
-        ValueError, TypeError: as ema_update_; two targets at one address.
+        ValueError, TypeError: as ema_update_; targets or copies that share their memory.
     """
     _check_tensors(targets, sources, copies)
-    owners = owners_of(targets, sources, copies or ())
-    placed = owners[owners[:, -2] > 0, 0]
-    if len(placed.unique()) < len(placed):
-        raise ValueError("ema_update: two targets share their memory; give each once")
-    return make_table(owners, targets[0].device if targets else torch.device("cpu"))
+    check_apart("ema_update", targets, copies or ())
+    return make_table(owners_of(targets, sources, copies or ()), targets[0].device if targets else torch.device("cpu"))
 
 
 def ema_update_(
@@ -220,7 +232,7 @@ def ema_update_(
         targets: fp32 or bf16, any shapes, contiguous, on one device, no two overlapping. A bf16 average stalls near
             momentum 1: keep fp32 ones, and `copies` to compute from.
         sources: one for each target, of its shape; fp32 or bf16.
-        momentum: a float, or a 0-dim fp32 tensor on the device, which a CUDA graph reads at each replay.
+        momentum: between 0 and 1; a float, or a 0-dim fp32 tensor on the device, which a CUDA graph reads at each replay.
         finite: 0-dim bool tensor on the device; where it is False nothing is written. The definition, which a CPU runs,
             then wants finite sources, as a skipped optimizer step leaves them.
         copies: bf16, one for each target: its new value rounded, written in the same pass.
@@ -228,12 +240,15 @@ def ema_update_(
             milliseconds for a thousand tensors. The kernel alone needs it.
 
     Raises:
-        ValueError, TypeError: wrong number, shape, dtype, layout or device.
+        ValueError, TypeError: wrong number, shape, dtype, layout or device; a momentum outside [0, 1], or targets or copies
+            that share their memory (a tensor's value, and memory: CPU and debug only).
     """
     _check_tensors(targets, sources, copies)
     if not targets:
         return
     check_scalars("ema_update", targets[0], momentum, finite)
+    if dispatch.may_read(targets[0]):
+        check_apart("ema_update", targets, copies or ())
     if not dispatch.runs_triton("ema_update", targets[0]):
         return ema_update_ref(targets, sources, momentum, finite, copies)
     given = isinstance(momentum, Tensor)
@@ -245,15 +260,32 @@ def ema_update_(
 
 
 def check_scalars(op: str, first: Tensor, momentum: float | Tensor, finite: Tensor | None) -> None:
+    """Raise TypeError or ValueError where `momentum` or `finite` is a wrong tensor, or momentum is not between 0 and 1.
+
+    The value of a tensor is looked at only where `may_read` allows it.
+    """
     for name, tensor, dtype in (("momentum", momentum, torch.float32), ("finite", finite, torch.bool)):
         if isinstance(tensor, Tensor):
             if tensor.ndim or tensor.dtype != dtype:
                 raise TypeError(f"{op}: {name} must be a 0-dim {dtype} tensor, not {tuple(tensor.shape)} of {tensor.dtype}")
             dispatch.check_device(op, first, **{name: tensor})
+    known = not isinstance(momentum, Tensor) or dispatch.may_read(momentum)
+    if known and not 0 <= momentum <= 1:
+        raise ValueError(f"{op}: momentum is {float(momentum):.6g}; it must be between 0 and 1")
+
+
+def check_apart(op: str, *lists: Sequence[Tensor]) -> None:
+    """Raise ValueError where tensors that are written share memory, for which a kernel's programs would race.
+
+    Addresses [(100, 124), (120, 144)] of two tensors: the second begins before the first ends.
+    """
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for one in lists for t in one if t.numel())
+    if any(start < end for (_, end), (start, _) in zip(spans, spans[1:], strict=False)):
+        raise ValueError(f"{op}: two of the tensors that are written share their memory; give each once")
 
 
 def check_alike(op: str, name: str, tensors: Sequence[Tensor], like: Sequence[Tensor], dtypes: tuple) -> None:
-    """Each tensor has one of the dtypes, the shape and device of its partner, and no gaps."""
+    """Raise an error unless each tensor has one of the dtypes, the shape and device of its partner, and no gaps."""
     if len(tensors) != len(like):
         raise ValueError(f"{op}: there are {len(tensors)} {name} for {len(like)} tensors; give one for each")
     for i, (tensor, partner) in enumerate(zip(tensors, like, strict=True)):

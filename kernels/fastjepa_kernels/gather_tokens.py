@@ -1,10 +1,14 @@
-"""gather_tokens: the rows of a table that an index names.
+"""gather_tokens: copy the rows of a table that an index names.
 
     out[t] = x[idx[t]]                    dx[m] = dout[t] where idx[t] = m, else 0
     repeated rows:                        dx[m] = sum of dout[t] over idx[t] = m, in rising t, in fp32
 
 Traffic, e bytes an element: forward 2 T D e; backward (T + M) D e plus 8 bytes a row for the inverse index, every row of
 dx written once, zeros included. Repeated: the same, and 8 bytes an index to group the repeats.
+
+An example, 4 rows of x and idx [2, 0, 2]: out is rows 2, 0, 2. `occurrences` groups the repeats: order [1, 0, 2] lists the
+places of row 0 (1), then of row 2 (0 and 2); starts [0, 1, 1, 3, 3] says that row m owns order[starts[m]:starts[m + 1]],
+so that dx[2] = dout[0] + dout[2], and rows 1 and 3 get zeros.
 """
 
 import torch
@@ -15,37 +19,51 @@ from .dispatch import jit, tl
 
 
 def gather_tokens_ref(x: Tensor, idx: Tensor) -> Tensor:
-    """As gather_tokens."""
+    """Compute gather_tokens in plain PyTorch."""
     if x.ndim == 2:
         return x.index_select(0, idx)
     return x.flatten(0, 1).index_select(0, flat_rows(idx, x.shape[1])).view(*idx.shape, x.shape[2])
 
 
 def gather_tokens_repeated_ref(x: Tensor, idx: Tensor) -> Tensor:
-    """As gather_tokens_repeated, gradients summed in fp32."""
+    """Compute gather_tokens_repeated in plain PyTorch, gradients summed in fp32."""
     return _GatherRepeated.apply(x, idx)
 
 
 def flat_rows(idx: Tensor, rows: int) -> Tensor:
-    """(B, K) rows of each image -> (B * K,) int64 rows of the flattened (B * rows, D) table."""
+    """Turn (B, K) rows of each image into (B * K,) rows of the flattened (B * rows, D) table.
+
+    Images of 4 rows, idx [[2, 0], [3, 1]]: [2, 0, 4 + 3, 4 + 1] = [2, 0, 7, 5].
+    """
     return (idx + torch.arange(len(idx), device=idx.device)[:, None] * rows).flatten()
 
 
 class _GatherRepeated(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x: Tensor, idx: Tensor) -> Tensor:
-        ctx.save_for_backward(idx)
-        ctx.rows = x.shape[0]
+    def forward(x: Tensor, idx: Tensor) -> Tensor:
         return x.index_select(0, idx)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        x, idx = inputs
+        ctx.rows = x.shape[0]
+        ctx.save_for_backward(idx)
+        ctx.save_for_forward(idx)
 
     @staticmethod
     def backward(ctx, dout: Tensor) -> tuple[Tensor, None]:
         (idx,) = ctx.saved_tensors
         wide = torch.promote_types(dout.dtype, torch.float32)
-        return dout.new_zeros(ctx.rows, dout.shape[1], dtype=wide).index_add_(0, idx, dout.to(wide)).to(dout.dtype), None
+        return dout.new_zeros(ctx.rows, dout.shape[1], dtype=wide).index_add(0, idx, dout.to(wide)).to(dout.dtype), None
+
+    @staticmethod
+    def jvp(ctx, dx: Tensor, _) -> Tensor:
+        return dx.index_select(0, *ctx.saved_tensors)
 
 
-@jit
+@jit(do_not_specialize=["T", "K"])
 def _gather_tokens_fwd_kernel(
     x_ptr,  # (M, D)
     idx_ptr,  # (T,) int32
@@ -62,12 +80,13 @@ def _gather_tokens_fwd_kernel(
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_t = offs_t < T
     mask = mask_t[:, None] & (offs_d < D)[None, :]
+    # Index t is of image t // K, whose rows start at t // K * N; rows are counted in 64 bits, as M * D may pass 2^31.
     row = tl.load(idx_ptr + offs_t, mask=mask_t, other=0).to(tl.int64) + offs_t // K * N
     x = tl.load(x_ptr + row[:, None] * stride_xm + offs_d[None, :], mask=mask)
     tl.store(out_ptr + offs_t[:, None] * D + offs_d[None, :], x, mask=mask)
 
 
-@jit
+@jit(do_not_specialize=["M"])
 def _gather_tokens_repeated_bwd_kernel(
     dout_ptr,  # (T, D)
     order_ptr,  # (T,) int32: the t of each row of x, row by row, rising within a row
@@ -83,6 +102,7 @@ def _gather_tokens_repeated_bwd_kernel(
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_m, mask_d = offs_m < M, (offs_d < D)[None, :]
+    # Rows of x side by side go through their occurrences together, as many rounds as the row that occurs most often.
     start = tl.load(starts_ptr + offs_m, mask=mask_m, other=0)
     stop = tl.load(starts_ptr + offs_m + 1, mask=mask_m, other=0)
     total = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
@@ -98,13 +118,17 @@ def _gather_tokens_repeated_bwd_kernel(
 
 
 def take(x: Tensor, idx: Tensor, per_image: int, image_rows: int, dtype: torch.dtype | None = None) -> Tensor:
-    """(M, D) rows, (T,) int32 -> (T, D) of `dtype`; index t counts from row t // per_image * image_rows."""
-    x, out = dispatch.contiguous_rows(x), x.new_empty(len(idx), x.shape[1], dtype=dtype or x.dtype)
+    """Copy the rows of (M, D) that (T,) int32 names into (T, D) of `dtype`.
+
+    Index t counts from row t // per_image * image_rows: with 2 indices and 4 rows an image, index 3 counts from row 4.
+    """
+    x, out = dispatch.contiguous_rows(x), x.new_empty(len(idx), x.shape[1], dtype=dtype or x.dtype)  # (T, D)
     if out.numel():
         width = dispatch.block_width(x.shape[1])
         height = max(1, 4096 // width)
         grid = (-(-len(idx) // height), -(-x.shape[1] // width))
-        _gather_tokens_fwd_kernel[grid](
+        dispatch.launch(
+            _gather_tokens_fwd_kernel, grid,
             x, idx.contiguous(), out, len(idx), x.shape[1], max(per_image, 1), image_rows, x.stride(0),
             BLOCK_T=height, BLOCK_D=width,
         )  # fmt: skip
@@ -112,21 +136,27 @@ def take(x: Tensor, idx: Tensor, per_image: int, image_rows: int, dtype: torch.d
 
 
 def sum_repeats(dout: Tensor, order: Tensor, starts: Tensor, dtype: torch.dtype) -> Tensor:
-    """(T, D) -> (M, D) of `dtype`: the sum over each row's occurrences, in order, in fp32."""
+    """Sum (T, D) rows over the occurrences of each of M rows, in order, in fp32, into (M, D) of `dtype`."""
     rows, width = len(starts) - 1, dout.shape[1]
     dx = dout.new_empty(rows, width, dtype=dtype)
     if dx.numel():
         block = dispatch.block_width(width)
         height = max(1, 1024 // block)
         grid = (-(-rows // height), -(-width // block))
-        _gather_tokens_repeated_bwd_kernel[grid](
-            dout, order, starts, dx, rows, width, dout.stride(0), UNROLL=4, BLOCK_M=height, BLOCK_D=block
-        )
+        dispatch.launch(
+            _gather_tokens_repeated_bwd_kernel, grid,
+            dout, order, starts, dx, rows, width, dout.stride(0), UNROLL=4, BLOCK_M=height, BLOCK_D=block,
+        )  # fmt: skip
     return dx
 
 
 def occurrences(idx: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Where each of `rows` rows occurs in idx: order (T,) and starts (rows + 1,), int32, without waiting for the device."""
+    """Find where each of `rows` rows occurs in idx, without waiting for the device.
+
+    Returns:
+        order: (T,) int32, the places of row 0, then those of row 1, and so on, rising within a row.
+        starts: (rows + 1,) int32, row m owns order[starts[m]:starts[m + 1]]. See the example at the top of the file.
+    """
     ranked, order = torch.sort(idx, stable=True)
     starts = torch.searchsorted(ranked, torch.arange(rows + 1, dtype=idx.dtype, device=idx.device), out_int32=True)
     return order.int(), starts
@@ -184,7 +214,7 @@ gather_tokens_repeated_fwd.register_autograd(
 
 
 def gather_tokens(x: Tensor, idx: Tensor) -> Tensor:
-    """The rows of `x` that `idx` names, each at most once; their gradient returns in one pass.
+    """Copy the rows of `x` that `idx` names, each at most once; their gradient returns in one pass.
 
     Args:
         x: (M, D), or (B, N, D); fp32, bf16 or fp16.
@@ -194,9 +224,11 @@ def gather_tokens(x: Tensor, idx: Tensor) -> Tensor:
         (T, D), or (B, K, D).
 
     Raises:
-        ValueError, TypeError, IndexError: wrong shape, dtype or device; an index out of range (CPU and debug only).
+        ValueError, TypeError, IndexError: wrong shape, dtype or device; an index out of range, or there twice (CPU and debug
+            only).
     """
     _check("gather_tokens", x, idx)
+    dispatch.check_distinct("gather_tokens", idx, x.shape[-2], "use gather_tokens_repeated")
     if not dispatch.runs_triton("gather_tokens", x):
         return gather_tokens_ref(x, idx)
     if x.ndim == 2:
@@ -205,7 +237,7 @@ def gather_tokens(x: Tensor, idx: Tensor) -> Tensor:
 
 
 def gather_tokens_repeated(x: Tensor, idx: Tensor, repeats: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """The rows of `x` that `idx` names, any of them any number of times; gradients of repeats are summed in a fixed order.
+    """Copy the rows of `x` that `idx` names, any row any number of times; gradients of repeats are summed in a fixed order.
 
     Args:
         x: (M, D), fp32, bf16 or fp16.
@@ -216,7 +248,7 @@ def gather_tokens_repeated(x: Tensor, idx: Tensor, repeats: tuple[Tensor, Tensor
         (T, D).
 
     Raises:
-        As gather_tokens.
+        ValueError, TypeError, IndexError: wrong shape, dtype or device; an index out of range (CPU and debug only).
     """
     if x.ndim != 2:
         raise ValueError(f"gather_tokens_repeated: x must be (M, D), not {tuple(x.shape)}; flatten it")

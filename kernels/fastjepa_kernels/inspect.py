@@ -1,4 +1,4 @@
-"""What the kernels cost, read without a GPU: `python -m fastjepa_kernels.inspect --arch sm_90 [--op NAME] [--json] [--check]`.
+"""Read the cost of the kernels without a GPU: `python -m fastjepa_kernels.inspect --arch sm_90 [--op NAME] [--json] [--check]`.
 
 A child process runs every op and its gradient in Triton's interpreter, at the trainer's widths and few rows, and notes the
 launches that the op's own launchers make, every address they touch, and what torch moves around them. Each launch is then
@@ -41,6 +41,8 @@ OVERWRITES = {"copy_", "fill_", "zero_"}
 
 
 class Launch(NamedTuple):
+    """A kernel's launch as Triton's JIT would specialise it, and the bytes that it moved in the interpreter."""
+
     module: str
     kernel: str
     signature: dict[str, str]
@@ -58,7 +60,7 @@ class Launch(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """One direction of one case: its launches, what torch moved beside them, and what had to move."""
+    """One direction of one case: its launches, the bytes that torch moved beside them, and the bytes that had to move."""
 
     op: str
     shape: str
@@ -73,7 +75,7 @@ class Phase(NamedTuple):
 
 
 class Watch(TorchDispatchMode):
-    """Notes the launches and counts the bytes that torch itself reads and writes, inside registered ops too."""
+    """Note the launches, and count the bytes that torch itself reads and writes, inside registered ops too."""
 
     def __init__(self):
         super().__init__()
@@ -98,6 +100,7 @@ class Watch(TorchDispatchMode):
 
 
 def _torch_traffic(name: str, mutates: bool, args: tuple, out: Any) -> int:
+    """Return the bytes that an operator of torch reads and writes; 0 for a view, at most its storage for an expanded tensor."""
     read = list(_tensors(args[1:] if name in OVERWRITES else args))
     written = list(_tensors(out))
     storages = {tensor.untyped_storage().data_ptr() for tensor in read}
@@ -112,7 +115,7 @@ def _tensors(tree: Any) -> Iterable[Tensor]:
 
 @contextmanager
 def interpreter_watched(watch: Watch):
-    """Every launch inside is noted: Triton's interpreter runs it, its loads and stores are looked at on the way."""
+    """Note every launch inside: Triton's interpreter runs it, and its loads and stores are looked at on the way."""
     from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
     touched = {"load": [], "store": []}
@@ -147,7 +150,7 @@ def interpreter_watched(watch: Watch):
 
 
 def _launch(function, args: tuple, grid, kwargs: dict, touched: dict) -> Launch:
-    """The launch as the JIT would specialise it."""
+    """Return the launch as the JIT would specialise it."""
     from triton.backends.nvidia.compiler import CUDABackend
     from triton.runtime.jit import native_specialize_impl
 
@@ -176,7 +179,7 @@ def _launch(function, args: tuple, grid, kwargs: dict, touched: dict) -> Launch:
 
 
 def _by_argument(accesses: list[tuple[int, Tensor]], pointers: dict[str, Tensor]) -> dict[str, int]:
-    """Bytes of the distinct addresses, by the argument whose memory they lie in."""
+    """Sum the bytes of the distinct addresses, by the argument in whose memory they lie."""
     by_size, counted = defaultdict(list), defaultdict(int)
     for size, addresses in accesses:
         by_size[size].append(addresses)
@@ -194,9 +197,7 @@ def _by_argument(accesses: list[tuple[int, Tensor]], pointers: dict[str, Tensor]
 
 
 def record(cases: str, op: str) -> list[Phase]:
-    """Both directions of every case of one op; to be called in a process with TRITON_INTERPRET=1."""
-    from . import dispatch
-
+    """Run both directions of every case of one op; to be called in a process with TRITON_INTERPRET=1."""
     torch.set_num_threads(1)
     dispatch.use("triton")
     phases = []
@@ -214,16 +215,8 @@ def record(cases: str, op: str) -> list[Phase]:
             continue
         dout = torch.ones_like(results[0])
         grads, launches, moved = _watched(lambda: torch.autograd.grad(results[0], case.leaves, dout))  # noqa: B023
-        phases.append(
-            Phase(
-                op,
-                shape,
-                "backward",
-                launches,
-                moved,
-                _bytes(dout[: case.dout_rows] if dout.ndim else dout, *case.back_reads, *grads),
-            )
-        )
+        needed = _bytes(dout[: case.dout_rows] if dout.ndim else dout, *case.back_reads, *grads)
+        phases.append(Phase(op, shape, "backward", launches, moved, needed))
     return phases
 
 
@@ -239,7 +232,7 @@ def _bytes(*tensors: Tensor) -> int:
 
 
 def compiled(launch: Launch, arch: str) -> dict:
-    """Registers, spills, shared memory, widths and occupancy of one launch on `arch`."""
+    """Compile one launch for `arch`; return its registers, spills, shared memory, widths and occupancy."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -259,7 +252,7 @@ def compiled(launch: Launch, arch: str) -> dict:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread and bytes of local memory a thread, which in these kernels is what was spilled."""
+    """Return registers a thread and bytes of local memory a thread: in these kernels all of it is spilled registers."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -272,13 +265,17 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def occupancy(arch: str, registers: int, shared: int, warps: int) -> float:
-    """Resident warps over the 64 an SM can hold; registers go by 256 a warp, each block takes 1 KiB of shared memory more."""
+    """Return resident warps over the 64 an SM can hold; registers go by 256 a warp, a block takes 1 KiB of shared memory more.
+
+    40 registers, 8 warps, no shared memory: a warp takes 40 * 32 = 1280 registers, a block 10,240, and 65,536 hold 6 blocks:
+    48 of 64 warps.
+    """
     by_registers = 65536 // (-(-registers * 32 // 256) * 256 * warps)
     return min(64 // warps, by_registers, LIMITS[arch] * 1024 // (shared + 1024), 32) * warps / 64
 
 
 def widths(ptx: str, pointers: dict[int, str]) -> dict[str, dict[str, list[int]]]:
-    """Bytes a thread moves at once, widest first, of loads and stores, by the argument they go through.
+    """Find how many bytes a thread moves at once, widest first, of loads and stores, by the argument they go through.
 
     `pointers` names the kernel's parameters that are pointers, by place. Addresses are followed back through the PTX to them.
     """
@@ -302,7 +299,7 @@ def widths(ptx: str, pointers: dict[int, str]) -> dict[str, dict[str, list[int]]
 
 
 def _parameters(register: str, sources: dict[str, set[str]]) -> set[int]:
-    """The places of the kernel's parameters that a register is made of; what was loaded from memory is not followed."""
+    """Return the places of the kernel's parameters that a register is made of; a value loaded from memory is not followed."""
     seen, ahead = set(), [register]
     while ahead:
         if (name := ahead.pop()) not in seen:
@@ -312,7 +309,7 @@ def _parameters(register: str, sources: dict[str, set[str]]) -> set[int]:
 
 
 def rows(phases: list[Phase], archs: list[str]) -> list[dict]:
-    """One for every launch, card and case."""
+    """Make one row for every launch, card and case; equal launches are compiled once."""
     known, found = {}, []
     for phase in phases:
         for launch in phase.launches:
@@ -329,7 +326,7 @@ def rows(phases: list[Phase], archs: list[str]) -> list[dict]:
 
 
 def broken(found: list[dict], unaligned: Collection[tuple[str, str, str]] = ()) -> list[str]:
-    """A sentence for each promise broken; `unaligned`: (op, how its case begins, load or store) that cannot go by 16 bytes."""
+    """Say each promise that is broken; `unaligned`: (op, how its case begins, load or store) that cannot go by 16 bytes."""
     said = {}
     for row in found:
         name = f"{row['op']} ({row['case']}), {row['direction']}"
@@ -350,7 +347,7 @@ def broken(found: list[dict], unaligned: Collection[tuple[str, str, str]] = ()) 
 
 
 def measure(cases: str, ops: list[str], archs: list[str]) -> list[dict]:
-    """The rows of these ops of module `cases`; launches are recorded in child processes, one op a process."""
+    """Make the rows of these ops of module `cases`; launches are recorded in child processes, one op a process."""
     os.environ["TRITON_INTERPRET"] = "1"
     try:
         with ProcessPoolExecutor(min(2, len(ops)), mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -365,6 +362,8 @@ COLUMNS = ["op", "case", "direction", "kernel", "arch", *COLUMNS]
 
 
 def table(found: list[dict]) -> str:
+    """Lay the rows out in columns, for a terminal."""
+
     def cell(row: dict, column: str) -> str:
         if column in ("load", "store"):
             return " ".join(f"{name.removesuffix('_ptr')}:{'/'.join(map(str, by))}" for name, by in row[column].items())

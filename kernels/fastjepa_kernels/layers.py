@@ -1,4 +1,4 @@
-"""The ops as other trainers meet them: modules and an optimizer with the parameters and state dicts of what they replace."""
+"""Modules and an optimizer for other trainers, with the parameters and state dicts of the classes that they replace."""
 
 from collections.abc import Callable, Iterable
 from copy import deepcopy
@@ -20,7 +20,7 @@ class MaskedPatchEmbed(nn.Module):
     Args:
         patch_size, in_chans, embed_dim, bias: as in timm.
         mean, std: of each channel, counting from 0 to 1: uint8 images are normalised with them, floats taken as they
-            are. Not in the state dict.
+            are. Not in the state dict; fp32 whatever the module is cast to, and there after `to_empty`.
     """
 
     def __init__(
@@ -35,24 +35,35 @@ class MaskedPatchEmbed(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size, bias=bias)
-        for name, values in (("mean", mean), ("std", std)):
-            channels = None if values is None else torch.tensor(list(values), dtype=torch.float32)
-            if channels is not None and channels.shape != (in_chans,):
-                raise ValueError(
-                    f"MaskedPatchEmbed: {name} has {channels.numel()} values for {in_chans} channels; give one each"
-                )
+        self._channels = {name: list(values) for name, values in (("mean", mean), ("std", std)) if values is not None}
+        for name in ("mean", "std"):
+            values = self._channels.get(name)
+            if values is not None and len(values) != in_chans:
+                raise ValueError(f"MaskedPatchEmbed: {name} has {len(values)} values for {in_chans} channels; give one each")
+            on = self.proj.weight.device
+            channels = None if values is None else torch.tensor(values, dtype=torch.float32, device=on)  # (C,)
             self.register_buffer(name, channels, persistent=False)
 
-    def forward(self, images: Tensor, idx: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) images, (T,) int32 rows image * N + patch, or None for all B * N -> (T, D) tokens.
+    def _apply(self, fn: Callable, recurse: bool = True) -> "MaskedPatchEmbed":
+        """Move as every module does, then write mean and std anew, in fp32: `to_empty` would leave them without values."""
+        super()._apply(fn, recurse)
+        for name, values in self._channels.items():
+            channels = getattr(self, name).float()
+            if not channels.is_meta:
+                channels.copy_(torch.tensor(values, dtype=torch.float32, device="cpu"))
+            setattr(self, name, channels)
+        return self
 
-        In the weight's dtype, or autocast's.
+    def forward(self, images: Tensor, idx: Tensor | None = None) -> Tensor:
+        """Embed the patches of (B, C, H, W) images that idx names into (T, D) tokens, in the weight's dtype or autocast's.
+
+        idx is (T,) int32, patch n of image b being b * N + n; None stands for all B * N patches, in order.
         """
         device = images.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.proj.weight.dtype
-        given = (None, None) if images.is_floating_point() else (self.mean, self.std)
-        mean, std = (None if channels is None else channels.float() for channels in given)  # after .bfloat16()
-        rows = patchify_tokens(images, idx, mean, std, self.patch_size, dtype)
+        # Bytes are normalised here; floats have been, by whoever made them.
+        mean, std = (None, None) if images.is_floating_point() else (self.mean, self.std)
+        rows = patchify_tokens(images, idx, mean, std, self.patch_size, dtype)  # (T, C * p * p)
         return F.linear(rows, self.proj.weight.flatten(1), self.proj.bias)
 
 
@@ -92,8 +103,11 @@ class ModelEma(nn.Module):
         self._table: Table | None = None
 
     def get_decay(self, step: int | None = None) -> float:
-        """The momentum at a step: 0 until update_after_step is past; then `decay`, or with warmup
-        1 - (1 + t / gamma)^-power, between min_decay and decay, t counting from there."""
+        """Return the momentum at a step: 0 until update_after_step is past, then `decay`.
+
+        With warmup it is 1 - (1 + t / gamma)^-power, between min_decay and decay, t counting from update_after_step:
+        gamma 1 and power 2/3 give 0.37, 0.52, 0.60 at t = 1, 2, 3.
+        """
         if step is None:
             return self.decay
         since = step - self.update_after_step - 1
@@ -112,6 +126,7 @@ class ModelEma(nn.Module):
         targets, sources = [], []
         for averaged, average, value in self._pairs(model):
             value = value.to(average.device)
+            # Three ways: copied as it is; averaged with all others in one launch; averaged alone where no kernel takes it.
             if not averaged:
                 average.copy_(value if finite is None else torch.where(finite, value.to(average.dtype), average))
             elif all(x.dtype in (torch.float32, torch.bfloat16) and x.is_contiguous() for x in (average, value)):
@@ -135,7 +150,7 @@ class ModelEma(nn.Module):
         return self.module(*args, **kwargs)
 
     def _pairs(self, model: nn.Module) -> list[tuple[bool, Tensor, Tensor]]:
-        """(whether it is averaged, average, the model's), in the order of the state dict, tied weights once."""
+        """List (True where it is averaged, average, the model's tensor), in the order of the state dict, tied weights once."""
         copied = {name for name, _ in self.module.named_buffers(remove_duplicate=False)} if self.exclude_buffers else set()
         seen: set[int] = set()
         pairs = []
@@ -148,7 +163,7 @@ class ModelEma(nn.Module):
 
 
 class FusedAdamWEMA(torch.optim.Optimizer):
-    """torch.optim.AdamW and the moving average of what it gives in one pass; state dicts load into and from AdamW.
+    """AdamW as torch has it, and the moving average of the new parameters, in one pass; state dicts load into and from AdamW.
 
     Args:
         params: parameters or groups, fp32, contiguous, on one device.
@@ -156,6 +171,7 @@ class FusedAdamWEMA(torch.optim.Optimizer):
         targets: (parameter, its average) pairs: zip(encoder.parameters(), target_encoder.parameters()); fp32 or bf16.
         copies: (parameter, bf16 copy of its average) pairs, for every target or none.
 
+    pickle and deepcopy carry parameters and targets along: copy models and optimizer in one call.
     With CUDA graphs: take one step first, keep gradients in place (set_to_none=False), pass momentum as a tensor, and call
     write_hyper() before a replay where lr or weight decay moved.
     """
@@ -194,7 +210,11 @@ class FusedAdamWEMA(torch.optim.Optimizer):
         self._gather()
 
     def _gather(self) -> None:
-        """The parameters in the op's order, those with a target first, and their counts in one tensor, state kept."""
+        """Put the parameters into the op's order, those with a target first, and their counts into one tensor; keep the state.
+
+        Groups [a, b] and [c], targets for b and c: parameters [b, c, a], groups [0, 1, 0]. state[p]["step"] of each is a view
+        of one element of (3,) counts, so that a state dict holds them as AdamW's does.
+        """
         numbered = [(p, number) for number, group in enumerate(self.param_groups) for p in group["params"]]
         numbered.sort(key=lambda pair: pair[0] not in self._targets)
         self._params, self._numbers = [p for p, _ in numbered], [number for _, number in numbered]
@@ -204,7 +224,8 @@ class FusedAdamWEMA(torch.optim.Optimizer):
         self._table: Table | None = None
         for p, step in zip(self._params, self._steps.unbind(), strict=True):
             if p in self.state:
-                self.state[p]["step"] = step.copy_(torch.as_tensor(self.state[p]["step"]))
+                made = self.state[p]["step"]  # a tensor, or in old files a number
+                self.state[p]["step"] = step.copy_(made) if isinstance(made, Tensor) else step.fill_(made)
                 self._moments(p)
 
     def _moments(self, p: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,6 +234,14 @@ class FusedAdamWEMA(torch.optim.Optimizer):
             moment = state.get(name)
             state[name] = torch.zeros_like(p, memory_format=torch.contiguous_format) if moment is None else moment.contiguous()
         return state["exp_avg"], state["exp_avg_sq"]
+
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"_targets": self._targets, "_copies": self._copies}
+
+    def __setstate__(self, state: dict) -> None:
+        """Take what pickle and deepcopy carry; the tables of addresses are made again for the tensors of the copy."""
+        super().__setstate__(state)
+        self._gather()
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
@@ -224,7 +253,7 @@ class FusedAdamWEMA(torch.optim.Optimizer):
         """Send lr, betas, eps and weight decay of the groups to the device, where they changed; without waiting for it."""
         rows = [(float(g["lr"]), *g["betas"], g["eps"], g["weight_decay"]) for g in self.param_groups]
         if rows != self._written:
-            values = torch.tensor(rows, dtype=torch.float64)
+            values = torch.tensor(rows, dtype=torch.float64, device="cpu")
             self._hyper.copy_(values.pin_memory() if self._hyper.is_cuda else values, non_blocking=True)
             self._written = rows
 
@@ -240,6 +269,7 @@ class FusedAdamWEMA(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         grads = [None if p.grad is None else p.grad.contiguous() for p in self._params]
+        # State begins with a parameter's first gradient, as in AdamW.
         for p, grad, step in zip(self._params, grads, self._steps.unbind(), strict=True):
             if grad is not None and p not in self.state:
                 self.state[p]["step"], self._table = step, None

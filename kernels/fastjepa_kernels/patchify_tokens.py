@@ -1,4 +1,4 @@
-"""patchify_tokens: the visible patches of images as normalised rows, ready for the patch-embedding GEMM.
+"""patchify_tokens: copy the visible patches of images into normalised rows, ready for the patch-embedding GEMM.
 
     out[t, (c p + i) p + j] = (images[b, c, y p + i, z p + j] / u - mean[c]) / std[c]      u = 255 for uint8, else 1
     where idx[t] = (b gh + y) gw + z: columns in the order of a convolution's weight, so that
@@ -6,6 +6,10 @@
 
 Made in fp32 as (x - u mean) / (u std), exact in x. Traffic, e bytes an element: T C p p (e_in + e_out), and 4 bytes a row
 for the index. Patches that idx does not name are not read; images lie as they came, NCHW or NHWC, and are not copied.
+
+An example: 2 images of 3 x 32 x 48, p = 16, so gh = 2 rows of gw = 3 patches, N = 6 an image. idx 10 is image 10 // 6 = 1,
+patch 10 % 6 = 4, which is row y = 4 // 3 = 1, column z = 4 % 3 = 1: pixels [16, 32) down and [16, 32) across. Column 300 of
+its row is channel 300 // 256 = 1, line 44 // 16 = 2, pixel 44 % 16 = 12 of the patch.
 """
 
 import torch
@@ -25,9 +29,10 @@ def patchify_tokens_ref(
     patch_size: int = 16,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """As patchify_tokens."""
+    """Compute patchify_tokens in plain PyTorch."""
     count, channels, gh, gw = _grid(images, patch_size)
     patches = images.unflatten(3, (gw, patch_size)).unflatten(2, (gh, patch_size)).permute(0, 2, 4, 1, 3, 5)
+    # (B, gh, gw, C, p, p), a view: with an index only the patches that it names are copied
     if idx is not None:
         patches = patches.reshape(count * gh * gw, channels, patch_size, patch_size).index_select(0, idx)
     unit = 1 if images.is_floating_point() else 255
@@ -41,7 +46,7 @@ def patchify_tokens_ref(
     return rows.flatten(1).to(dtype)
 
 
-@jit
+@jit(do_not_specialize=["T"])
 def _patchify_tokens_fwd_kernel(
     images_ptr,  # (B, C, H, W), any strides
     idx_ptr,  # (T,) int32, or anything
@@ -56,7 +61,7 @@ def _patchify_tokens_fwd_kernel(
     stride_c,
     stride_h,
     stride_w,
-    UNIT: tl.constexpr,  # what the images call 1
+    UNIT: tl.constexpr,  # the images' value of 1: 255 for bytes
     HAS_IDX: tl.constexpr,
     NORMALISE: tl.constexpr,
     ALIGN: tl.constexpr,  # divides the offset of every line of every patch
@@ -73,9 +78,11 @@ def _patchify_tokens_fwd_kernel(
     mask_t, mask_c = offs_t < T, offs_c < C
     mask = mask_t[:, None, None, None] & mask_c[None, :, None, None]
     mask = mask & (offs_i < P)[None, None, :, None] & (offs_j < P)[None, None, None, :]
+    # A tile is (BLOCK_T patches, BLOCK_C channels, BLOCK_I lines, BLOCK_J pixels): where does each patch start?
     patch = tl.load(idx_ptr + offs_t, mask=mask_t, other=0) if HAS_IDX else offs_t.to(tl.int32)
     row, column = patch % N // GW * P, patch % GW * P
     start = (patch // N).to(tl.int64) * stride_b + row.to(tl.int64) * stride_h + column.to(tl.int64) * stride_w
+    # ALIGN tells the compiler that lines start at multiples of it, so that it may load 16 bytes of a line at once.
     start = tl.multiple_of(start, [ALIGN])[:, None, None, None] + (offs_c.to(tl.int64) * stride_c)[None, :, None, None]
     line = tl.multiple_of(offs_i.to(tl.int64) * stride_h, [ALIGN])[None, None, :, None]
     x_ptr = images_ptr + (start + line + (offs_j.to(tl.int64) * stride_w)[None, None, None, :])
@@ -94,16 +101,19 @@ def _patchify_tokens_fwd_kernel(
 def patchify_tokens_fwd(
     images: Tensor, idx: Tensor | None, mean: Tensor | None, std: Tensor | None, patch_size: int, dtype: torch.dtype
 ) -> Tensor:
+    """Return (T, C * p * p) of `dtype`: a program takes a tile of at most 4096 elements, whole patches where they fit."""
     count, channels, gh, gw = _grid(images, patch_size)
     rows = count * gh * gw if idx is None else len(idx)
     out = images.new_empty(rows, channels * patch_size**2, dtype=dtype)
     if out.numel():
+        # p = 16, C = 3: a line is 16 pixels, and 4 channels (one masked) of 16 lines are 1024: 4 patches a tile.
         side = 1 << (patch_size - 1).bit_length()
         block_c = min(1 << (channels - 1).bit_length(), max(1, TILE // side))
         block_i = min(side, max(1, TILE // (side * block_c)))
         block_t = max(1, TILE // (side * block_c * block_i))
         grid = (-(-rows // block_t), -(-channels // block_c), -(-patch_size // block_i))
-        _patchify_tokens_fwd_kernel[grid](
+        dispatch.launch(
+            _patchify_tokens_fwd_kernel, grid,
             images, *(out if x is None else x.contiguous() for x in (idx, mean, std)), out,
             rows, channels, gh * gw, gw, *images.stride(),
             UNIT=1 if images.is_floating_point() else 255, HAS_IDX=idx is not None, NORMALISE=mean is not None,
@@ -120,12 +130,16 @@ def _(images, idx, mean, std, patch_size, dtype):
 
 
 def _grid(images: Tensor, patch_size: int) -> tuple[int, int, int, int]:
-    """Images, channels, and patches down and across."""
+    """Return the number of images, of channels, and of patches down and across."""
     return images.shape[0], images.shape[1], images.shape[2] // patch_size, images.shape[3] // patch_size
 
 
 def _alignment(images: Tensor, patch_size: int) -> int:
-    """The largest power of two, at most 16, that divides the offset (in elements) of every line of every patch."""
+    """Return the largest power of two, at most 16, that divides the offset (in elements) of every line of every patch.
+
+    Offsets are sums of the strides of image, line and patch (p pixels). NCHW of 3 x 32 x 48, p = 16: 4608, 48 and 16 give
+    16. p = 14: 14 gives 2. The lowest bit set in any of them is that power.
+    """
     image, _, line, pixel = images.stride()
     together = image | line | pixel * patch_size | 16
     return together & -together
@@ -139,7 +153,7 @@ def patchify_tokens(
     patch_size: int = 16,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The patches of `images` that `idx` names, as normalised rows in the order of a convolution's weight.
+    """Copy the patches of `images` that `idx` names into normalised rows, in the order of a convolution's weight.
 
     Args:
         images: (B, C, H, W), uint8 (divided by 255), fp32, bf16 or fp16; any strides: NHWC is images.permute(0, 3, 1, 2);

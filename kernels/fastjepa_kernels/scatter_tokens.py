@@ -1,4 +1,4 @@
-"""scatter_tokens: rows put where an index says, every other row filled, positions added: MAE's un-shuffle in one pass.
+"""scatter_tokens: put rows where an index says, fill every other row, add positions: MAE's un-shuffle in one pass.
 
     out[m] = (x[t] where idx[t] = m, else fill) + positions[m % N]
     dx[t] = dout[idx[t]]                  dfill = sum of dout[m] over the rows that idx does not name
@@ -7,6 +7,9 @@ The result has the dtype of x + positions, and fill is rounded to it first; the 
 
 Traffic, e bytes an element: forward (T + M) D e plus 8 bytes a row for the inverse index; backward 2 T D e, and the M - T
 filled rows once for dfill. Positions are re-read from L2. Where the dtypes differ each side moves its own bytes, once.
+
+An example, idx [3, 0] and 5 rows: the inverse index is [1, -1, -1, 0, -1]. Row 0 takes x[1], row 3 takes x[0], and the rows
+of -1 take fill. Writing by the inverse writes each row once, in order; writing by idx would first have to fill them all.
 """
 
 import torch
@@ -22,11 +25,11 @@ SUM_ROWS = 256  # rows whose dfill one program sums
 def scatter_tokens_ref(
     x: Tensor, idx: Tensor, num_rows: int, fill: Tensor | None = None, positions: Tensor | None = None
 ) -> Tensor:
-    """As scatter_tokens."""
+    """Compute scatter_tokens in plain PyTorch."""
     rows = idx if x.ndim == 2 else flat_rows(idx, num_rows)
     total = num_rows if x.ndim == 2 else x.shape[0] * num_rows
     width, dtype = x.shape[-1], result_dtype(x, positions)
-    blank = x.new_zeros(total, width, dtype=dtype) if fill is None else fill.to(dtype).expand(total, width)
+    blank = x.new_zeros(total, width, dtype=dtype) if fill is None else fill.to(dtype).expand(total, width)  # (M, D)
     out = blank.index_copy(0, rows.long(), x.reshape(len(rows), width).to(dtype))
     if positions is not None:
         out = out.view(total // len(positions), *positions.shape) + positions
@@ -34,11 +37,11 @@ def scatter_tokens_ref(
 
 
 def result_dtype(x: Tensor, positions: Tensor | None) -> torch.dtype:
-    """The dtype of x + positions."""
+    """Return the dtype of x + positions."""
     return x.dtype if positions is None else torch.promote_types(x.dtype, positions.dtype)
 
 
-@jit
+@jit(do_not_specialize=["T", "K"])
 def _invert_kernel(
     idx_ptr,  # (T,) int32
     inverse_ptr,  # (M,) int32, -1 everywhere
@@ -49,11 +52,12 @@ def _invert_kernel(
 ):
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < T
+    # Index t is of image t // K, whose rows start at t // K * N.
     row = tl.load(idx_ptr + offs_t, mask=mask_t, other=0).to(tl.int64) + offs_t // K * N
     tl.store(inverse_ptr + row, offs_t.to(tl.int32), mask=mask_t)
 
 
-@jit
+@jit(do_not_specialize=["M", "N"])
 def _scatter_tokens_fwd_kernel(
     x_ptr,  # (T, D)
     inverse_ptr,  # (M,) int32: the t of each row, or -1
@@ -76,6 +80,7 @@ def _scatter_tokens_fwd_kernel(
     t = tl.load(inverse_ptr + offs_m, mask=mask_m, other=-1).to(tl.int64)
     placed = (t >= 0)[:, None]
     row = tl.load(x_ptr + t[:, None] * stride_xt + offs_d[None, :], mask=mask & placed, other=0.0)
+    # Rows that are only moved keep their bits; what is filled or added goes through fp32.
     if HAS_FILL or HAS_POSITIONS:
         row = row.to(tl.float32)
     if HAS_FILL:
@@ -86,7 +91,7 @@ def _scatter_tokens_fwd_kernel(
     tl.store(out_ptr + offs_m[:, None] * D + offs_d[None, :], row.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@jit
+@jit(do_not_specialize=["M"])
 def _scatter_tokens_dfill_kernel(
     dout_ptr,  # (M, D)
     inverse_ptr,  # (M,) int32
@@ -102,6 +107,7 @@ def _scatter_tokens_dfill_kernel(
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     total = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    # Rows that idx names are masked, so that their gradient is not even read.
     for start in range(0, ROWS, BLOCK_M):
         offs_m = first + start + tl.arange(0, BLOCK_M)
         filled = tl.load(inverse_ptr + offs_m, mask=offs_m < M, other=0) < 0
@@ -111,11 +117,11 @@ def _scatter_tokens_dfill_kernel(
 
 
 def invert(idx: Tensor, rows: int, per_image: int, image_rows: int) -> Tensor:
-    """(T,) int32 -> (rows,) int32: where each row is named in idx, or -1."""
-    inverse = torch.full((rows,), -1, dtype=torch.int32, device=idx.device)
+    """Return (rows,) int32: the place in (T,) idx that names each row, or -1."""
+    inverse = torch.full((rows,), -1, dtype=torch.int32, device=idx.device)  # (M,)
     if len(idx):
         grid = (-(-len(idx) // 1024),)
-        _invert_kernel[grid](idx.contiguous(), inverse, len(idx), max(per_image, 1), image_rows, BLOCK_T=1024)
+        dispatch.launch(_invert_kernel, grid, idx.contiguous(), inverse, len(idx), max(per_image, 1), image_rows, BLOCK_T=1024)
     return inverse
 
 
@@ -123,6 +129,7 @@ def invert(idx: Tensor, rows: int, per_image: int, image_rows: int) -> Tensor:
 def scatter_tokens_fwd(
     x: Tensor, idx: Tensor, rows: int, per_image: int, image_rows: int, fill: Tensor | None, positions: Tensor | None
 ) -> Tensor:
+    """Return (rows, D) with x (T, D) at the rows that idx names; per_image indices count from rows image_rows apart."""
     x = dispatch.contiguous_rows(x)
     width = x.shape[1]
     out = x.new_empty(rows, width, dtype=result_dtype(x, positions))
@@ -130,7 +137,8 @@ def scatter_tokens_fwd(
         block = dispatch.block_width(width)
         height = max(1, 4096 // block)
         inverse = invert(idx, rows, per_image, image_rows)
-        _scatter_tokens_fwd_kernel[(-(-rows // height), -(-width // block))](
+        dispatch.launch(
+            _scatter_tokens_fwd_kernel, (-(-rows // height), -(-width // block)),
             x, inverse, x if fill is None else fill.contiguous(), x if positions is None else positions.contiguous(), out,
             rows, width, 1 if positions is None else len(positions), x.stride(0),
             HAS_FILL=fill is not None, HAS_POSITIONS=positions is not None, BLOCK_M=height, BLOCK_D=block,
@@ -145,7 +153,7 @@ def _(x, idx, rows, per_image, image_rows, fill, positions):
 
 @torch.library.custom_op("fastjepa_kernels::scatter_tokens_dx", mutates_args=())
 def scatter_tokens_dx(dout: Tensor, idx: Tensor, per_image: int, image_rows: int, dtype: torch.dtype) -> Tensor:
-    """(M, D) -> (T, D) of `dtype`: gather_tokens, narrowed in the same pass."""
+    """Gather (M, D) into (T, D) of `dtype`, narrowed in the same pass."""
     return take(dout, idx, per_image, image_rows, dtype)
 
 
@@ -156,16 +164,17 @@ def _(dout, idx, per_image, image_rows, dtype):
 
 @torch.library.custom_op("fastjepa_kernels::scatter_tokens_dfill", mutates_args=())
 def scatter_tokens_dfill(dout: Tensor, idx: Tensor, per_image: int, image_rows: int) -> Tensor:
-    """(M, D) -> (D,) fp32: the sum over the rows that idx does not name, in two fixed stages."""
+    """Sum (M, D) into (D,) fp32 over the rows that idx does not name, in two fixed stages: 256 rows a program, then those."""
     dout = dispatch.contiguous_rows(dout)
     rows, width = dout.shape
-    partial = dout.new_empty(-(-rows // SUM_ROWS), width, dtype=torch.float32)
+    partial = dout.new_empty(-(-rows // SUM_ROWS), width, dtype=torch.float32)  # (programs, D)
     if partial.numel():
         block = dispatch.block_width(width, 256)
         inverse = invert(idx, rows, per_image, image_rows)
-        _scatter_tokens_dfill_kernel[(len(partial), -(-width // block))](
-            dout, inverse, partial, rows, width, dout.stride(0), ROWS=SUM_ROWS, BLOCK_M=16, BLOCK_D=block
-        )
+        dispatch.launch(
+            _scatter_tokens_dfill_kernel, (len(partial), -(-width // block)),
+            dout, inverse, partial, rows, width, dout.stride(0), ROWS=SUM_ROWS, BLOCK_M=16, BLOCK_D=block,
+        )  # fmt: skip
     return partial.sum(dim=0)
 
 
@@ -210,7 +219,8 @@ def scatter_tokens(
         fp32. The gradients have the dtypes of x and fill.
 
     Raises:
-        ValueError, TypeError, IndexError: wrong shape, dtype or device; an index out of range (CPU and debug only).
+        ValueError, TypeError, IndexError: wrong shape, dtype or device; an index out of range, or there twice (CPU and debug
+            only).
     """
     _check(x, idx, num_rows, fill, positions)
     if not dispatch.runs_triton("scatter_tokens", x):
@@ -243,3 +253,4 @@ def _check(x: Tensor, idx: Tensor, num_rows: int, fill: Tensor | None, positions
     dispatch.check_float("scatter_tokens", x=x, **given)
     dispatch.check_device("scatter_tokens", x, idx=idx, **given)
     dispatch.check_idx("idx", idx, num_rows)
+    dispatch.check_distinct("scatter_tokens", idx, num_rows, "give each place once")

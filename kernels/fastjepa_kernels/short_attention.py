@@ -3,11 +3,15 @@
     out[i] = sum over the sequence's keys j of P[i, j] v[j],  P[i, j] = exp(q[i] . k[j] / sqrt(d) - lse[i])
     dv = P^T dout,  dP = dout v^T,  dS = P (dP - rowsum(P dP)) / sqrt(d),  dq = dS k,  dk = dS^T q
 
-A program takes one head of one sequence: a row of scores is there as a whole, so softmax needs no running maximum, and
-rowsum(P dP) neither the output nor a pass of its own; dk and dv are summed by one program, over its queries in order.
+A program takes one head of one sequence. It holds a row of scores as a whole, so that softmax needs no running maximum, and
+rowsum(P dP) needs neither the output nor a pass of its own. One program sums dk and dv, over its queries in order.
+
+The tiling of an example: bf16, heads of 24, 2 sequences of 40 and 97 rows, 3 heads. `shapes` gives BLOCK_N = 128 keys (the
+power of two that covers 97), BLOCK_D = 32 channels (8 of them zeros, in registers only) and BLOCK_M = 128 queries. The
+forward launches 2 * 3 = 6 programs by ceil(97 / 128) = 1: program 4 is sequence 4 // 3 = 1, head 4 % 3 = 1.
 
 Traffic, e bytes an element, Tq queries, Tk keys, H heads: forward (2 Tq + 2 Tk) H d e + 4 Tq H, backward
-(3 Tq + 4 Tk) H d e + 4 Tq H: every byte once. Heads narrower than a power of two are padded in registers only.
+(3 Tq + 4 Tk) H d e + 4 Tq H: every byte once.
 """
 
 import math
@@ -16,8 +20,8 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from .dense_attention import PackedQKV, check_packed, dense_attention
 from .dispatch import jit, tl
-from .varlen_attention import check_packed, dense_attention
 
 MOST = 256  # keys, or queries, of a sequence
 WIDEST = 64  # a head
@@ -26,9 +30,9 @@ WIDEST = 64  # a head
 def short_attention_ref(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_q: int, max_k: int
 ) -> Tensor:
-    """As short_attention: padded products where matrices are narrow, scaled_dot_product_attention else."""
-    way = "matmul" if q.dtype == torch.bfloat16 else "sdpa"
-    return dense_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, way)
+    """Compute short_attention by padded products in bf16, by scaled_dot_product_attention else: the faster one on a CPU."""
+    packed = PackedQKV(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k)
+    return dense_attention(packed, "matmul" if q.dtype == torch.bfloat16 else "sdpa")
 
 
 @jit
@@ -50,11 +54,11 @@ def _short_attention_fwd_kernel(
     stride_vh,
     D: tl.constexpr,
     ALIGN: tl.constexpr,  # elements that divide every stride
-    DOT: tl.constexpr,  # what products take: the inputs' dtype, but fp32 for bf16 in the interpreter
+    DOT: tl.constexpr,  # dtype of products: the inputs' own, but fp32 for bf16 in the interpreter
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # queries
+    BLOCK_N: tl.constexpr,  # keys: all of the sequence
+    BLOCK_D: tl.constexpr,  # channels of a head
 ):
     head = tl.program_id(0) % H
     sequence = tl.program_id(0) // H
@@ -63,6 +67,7 @@ def _short_attention_fwd_kernel(
     keys = (tl.load(cu_k_ptr + sequence + 1) - first_k).to(tl.int32)
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     mask_n, mask_d = offs_n < keys, offs_d < D
+    # The compiler cannot know that strides are multiples of ALIGN: told so, it moves 16 bytes at a time.
     k_ptr += tl.multiple_of(first_k * stride_kt + head * stride_kh, ALIGN)
     v_ptr += tl.multiple_of(first_k * stride_vt + head * stride_vh, ALIGN)
     q_ptr += tl.multiple_of(first_q * stride_qt + head * stride_qh, ALIGN)
@@ -70,20 +75,22 @@ def _short_attention_fwd_kernel(
     mask_k = mask_n[:, None] & mask_d[None, :]
     k = tl.load(k_ptr + tl.multiple_of(row_k, [ALIGN, ALIGN]) + offs_d[None, :], mask=mask_k, other=0.0).to(DOT)
     v = tl.load(v_ptr + tl.multiple_of(row_v, [ALIGN, ALIGN]) + offs_d[None, :], mask=mask_k, other=0.0).to(DOT)
+    # This program's queries; those past the end of the sequence are neither read nor written.
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < queries
     mask_q = mask_m[:, None] & mask_d[None, :]
     row_q = tl.multiple_of(offs_m[:, None] * stride_qt, [ALIGN, ALIGN])
     q = tl.load(q_ptr + row_q + offs_d[None, :], mask=mask_q, other=0.0).to(DOT)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # (BLOCK_M, BLOCK_N), in powers of two
     s = tl.where(mask_n[None, :], s, -1e30)  # finite: queries without keys give 0, not NaN
     top = tl.max(s, axis=1)
     p = tl.exp2(s - top[:, None])
     total = tl.sum(p, axis=1)
+    # Dividing after the product costs D divisions a query, not one a key.
     out = tl.dot(p.to(v_ptr.dtype.element_ty).to(DOT), v, input_precision=PRECISION) / total[:, None]
     row = (first_q + offs_m) * H + head
     tl.store(out_ptr + row[:, None] * D + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask_q)
-    tl.store(lse_ptr + row, (top + tl.log2(total)) * 0.6931471805599453, mask=mask_m)
+    tl.store(lse_ptr + row, (top + tl.log2(total)) * 0.6931471805599453, mask=mask_m)  # ln 2: stored in nats
 
 
 @jit
@@ -110,11 +117,11 @@ def _short_attention_bwd_kernel(
     stride_vh,
     D: tl.constexpr,
     ALIGN: tl.constexpr,  # elements that divide every stride
-    DOT: tl.constexpr,  # what products take: the inputs' dtype, but fp32 for bf16 in the interpreter
+    DOT: tl.constexpr,  # dtype of products: the inputs' own, but fp32 for bf16 in the interpreter
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # queries
+    BLOCK_N: tl.constexpr,  # keys: all of the sequence
+    BLOCK_D: tl.constexpr,  # channels of a head
 ):
     head = tl.program_id(0) % H
     sequence = tl.program_id(0) // H
@@ -123,6 +130,7 @@ def _short_attention_bwd_kernel(
     keys = (tl.load(cu_k_ptr + sequence + 1) - first_k).to(tl.int32)
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     mask_n, mask_d = offs_n < keys, offs_d < D
+    # The compiler cannot know that strides are multiples of ALIGN: told so, it moves 16 bytes at a time.
     k_ptr += tl.multiple_of(first_k * stride_kt + head * stride_kh, ALIGN)
     v_ptr += tl.multiple_of(first_k * stride_vt + head * stride_vh, ALIGN)
     q_ptr += tl.multiple_of(first_q * stride_qt + head * stride_qh, ALIGN)
@@ -131,6 +139,7 @@ def _short_attention_bwd_kernel(
     mask_k = mask_n[:, None] & mask_d[None, :]
     k = tl.load(k_ptr + tl.multiple_of(row_k, [ALIGN, ALIGN]) + offs_d[None, :], mask=mask_k, other=0.0).to(DOT)
     v = tl.load(v_ptr + tl.multiple_of(row_v, [ALIGN, ALIGN]) + offs_d[None, :], mask=mask_k, other=0.0).to(DOT)
+    # Keys and values stay; the loop brings the queries past them, and dk and dv are summed in registers.
     dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     for start in tl.range(0, queries, BLOCK_M, disable_licm=True):
@@ -143,10 +152,11 @@ def _short_attention_bwd_kernel(
         dout = tl.load(dout_ptr + row_o + offs_d[None, :], mask=mask_q, other=0.0).to(DOT)
         row = (first_q + offs_m) * H + head
         lse = tl.load(lse_ptr + row, mask=mask_m, other=0.0) * 1.4426950408889634
-        # keys down, queries across: dv and dk then take P and dS as they lie in registers
+        # Scores are (BLOCK_N, BLOCK_M), keys down, queries across: dv and dk take P and dS as they lie in registers.
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * 1.4426950408889634) - lse[None, :]
         p = tl.exp2(tl.where(mask_n[:, None], s, -1e30))
         dv += tl.dot(p.to(v_ptr.dtype.element_ty).to(DOT), dout, input_precision=PRECISION)
+        # dS = P (dP - rowsum(P dP)); its row is a column here, and whole, as every key of the sequence is.
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         ds = (p * (dp - tl.sum(p * dp, axis=0)[None, :])).to(k_ptr.dtype.element_ty).to(DOT)
         dk += tl.dot(ds, q, input_precision=PRECISION)
@@ -158,12 +168,16 @@ def _short_attention_bwd_kernel(
 
 
 def blocks(most: int, cap: int) -> int:
-    """The power of two from 16 to `cap` that covers a sequence."""
+    """Return the power of two from 16 to `cap` that covers a sequence: 5 gives 16, 17 gives 32, 97 gives 128."""
     return min(max(16, 1 << (most - 1).bit_length()), cap)
 
 
 def shapes(q: Tensor, max_q: int, max_k: int, backward: bool) -> dict[str, int]:
-    """Queries, keys and channels a program holds at a time, and its warps: what leaves no spills where that is possible."""
+    """Return how many queries, keys and channels a program holds at a time, and its warps.
+
+    Keys are all there, so that queries must give way: the most that leaves no spills. In bf16 with heads of 24, 40 keys
+    hold 64 queries (4 warps), 97 keys 128 (8 warps), 200 keys 64 (4 warps); the backward, which also holds dk and dv, 32.
+    """
     wide, keys, width = q.dtype == torch.float32, blocks(max_k, MOST), blocks(q.shape[2], WIDEST)
     if wide:  # exact products are made outside the tensor cores, from registers
         queries, warps = 16, 16 if backward and keys * width >= 128 * WIDEST else 8
@@ -178,13 +192,16 @@ def shapes(q: Tensor, max_q: int, max_k: int, backward: bool) -> dict[str, int]:
 
 
 def common(*tensors: Tensor) -> int:
-    """Elements, at most 16 bytes of them, that divide every stride and the width of a head."""
+    """Return how many elements, at most 16 bytes of them, divide every stride and the width of a head.
+
+    bf16 slices of (T, 3, 16, 24): strides 1152 and 24, heads of 24: 8 elements, 16 bytes. Heads of 20: 4 elements.
+    """
     strides = [stride for x in tensors for stride in x.stride()[:2]]
     return math.gcd(*strides, tensors[0].shape[2], 16 // tensors[0].element_size())
 
 
 def dot_dtype(x: Tensor):
-    """Triton's name for the dtype of x; Triton's interpreter multiplies the bits of bf16 as integers, so fp32 there."""
+    """Return Triton's dtype for x; Triton's interpreter multiplies the bits of bf16 as integers, so fp32 there."""
     return tl.float32 if dispatch.INTERPRETED and x.dtype == torch.bfloat16 else getattr(tl, str(x.dtype).rpartition(".")[2])
 
 
@@ -192,12 +209,14 @@ def dot_dtype(x: Tensor):
 def short_attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_q: int, max_k: int
 ) -> tuple[Tensor, Tensor]:
+    """Return out (Tq, H, d) and, for the backward, lse (Tq, H) fp32, the logarithm of each query's sum."""
     q, k, v = dispatch.contiguous_rows(q), dispatch.contiguous_rows(k), dispatch.contiguous_rows(v)
     (rows, heads, width), sequences = q.shape, len(cu_seqlens_q) - 1
     out, lse = q.new_empty(q.shape), q.new_empty(rows, heads, dtype=torch.float32)
     if out.numel():
         chosen = shapes(q, max_q, max_k, backward=False)
-        _short_attention_fwd_kernel[(sequences * heads, -(-max_q // chosen["BLOCK_M"]))](
+        dispatch.launch(
+            _short_attention_fwd_kernel, (sequences * heads, -(-max_q // chosen["BLOCK_M"])),
             q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, heads, math.log2(math.e) * width**-0.5,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             D=width, ALIGN=common(q, k, v), DOT=dot_dtype(q), PRECISION="ieee", **chosen,
@@ -222,16 +241,13 @@ def short_attention_bwd(
     max_q: int,
     max_k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dout, q, k, v = (
-        dispatch.contiguous_rows(dout),
-        dispatch.contiguous_rows(q),
-        dispatch.contiguous_rows(k),
-        dispatch.contiguous_rows(v),
-    )
+    """Return dq (Tq, H, d), dk and dv (Tk, H, d)."""
+    dout, q, k, v = (dispatch.contiguous_rows(x) for x in (dout, q, k, v))
     heads, width, sequences = q.shape[1], q.shape[2], len(cu_seqlens_q) - 1
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     if dq.numel() or dk.numel():
-        _short_attention_bwd_kernel[(sequences * heads,)](
+        dispatch.launch(
+            _short_attention_bwd_kernel, (sequences * heads,),
             dout, q, k, v, lse, cu_seqlens_q, cu_seqlens_k, dq, dk, dv, heads, width**-0.5,
             dout.stride(0), dout.stride(1), q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             D=width, ALIGN=common(dout, q, k, v), DOT=dot_dtype(q), PRECISION="ieee", **shapes(q, max_q, max_k, backward=True),
@@ -259,13 +275,13 @@ short_attention_fwd.register_autograd(_backward, setup_context=_save)
 def short_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_q: int, max_k: int
 ) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v within each sequence, for sequences of at most 256 keys and 256 queries.
+    """Compute softmax(q k^T / sqrt(d)) v within each sequence, for sequences of at most 256 keys and 256 queries.
 
     Args:
         q: (Tq, H, d), d at most 64; fp32, bf16 or fp16; a slice of a packed (Tq, 3, H, d) is read where it lies.
         k, v: (Tk, H, d), in the dtype of q.
-        cu_seqlens_q, cu_seqlens_k: (S + 1,) int32, where each sequence starts; sequence s of q attends to sequence s of k.
-            They must name every row. A sequence may have no queries; queries without keys get zeros.
+        cu_seqlens_q, cu_seqlens_k: (S + 1,) int32, the start of each sequence, then the end; sequence s of q attends to
+            sequence s of k. They must name every row. A sequence may have no queries; queries without keys get zeros.
         max_q, max_k: the longest sequence of either, or more: ints, so that nothing waits for the device.
 
     Returns:
@@ -274,7 +290,7 @@ def short_attention(
     Raises:
         ValueError, TypeError: wrong shape, dtype, device or length; wrong cu_seqlens (CPU and debug only).
     """
-    check_packed("short_attention", q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k)
+    check_packed("short_attention", PackedQKV(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k))
     dispatch.check_float("short_attention", q=q, k=k, v=v)
     if q.shape[2] > WIDEST:
         raise ValueError(f"short_attention: heads of {q.shape[2]} are wider than {WIDEST}; use another way of varlen_attention")

@@ -1,13 +1,15 @@
-"""target_loss: I-JEPA's loss between predicted rows and layer-normalised target features, with its gradient.
+"""target_loss: compute I-JEPA's loss between predicted rows and layer-normalised target features, with its gradient.
 
     y[q] = layer_norm(features[idx[q]])                  over D, without affine, eps 1e-5
     loss = sum of weight[q] * distance(prediction[q], y[q])
     distance = mean over D of smooth_l1 (beta 1), or of the squared error; or 1 - cos, as torch's cosine_similarity
 
-All in fp32, whatever the dtypes. The forward also writes the gradient, in the same pass over the data: per unit of
-weight / D, for a row's own weight / D is below what fp16 can hold long before a loss scale multiplies it.
-The backward multiplies that by weight / D and by the scalar that comes from above. It is one pass more, never left out: only
-a host that waits for the device could see that the scalar is 1.
+All in fp32, whatever the dtypes. The forward also writes the gradient, in the same pass over the data, without its factor
+weight / D: that is below the smallest number of fp16 before a loss scale can multiply it. An example: 20,000 rows of D =
+1280, each of weight 1 / 20000, error 0.5. The gradient is 0.5 / 20000 / 1280 = 2e-8, and fp16 has nothing between 0 and
+6e-8; the forward writes 0.5, and the backward, with a loss scale of 65,536, makes it 1.3e-3 in one go.
+The backward multiplies by weight / D and by the scalar that comes from above. It is one pass more, never left out: only a
+host that waits for the device could see that the scalar is 1.
 
 Traffic, e bytes an element: forward Q D e of each of prediction and features read and Q D e written (not where no gradient
 is wanted), 12 bytes a row; backward 2 Q D e.
@@ -24,10 +26,10 @@ KINDS = ("smooth_l1", "l2", "cosine")
 
 
 def target_loss_ref(prediction: Tensor, features: Tensor, idx: Tensor, weight: Tensor, kind: str = "smooth_l1") -> Tensor:
-    """As target_loss: every feature row is normalised once, then selected."""
+    """Compute target_loss in plain PyTorch: every feature row is normalised once, then selected."""
     wide = torch.promote_types(prediction.dtype, torch.float32)
     prediction = prediction.to(wide)
-    target = F.layer_norm(features.to(wide), features.shape[-1:]).index_select(0, idx)
+    target = F.layer_norm(features.to(wide), features.shape[-1:]).index_select(0, idx)  # (Q, D)
     if kind == "cosine":
         rows = 1 - F.cosine_similarity(prediction, target, dim=1)
     else:
@@ -36,7 +38,7 @@ def target_loss_ref(prediction: Tensor, features: Tensor, idx: Tensor, weight: T
     return (rows * weight).sum()  # not a matrix product: autocast would take that to bf16
 
 
-@jit
+@jit(do_not_specialize=["Q"])
 def _target_loss_fwd_kernel(
     prediction_ptr,  # (Q, D)
     features_ptr,  # (U, D)
@@ -60,8 +62,10 @@ def _target_loss_fwd_kernel(
     row = tl.load(idx_ptr + offs_q, mask=mask_q, other=0).to(tl.int64)
     p = tl.load(prediction_ptr + offs_q[:, None] * stride_pq + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
     f = tl.load(features_ptr + row[:, None] * stride_fu + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
+    # The layer norm of the target: a program holds whole rows, so mean and variance need no second pass over memory.
     y = tl.where(mask_d, f - (tl.sum(f, axis=1) / D)[:, None], 0.0)
     y *= tl.rsqrt(tl.sum(y * y, axis=1) / D + 1e-5)[:, None]
+    # Each kind gives the row's distance and D times its gradient; the norms' floor is that of torch's cosine_similarity.
     if KIND == "cosine":
         p_norm = tl.maximum(tl.sqrt(tl.sum(p * p, axis=1)), 1e-8)
         y_norm = tl.maximum(tl.sqrt(tl.sum(y * y, axis=1)), 1e-8)
@@ -86,7 +90,7 @@ def _target_loss_fwd_kernel(
         tl.store(direction_ptr + offs_q[:, None] * D + offs_d[None, :], direction, mask=mask)
 
 
-@jit
+@jit(do_not_specialize=["Q"])
 def _target_loss_bwd_kernel(
     direction_ptr,  # (Q, D)
     weight_ptr,  # (Q,) fp32
@@ -111,7 +115,7 @@ def _target_loss_bwd_kernel(
 def target_loss_fwd(
     prediction: Tensor, features: Tensor, idx: Tensor, weight: Tensor, kind: str, wants_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """-> the loss, and the gradient of each row's distance times D: (Q, D), or (0, D) where it is not wanted."""
+    """Return the loss, and the gradient of each row's distance times D: (Q, D), or (0, D) where it is not wanted."""
     prediction, features = dispatch.contiguous_rows(prediction), dispatch.contiguous_rows(features)
     queries, width = prediction.shape
     losses = prediction.new_empty(queries, dtype=torch.float32)
@@ -119,7 +123,8 @@ def target_loss_fwd(
     if queries:
         block = 1 << (width - 1).bit_length()
         height = max(1, 2048 // block)  # 16 elements a thread: a row stays in registers
-        _target_loss_fwd_kernel[(-(-queries // height),)](
+        dispatch.launch(
+            _target_loss_fwd_kernel, (-(-queries // height),),
             prediction, features, idx.contiguous(), weight.contiguous(), losses, direction,
             queries, width, prediction.stride(0), features.stride(0),
             KIND=kind, WANTS_GRAD=wants_grad, BLOCK_Q=height, BLOCK_D=block, num_warps=min(max(block // 512, 4), 32),
@@ -135,14 +140,16 @@ def _(prediction, features, idx, weight, kind, wants_grad):
 
 @torch.library.custom_op("fastjepa_kernels::target_loss_bwd", mutates_args=())
 def target_loss_bwd(direction: Tensor, weight: Tensor, dloss: Tensor) -> Tensor:
+    """Scale the direction of each row by weight / D and by the scalar from above."""
     queries, width = direction.shape
     dprediction = torch.empty_like(direction)
     if dprediction.numel():
         block = dispatch.block_width(width)
         height = max(1, 4096 // block)
-        _target_loss_bwd_kernel[(-(-queries // height), -(-width // block))](
-            direction, weight.contiguous(), dloss, dprediction, queries, width, BLOCK_Q=height, BLOCK_D=block
-        )
+        dispatch.launch(
+            _target_loss_bwd_kernel, (-(-queries // height), -(-width // block)),
+            direction, weight.contiguous(), dloss, dprediction, queries, width, BLOCK_Q=height, BLOCK_D=block,
+        )  # fmt: skip
     return dprediction
 
 
@@ -164,13 +171,13 @@ target_loss_fwd.register_autograd(_backward, setup_context=_save)
 
 
 def target_loss(prediction: Tensor, features: Tensor, idx: Tensor, weight: Tensor, kind: str = "smooth_l1") -> Tensor:
-    """The weighted sum of distances between predicted rows and their layer-normalised targets (paper, equation 1).
+    """Sum the weighted distances between predicted rows and their layer-normalised targets (paper, equation 1).
 
     Args:
         prediction: (Q, D), fp32, bf16 or fp16.
         features: (U, D) of the target encoder, any of the dtypes; computed under no_grad.
-        idx: (Q,) int32, the feature row that each prediction is of.
-        weight: (Q,) fp32, what each row counts: 1 / Q for a mean over rows. It has no gradient.
+        idx: (Q,) int32, the feature row that each prediction is compared with.
+        weight: (Q,) fp32, the weight of each row: 1 / Q for a mean over rows. It has no gradient.
         kind: smooth_l1 (beta 1, the official code), l2 (the paper: mean squared error), or cosine (1 - cosine).
 
     Returns:

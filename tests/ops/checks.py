@@ -1,4 +1,4 @@
-"""How an op is compared with its definition.
+"""Comparison of an op with its definition.
 
 The house's tolerance: the error against the definition in fp32 is at most twice the one that the definition itself makes
 in the op's dtype (and never asked to be below a few units in the last place).
@@ -13,7 +13,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def values_and_grads(f: Callable[..., Tensor], inputs: list, dout: Tensor | None = None) -> list[Tensor]:
-    """f's result and the gradients of its floating-point inputs, under a given output gradient."""
+    """Return f's result and the gradients of its floating-point inputs, under a given output gradient."""
     leaves = [x.detach().clone().requires_grad_() if isinstance(x, Tensor) and x.requires_grad else x for x in inputs]
     out = f(*leaves)
     tracked = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
@@ -24,7 +24,7 @@ def values_and_grads(f: Callable[..., Tensor], inputs: list, dout: Tensor | None
 
 
 def equal(op: Callable, ref: Callable, *inputs) -> None:
-    """The op gives the definition's bits, its gradients the definition's too: for ops that only move rows."""
+    """Assert that the op and its gradients have the definition's bits: for ops that only move rows."""
     dout = torch.randn_like(ref(*inputs).float()) if any(isinstance(x, Tensor) and x.requires_grad for x in inputs) else None
     for ours, theirs in zip(values_and_grads(op, inputs, dout), values_and_grads(ref, inputs, dout), strict=True):
         assert ours.dtype == theirs.dtype
@@ -32,12 +32,12 @@ def equal(op: Callable, ref: Callable, *inputs) -> None:
 
 
 def as_good(op: Callable, ref: Callable, *inputs, units: float = 2.0) -> None:
-    """The op's error against the fp32 definition is at most twice the definition's own in the inputs' dtype."""
+    """Assert that the op's error against the fp32 definition is at most twice the definition's own in the inputs' dtype."""
     wide = [x.detach().float().requires_grad_(x.requires_grad) if _is_float(x) else x for x in inputs]
     exact_out = ref(*wide)
     dout = torch.randn_like(exact_out) if exact_out.ndim else torch.tensor(1.0, device=exact_out.device)
     if _is_float(inputs[0]):
-        dout = dout.to(ref(*inputs).dtype).float()  # what the narrow gradient can hold
+        dout = dout.to(ref(*inputs).dtype).float()  # a gradient that the narrow dtype can hold
     exact = values_and_grads(ref, wide, dout)
     narrow = values_and_grads(ref, list(inputs), dout)
     ours = values_and_grads(op, list(inputs), dout)
@@ -48,14 +48,14 @@ def as_good(op: Callable, ref: Callable, *inputs, units: float = 2.0) -> None:
         assert torch.isfinite(got).all()
         if not truth.numel():
             continue
-        scale = truth.abs().max() or largest  # what cancels to zeros is judged by what else there is
+        scale = truth.abs().max() or largest  # values that cancel to zeros are judged by the largest of the others
         floor = units * torch.finfo(got.dtype).eps * scale
         error, allowed = (got.float() - truth).abs().max(), 2 * (plain.float() - truth).abs().max() + floor
         assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
 
 
 def compiles_whole(f: Callable, *inputs) -> None:
-    """torch.compile without a graph break gives the same, gradients included (the graph is run, not lowered)."""
+    """Assert that torch.compile without a graph break gives the same, gradients included (the graph is run, not lowered)."""
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
     dout = torch.randn_like(f(*inputs).float())
     for ours, theirs in zip(values_and_grads(compiled, inputs, dout), values_and_grads(f, inputs, dout), strict=True):
@@ -63,7 +63,7 @@ def compiles_whole(f: Callable, *inputs) -> None:
 
 
 def some_rows(total: int, count: int, device: torch.device, seed: int = 0) -> Tensor:
-    """(count,) int32: distinct rows among `total`, in no order."""
+    """Return (count,) int32: distinct rows among `total`, in no order."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(total, generator=generator)[:count].int().to(device)
 

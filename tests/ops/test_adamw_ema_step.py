@@ -104,7 +104,7 @@ def test_each_is_torchs_adamw_and_a_loop_of_lerp(f, device):
 
 
 def test_the_definition_is_the_textbooks_formula(device):
-    """Loshchilov and Hutter's algorithm 2, in float64, with the average of what it gives."""
+    """Loshchilov and Hutter's algorithm 2, in float64, with the average of its result."""
     generator = torch.Generator().manual_seed(0)
     p, t = (torch.randn(50, generator=generator, dtype=torch.float64).to(device) for _ in range(2))
     grads = [torch.randn(50, generator=generator, dtype=torch.float64).to(device) for _ in range(5)]
@@ -176,7 +176,7 @@ def test_counts_of_a_long_run_keep_their_corrections(device):
 
 
 def test_one_launch_where_dtypes_and_ends_are_even(device):
-    """Parameters with and without targets share it."""
+    """One launch serves parameters with and without targets."""
     params, state = [torch.randn(8 * n, device=device) for n in (1, 700, 3)], [torch.zeros(8 * n) for n in (1, 700, 3)]
     state = [x.to(device) for x in state]
     table = adamw_ema_table(params, params, state, state, [0, 0, 0], state[:2])
@@ -200,7 +200,7 @@ def test_gradients_may_move_under_a_table(moved, device):
     ours.step(adamw_ema_step_, grads, table=table)
     theirs.step(adamw_ema_step_ref, grads)
     assert_near(ours.state(), theirs.state())
-    here = room.owners_of(ours.params, grads, ours.exp_avgs, ours.exp_avg_sqs, GROUPS, ours.targets, ours.copies)
+    here = room.owners_of(room.Stepped(ours.params, grads, ours.exp_avgs, ours.exp_avg_sqs, GROUPS, ours.targets, ours.copies))
     fitted = room.fitting(table, here, torch.device(device))
     assert (fitted is table) == (moved == "nothing")
     assert (fitted.chunks is table.chunks) == (moved != "dtype")
@@ -246,13 +246,16 @@ def test_compiles_whole(way, device):
     hyper, finite = torch.tensor(HYPER[:1], dtype=torch.float64, device=device), torch.tensor(True, device=device)
 
     def stepped(param, grad):
-        """Out of place, so that the check can run it twice."""
+        """Step out of place, so that the check can run it twice."""
         param, target, moments = param.clone(), param.clone(), [torch.zeros_like(param) for _ in range(2)]
         steps = torch.zeros(1, device=param.device)
         adamw_ema_step_([param], [grad], moments[:1], moments[1:], steps, hyper, [0], [target], 0.75, finite=finite)
         return param + target + steps
 
     compiles_whole(stepped, torch.randn(3, 100, device=device), torch.randn(3, 100, device=device))
+
+
+SHARED = torch.zeros(6)
 
 
 def parts(**changed):
@@ -278,6 +281,8 @@ def parts(**changed):
         (parts(targets=[torch.zeros(4, device="meta")]), ValueError, "is on meta"),
         (parts(targets=[torch.zeros(4)], copies=[torch.zeros(4)]), TypeError, r"copies\[0\] must be bfloat16"),
         (parts(copies=[torch.zeros(4).bfloat16()]), ValueError, "1 copies for 0"),
+        (parts(momentum=1.012), ValueError, "momentum is 1.012; it must be between 0 and 1"),
+        (parts(params=[SHARED[:4]], targets=[SHARED[2:]], momentum=0.5), ValueError, "share their memory; give each once"),
         (parts(finite=torch.ones(1, dtype=torch.bool)), TypeError, "finite must be a 0-dim torch.bool"),
         (parts(momentum=torch.ones((), dtype=torch.bfloat16)), TypeError, "momentum must be a 0-dim torch.float32"),
     ],

@@ -36,7 +36,7 @@ def inputs(context_rows, places, rows, width, device, context_dtype=torch.float3
 
 
 def same_bits(ours, theirs):
-    """Equal; within a unit in Triton's interpreter, which cuts to bfloat16 where the definition and a GPU round."""
+    """Assert equal bits; within a unit in Triton's interpreter, which cuts to bfloat16 where the definition and a GPU round."""
     assert ours.dtype == theirs.dtype
     cuts = ours.dtype == torch.bfloat16 and not ours.is_cuda
     torch.testing.assert_close(ours, theirs, rtol=2**-7 if cuts else 0, atol=0)
@@ -128,7 +128,7 @@ def test_autocast_changes_nothing(device):
 
 
 def by_loop(contexts, blocks, masks, images):
-    """What predictor_layout must give: contexts (their lengths, mask major), blocks (their positions, block major)."""
+    """Lay out by a loop what predictor_layout must give, from lengths of contexts (mask major) and blocks (block major)."""
     total = sum(contexts)
     idx, cu_seqlens = [], [0]
     for block in range(len(blocks) // images if images else 0):

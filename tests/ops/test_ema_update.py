@@ -24,7 +24,7 @@ def clones(*lists):
 
 
 def assert_near(ours, theirs):
-    """One rounding apart: the definition may fuse the multiply and the add."""
+    """Assert equality but for one rounding: the definition may fuse the multiply and the add."""
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b, rtol=2 * torch.finfo(a.dtype).eps, atol=5e-7)
@@ -188,7 +188,7 @@ def test_compiles_whole(way, device):
     finite = torch.tensor(True, device=device)
 
     def moved(target, source):
-        """Out of place, so that the check can run it twice; its tensors are never where the table has them."""
+        """Move out of place, so that the check can run it twice; its tensors are never where the table has them."""
         target, copy = target.clone(), target.bfloat16()
         ema_update_([target], [source], 0.75, finite, [copy], table)
         return target + copy
@@ -216,6 +216,10 @@ def parts(**changed):
         (parts(sources=[torch.zeros(4, device="meta")]), ValueError, "is on meta"),
         (parts(momentum=torch.zeros(1)), TypeError, "momentum must be a 0-dim torch.float32"),
         (parts(momentum=torch.zeros((), dtype=torch.float64)), TypeError, "momentum must be a 0-dim torch.float32"),
+        (parts(momentum=1.012), ValueError, "momentum is 1.012; it must be between 0 and 1"),
+        (parts(momentum=-0.1), ValueError, "momentum is -0.1"),
+        (parts(momentum=float("nan")), ValueError, "momentum is nan"),
+        (parts(momentum=torch.tensor(1.5)), ValueError, "momentum is 1.5"),
         (parts(finite=torch.ones(())), TypeError, "finite must be a 0-dim torch.bool"),
         (parts(finite=torch.ones((), dtype=torch.bool, device="meta")), ValueError, "finite is on meta"),
     ],
@@ -229,3 +233,16 @@ def test_a_target_is_given_once():
     tied = torch.zeros(4)
     with pytest.raises(ValueError, match="share their memory"):
         ema_table([tied, tied], [torch.zeros(4), torch.zeros(4)])
+
+
+@pytest.mark.parametrize("way", ["triton", "torch"])
+def test_targets_that_overlap_are_refused(way):
+    """A kernel would race for the elements that they share."""
+    fastjepa_kernels.use(way)
+    flat, sources = torch.zeros(12), [torch.zeros(6), torch.zeros(6)]
+    for targets, copies in (([flat[:6], flat[5:11]], None), ([torch.zeros(6) for _ in "ab"], [flat.bfloat16()[:6]] * 2)):
+        with pytest.raises(ValueError, match="share their memory; give each once"):
+            ema_table(targets, sources, copies)
+        with pytest.raises(ValueError, match="share their memory; give each once"):
+            ema_update_(targets, sources, 0.5, copies=copies)
+    ema_update_([flat[:6], flat[6:]], sources, 0.5)

@@ -5,6 +5,7 @@ import torch
 from checks import DTYPES, as_good, compiles_whole, equal, some_rows
 from torch.library import opcheck
 
+import fastjepa_kernels
 from fastjepa_kernels import gather_tokens, gather_tokens_ref, gather_tokens_repeated, gather_tokens_repeated_ref, occurrences
 
 # (rows, width, taken): the widths of ViT-B, L, H and g, odd ones, prime counts, one row, none
@@ -115,3 +116,15 @@ def test_says_what_is_wrong(x, idx, error, says):
 def test_repeated_wants_a_flat_table():
     with pytest.raises(ValueError, match="flatten"):
         gather_tokens_repeated(torch.zeros(2, 4, 8), torch.zeros(2, 1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("way", ["triton", "torch"])
+@pytest.mark.parametrize("shape", [(9, 4), (2, 9, 4)])
+def test_a_row_that_is_named_twice_is_refused(way, shape, monkeypatch):
+    """The kernel's gradient would keep one of the two: a CPU refuses it as a card does in debug mode."""
+    fastjepa_kernels.use(way)
+    x, idx = torch.randn(shape), torch.tensor([3, 1, 3], dtype=torch.int32).expand(*shape[:-2], 3)
+    with pytest.raises(ValueError, match="gather_tokens: idx names a row twice; use gather_tokens_repeated"):
+        gather_tokens(x, idx)
+    assert gather_tokens(x, idx[..., :2]).shape == (*shape[:-2], 2, 4)
+    assert len(gather_tokens_repeated(x.flatten(0, -2), idx.flatten())) == idx.numel()

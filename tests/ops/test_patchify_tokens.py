@@ -14,7 +14,7 @@ LAYOUTS = ["NCHW", "NHWC"]
 
 
 def some_images(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, layout: str = "NCHW") -> Tensor:
-    """(B, C, H, W) images; NHWC ones are a permuted view."""
+    """Make (B, C, H, W) images; NHWC ones are a permuted view."""
     images = torch.randint(256, shape, device=device, dtype=torch.uint8)
     images = images if dtype == torch.uint8 else torch.randn(shape, device=device).to(dtype)
     return images if layout == "NCHW" else images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
@@ -26,7 +26,7 @@ def statistics(channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def unfolded(images: Tensor, idx: Tensor | None, mean: Tensor | None, std: Tensor | None, patch_size: int) -> Tensor:
-    """The rows in float64, by another way."""
+    """Make the rows in float64, by another way."""
     x = images.double() / (255 if images.dtype == torch.uint8 else 1)
     if mean is not None:
         x = (x - mean.double()[:, None, None]) / std.double()[:, None, None]
@@ -102,7 +102,7 @@ def test_all_patches_are_in_raster_order(device):
 
 
 def views(kind: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """(2, 3, 32, 48) images as loaders and augmentations leave them in memory."""
+    """Make (2, 3, 32, 48) images as loaders and augmentations leave them in memory."""
     wide, deep = some_images((2, 3, 41, 63), kind, device), some_images((2, 4, 32, 48), kind, device, "NHWC")
     return {
         "a crop": wide[:, :, 3:35, 5:53],
@@ -177,7 +177,7 @@ def test_nothing_gives_nothing(op, device):
 
 @pytest.mark.parametrize("op", [patchify_tokens, patchify_tokens_ref])
 def test_the_result_is_never_the_images(op, device):
-    """Where the rows are the images' own memory: one patch an image."""
+    """One patch an image: here the rows could be the images' own memory."""
     images = some_images((3, 1, 16, 16), torch.float32, device)
     before = images.clone()
     for given in [(None, None), tuple(x[:1] for x in statistics(3, device))]:

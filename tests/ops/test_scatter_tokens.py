@@ -5,6 +5,7 @@ import torch
 from checks import DTYPES, as_good, compiles_whole, equal, some_rows
 from torch.library import opcheck
 
+import fastjepa_kernels
 from fastjepa_kernels import gather_tokens, scatter_tokens, scatter_tokens_ref
 
 # (rows, width, placed): the widths of ViT-B, L, H and g, odd ones, prime counts, one row, none placed, none at all
@@ -22,7 +23,7 @@ SIZES = [
 
 
 def image_rows(images: int, tokens: int, kept: int, device: torch.device) -> torch.Tensor:
-    """(images, kept) int32: distinct places in each image."""
+    """Return (images, kept) int32: distinct places in each image."""
     places = [some_rows(tokens, kept, device, seed=i) for i in range(images)]
     return torch.stack(places) if images else torch.zeros(0, kept, dtype=torch.int32, device=device)
 
@@ -70,7 +71,7 @@ def test_positions_repeat_along_the_rows(device):
 @pytest.mark.parametrize("positions_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_has_the_dtype_of_the_sum(dtype, positions_dtype, fill_dtype, device):
-    """As x + positions in eager; gradients in the dtypes of x and fill."""
+    """The result has the dtype of x + positions in eager torch, the gradients those of x and fill."""
     x = torch.randn(5, 96, device=device).to(dtype).requires_grad_()
     fill = torch.randn(96, device=device).to(fill_dtype).requires_grad_()
     positions = torch.randn(11, 96, device=device).to(positions_dtype)
@@ -188,3 +189,12 @@ def test_says_what_is_wrong(x, idx, given, error, says):
 def test_wants_floating_rows():
     with pytest.raises(TypeError, match="x must be float32, bfloat16 or float16"):
         scatter_tokens(torch.zeros(2, 8, dtype=torch.int32), torch.arange(2, dtype=torch.int32), 4)
+
+
+@pytest.mark.parametrize("way", ["triton", "torch"])
+def test_a_place_that_is_named_twice_is_refused(way):
+    fastjepa_kernels.use(way)
+    idx = torch.tensor([[3, 1], [2, 2]], dtype=torch.int32)
+    with pytest.raises(ValueError, match="scatter_tokens: idx names a row twice; give each place once"):
+        scatter_tokens(torch.randn(2, 2, 4), idx, 5)
+    assert scatter_tokens(torch.randn(2, 2, 4), idx[:1].expand(2, 2), 5).shape == (2, 5, 4)  # in two images

@@ -13,7 +13,7 @@ from fastjepa_kernels.varlen_attention import varlen_attention_ref
 
 
 def as_good(op, ref, *inputs) -> None:
-    """In fp32 the definition is its own truth: sums of up to 256 products may be made in another order, as the CPU has it."""
+    """Compare as the house does, but in fp32 with sums of up to 256 products in another order, as the CPU has it."""
     as_good_in_units(op, ref, *inputs, units=48.0 if inputs[0].dtype == torch.float32 else 2.0)
 
 
@@ -22,7 +22,7 @@ def cu_seqlens(lengths: list[int], device: torch.device) -> Tensor:
 
 
 def packed(queries: list[int], keys: list[int], heads: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple:
-    """The arguments of an attention function, q, k and v tracked."""
+    """Make the arguments of an attention function, q, k and v tracked."""
     q, k, v = (
         torch.randn(rows, heads, width, device=device).to(dtype).requires_grad_()
         for rows in (sum(queries), sum(keys), sum(keys))
@@ -129,7 +129,7 @@ def test_two_runs_give_the_same_bits(device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("queries", "keys"), [([7, 7], [9, 9]), ([5, 70, 2], [66, 70, 3]), ([0, 2, 0], [3, 0, 0]), ([], [])])
 def test_the_definition_is_the_plain_one(queries, keys, dtype, device):
-    """What a CPU runs: padded or one by one, never NaN."""
+    """A CPU runs it, padded or one by one, and it never gives NaN."""
     as_good(short_attention_ref, varlen_attention_ref, *packed(queries, keys, 2, 8, dtype, device))
 
 

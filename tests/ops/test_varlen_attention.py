@@ -1,16 +1,18 @@
 """varlen_attention: every way against the plain definition, and which way runs where."""
 
+import importlib
 import subprocess
 import sys
 import types
 
 import pytest
 import torch
+import torch._dynamo.testing
 from checks import DTYPES, compiles_whole
 from checks import as_good as as_good_in_units
 from torch import Tensor
 
-from fastjepa_kernels import dispatch
+from fastjepa_kernels import dense_attention, dispatch
 from fastjepa_kernels.varlen_attention import attention_way, varlen_attention, varlen_attention_ref
 
 module = sys.modules[varlen_attention.__module__]  # the package's name for it is the function's
@@ -18,12 +20,12 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def as_good(op, ref, *inputs) -> None:
-    """In fp32 the definition is its own truth: its sums may be made in another order."""
+    """Compare as the house does, but in fp32 the definition is its own truth: its sums may be made in another order."""
     as_good_in_units(op, ref, *inputs, units=16.0 if inputs[0].dtype == torch.float32 else 2.0)
 
 
 def packed(queries: list[int], keys: list[int], dtype: torch.dtype, device: torch.device, width: int = 24) -> tuple:
-    """The arguments of an attention function for two heads, q, k and v tracked."""
+    """Make the arguments of an attention function for two heads, q, k and v tracked."""
     q, k, v = (
         torch.randn(rows, 2, width, device=device).to(dtype).requires_grad_() for rows in (sum(queries), sum(keys), sum(keys))
     )
@@ -67,6 +69,56 @@ def test_so_are_the_libraries(queries, keys, dtype, way):
     as_good(by(way), varlen_attention_ref, *packed(queries, keys, dtype, CUDA))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["flash", "varlen", "xformers"])
+@pytest.mark.parametrize("lengths", [[200, 131, 256], [1, 300, 64, 7]])
+def test_the_libraries_read_slices_of_a_packed_qkv_beyond_128_tokens(lengths, way):
+    """Where torch's varlen_attn would take cuDNN if it were not told otherwise; heads of 80, as a ViT-H has them."""
+    if module.missing(way):
+        pytest.skip(f"{way}: {module.missing(way)}")
+    qkv = torch.randn(sum(lengths), 3, 2, 80, device=CUDA).bfloat16().requires_grad_()
+    cu = torch.tensor([0, *lengths], device=CUDA).cumsum(0).int()
+    as_good(
+        lambda qkv: varlen_attention(*qkv.unbind(1), cu, cu, max(lengths), max(lengths), way),
+        lambda qkv: varlen_attention_ref(*qkv.unbind(1), cu, cu),
+        qkv,
+    )
+
+
+def test_varlen_asks_torch_for_a_window_wider_than_any_sequence(monkeypatch):
+    """With a window torch takes FlashAttention; without one it takes cuDNN on some cards, which plans anew for every T."""
+    asked = []
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda *x, **options: asked.append((x, options)))
+    inputs = packed([200, 3], [200, 3], torch.bfloat16, CPU)
+    module.load("varlen")(*inputs)
+    ((given, options),) = asked
+    assert all(a is b for a, b in zip(given, inputs, strict=True))
+    assert options == {"window_size": (module.WINDOW, module.WINDOW)} and module.WINDOW >= 2**16
+
+
+def test_torch_s_own_choice_with_the_window_is_not_cudnn(monkeypatch):
+    """Its condition, on a card that has cuDNN's attention: true without the window, false with it."""
+    varlen = importlib.import_module("torch.nn.attention.varlen")
+    if not hasattr(varlen, "_can_use_cudnn"):  # before torch 2.14
+        return
+    monkeypatch.setattr(varlen, "_should_use_cudnn", lambda device_index: True)
+    q = types.SimpleNamespace(is_cuda=True, device=torch.device("cuda:0"), dtype=torch.bfloat16, shape=(500, 16, 80))
+    q.size = q.shape.__getitem__
+    assert varlen._can_use_cudnn(q, q, q, 256, [-1, -1])
+    assert not varlen._can_use_cudnn(q, q, q, 256, [module.WINDOW, module.WINDOW])
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_flash_is_deterministic_where_torch_is_asked_to_be(deterministic, monkeypatch):
+    asked = []
+    package = types.ModuleType("flash_attn")
+    package.flash_attn_varlen_func = lambda *x, **options: asked.append(options)
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    torch.use_deterministic_algorithms(deterministic)
+    module.load("flash")(*packed([3], [3], torch.bfloat16, CPU))
+    assert asked == [{"deterministic": deterministic}]
+
+
 @pytest.mark.parametrize("way", ["sdpa", "matmul", "short"])
 def test_looser_maxima_change_nothing(way, device):
     q, k, v, cu_q, cu_k, _, _ = packed([9, 4], [12, 80], torch.float32, device)
@@ -93,14 +145,14 @@ def test_the_ways_of_a_cpu_have_the_gradients_of_calculus(queries, keys, way):
 
 
 def test_equal_lengths_are_not_padded(monkeypatch):
-    monkeypatch.setattr(module, "_padded", None)
-    monkeypatch.setattr(module, "_each", None)
+    monkeypatch.setattr(dense_attention, "_padded", None)
+    monkeypatch.setattr(dense_attention, "_each", None)
     as_good(by("auto"), varlen_attention_ref, *packed([70, 70], [80, 80], torch.float32, CPU))
 
 
 def test_only_long_ragged_fp32_sequences_run_one_by_one(monkeypatch):
-    monkeypatch.setattr(module, "_each", lambda *_: "each")
-    monkeypatch.setattr(module, "_padded", lambda *_: "padded")
+    monkeypatch.setattr(dense_attention, "_each", lambda *_: "each")
+    monkeypatch.setattr(dense_attention, "_padded", lambda *_: "padded")
     runs = {
         (dtype, most): varlen_attention(*packed([3, 5], [7, most], dtype, CPU)) for dtype in DTYPES[:2] for most in (64, 65)
     }
@@ -121,6 +173,16 @@ def test_the_choice_can_be_compiled():
         return x + module.WAYS.index(attention_way("auto", CUDA, torch.bfloat16))
 
     assert f(torch.zeros(1)).item() == module.WAYS.index(attention_way("auto", CUDA, torch.bfloat16))
+
+
+def test_the_first_call_of_a_library_can_be_compiled(monkeypatch):
+    """It may happen inside a compiled network that the package is looked up."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda q, *x, window_size: q * window_size[0])
+    monkeypatch.setattr(module, "_found", {})
+    inputs = packed([5, 3], [5, 3], torch.float32, CPU)
+    torch._dynamo.reset()
+    run = torch.compile(lambda *x: module.library("varlen")(*x), fullgraph=True, backend="eager")
+    torch.testing.assert_close(run(*inputs), inputs[0] * module.WINDOW)
 
 
 def test_importing_the_door_imports_no_library():
@@ -196,6 +258,55 @@ def test_xformers_makes_its_mask_once_for_each_pair_of_cu_seqlens(monkeypatch):
 def test_a_way_that_cannot_run_says_so(name, device, dtype, says):
     with pytest.raises(ValueError, match=says):
         attention_way(name, device, dtype)
+
+
+@pytest.mark.parametrize("library", ["flash", "varlen", "xformers"])
+@pytest.mark.parametrize(("head_dim", "runs"), [(8, True), (64, True), (80, True), (256, True), (20, False), (264, False)])
+def test_heads_that_flash_attention_cannot_take_are_refused_at_the_door(library, head_dim, runs, monkeypatch):
+    monkeypatch.setattr(module, "missing", lambda name: "" if name == library else "no such module")
+    assert attention_way("auto", CUDA, torch.bfloat16, head_dim, 300) == (library if runs else "sdpa")
+    assert attention_way("auto", CUDA, torch.float32, head_dim, 300) == "sdpa"
+    assert attention_way("sdpa", CUDA, torch.bfloat16, head_dim, 300) == "sdpa"
+    if runs:
+        assert attention_way(library, CUDA, torch.bfloat16, head_dim, 300) == library
+        return
+    limit = "at most 256" if head_dim > 256 else "a multiple of 8"
+    says = f"{library} takes heads of {limit} channels, not {head_dim}; use auto"
+    with pytest.raises(ValueError, match=says):
+        attention_way(library, CUDA, torch.bfloat16, head_dim, 300)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "longest", "dtype", "says"),
+    [
+        (65, 256, torch.bfloat16, "short takes heads of at most 64 channels, not 65; use auto"),
+        (80, None, torch.float32, "short takes heads of at most 64 channels, not 80"),
+        (24, 257, torch.bfloat16, "short takes sequences of at most 256 tokens, not 257; use auto"),
+        (None, 784, torch.bfloat16, "short takes sequences of at most 256 tokens, not 784"),
+        (24, 100, torch.float64, "short needs fp32, bf16 or fp16, not torch.float64"),
+    ],
+)
+def test_sequences_that_short_cannot_hold_are_refused_at_the_door(head_dim, longest, dtype, says):
+    assert attention_way("short", CUDA, torch.bfloat16, 64, 256) == "short"
+    with pytest.raises(ValueError, match=says):
+        attention_way("short", CUDA, dtype, head_dim, longest)
+
+
+def test_no_sequence_reaches_the_window_of_varlen(monkeypatch):
+    monkeypatch.setattr(module, "missing", lambda name: "")
+    assert attention_way("varlen", CUDA, torch.bfloat16, 64, module.WINDOW) == "varlen"
+    with pytest.raises(ValueError, match="varlen takes sequences of at most"):
+        attention_way("varlen", CUDA, torch.bfloat16, 64, module.WINDOW + 1)
+
+
+def test_one_graph_serves_ragged_lengths():
+    """Neither the door's limits nor the window specialise a compiled graph on the lengths of a batch."""
+    torch._dynamo.reset()
+    graphs = torch._dynamo.testing.CompileCounter()
+    run = torch.compile(by("matmul"), fullgraph=True, backend=graphs, dynamic=True)
+    for queries in ([5, 9, 3], [30, 2, 11], [7, 40, 13], [21, 8, 19]):
+        run(*packed(queries, queries, torch.float32, CPU))
+    assert graphs.frame_count == 1
 
 
 def test_a_library_that_is_not_there_is_named(monkeypatch):

@@ -1,0 +1,61 @@
+"""The log of a run: its lines, its readings of collapse, and how many steps were skipped."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from fastjepa.config.schema import Config
+from fastjepa.data.sources import Source
+from fastjepa.engine.average import Average
+from fastjepa.engine.precision import COMPUTE_DTYPES
+from fastjepa.engine.schedule import Schedule, StepSettings
+from fastjepa.engine.tally import StepTally
+from fastjepa.monitoring.log import Log
+from fastjepa.monitoring.machine import gemm_rate
+from fastjepa.monitoring.monitor import Monitor
+from fastjepa.monitoring.skips import Skips
+from fastjepa.plan.flops import flops_per_image
+from fastjepa.ranks.collectives import mean_over_ranks
+from fastjepa.ranks.world import World
+
+
+class RunLog(Log):
+    """The log of a run: the main rank writes it, and every rank takes part in the mean of the loss."""
+
+    def __init__(self, config: Config, output: Path, world: World, schedule: Schedule, start_step: int):
+        self.images, self.schedule = config.data.batch_size * world.size, schedule
+        rate = gemm_rate(world.device, COMPUTE_DTYPES[config.runtime.dtype]) * world.size if world.is_main else 0.0
+        super().__init__(output if world.is_main else None, schedule.total_steps, config.logging.every,
+                         flops_per_image(config, self.images), rate, start_step=start_step)  # fmt: skip
+        self.config, self.monitor = config, None
+
+    def watch(self, source: Source, average: Average) -> None:
+        """Take readings of the target encoder from now on, and tell of collapse."""
+        self.monitor = Monitor(self.config, source, average.target_encoder, self.schedule, self.kept, self.flops_per_image)
+
+    def record(self, step: int, tally: StepTally, now: StepSettings, skips: Skips, extras: dict[str, float | Tensor]) -> None:
+        """Record that `step` steps have been taken; a line and readings are made where they are due."""
+        if self.writes and self.monitor.due(step):  # the ranks that do not write the log go on meanwhile
+            with self.pause():
+                readings, notes = self.monitor.look(step, tally.features, tally.loss, now)
+            self.hold(readings)
+            for note in notes:
+                self.message(note)
+        due = step % self.every == 0 or step == self.total_steps
+        self.step(
+            step, step // self.schedule.steps_per_epoch, self._values(tally, now, skips, extras) if due else {}, self.images
+        )
+
+    def _values(
+        self, tally: StepTally, now: StepSettings, skips: Skips, extras: dict[str, float | Tensor]
+    ) -> dict[str, float | Tensor]:
+        """Return the values of a line; the log reads them from the device."""
+        return {
+            "loss": mean_over_ranks(tally.loss),
+            "lr": now.lr,
+            "weight_decay": now.weight_decay,
+            "ema_momentum": now.ema_momentum,
+            "context_tokens": tally.context_tokens,
+            "target_tokens": tally.target_tokens,
+            "skipped": skips.poll()[0],
+        } | extras

@@ -1,0 +1,304 @@
+"""Studies: what is planned, one arm from its first step to its row, and sweeps of processes that are killed and go on."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from fastjepa.cli import main as main_module
+from fastjepa.cli.sweep import arm_names
+from fastjepa.config.load import config_from_dict, load_config
+from fastjepa.engine.schedule import Schedule
+from fastjepa.errors import ConfigError
+from fastjepa.masks.check import check_masks
+from fastjepa.masks.draw import draw_masks
+from fastjepa.studies import arm, worker
+from fastjepa.studies.arm import ARM_CONFIG, JOB_FILE, Arm, departures_from_default
+from fastjepa.studies.subset import subset_of
+from fastjepa.studies.sweep import BASE_CONFIG, STUDIES, ArmJob, job_rows, plan_jobs, sweep_jobs
+from fastjepa.studies.token_variance import variance_shares
+from fastjepa.studies.worker import main, scheduled_config, train_ijepa
+from tests.support.images import write_idx
+from tests.support.runs import same_weights, weights
+
+EVERY = [(name, each) for name, study in STUDIES.items() for each in study.arms]
+TINY = ["data.channels=1", "data.batch_size=8", "meta.embed_dim=32", "meta.depth=2", "meta.pred_emb_dim=16",
+        "runtime.dtype=fp32", "runtime.device=cpu", "logging.every=1", "logging.monitor_every=0",
+        "logging.checkpoint_every=2"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    """60 training and 20 test images of four classes, as idx files."""
+    folder, draw = tmp_path_factory.mktemp("idx"), np.random.default_rng(0)
+    for prefix, count in (("train", 60), ("t10k", 20)):
+        write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", draw.integers(0, 256, (count, 28, 28), np.uint8))
+        write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", np.arange(count, dtype=np.uint8) % 4)
+    return str(folder)
+
+
+def planned(data: str, output: Path, *arms: str, budget: int = 32, seeds: int = 1, more: tuple[str, ...] = ()):
+    return plan_jobs("small", output, data, seeds, budget, arms, [*TINY, *more])
+
+
+def work(job: ArmJob) -> dict:
+    """The row of a job, made in this process."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    (job.folder / JOB_FILE).write_text(json.dumps(job.asked))
+    assert main(job.folder) == 0
+    return json.loads(job.row.read_text())
+
+
+@pytest.mark.parametrize("study, each", EVERY, ids=[f"{name}-{each.name}" for name, each in EVERY])
+def test_every_arm_is_a_config_that_runs_and_differs_from_the_base(study: str, each: Arm):
+    base, config = load_config(BASE_CONFIG), load_config(BASE_CONFIG, each.overrides)
+    check_masks(config.mask, config.grid, config.runtime.seed, config.data.batch_size)
+    changes = (
+        departures_from_default(config) != departures_from_default(base)
+        or each.length != 1
+        or each.fraction != 1
+        or each.method != "ijepa"
+    )
+    assert changes == (each.name not in ("multi-block", "base"))
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_arms_have_names_of_their_own_and_groups_lie_together(study: str):
+    arms = STUDIES[study].arms
+    assert len({each.name for each in arms}) == len(arms)
+    groups = [each.group for each in arms]
+    assert [group for i, group in enumerate(groups) if group in groups[:i] and groups[i - 1] != group] == []
+
+
+@given(st.integers(1, 300), st.integers(1, 8), st.integers(8, 60))
+def test_schedules_end_with_the_budget_whatever_an_epoch_is(steps: int, batch: int, size: int):
+    class Images(list):
+        pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arm, "open_source", lambda data: Images(range(size)))
+        base = load_config(BASE_CONFIG, [f"data.batch_size={batch}", "optimization.ema=[0.5,1.0]"])
+        config, found = scheduled_config(base, "somewhere", steps * batch + batch - 1)
+    schedule = Schedule(config.optimization, size // batch)
+    assert found == steps <= schedule.total_steps
+    assert schedule(steps - 1).lr == pytest.approx(config.optimization.final_lr)
+    assert schedule(steps).ema_momentum == pytest.approx(1.0)
+    if steps > 20:
+        assert max(range(steps), key=lambda step: schedule(step).lr) == pytest.approx(0.1 * steps, abs=2)
+
+
+def test_another_setting_is_another_run_and_the_same_is_the_same(data, tmp_path):
+    (base,), (again,) = (planned(data, tmp_path, "base") for _ in range(2))
+    others = [*planned(data, tmp_path, "base", budget=64), *planned(data, tmp_path, "base", more=("optimization.lr=1e-4",)),
+              planned(data, tmp_path, "base", seeds=2)[1], *planned(data, tmp_path, "momentum .99")]  # fmt: skip
+    assert base.folder == again.folder
+    assert len({job.folder for job in (base, *others)}) == 1 + len(others)
+    (slow,) = planned(data, tmp_path, "base", more=("logging.every=7", "runtime.threads=2", "data.num_workers=1"))
+    assert slow.folder.name != base.folder.name  # data.num_workers is of the data
+    (told,) = planned(data, tmp_path, "base", more=("logging.every=7", "runtime.threads=2"))
+    assert told.folder == base.folder
+
+
+def test_the_same_run_in_two_studies_is_done_once(tmp_path):
+    first, second = (plan_jobs(name, tmp_path, "cifar10", 1, 1000, [arm])[0] for name, arm in
+                     (("masking", "multi-block"), ("small", "base")))  # fmt: skip
+    assert first.folder == second.folder
+    first.folder.mkdir(parents=True)
+    first.row.write_text(json.dumps(first.asked | {"mark": 1}))
+    (row,) = job_rows([second])
+    assert (row["study"], row["arm"], row["group"], row["mark"]) == ("small", "base", "base", 1)
+
+
+def test_one_seed_of_all_arms_comes_before_the_next(data, tmp_path):
+    jobs = planned(data, tmp_path, "base", "VICReg", seeds=2)
+    assert [job.label for job in jobs] == ["base, seed 0", "VICReg, seed 0", "base, seed 1", "VICReg, seed 1"]
+
+
+def test_a_batch_smaller_than_its_group_is_cut_as_the_first_part_of_one():
+    mask = load_config(BASE_CONFIG, ["mask.truncate=batch_min", "mask.truncate_group=256"]).mask
+    context, target = draw_masks(mask, (8, 8), 0, 3, range(64), 64)
+    whole_context, whole_target = draw_masks(mask, (8, 8), 0, 3, range(256), 256)
+    assert np.array_equal(context, whole_context[:64]) and np.array_equal(target, whole_target[:64])
+
+
+def test_equal_flops_buy_more_images_of_shorter_contexts(tmp_path):
+    jobs = plan_jobs("truncation", tmp_path, "cifar10", 2, 100_000)
+    for seed in range(2):
+        images = {job.asked["arm"]: job.asked["images"] for job in jobs if job.asked["seed"] == seed}
+        assert images["none"] == 100_000 < images["batch_min of 16"] < images["batch_min of 128"] < images["batch_min of 2048"]
+
+
+def test_an_arm_trains_and_its_row_says_what_it_rests_on(data, tmp_path):
+    (job,) = planned(data, tmp_path, "momentum .99")
+    row = work(job)
+    assert (row["study"], row["arm"], row["seed"], row["images"]) == ("small", "momentum .99", 0, 32)
+    assert row["changed"]["optimization"]["ema"] == [0.99, 1.0] and row["hash"] == job.asked["hash"]
+    assert row["flops"] > 0 and row["seconds"] > 0 and row["made_by"]["torch"] == torch.__version__
+    for probe in ("knn", "linear", "linear_bn"):
+        low, high = row["probe"][probe]["ci95"]
+        assert low <= row["probe"][probe]["accuracy"] <= high
+    assert [path.name for path in (job.folder / "checkpoints").iterdir()] == ["jepa-00000004"]
+
+
+def test_an_arm_that_has_its_row_does_nothing(data, tmp_path):
+    (job,) = planned(data, tmp_path, "random encoder")
+    first = work(job)
+    job.row.write_text(json.dumps(first | {"mark": 1}))
+    assert work(job)["mark"] == 1
+
+
+def test_an_arm_whose_row_is_among_the_kept_ones_is_not_run(data, tmp_path):
+    """As where docs/studies was committed and the runs' folders are gone; it may be another study's row."""
+    jobs = planned(data, tmp_path / "new", "raw pixels", "random encoder")
+    (tmp_path / "masking.json").write_text(json.dumps([work(job) for job in planned(data, tmp_path / "old", "random encoder")]))
+    assert sweep_jobs(jobs, 1, Console(), tmp_path) == []
+    assert [job.row.is_file() for job in jobs] == [True, False]
+    assert [row["arm"] for row in job_rows(jobs, tmp_path)] == ["raw pixels", "random encoder"]
+
+
+def test_every_arm_can_be_named_on_the_command_line():
+    for study in STUDIES.values():
+        listed = [each.name for each in study.arms]
+        assert arm_names(",".join(listed)) == listed
+
+
+def test_floors_train_nothing(data, tmp_path):
+    pixels, random = (work(job) for job in planned(data, tmp_path, "raw pixels", "random encoder"))
+    assert random["images"] == random["flops"] == pixels["flops"] == 0
+    assert pixels["probe"]["effective_rank"] > random["probe"]["effective_rank"]
+
+
+def test_a_row_says_what_tokens_are_made_of(data, tmp_path):
+    pixels, random = (work(job)["shares"] for job in planned(data, tmp_path, "raw pixels", "random encoder"))
+    assert pixels is None and sum(random.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("part", ["common", "position", "image", "local"])
+def test_shares_find_the_part_that_tokens_were_made_of(part: str):
+    shape = {"common": (1, 1, 8), "position": (1, 30, 8), "image": (50, 1, 8), "local": (50, 30, 8)}[part]
+    tokens = torch.randn(shape, generator=torch.Generator().manual_seed(0)).expand(50, 30, 8)
+    found = variance_shares(tokens)
+    assert sum(found.values()) == pytest.approx(1) and max(found, key=found.get) == part and found[part] > 0.75
+
+
+def test_an_arm_goes_on_from_its_checkpoint(data, tmp_path):
+    (whole,), (parts,) = planned(data, tmp_path / "a", "base"), planned(data, tmp_path / "b", "base")
+    expected = work(whole)
+    parts.folder.mkdir(parents=True)
+    config, steps = scheduled_config(config_from_dict(parts.asked["config"]), data, 32)
+    (parts.folder / ARM_CONFIG).write_text((whole.folder / ARM_CONFIG).read_text())
+    train_ijepa(parts.folder / ARM_CONFIG, parts.folder, 2)  # and there it was killed
+    found = work(parts)
+    assert steps == 4 and found["probe"] == expected["probe"]
+    assert same_weights(weights(whole.folder, 4), weights(parts.folder, 4))
+
+
+def test_an_arm_stopped_by_a_signal_has_no_row(data, tmp_path, monkeypatch):
+    (job,) = planned(data, tmp_path, "base")
+    job.folder.mkdir(parents=True)
+    (job.folder / JOB_FILE).write_text(json.dumps(job.asked))
+    ijepa = train_ijepa
+    monkeypatch.setattr(worker, "train_ijepa", lambda config, folder, steps: ijepa(config, folder, steps - 1))
+    assert main(job.folder) == 130 and not job.row.exists()
+
+
+def test_a_fraction_is_a_folder_of_links(tmp_path):
+    from PIL import Image
+
+    for label in "ab":
+        for i in range(10):
+            file = tmp_path / "images/train" / label / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(file)
+    source = str(tmp_path / "images")
+    roots = [Path(subset_of(source, 0.25, tmp_path / name)) for name in ("one", "two", "one")]
+    linked = [sorted(str(path.relative_to(root)) for path in root.rglob("*.png")) for root in roots]
+    assert len(linked[0]) == 5 and linked[0] == linked[1] == linked[2]
+    assert all(path.resolve().is_file() for path in roots[0].rglob("*.png"))
+    assert subset_of(source, 1.0, tmp_path / "all") == source
+
+
+def test_a_fraction_of_idx_files_is_refused(data, tmp_path):
+    with pytest.raises(ConfigError, match="image files alone"):
+        subset_of(data, 0.5, tmp_path)
+
+
+def test_an_unknown_arm_is_refused_with_the_known_ones(data, tmp_path, capsys):
+    assert main_module.main(["sweep", "--study", "truncation", "--arms", "half", "--report", "--output", str(tmp_path)]) == 2
+    assert "--arms 'half': no arm of this study; choose of: none, batch_min of 16" in capsys.readouterr().err
+
+
+def test_a_sweep_without_its_data_is_refused_before_it_starts(tmp_path, capsys):
+    assert (
+        main_module.main(["sweep", "--study", "small", "--data", str(tmp_path / "none"), "--output", str(tmp_path / "out")])
+        == 2
+    )
+    assert "none" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def command(data: str, output: Path, arms: str, budget: int) -> list[str]:
+    options = ["--study", "small", "--arms", arms, "--seeds", "1", "--jobs", "2", "--data", data, "--budget", str(budget)]
+    return [sys.executable, "-m", "fastjepa.cli", "sweep", *options, "--output", str(output), *TINY]
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_does_only_what_is_missing(data, tmp_path):
+    """SIGKILL to the sweep and to its arms, in the middle of one of them."""
+    words = command(data, tmp_path, "base,random encoder", 1600)
+    first = subprocess.Popen(words, start_new_session=True, stdout=subprocess.DEVNULL)
+    base, random = plan_jobs("small", tmp_path, data, 1, 1600, ["base", "random encoder"], TINY)
+    wait_for(lambda: random.row.is_file() and list((base.folder / "checkpoints").glob("jepa-*")) and not base.row.is_file())
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    made = random.row.stat().st_mtime_ns
+    done = subprocess.run(words, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert random.row.stat().st_mtime_ns == made
+    assert "resuming from" in (base.folder / "log.txt").read_text()
+    assert json.loads(base.row.read_text())["images"] == 1600
+
+
+@pytest.mark.slow
+def test_sigterm_reaches_the_arms_which_save_and_go_on_later(data, tmp_path):
+    words = command(data, tmp_path, "base", 100_000)
+    first = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+    (base,) = plan_jobs("small", tmp_path, data, 1, 100_000, ["base"], TINY)
+    wait_for(lambda: list((base.folder / "checkpoints").glob("jepa-*")))
+    first.terminate()
+    assert first.wait(60) == 130
+    assert "stopped by SIGTERM" in (base.folder / "log.txt").read_text() and not base.row.exists()
+
+
+@pytest.mark.slow
+def test_an_arm_that_fails_is_named_and_the_others_go_on(data, tmp_path):
+    (base, _) = plan_jobs("small", tmp_path, data, 1, 32, ["base", "random encoder"], TINY)
+    (base.folder / ARM_CONFIG).mkdir(parents=True)  # in the way
+    done = subprocess.run(command(data, tmp_path, "base,random encoder", 32), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 2 and "1 of 2 runs failed, base, seed 0 first" in done.stderr
+    assert "random encoder, seed 0: knn" in done.stdout
+
+
+def wait_for(holds, seconds: float = 200.0) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.05)
+
+
+def test_a_study_is_a_config_and_nothing_else_changes_with_its_arms():
+    """Sections that say how a run is logged or executed are the same for all arms of a study, so that minutes compare."""
+    for _, each in EVERY:
+        base, config = load_config(BASE_CONFIG), load_config(BASE_CONFIG, each.overrides)
+        assert (dataclasses.asdict(base.logging), dataclasses.asdict(base.runtime)) == (
+            dataclasses.asdict(config.logging), dataclasses.asdict(config.runtime))  # fmt: skip
