@@ -178,7 +178,7 @@ def of_rounds(of_step: Callable[[int], float], rounds: int, steps: int) -> list[
 def start(config: Config) -> torch.device:
     """Check the config, set the threads, and return the device."""
     device = join_world(config.runtime.device).device
-    check_masks(config, config.mask.truncate_group)
+    check_masks(config.mask, config.grid, config.runtime.seed, config.mask.truncate_group)
     apply_process_settings(config)
     torch.manual_seed(config.runtime.seed)
     return device

@@ -124,7 +124,7 @@ def along(config: Config, axis: str, value: int) -> tuple[float, Config]:
 
 def step_point(config: Config, axis: str, value: int, device: torch.device) -> Point:
     value, config = along(config, axis, value)
-    check_masks(config, config.data.batch_size)
+    check_masks(config.mask, config.grid, config.runtime.seed, config.data.batch_size)
     works = [step.Work.draw(config, device, number) for number in range(step.DISTINCT)]
     run = step.Ours(config, device, works)
     return Point(value, run, config.data.batch_size * float(np.mean(run.flops)),
@@ -160,14 +160,14 @@ def mask_points(config: Config, batches: Sequence[int]) -> Iterator[Point]:
     for batch in batches:
 
         def draw(number: int, batch: int = batch) -> None:
-            draw_masks(config.mask, config.grid, config.runtime.seed, number, 0, batch, batch)
+            draw_masks(config.mask, config.grid, config.runtime.seed, number, range(batch), batch)
 
         yield Point(batch, draw, batch)
 
 
 def packing_points(config: Config, batches: Sequence[int]) -> Iterator[Point]:
     for batch in batches:
-        drawn = draw_masks(config.mask, config.grid, config.runtime.seed, 0, 0, batch, batch)
+        drawn = draw_masks(config.mask, config.grid, config.runtime.seed, 0, range(batch), batch)
         yield Point(batch, lambda number, drawn=drawn: pack(*drawn), batch)
 
 

@@ -25,13 +25,13 @@ def work(config: Config, device: torch.device, number: int) -> Work:
     """A batch whose contexts are cut to the shortest of GROUP images (more, where the batch has more)."""
     batch = config.data.batch_size
     total = -(-batch // GROUP) * GROUP
-    drawn = draw_masks(config.mask, config.grid, config.runtime.seed, number, 0, batch, total)
+    drawn = draw_masks(config.mask, config.grid, config.runtime.seed, number, range(batch), total)
     return Work(vit.images(config, number, batch).to(device), *drawn)
 
 
 def typical(config: Config, count: int) -> list[int]:
     """Numbers of the `count` batches, among the first TRIED, whose FLOPs are nearest the mean of all: masks differ in size."""
-    drawn = [draw_masks(config.mask, config.grid, config.runtime.seed, n, 0, 1, GROUP) for n in range(TRIED)]
+    drawn = [draw_masks(config.mask, config.grid, config.runtime.seed, n, range(1), GROUP) for n in range(TRIED)]
     cost = np.array([official_flops(config, *(mask.sum(axis=2).mean() for mask in pair)).total for pair in drawn])
     return np.argsort(np.abs(cost - cost.mean()), kind="stable")[:count].tolist()
 

@@ -86,7 +86,7 @@ def worker(config: Config) -> dict | None:
     world = join_world(config.runtime.device)
     apply_process_settings(config)
     jepa, target_encoder = build_networks(config, world.device)
-    running = build_engine(jepa, config, world)
+    running = build_engine(jepa, config, world, config.runtime.zero)
     average, _ = build_average(running, target_encoder, config)
     batches = [batch.to(world.device) for batch in Work.draw(config, world.device, world.rank).packed(config)]
     now, times, ema_times = Schedule(config.optimization, steps_per_epoch=1000)(0), [], []

@@ -63,7 +63,7 @@ class Work:
         total, seed = config.data.batch_size, config.runtime.seed
         generator = torch.Generator().manual_seed(seed + number)
         images = torch.randn(total, config.data.channels, *config.image_size, generator=generator)
-        return cls(images.to(device), *draw_masks(config.mask, config.grid, seed, number, 0, total, total))
+        return cls(images.to(device), *draw_masks(config.mask, config.grid, seed, number, range(total), total))
 
     def packed(self, config: Config, pad: bool = True) -> list[Batch]:
         """The trainer's micro-batches, on the host but for their images; for a CUDA graph padded."""
@@ -164,7 +164,7 @@ def contenders(directory: str | None) -> tuple[str, ...]:
 def start(config: Config) -> torch.device:
     """Check the config, set the threads, and return the device."""
     device = join_world(config.runtime.device).device
-    check_masks(config, config.data.batch_size)
+    check_masks(config.mask, config.grid, config.runtime.seed, config.data.batch_size)
     apply_process_settings(config)
     torch.manual_seed(config.runtime.seed)
     return device

@@ -1,4 +1,4 @@
-"""Mistakes that are told in one sentence: the classes of errors, and the sentence for each."""
+"""Classes of errors that are told in one sentence, and the sentence for those that are not ours."""
 
 import re
 
@@ -20,18 +20,18 @@ class RunError(RuntimeError):
 
 
 def is_users_to_mend(error: Exception) -> bool:
-    """Whether an error is the user's to mend: its message is the whole story, or memory ran out."""
+    """Return whether an error is the user's to mend: its message is the whole story, or memory ran out."""
     return isinstance(error, UserError | OSError | RunError) or is_out_of_memory(error)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Of a GPU (torch's OutOfMemoryError, or cuBLAS without a workspace) or of the host."""
+    """Return whether memory ran out, of a GPU (torch's OutOfMemoryError, or cuBLAS without a workspace) or of the host."""
     named = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
     return named or any(words in str(error) for words in ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"))
 
 
 def out_of_memory_sentence(error: Exception, command: str) -> str:
-    """Out of memory in one sentence: torch's own is a paragraph about its allocator."""
+    """Return one sentence for an error of `is_out_of_memory`, with the remedy for `command`; torch's own is a paragraph."""
     wanted = re.search(r"[Tt]ried to allocate ([0-9.]+ \w+)", str(error))
     asked = f"out of memory{f', {wanted[1]} more were asked for' if wanted else ''}"
     train = "lower runtime.micro_batch or set runtime.checkpoint_activations=true, which change no result; `fastjepa plan` says"

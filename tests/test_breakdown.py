@@ -147,7 +147,7 @@ def test_the_dissected_step_is_the_trainer_s():
 
 
 def micro_batch(config: Config, batch: int) -> tuple:
-    drawn = draw_masks(config.mask, config.grid, 0, 0, 0, batch, batch)
+    drawn = draw_masks(config.mask, config.grid, 0, 0, range(batch), batch)
     return pack(*drawn)
 
 

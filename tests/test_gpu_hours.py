@@ -104,7 +104,7 @@ def test_ijepa_on_timm_is_our_ijepa():
 
 def test_contexts_are_cut_as_the_official_batch_of_a_gpu_is():
     config = config_of()
-    small, whole = ijepa.work(config, CPU, 3), draw_masks(config.mask, config.grid, config.runtime.seed, 3, 0, 128, 128)
+    small, whole = ijepa.work(config, CPU, 3), draw_masks(config.mask, config.grid, config.runtime.seed, 3, range(128), 128)
     assert (small.context_mask == whole[0][:2]).all() and (small.target_mask == whole[1][:2]).all()
     assert len(ijepa.work(config_of("--batch=130"), CPU, 0).images) == 130
 

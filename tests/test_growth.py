@@ -116,14 +116,14 @@ def test_masks_can_be_drawn_at_every_default_value():
     values = {"batch": options.batch, "tokens": options.size, "width": options.width, "depth": options.depth}
     for axis, value in ((name, one) for name in values for one in values[name]):
         config = growth.along(growth.to_config(options), axis, value)[1]
-        check_masks(config, config.data.batch_size)
+        check_masks(config.mask, config.grid, config.runtime.seed, config.data.batch_size)
 
 
 def test_the_maths_of_a_step_are_flops_and_memory():
     config = growth.to_config(growth.parse(SMALL))
     point = growth.step_point(config, "batch", 4, CPU)
     _, config = growth.along(config, "batch", 4)
-    drawn = [draw_masks(config.mask, config.grid, 0, number, 0, 4, 4) for number in range(step.DISTINCT)]
+    drawn = [draw_masks(config.mask, config.grid, 0, number, range(4), 4) for number in range(step.DISTINCT)]
     each = [4 * flops_of_packed(config, *pack(*one)).total for one in drawn]
     assert point.work == pytest.approx(np.mean(each))
     size = network_sizes(config)

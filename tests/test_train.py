@@ -193,11 +193,13 @@ def test_a_signal_saves_and_exits_with_0(toy_config, tmp_path, number):
     assert without_times(trained(toy_config, tmp_path / "cut", "optimization.epochs=20")) == without_times(whole)
 
 
-def test_two_ranks_and_micro_batches_give_the_run_of_one(toy_config, tmp_path):
+@pytest.mark.parametrize("zero", ["auto", 1])
+def test_two_ranks_and_micro_batches_give_the_run_of_one(toy_config, tmp_path, zero):
     expected = trained(toy_config, tmp_path / "one", "--max-steps", 5, "loss.regularizer=vicreg")
     two = ranks.train(2, "--config", toy_config, "--output", tmp_path / "two", "--max-steps", 5, "data.batch_size=4",
-                      "runtime.micro_batch=2", "loss.regularizer=vicreg")  # fmt: skip
+                      "runtime.micro_batch=2", "loss.regularizer=vicreg", f"runtime.zero={zero}")  # fmt: skip
     ranks.succeeded(two)
+    assert ("runtime.zero: auto is 0 (plain DDP): about" in two[0].stdout) == (zero == "auto")
     assert losses(lines(tmp_path / "two")) == pytest.approx(losses(expected), rel=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""When a checkpoint's directory counts: a manifest of sizes and hashes, written last, and one rename that publishes it."""
+"""Directories of checkpoints: each counts once its manifest of sizes and hashes, written last, is there after one rename."""
 
 import hashlib
 import json
@@ -15,14 +15,14 @@ from fastjepa.errors import CheckpointError
 from fastjepa.files import fsync
 
 MANIFEST = "manifest.json"
-# A checkpoint on its way in or out is "<HIDDEN><name>@<host>@<pid>"; one that a rewrite has set aside keeps its place
-# among the complete ones, under "<name><REPLACED>", until its successor is there.
+# A checkpoint on its way in or out is ".tmp-<name>@<host>@<pid>"; one that a rewrite has set aside keeps its place among
+# the complete ones, under "<name>.replaced", until its successor is there.
 HIDDEN_PREFIX, REPLACED_SUFFIX = ".tmp-", ".replaced"
 FOREIGN_SECONDS = 24 * 3600  # after which an unfinished directory of another machine counts as abandoned
 
 
 def complete_checkpoints(root: str | Path, tag: str | None = "jepa") -> list[Path]:
-    """The checkpoints with a manifest whose sizes all match, by rising step; `tag` None takes any tag."""
+    """Return the checkpoints with a manifest whose sizes all match, by rising step; `tag` None takes any tag."""
     pattern = re.compile(rf"({'.+' if tag is None else re.escape(tag)})-(\d{{8,}})({re.escape(REPLACED_SUFFIX)})?")
     found: dict[tuple[int, str], Path] = {}
     for path in sorted(Path(root).glob("[!.]*")):  # a name sorts before the same name with a suffix
@@ -33,12 +33,16 @@ def complete_checkpoints(root: str | Path, tag: str | None = "jepa") -> list[Pat
 
 
 def latest_checkpoint(root: str | Path, tag: str | None = "jepa") -> Path | None:
-    """The complete checkpoint of the highest step, or None."""
+    """Return the complete checkpoint of the highest step, or None."""
     return next(reversed(complete_checkpoints(root, tag)), None)
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that `path` means: itself, or the latest of a run directory or of its `checkpoints`."""
+    """Return the checkpoint that `path` means: itself, or the latest of a run directory or of its `checkpoints`.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     path = Path(path)
     if (path / MANIFEST).is_file():
         return path
@@ -72,6 +76,7 @@ def verify_checkpoint(path: str | Path, names: Iterable[str] | None = None) -> N
 
 
 def manifest_entries(path: Path) -> dict[str, dict[str, Any]] | None:
+    """Return {file: {"bytes": its size, "sha256": its hash}} of a checkpoint's manifest; None where it cannot be read."""
     try:
         return json.loads((path / MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -86,11 +91,12 @@ def _is_complete(path: Path) -> bool:
 
 
 def step_of(path: Path) -> int:
+    """Return the step in a checkpoint's name: 120 of "jepa-00000120"."""
     return int(path.name.removesuffix(REPLACED_SUFFIX).rpartition("-")[2])
 
 
 def settle_files(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """Fsync files and measure them for the manifest."""
+    """Wait until files are on the disk, and return their entries in the manifest."""
     listed = {}
     for file in files:
         file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
@@ -100,6 +106,10 @@ def settle_files(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
 
 
 def publish_checkpoint(hidden: Path, final: Path) -> None:
+    """Rename a finished directory to its name; a checkpoint of that name that is equal stays, another one is replaced.
+
+    What is replaced is set aside first, where it still counts, so that a kill between the two renames loses nothing.
+    """
     aside = final.with_name(final.name + REPLACED_SUFFIX)
     if final.exists():
         if _same(hidden, final):
@@ -114,6 +124,7 @@ def publish_checkpoint(hidden: Path, final: Path) -> None:
 
 
 def _same(new: Path, old: Path) -> bool:
+    """Return whether two checkpoints hold the same files, and the old one's are as its manifest says."""
     if manifest_entries(new) != manifest_entries(old):
         return False
     try:
@@ -124,7 +135,7 @@ def _same(new: Path, old: Path) -> bool:
 
 
 def discard_checkpoint(path: Path) -> None:
-    """Out of sight by one rename, then deleted: a kill half-way leaves nothing under a checkpoint's name."""
+    """Hide a checkpoint by one rename, then delete it: a kill half-way leaves nothing under a checkpoint's name."""
     if path.exists():
         hidden = hidden_name(path.with_name("old-" + path.name))
         os.replace(path, hidden)
@@ -132,6 +143,7 @@ def discard_checkpoint(path: Path) -> None:
 
 
 def hidden_name(final: Path) -> Path:
+    """Return the name under which this process writes or deletes a checkpoint."""
     return final.with_name(f"{HIDDEN_PREFIX}{final.name}@{socket.gethostname()}@{os.getpid()}")
 
 

@@ -1,4 +1,4 @@
-"""Reading a checkpoint back: verified first, then copied bit for bit into networks and optimizer."""
+"""Return to a checkpoint: it is verified first, then copied bit for bit into networks and optimizer."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -44,7 +44,7 @@ def restore_checkpoint(path: str | Path, state: TrainState) -> TrainState:
 
 
 def _verify_together(path: Path) -> None:
-    """`verify`, each rank taking its share of the files."""
+    """Verify a checkpoint, each rank its share of the files: of 7 files rank 1 of 3 reads the second and the fifth."""
     problem = None
     try:
         listed = sorted(manifest_entries(path) or ())
@@ -56,7 +56,7 @@ def _verify_together(path: Path) -> None:
 
 
 def _copy_whole(path: Path, state: TrainState) -> None:
-    """The whole tensors of `state` from a checkpoint of either kind."""
+    """Copy the whole tensors of `state` from a checkpoint of either kind."""
     parameters = optimized_parameters(state)
     targets = {name: network.state_dict() for name, network in state.networks.items()}
     stored = {name: _read_group(path, name) for name in (*targets, OPTIMIZER)}
@@ -74,7 +74,7 @@ def _copy_whole(path: Path, state: TrainState) -> None:
 
 
 def _fill_pieces(path: Path, shards: Shards) -> None:
-    """This rank's pieces from a checkpoint of either kind; moments that an unstepped optimizer did not have are zero."""
+    """Fill this rank's pieces from a checkpoint of either kind; moments that an unstepped optimizer did not have are zero."""
     mine = shards.pieces()
     with ExitStack() as stack:
         stored = {group: stack.enter_context(StoredGroup(path, group)) for group in mine}
@@ -95,7 +95,7 @@ def _read_group(path: Path, name: str) -> dict[str, Tensor]:
 
 
 def load_networks(path: str | Path) -> dict[str, dict[str, Tensor]]:
-    """{network: {parameter: CPU tensor}} of a checkpoint, a run directory (its latest) or one .safetensors file.
+    """Read {network: {parameter: CPU tensor}} of a checkpoint, a run directory (its latest) or one .safetensors file.
 
     In a single file, names either all start with "encoder.", "predictor." or "target_encoder.", or belong to the
     network the file is named after, or else to the encoder.
@@ -118,7 +118,7 @@ def load_networks(path: str | Path) -> dict[str, dict[str, Tensor]]:
 
 
 def _moment_targets(state: TrainState, parameters: dict[str, nn.Parameter], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that the stored moments go into, made where the optimizer has none; a parameter never stepped has none."""
+    """Return the tensors that stored moments go into, made where the optimizer has none; none for a parameter never stepped."""
     hosted = {
         p: group.get("fused") or group.get("capturable") for group in state.optimizer.param_groups for p in group["params"]
     }
@@ -138,6 +138,8 @@ def _moment_targets(state: TrainState, parameters: dict[str, nn.Parameter], stor
 
 
 def _check_forms(file: Path, stored: Mapping[str, TensorForm], expected: Mapping[str, TensorForm]) -> None:
+    """Raise CheckpointError for the first tensor that is missing, not expected, or of another dtype or shape."""
+
     def form(forms: Mapping[str, TensorForm], name: str) -> str:
         if name not in forms:
             return "absent"

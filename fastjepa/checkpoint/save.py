@@ -8,7 +8,7 @@
 
 Everything is written and fsynced in a hidden directory that one rename publishes, so a kill or a full disk at any
 moment leaves the earlier checkpoints as they were and nothing half-written under a checkpoint's name. Ranks that share
-a state write a file each in place of each of the four (see `pieces`), and the rename comes after every rank's fsync.
+a state write a file each in place of each of the four (see `shard_files`), and the rename comes after every rank's fsync.
 Either kind resumes on any number of ranks, sharded or not.
 """
 
@@ -34,7 +34,7 @@ from fastjepa.checkpoint.directory import (
 )
 from fastjepa.checkpoint.shard_files import shard_name, write_shard_file
 from fastjepa.checkpoint.state import MOMENTS, OPTIMIZER, STATE_FILE, Shards, TrainState, optimized_parameters
-from fastjepa.errors import CheckpointError, ConfigError
+from fastjepa.errors import CheckpointError, UserError
 from fastjepa.files import fsync
 from fastjepa.ranks.collectives import gather_objects, rank_count, text_of_main, this_rank
 
@@ -45,12 +45,13 @@ def save_checkpoint(root: str | Path, state: TrainState, tag: str = "jepa", keep
     A step that is already there, complete and equal, is left alone; otherwise it is replaced.
 
     Raises:
+        UserError: a name that is no plain file name, or nothing to keep.
         CheckpointError: it could not be written (a full disk), on every rank; the earlier checkpoints are untouched.
     """
     if keep_last < 1:
-        raise ConfigError(f"logging.keep_last: {keep_last} must be at least 1")
+        raise UserError(f"logging.keep_last: {keep_last} must be at least 1")
     if not tag or "/" in tag or tag.startswith("."):
-        raise ConfigError(f"logging.write_tag: {tag!r} must be a plain file name")
+        raise UserError(f"logging.write_tag: {tag!r} must be a plain file name")
     root, main = Path(root), this_rank() == 0
     final = root / f"{tag}-{state.step:08d}"
     files = {} if state.shards or not main else _tensors(state)
@@ -71,7 +72,7 @@ def save_checkpoint(root: str | Path, state: TrainState, tag: str = "jepa", keep
 
 
 def _on_all_ranks(final: Path, action: Callable[[], Any]) -> list[Any]:
-    """What each rank's action returned; where one of them failed, the same CheckpointError on all."""
+    """Return what each rank's action returned; where one of them failed, raise the same CheckpointError on all."""
     result = reason = None
     try:
         result = action()
@@ -86,6 +87,7 @@ def _on_all_ranks(final: Path, action: Callable[[], Any]) -> list[Any]:
 
 
 def _tensors(state: TrainState) -> dict[str, dict[str, Tensor]]:
+    """Return {file: {name: tensor}} of a state that this rank has whole."""
     files = {name: network.state_dict() for name, network in state.networks.items()}
     files[OPTIMIZER] = {}
     for name, parameter in optimized_parameters(state).items():
@@ -104,19 +106,21 @@ def _state_json(state: TrainState) -> str:
 
 
 def _begin(root: Path, hidden: Path) -> None:
+    """Make the hidden directory, and delete what killed writers have left."""
     root.mkdir(parents=True, exist_ok=True)
     sweep_leftovers(root)
     hidden.mkdir()
 
 
 def _write_whole(directory: Path, files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Any]]:
-    """Every file, on disk; returns their entries in the manifest."""
+    """Write whole tensors to the disk; return the files' entries in the manifest."""
     for name, tensors in files.items():
         save_file(dict(tensors), directory / f"{name}.safetensors")
     return settle_files(directory / f"{name}.safetensors" for name in files)
 
 
 def _write_shards(directory: Path, shards: Shards) -> dict[str, dict[str, Any]]:
+    """Write this rank's pieces to the disk; return the files' entries in the manifest."""
     rank, world = this_rank(), rank_count()
     files = {group: directory / shard_name(group, rank, world) for group in shards.forms()}
     for group, mine in shards.pieces().items():
@@ -125,7 +129,7 @@ def _write_shards(directory: Path, shards: Shards) -> dict[str, dict[str, Any]]:
 
 
 def _finish(hidden: Path, final: Path, state: TrainState, listed: list[dict[str, dict[str, Any]]]) -> None:
-    """The state and the manifest, last, and one rename."""
+    """Write the state and, last, the manifest; then publish all by one rename."""
     (hidden / STATE_FILE).write_text(_state_json(state))
     entries = {name: entry for part in (*listed, settle_files([hidden / STATE_FILE])) for name, entry in sorted(part.items())}
     (hidden / MANIFEST).write_text(json.dumps({"files": entries}, indent=1))

@@ -1,13 +1,17 @@
-"""Tensors in pieces: what one rank keeps of a sharded state, and a checkpoint's files read a range at a time.
+"""Tensors in pieces: the file that a rank writes of a sharded state, and a checkpoint's files read a range at a time.
 
 A whole state lies in "<group>.safetensors", each tensor under its name. Where ranks share a state, rank r of w writes
 "<group>-<r>-of-<w>.safetensors": 1-d pieces under "<name>@<start>", their tensors' shapes in the file's metadata, and
 on rank 0 what every rank has, under its name.
+
+Example: a weight "proj.weight" of shape (2, 5), which rank 0 has up to element 6 of its 10 and rank 1 from there:
+
+    encoder-00000-of-00002.safetensors   "proj.weight@0" (6,)   shapes {"proj.weight": [2, 5]}
+    encoder-00001-of-00002.safetensors   "proj.weight@6" (4,)   shapes {"proj.weight": [2, 5]}
 """
 
 import json
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -20,11 +24,12 @@ from fastjepa.ranks.shard import SAFETENSORS_DTYPES, Piece, TensorForm, element_
 
 
 def shard_name(group: str, rank: int, world: int) -> str:
+    """Return the name of a rank's file of a group, such as "encoder-00001-of-00004.safetensors"."""
     return f"{group}-{rank:05d}-of-{world:05d}.safetensors"
 
 
 def write_shard_file(file: Path, pieces: Mapping[str, Piece], rank: int) -> None:
-    """This rank's pieces of one group; what every rank has is written by rank 0."""
+    """Write this rank's pieces of one group; what every rank has is written by rank 0."""
     tensors, shapes = {}, {}
     for name, piece in pieces.items():
         if not piece.everywhere:
@@ -35,7 +40,7 @@ def write_shard_file(file: Path, pieces: Mapping[str, Piece], rank: int) -> None
 
 
 class StoredGroup:
-    """A group of tensors in a checkpoint, whole or in pieces, read as they are asked for.
+    """A group of tensors in a checkpoint, whole or in pieces, read as they are asked for; a context that closes its files.
 
     Raises:
         SafetensorError, OSError: files that are not there, cannot be read, or leave a tensor incomplete.
@@ -56,6 +61,7 @@ class StoredGroup:
                 raise SafetensorError(f"{group}: {name} is not whole in {len(self.files)} files")
 
     def _index(self, file: safe_open) -> None:
+        """Note the forms of a file's tensors, and where its pieces lie in them."""
         shapes = json.loads((file.metadata() or {}).get("shapes", "{}"))
         for key in file.keys():  # noqa: SIM118 (a handle, not a dict)
             name, _, start = key.partition("@")
@@ -71,7 +77,11 @@ class StoredGroup:
         self._open.close()
 
     def read(self, name: str, start: int = 0, count: int | None = None) -> Tensor:
-        """`count` elements of the flattened tensor from `start` on; all of them, in the tensor's shape, without a count."""
+        """Return `count` elements of the flattened tensor from `start` on; without a count the tensor in its shape.
+
+        Each stored piece gives what it has of the range. Elements 4 to 8 of a tensor stored as 0 to 5 and 6 to 9 are the
+        places 4 and 5 of the first piece and 0 to 2 of the second: places low - first to high - first of each.
+        """
         kind, shape = self.forms[name]
         parts = sorted(self._parts[name], key=lambda part: part[0])
         if count is None and len(parts) == 1:
@@ -90,28 +100,3 @@ class StoredGroup:
     def fill(self, name: str, piece: Piece) -> None:
         """Copy this tensor's values into a piece of it."""
         piece.tensor.copy_(self.read(name) if piece.everywhere else self.read(name, piece.start, piece.tensor.numel()))
-
-
-def consolidate(directory: Path, groups: Iterable[str], file: Path, metadata: Mapping[str, str]) -> None:
-    """One safetensors file of whole tensors named "<group>.<name>", holding one tensor at a time in memory."""
-    hidden = file.with_name(f".{file.name}.{os.getpid()}")
-    with ExitStack() as stack:
-        stored = [stack.enter_context(StoredGroup(directory, group)) for group in groups]
-        header, end = {"__metadata__": dict(metadata)}, 0
-        for group in stored:
-            for name, (kind, shape) in group.forms.items():
-                begun, end = end, end + element_count(shape) * SAFETENSORS_DTYPES[kind].itemsize
-                header[f"{group.group}.{name}"] = {"dtype": kind, "shape": shape, "data_offsets": [begun, end]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # data start aligned
-        try:
-            with hidden.open("wb") as out:
-                out.write(len(text).to_bytes(8, "little") + text)
-                for group in stored:
-                    for name in group.forms:
-                        out.write(group.read(name).contiguous().view(-1).view(torch.uint8).numpy().data)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(hidden, file)
-        finally:
-            hidden.unlink(missing_ok=True)

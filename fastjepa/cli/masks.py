@@ -35,8 +35,8 @@ def run_masks(args: argparse.Namespace) -> None:
     from fastjepa.masks.statistics import mask_statistics
 
     config = load_config(args.config, args.overrides)
-    check_masks(config, config.data.batch_size)
-    statistics = mask_statistics(config, args.groups)
+    check_masks(config.mask, config.grid, config.runtime.seed, config.data.batch_size)
+    statistics = mask_statistics(config.mask, config.grid, config.runtime.seed, args.groups)
     if args.json:
         print(json.dumps(statistics))
     else:
@@ -64,7 +64,7 @@ def draw_masks_picture(config: Config, path: Path, count: int = 8) -> None:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=count),
                                  runtime=dataclasses.replace(config.runtime, micro_batch=None))  # fmt: skip
     images = MicroBatches(config, source, rank=0, world=1)[0].images.permute(0, 2, 3, 1)
-    drawn = draw_masks(config.mask, config.grid, config.runtime.seed, 0, 0, count, count)
+    drawn = draw_masks(config.mask, config.grid, config.runtime.seed, 0, range(count), count)
     sheet = Image.fromarray(masks_picture(images.expand(-1, -1, -1, 3).numpy(), *drawn, config.mask.patch_size))
     zoom = max(1, 1200 // sheet.width)
     sheet.resize((sheet.width * zoom, sheet.height * zoom), Image.Resampling.NEAREST).save(path)

@@ -64,16 +64,17 @@ def share_of_peak(text: str) -> float:
 
 def run_plan(args: argparse.Namespace) -> None:
     from fastjepa.plan.memory import ZERO_STAGES
-    from fastjepa.plan.plan import IMAGENET_IMAGES, plan_run, traffic_rows
+    from fastjepa.plan.plan import IMAGENET_IMAGES, Cards, plan_run, plan_traffic
 
     micro_batch = [f"runtime.micro_batch={args.micro_batch}"] if args.micro_batch else []
     config = load_config(args.config, [*args.overrides, *micro_batch])
+    cards = Cards(args.gpus, args.gpu_memory, args.card, args.utilisation)
     if args.traffic:
-        rows = traffic_rows(config, card=args.card, utilisation=args.utilisation)
+        rows = plan_traffic(config, cards)
         print(json.dumps(rows) if args.json else traffic_table(rows))
         return
     stages = ZERO_STAGES if args.zero is None else (args.zero,)
-    found = plan_run(config, args.gpus, args.gpu_memory, stages, args.card, args.utilisation, args.images or IMAGENET_IMAGES)
+    found = plan_run(config, cards, stages, args.images or IMAGENET_IMAGES)
     if args.json:
         print(json.dumps(found))
     else:

@@ -209,7 +209,8 @@ class RuntimeConfig:
     micro_batch: int | None = config_key(None, "images per forward; default: data.batch_size", is_positive)
     zero: Literal["auto", 0, 1, 2, 3] = config_key(
         "auto",
-        "what DeepSpeed shards: 1 optimizer state, 2 and gradients, 3 and weights; 0: plain DDP; auto: 1 for several ranks",
+        "what DeepSpeed shards: 1 optimizer state, 2 and gradients, 3 and weights; 0: plain DDP; auto: 0 where the model fits "
+        "the memory, else the lowest that fits",
     )
     kernels: str = config_key(
         "auto", "which implementation of the ops runs: auto, triton or torch; by op: auto,target_loss=torch"

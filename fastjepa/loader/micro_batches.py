@@ -59,7 +59,8 @@ class MicroBatches(Dataset):
         if isinstance(self.source, RemoteShards):
             self.source.ahead(samples)
         shown, bad = images(step // self.steps_per_epoch, samples)
-        drawn = draw_masks(self.config.mask, self.config.grid, self.config.runtime.seed, step, start, start + size, self.total)
+        slots = range(start, start + size)
+        drawn = draw_masks(self.config.mask, self.config.grid, self.config.runtime.seed, step, slots, self.total)
         packed = pack(*drawn, images=data.batch_size, packing=self.packing, budget=self.budget)
         return Batch(shown, *packed, bad=tuple(dict.fromkeys(bad)))
 

@@ -1,10 +1,10 @@
-"""Refusing masks that cannot be drawn, and warning of those that do not mean what they say."""
+"""Refusal of masks that cannot be drawn, and warnings of those that do not mean what they say."""
 
 import warnings
 
 import numpy as np
 
-from fastjepa.config.schema import Config, MaskConfig
+from fastjepa.config.schema import MaskConfig
 from fastjepa.errors import ConfigError
 from fastjepa.masks.draw import kept_patches
 from fastjepa.masks.layouts import (
@@ -19,13 +19,15 @@ from fastjepa.masks.layouts import (
 )
 
 
-def check_masks(config: Config, total: int) -> None:
+def check_masks(mask: MaskConfig, grid: Grid, seed: int, total: int) -> None:
     """Refuse masks that cannot be drawn, and warn of those that do not mean what they say; `total` slots a step.
 
-    ConfigError: a block may be too small for `min_keep`, or no context can be free of its targets. Warnings: a short
-    last group (its contexts are cut less), and contexts that often keep target patches for want of room.
+    Warnings name a short last group (its contexts are cut less), and contexts that often keep target patches for want of
+    room, as found in the run's own draws.
+
+    Raises:
+        ConfigError: a block may be too small for `mask.min_keep`, or no context can be free of its targets.
     """
-    mask, grid = config.mask, config.grid
     rows, cols = grid
     enough = f"must be more than mask.min_keep: {mask.min_keep}"
     if mask.strategy == "multiblock":
@@ -40,14 +42,14 @@ def check_masks(config: Config, total: int) -> None:
             f"mask.context_fraction: {mask.context_fraction} of the {rows}x{cols} grid is {kept_patches(mask, rows * cols)} "
             f"patches, which {enough}; raise the fraction or lower mask.min_keep"
         )
-    _warn_of_masks(config, total)
+    _warn_of_short_group(mask, total)
+    _warn_of_overlap(mask, grid, seed)
 
 
 def _check_blocks(mask: MaskConfig, grid: Grid, enough: str) -> None:
-    """ConfigError where a block of a multi-block mask, or the context that one leaves, may be too small."""
+    """Raise ConfigError where a block of a multi-block mask, or the context that one leaves, may be too small."""
     rows, cols = grid
-    target, context = (smallest_block(mask, grid, find(mask)) for find in
-                       (target_ranges, context_ranges))  # fmt: skip
+    target, context = (smallest_block(mask, grid, ranges(mask)) for ranges in (target_ranges, context_ranges))
     for key, area in (("pred_mask_scale", target), ("enc_mask_scale", context)):
         if area <= mask.min_keep:
             raise ConfigError(
@@ -62,8 +64,8 @@ def _check_blocks(mask: MaskConfig, grid: Grid, enough: str) -> None:
         )
 
 
-def _warn_of_masks(config: Config, total: int) -> None:
-    mask, grid = config.mask, config.grid
+def _warn_of_short_group(mask: MaskConfig, total: int) -> None:
+    """Warn where a step's last group has fewer images: 320 images in groups of 128 leave one of 64."""
     short = total % mask.truncate_group if total > mask.truncate_group else 0
     if mask.truncate == "batch_min" and mask.share == "image" and short:
         warnings.warn(
@@ -71,7 +73,11 @@ def _warn_of_masks(config: Config, total: int) -> None:
             f"less; make data.batch_size * ranks (now {total}) a multiple of it",
             stacklevel=3,
         )
-    drawn = [lay_out(mask, grid, Slots(config.runtime.seed, step, 0, 64)) for step in range(16)]
+
+
+def _warn_of_overlap(mask: MaskConfig, grid: Grid, seed: int) -> None:
+    """Warn where more than 1 % of the contexts of 16 steps contain patches of their own targets."""
+    drawn = [lay_out(mask, grid, Slots(seed, step, 0, 64)) for step in range(16)]
     overlap = np.mean([(context & target.any(axis=1)[:, None]).any(axis=2) for context, target in drawn])
     if not mask.allow_overlap and overlap > 0.01:
         warnings.warn(

@@ -1,42 +1,49 @@
 """Context and target patches of every image: pure functions of (seed, step, slot).
 
-A slot is an image's place in the step's global batch, whatever rank, worker or micro-batch handles it. Each slot
-owns a fixed stretch of a counter-based random stream, so any range of slots equals the same slice of the whole.
-A mask is a row of N = rows * cols booleans, patches in raster order. With mask.share batch, all images of a step have
-the masks of slot 0.
+A slot is an image's place in the step's global batch, whatever rank, worker or micro-batch handles it: with 2 ranks of 64
+images, in micro-batches of 32, the second micro-batch of rank 1 has slots 96 to 127. Each slot owns a fixed stretch of a
+counter-based random stream, so any range of slots equals the same slice of the whole. With mask.share batch, all images of
+a step have the masks of slot 0.
 """
 
 import numpy as np
 
 from fastjepa.config.schema import MaskConfig
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from fastjepa.masks.layouts import CHOICE_LANE, Grid, Slots, lay_out
 
 
-def draw_masks(
-    mask: MaskConfig, grid: Grid, seed: int, step: int, start: int, stop: int, total: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The masks of slots `start` to `stop` of a step whose global batch has `total` slots, contexts already cut.
+def draw_masks(mask: MaskConfig, grid: Grid, seed: int, step: int, slots: range, total: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw the masks of b consecutive slots of a step whose global batch has `total` slots, contexts already cut.
 
-    Returns (context_mask (stop - start, K, N), target_mask (stop - start, R, N)), both bool. With `batch_min` the whole
-    groups that overlap the range are drawn, as their cut depends on all their images; a batch smaller than a group is cut
-    as the first part of one. ConfigError for a range outside the batch, and for settings that `check` refuses because no
-    context can be large enough.
+    With `mask.truncate: batch_min` the whole groups that overlap the range are drawn, as their cut depends on all their
+    images: in groups of 128, slots 96 to 160 need 0 to 255, or 0 to 199 where the batch has 200. A batch smaller than a
+    group is cut as the first part of one: 64 slots need 0 to 127.
+
+    Returns:
+        The context mask (b, K, N) and the target mask (b, R, N), both bool.
+
+    Raises:
+        UserError: slots outside the batch.
+        ConfigError: settings that `check_masks` refuses because no context can be large enough.
     """
-    if not 0 <= start <= stop <= total:
-        raise ConfigError(
-            f"mask slots {start} to {stop} are not within a global batch of {total}; pass 0 <= start <= stop <= total"
-        )
+    if not 0 <= slots.start <= slots.stop <= total:
+        raise UserError(f"mask slots {slots.start} to {slots.stop} are not within a global batch of {total}; draw those within")
     group = mask.truncate_group if mask.truncate == "batch_min" else 1
-    first, last = start // group * group, min(-(-stop // group) * group, max(total, group))
-    slots = Slots(seed, step, first, last, mask.share == "batch")
-    context, target = lay_out(mask, grid, slots)
-    wanted = slice(start - first, stop - first)
-    return cut_contexts(mask, context, slots)[wanted], target[wanted]
+    first, last = slots.start // group * group, min(-(-slots.stop // group) * group, max(total, group))
+    drawn = Slots(seed, step, first, last, mask.share == "batch")
+    context, target = lay_out(mask, grid, drawn)
+    wanted = slice(slots.start - first, slots.stop - first)
+    return cut_contexts(mask, context, drawn)[wanted], target[wanted]
 
 
 def cut_contexts(mask: MaskConfig, context: np.ndarray, slots: Slots) -> np.ndarray:
-    """Contexts (b, K, N) shortened as `mask.truncate` says; for batch_min, `slots` starts with a whole group."""
+    """Return contexts (b, K, N) shortened as `mask.truncate` says; for batch_min, `slots` starts with a whole group.
+
+    batch_min keeps the first patches, in raster order, of every context: as many as the shortest of its group has. In groups
+    of 2, contexts of 9, 7, 8 and 12 patches (K = 1) are cut to 7, 7, 8 and 8. A patch is kept while the count of the
+    context's patches up to it is at most that: of patches 1, 4, 5 and 6 a cut to 3 keeps 1, 4 and 5, whose counts are 1, 2, 3.
+    """
     if mask.truncate == "batch_min":
         lengths = np.count_nonzero(context, axis=2).min(axis=1)  # (b,)
         starts = np.arange(0, len(lengths), mask.truncate_group)
@@ -49,7 +56,7 @@ def cut_contexts(mask: MaskConfig, context: np.ndarray, slots: Slots) -> np.ndar
 
 
 def _choose_patches(mask: MaskConfig, context: np.ndarray, slots: Slots) -> np.ndarray:
-    """A fixed number of every context's patches at random; all of a context that has fewer."""
+    """Return a fixed number of every context's patches at random; all of a context that has fewer."""
     _, masks, patches = context.shape
     order = np.where(context, slots.uniforms(CHOICE_LANE, masks, patches), 2.0)  # patches outside the context come last
     share = kept_patches(mask, patches)
@@ -59,4 +66,5 @@ def _choose_patches(mask: MaskConfig, context: np.ndarray, slots: Slots) -> np.n
 
 
 def kept_patches(mask: MaskConfig, patches: int) -> int:
+    """Return the patches of a context that `mask.truncate: fraction` keeps on a grid of so many."""
     return max(1, round(mask.context_fraction * patches))

@@ -35,5 +35,5 @@ def drawn_sizes(config: Config, total: int, micro_batch: int) -> np.ndarray:
     """Return the sizes of the first micro-batch of each step, (BUDGET_DRAWS, 7)."""
     mask, seed = config.mask, config.runtime.seed
     packing = packing_of(config.meta.predictor, config.loss.target)
-    pairs = (draw_masks(mask, config.grid, seed, step, 0, micro_batch, total) for step in range(BUDGET_DRAWS))
+    pairs = (draw_masks(mask, config.grid, seed, step, range(micro_batch), total) for step in range(BUDGET_DRAWS))
     return np.array([PackedSize.of(context, packing.predicted(target)[0]) for context, target in pairs])

@@ -89,9 +89,8 @@ def flops_per_image(config: Config, total: int | None = None, steps: int = 16) -
     `total` is the number of images in a global batch, which decides who shares a cut (default: one rank's).
     """
     total = total or config.data.batch_size
-    draws = (
-        draw_masks(config.mask, config.grid, config.runtime.seed, step, 0, config.micro_batch, total) for step in range(steps)
-    )
+    mask, grid, seed, slots = config.mask, config.grid, config.runtime.seed, range(config.micro_batch)
+    draws = (draw_masks(mask, grid, seed, step, slots, total) for step in range(steps))
     found = (pack(*drawn, packing=_packing(config)) for drawn in draws)
     return float(np.mean([flops_of_packed(config, *one).total for one in found]))
 

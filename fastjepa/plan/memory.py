@@ -115,6 +115,11 @@ def buffer_bytes(size: NetworkSizes, dtype: str, stage: int) -> dict[str, int]:
     }
 
 
+def tensor_bytes(size: NetworkSizes, dtype: str, gpus: int, stage: int) -> dict[str, int]:
+    """Return the bytes of all that a rank holds in a step but activations, by part."""
+    return state_bytes(size, dtype, gpus, stage) | buffer_bytes(size, dtype, stage)
+
+
 def live_parameters(size: NetworkSizes) -> int:
     """Elements that ZeRO-3 has gathered at the end of the forward: a layer is used again after twice what follows it."""
     return min(size.trained - size.small, REUSE_DISTANCE // 2)
@@ -152,8 +157,10 @@ def row_counts(config: Config, micro_batch: int, gpus: int = 1, steps: int = 4) 
     if config.runtime.cuda_graph:
         size = padding_budget(config, total, micro_batch).size
         return RowCounts(size.context, size.target, size.sequences, size.queries)
-    drawn = (draw_masks(config.mask, config.grid, config.runtime.seed, step, 0, micro_batch, total) for step in range(steps))
-    found = [RowCounts.of(*pack(*one, packing=packing_of(config.meta.predictor, config.loss.target))) for one in drawn]
+    mask, grid, seed, slots = config.mask, config.grid, config.runtime.seed, range(micro_batch)
+    drawn = (draw_masks(mask, grid, seed, step, slots, total) for step in range(steps))
+    packing = packing_of(config.meta.predictor, config.loss.target)
+    found = [RowCounts.of(*pack(*one, packing=packing)) for one in drawn]
     return RowCounts(
         *(max(counts) for counts in zip(*((r.context, r.target, r.sequences, r.queries) for r in found), strict=True))
     )
@@ -166,6 +173,10 @@ class ActivationBytes:
     saved: int  # by autograd, from the forward to the backward
     checkpointed: int  # the same with runtime.checkpoint_activations: what is kept, and one block at a time made anew
     loss: int  # targets, predictions and their gradient
+
+    def held(self, checkpointed: bool) -> int:
+        """Return the bytes that a micro-batch holds at most, with runtime.checkpoint_activations or without."""
+        return (self.checkpointed if checkpointed else self.saved) + self.loss
 
 
 def activation_bytes(config: Config, count: RowCounts) -> ActivationBytes:

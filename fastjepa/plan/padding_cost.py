@@ -18,7 +18,7 @@ def draws_over_budget(config: Config, total: int) -> int:
 def padding_share(config: Config, total: int, steps: int = 16) -> float:
     """FLOPs that the padding adds, as a share of those of the same micro-batches without."""
     mask, seed = config.mask, config.runtime.seed
-    pairs = [draw_masks(mask, config.grid, seed, step, 0, config.micro_batch, total) for step in range(steps)]
+    pairs = [draw_masks(mask, config.grid, seed, step, range(config.micro_batch), total) for step in range(steps)]
     packing = packing_of(config.meta.predictor, config.loss.target)
     plain, padded = (sum(flops_of_packed(config, *pack(*pair, packing=packing, budget=room)).total for pair in pairs)
                      for room in (None, padding_budget(config, total)))  # fmt: skip

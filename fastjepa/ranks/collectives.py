@@ -13,11 +13,13 @@ _entered = 0
 
 
 def reductions_begun() -> int:
-    """How many of this file's reductions this process has begun: how far it has come, in a program that all ranks share."""
+    """Return how many of this file's reductions this process has begun: how far it is in a program that all ranks share."""
     return _entered
 
 
 def counted(reduction: Callable) -> Callable:
+    """Count the calls of a reduction, for `reductions_begun`."""
+
     @wraps(reduction)
     def entering(*args: Any, **kwargs: Any) -> Any:
         global _entered
@@ -36,9 +38,10 @@ def barrier() -> None:
 
 @counted
 def all_gather(tensor: Tensor, into: Tensor | None = None) -> Tensor:
-    """(n, ...) on every rank -> (world * n, ...) in rank order, without gradient; the same values on one rank.
+    """Gather (n, ...) of every rank to (world * n, ...) in rank order, without gradient; the same values on one rank.
 
-    `into` may be where it goes to; `tensor` may then be this rank's part of it, and only the others' are written.
+    `into` may be where it goes to; `tensor` may then be this rank's part of it, and only the others' are written: of
+    4 ranks with n = 3, rank 1 has rows 3 to 5 of 12.
     """
     if not dist.is_initialized():
         return tensor.detach()
@@ -50,7 +53,7 @@ def all_gather(tensor: Tensor, into: Tensor | None = None) -> Tensor:
 
 @counted
 def mean_over_ranks(tensor: Tensor) -> Tensor:
-    """The mean over ranks, as a new tensor without gradient; the same values on one rank."""
+    """Return the mean over ranks, as a new tensor without gradient; the same values on one rank."""
     if not dist.is_initialized():
         return tensor.detach()
     total = tensor.detach().clone(memory_format=torch.contiguous_format)
@@ -60,7 +63,7 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
 
 @counted
 def max_over_ranks(number: int) -> int:
-    """The largest of the ranks' numbers, agreed between hosts: no device is waited for."""
+    """Return the largest of the ranks' numbers, agreed between hosts: no device is waited for."""
     if not dist.is_initialized():
         return number
     largest = torch.tensor(number)
@@ -70,7 +73,7 @@ def max_over_ranks(number: int) -> int:
 
 @counted
 def text_of_main(text: str) -> str:
-    """The main rank's text, on every rank."""
+    """Return the main rank's text, on every rank."""
     if not dist.is_initialized():
         return text
     texts = [text]
@@ -80,7 +83,7 @@ def text_of_main(text: str) -> str:
 
 @counted
 def gather_objects(thing: Any) -> list[Any]:
-    """Every rank's picklable thing, in rank order, on every rank."""
+    """Return every rank's picklable thing, in rank order, on every rank."""
     if not dist.is_initialized():
         return [thing]
     gathered: list[Any] = [None] * dist.get_world_size()
@@ -89,13 +92,15 @@ def gather_objects(thing: Any) -> list[Any]:
 
 
 def this_rank() -> int:
+    """Return the number of this rank; 0 on one process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def rank_count() -> int:
+    """Return how many ranks there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def union_of_names(names: set[str]) -> list[str]:
-    """All ranks' names, sorted."""
+    """Return the names of all ranks together, sorted; every rank takes part."""
     return sorted(set().union(*gather_objects(names)))

@@ -1,7 +1,11 @@
-"""Which rank has stopped, when ranks wait for each other for ever: all say its name, and end.
+"""Heartbeats of the ranks: where one has stopped and the others would wait for ever, all say its name, and end.
 
 Each rank publishes how far it has come to the launcher's store, over a connection of its own and from a thread of its
 own: no collective, no device. Ranks run the same program, so whoever has come the least far is who the others wait for.
+
+Example: with a runtime.timeout of 600 s on 4 ranks, every rank publishes a sign a second. Rank 2 hangs while it reads data,
+at progress 812, and the others wait for it in a reduction at progress 815. After 600 s every one finds that 812 is the
+least, that this sign has not changed for 600 s while the process still beats, and ends with "rank 2 ... has stood still".
 """
 
 import json
@@ -27,7 +31,7 @@ RUN_AGAIN = "start the same command again to go on from the last checkpoint"
 
 
 class LifeSign(NamedTuple):
-    """What a rank publishes about itself."""
+    """The sign that a rank publishes about itself."""
 
     beat: int  # grows while the process lives
     progress: int  # grows with the main thread's work
@@ -38,7 +42,7 @@ class LifeSign(NamedTuple):
 
 
 class SeenSign(NamedTuple):
-    """A rank's latest sign, and since when (this process's monotonic clock, seconds) parts of it have not changed."""
+    """The latest sign of a rank, and since when (this process's monotonic clock, seconds) parts of it have not changed."""
 
     sign: LifeSign
     alive: float
@@ -46,10 +50,10 @@ class SeenSign(NamedTuple):
 
 
 class Heartbeat(AbstractContextManager):
-    """Watches the ranks of a run from inside the `with` block; on one rank it does nothing and starts no thread.
+    """A watch over the ranks of a run, inside a `with` block; on one rank it does nothing and starts no thread.
 
     A rank that has not gone on for `timeout` seconds, whose process died, or that left the block with an error ends every
-    other rank with one sentence that names it and exit code LOST. Work that takes long tells `moves` in between.
+    other rank with one sentence that names it and exit code RANK_LOST. Work that takes long calls `moves` in between.
     """
 
     def __init__(self, world: World, timeout: float, step: int = 0):
@@ -61,7 +65,7 @@ class Heartbeat(AbstractContextManager):
         self._threads = [threading.Thread(target=loop, daemon=True) for loop in (self._talk, self._watch)]
 
     def batches(self, batches: Iterable) -> Iterator:
-        """The same micro-batches; whether this rank waits for one or computes is known to the others."""
+        """Yield the same micro-batches; whether this rank waits for one or computes is known to the others."""
         batches = iter(batches)
         while True:
             self.moves("waiting for its next micro-batch")
@@ -74,11 +78,12 @@ class Heartbeat(AbstractContextManager):
             yield batch
 
     def finished(self, step: int) -> None:
+        """Note that a step is done."""
         self.step = step
         self.moves("between two steps")
 
     def moves(self, doing: str | None = None) -> None:
-        """This rank goes on."""
+        """Note that this rank goes on, and what it is doing."""
         self.doing = doing or self.doing
         self._moves += 1
 
@@ -107,7 +112,7 @@ class Heartbeat(AbstractContextManager):
             thread.join(2 * self.interval)
 
     def _who_left(self) -> str | None:
-        """The rank that died or failed, as soon as it is known; None if all live on, so that the error is this rank's."""
+        """Return a sentence on the rank that died or failed, once it is known; None if all live: the error is this rank's."""
         until = time.monotonic() + (MISSED_BEATS + 2) * self.interval
         while time.monotonic() < until:
             for rank, (sign, alive, _) in self._others():
@@ -158,6 +163,7 @@ class Heartbeat(AbstractContextManager):
                 return
 
     def _note(self, rank: int, sign: LifeSign) -> None:
+        """Note a rank's sign, and when its beat and its progress last changed."""
         now, before = time.monotonic(), self._seen.get(rank)
         alive = before.alive if before and before.sign.beat == sign.beat else now
         moved = before.moved if before and before.sign.progress == sign.progress else now
@@ -171,12 +177,12 @@ class Heartbeat(AbstractContextManager):
                 end_process(reason)
 
     def _verdict(self, now: float) -> str | None:
+        """Return why this process has to end, None while all is well."""
         if now - self._answered > self.timeout:
             return self._store_lost()
         for rank, (sign, alive, _) in self._others():
-            if (
-                sign.failed and now - alive > MISSED_BEATS * self.interval
-            ):  # by when an error of all ranks has been raised here too
+            # By then an error that all ranks have in common has been raised here too.
+            if sign.failed and now - alive > MISSED_BEATS * self.interval:
                 return rank_failed(rank, sign)
         least = min(seen.sign.progress for seen in self._seen.copy().values())
         last = [(rank, seen) for rank, seen in sorted(self._seen.copy().items()) if seen.sign.progress == least]
@@ -197,14 +203,17 @@ class Heartbeat(AbstractContextManager):
 
 
 def one_line(error: BaseException) -> str:
+    """Return an error's class and message in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def rank_failed(rank: int, sign: LifeSign) -> str:
+    """Return the sentence for a rank that ended with an error."""
     return f"rank {rank} ({sign.name}) ended after step {sign.step} with {sign.failed}; mend that and {RUN_AGAIN}"
 
 
 def rank_died(rank: int, sign: LifeSign, seconds: float | None = None) -> str:
+    """Return the sentence for a rank that no longer beats, for so many seconds where that is known."""
     since = f" for {seconds:g} s (runtime.timeout)" if seconds else ""
     return (
         f"rank {rank} ({sign.name}) has given no sign of life{since} after step {sign.step}; see what killed or stopped it "
@@ -213,7 +222,7 @@ def rank_died(rank: int, sign: LifeSign, seconds: float | None = None) -> str:
 
 
 def end_process(reason: str) -> None:
-    """Say why, and end the process at once: what it has open waits for those who are gone."""
+    """Say why, and end the process at once, without any clean-up, which would wait for those who are gone."""
     sys.stderr.write(f"fastjepa train: {reason}\n")  # in one piece: other ranks speak at the same moment
     sys.stderr.flush()
     sys.stdout.flush()

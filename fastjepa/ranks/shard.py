@@ -1,4 +1,8 @@
-"""A rank's part of a tensor."""
+"""The part of a tensor that a rank holds.
+
+Shards are cut from the flattened tensor. A weight of shape (2, 5) whose 10 elements are shared by 2 ranks after element 6
+is Piece(tensor of 6 elements, start 0, shape (2, 5)) on rank 0 and Piece(tensor of 4, start 6, shape (2, 5)) on rank 1.
+"""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -24,7 +28,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 class Piece(NamedTuple):
-    """A rank's part of a tensor, as a view of what trains: writing to it changes the run."""
+    """The part of a tensor that a rank holds, as a view of what trains: writing to it changes the run."""
 
     tensor: Tensor  # (n,) of the flattened tensor from `start`; the tensor itself where every rank has all of it
     start: int
@@ -33,12 +37,15 @@ class Piece(NamedTuple):
 
     @classmethod
     def all_of(cls, tensor: Tensor) -> "Piece":
+        """Return the piece that is a whole tensor, which every rank has."""
         return cls(tensor, 0, tuple(tensor.shape), everywhere=True)
 
     @property
     def form(self) -> TensorForm:
+        """Return the dtype and shape of the whole tensor."""
         return DTYPE_NAMES[self.tensor.dtype], self.shape
 
 
 def element_count(shape: Iterable[int]) -> int:
+    """Return how many elements a tensor of this shape has; 1 for ()."""
     return torch.Size(shape).numel()

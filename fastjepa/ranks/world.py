@@ -1,4 +1,4 @@
-"""Ranks, devices and the few reductions a run needs; one process alone never makes a process group."""
+"""The ranks of a run and their devices; one process alone never makes a process group."""
 
 import os
 import time
@@ -9,13 +9,13 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from fastjepa.errors import ConfigError
+from fastjepa.errors import ConfigError, UserError
 from fastjepa.ranks.meet import meet_ranks
 
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands: `rank` of `size` in all, `local_rank` on its machine, and its device."""
+    """The place of this process: `rank` of `size` in all, `local_rank` on its machine, and its device."""
 
     rank: int
     local_rank: int
@@ -24,7 +24,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes checkpoints, metrics and the console."""
+        """Return whether this rank writes checkpoints, metrics and the console."""
         return self.rank == 0
 
 
@@ -35,14 +35,13 @@ def join_world(device: Literal["auto", "cpu", "cuda"] = "auto", timeout: float =
     talk through NCCL on CUDA and gloo on a CPU; `timeout` is in seconds, for joining and for each reduction.
 
     Raises:
-        ConfigError: a device that is not there, an incomplete environment, or ranks that did not all arrive.
+        ConfigError: a device that is not there.
+        UserError: an incomplete environment, a rank without a GPU, or ranks that did not all arrive.
     """
     world = _number("WORLD_SIZE", 1)
     rank, local_rank = (_number("RANK"), _number("LOCAL_RANK")) if world > 1 else (0, 0)
     if not 0 <= rank < world:
-        raise ConfigError(
-            f"RANK={rank} must be in 0..{world - 1} (WORLD_SIZE={world}); start the run with torchrun or deepspeed"
-        )
+        raise UserError(f"RANK={rank} must be in 0..{world - 1} (WORLD_SIZE={world}); start the run with torchrun or deepspeed")
     place = World(rank, local_rank, world, _device(device, local_rank))
     if world > 1 and not dist.is_initialized():
         _join(place, timeout)
@@ -73,22 +72,22 @@ def wait_for_ranks(seconds: float = 5.0) -> None:
 
 
 def _device(wanted: str, local_rank: int) -> torch.device:
+    """Return this rank's device; on CUDA it becomes the current one."""
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("runtime.device: cuda was asked for and torch finds no CUDA device; set runtime.device=cpu or auto")
     if local_rank >= torch.cuda.device_count():
-        raise ConfigError(
-            f"local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} here); start fewer ranks"
-        )
+        raise UserError(f"local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} here); start fewer ranks")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
 
 def _join(place: World, timeout: float) -> None:
+    """Meet the other ranks and make the process group."""
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
-        raise ConfigError(f"WORLD_SIZE={place.size} without {' and '.join(missing)}; start the run with torchrun or deepspeed")
+        raise UserError(f"WORLD_SIZE={place.size} without {' and '.join(missing)}; start the run with torchrun or deepspeed")
     cuda = place.device.type == "cuda"
     global _store
     try:
@@ -104,19 +103,20 @@ def _join(place: World, timeout: float) -> None:
     except RuntimeError as error:  # DistError from the store, any from the backend, which connects the ranks to each other
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         if "EADDRINUSE" in str(error):
-            raise ConfigError(
+            raise UserError(
                 f"{address}: the port is in use; set MASTER_PORT to a free one, or on one machine use torchrun --standalone"
             ) from error
-        raise ConfigError(
+        raise UserError(
             f"rank {place.rank} of {place.size} could not meet the others at {address} within {timeout:g} s; "
             f"check that every rank was started and can reach that address [{' '.join(str(error).split())[:160]}]"
         ) from error
 
 
 def _number(name: str, default: int | None = None) -> int:
+    """Return a whole number from the environment."""
     text = os.environ.get(name, default)
     try:
         return int(text)
     except (TypeError, ValueError):
         found = "is not set" if text is None else f"is {text!r}, not a whole number"
-        raise ConfigError(f"{name} {found}; start the run with torchrun or deepspeed, or unset WORLD_SIZE") from None
+        raise UserError(f"{name} {found}; start the run with torchrun or deepspeed, or unset WORLD_SIZE") from None

@@ -26,6 +26,8 @@ from fastjepa.model.fp8 import check_fp8, use_fp8
 from fastjepa.model.jepa import Jepa, build_pair
 from fastjepa.model.vit import Encoder, choose_attention, use_attention
 from fastjepa.plan.padding_cost import padding_note
+from fastjepa.plan.sharding import choose_zero_stage
+from fastjepa.ranks.memory import rank_memory_bytes
 from fastjepa.ranks.world import World, join_world
 from fastjepa.run.resume import checkpoint_to_resume, describe_run, resume_notes, start_run
 from fastjepa.weights.official import adopt_training
@@ -51,7 +53,7 @@ def build_run(config: Config, output: Path, resume: str, init: Path | None, deep
     config = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, dtype=dtype))
     apply_process_settings(config)
     source = open_source(config.data)
-    check_masks(config, config.data.batch_size * world.size)
+    check_masks(config.mask, config.grid, config.runtime.seed, config.data.batch_size * world.size)
     check_loader(config, source, world.size)
     about = describe_run(config, world, source)
     found = checkpoint_to_resume(config, output, resume)
@@ -59,15 +61,24 @@ def build_run(config: Config, output: Path, resume: str, init: Path | None, deep
         found = adopt_training(found, output / "checkpoints", about["steps_per_epoch"], about, config.logging.write_tag)
     jepa, target_encoder = build_networks(config, world.device, world.size)
     notes = resume_notes(found, about, init) if found else start_run(jepa, target_encoder, output, about, init, world)
-    engine = build_engine(jepa, config, world, deepspeed_config)
+    stage, reason = zero_stage(config, world)
+    engine = build_engine(jepa, config, world, stage, deepspeed_config)
     average = engine.follow(target_encoder)
     networks = {"encoder": jepa.encoder, "predictor": jepa.predictor, "target_encoder": target_encoder}
     shards = Shards(engine, average, networks) if engine.shards else None
     state = TrainState(0, networks, engine.optimizer, record=about, shards=shards)
     if found:
         restore_checkpoint(found, state)
-    notes += run_warnings(config, world.device)
+    notes += reason + run_warnings(config, world.device)
     return Run(config, world, source, engine, average, state, notes)
+
+
+def zero_stage(config: Config, world: World) -> tuple[int, list[str]]:
+    """Return the ZeRO stage, the same on every rank, and what to tell the user of one that was chosen: it is not obvious."""
+    if config.runtime.zero != "auto":
+        return config.runtime.zero, []
+    choice = choose_zero_stage(config, world.size, rank_memory_bytes(world.device))
+    return choice.stage, [choice.why] if world.size > 1 or not choice.fits else []
 
 
 def run_warnings(config: Config, device: torch.device) -> list[str]:

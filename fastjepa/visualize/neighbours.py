@@ -152,8 +152,8 @@ def draw_query_masks(subject: Subject, count: int, seed: int, step: int = 0) -> 
     """Contexts (count, K, N) and target blocks (count, R, N) of `count` images, as the run draws its own."""
     config = subject.config
     with warnings.catch_warnings(action="ignore"):  # those are of the run's batch, not of these few images
-        check_masks(config, count)
-    return draw_masks(config.mask, config.grid, seed, step, 0, count, count)
+        check_masks(config.mask, config.grid, config.runtime.seed, count)
+    return draw_masks(config.mask, config.grid, seed, step, range(count), count)
 
 
 def search_blocks(subject: Subject, queries: Queries, split: Split, bank: Split, k: int, seed: int) -> Found:

@@ -21,7 +21,7 @@ from fastjepa.checkpoint.directory import complete_checkpoints, find_checkpoint,
 from fastjepa.checkpoint.restore import load_networks, restore_checkpoint
 from fastjepa.checkpoint.save import save_checkpoint
 from fastjepa.checkpoint.state import NETWORKS, TrainState, read_state, record_differences
-from fastjepa.errors import CheckpointError, ConfigError
+from fastjepa.errors import CheckpointError, UserError
 from tests.support import ranks
 
 
@@ -156,9 +156,9 @@ def test_a_damaged_newest_one_does_not_cost_the_last_good_one(tmp_path):
 
 
 def test_keep_last_and_the_tag_are_checked(tmp_path):
-    with pytest.raises(ConfigError, match=r"logging\.keep_last"):
+    with pytest.raises(UserError, match=r"logging\.keep_last"):
         save_checkpoint(tmp_path, make(), keep_last=0)
-    with pytest.raises(ConfigError, match=r"logging\.write_tag"):
+    with pytest.raises(UserError, match=r"logging\.write_tag"):
         save_checkpoint(tmp_path, make(), tag="a/b")
 
 

@@ -39,7 +39,7 @@ def drawn(config, step: int, pieces: int = 1, device: str = "cpu") -> list[Batch
     """The padded micro-batches of a step."""
     room = padding_budget(config, 8, 8 // pieces)
     images = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(step))
-    pair = draw_masks(config.mask, config.grid, 0, step, 0, 8, 8)
+    pair = draw_masks(config.mask, config.grid, 0, step, range(8), 8)
     parts = [slice(start, start + 8 // pieces) for start in range(0, 8, 8 // pieces)]
     packed = [Batch(images[s], *pack(*(mask[s] for mask in pair), images=8, budget=room), bad=()) for s in parts]
     return [batch.to(torch.device(device)) for batch in packed]

@@ -152,9 +152,10 @@ def test_the_default_budget_holds_what_a_run_draws():
     config = configured()
     found = padding_budget(config, 8)
     sizes = [PackedSize(*size) for size in drawn_sizes(config, 8, 8).tolist()]
-    assert sizes[5] == PackedSize.of(*draw_masks(config.mask, config.grid, 0, 5, 0, 8, 8))
+    assert sizes[5] == PackedSize.of(*draw_masks(config.mask, config.grid, 0, 5, range(8), 8))
     assert all(found.holds(size) for size in sizes)
-    held = [found.holds(PackedSize.of(*draw_masks(config.mask, config.grid, 0, step, 0, 8, 8))) for step in range(1000, 1300)]
+    later = (draw_masks(config.mask, config.grid, 0, step, range(8), 8) for step in range(1000, 1300))
+    held = [found.holds(PackedSize.of(*one)) for one in later]
     assert np.mean(held) > 0.98
     assert "0 of 1000 draws" in padding_note(config, 8)
     assert row_counts(config, 8).sequences == found.size.sequences, "the graph's memory"

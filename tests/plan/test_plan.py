@@ -38,17 +38,9 @@ from fastjepa.plan.memory import (
     network_sizes,
     state_bytes,
 )
-from fastjepa.plan.plan import (
-    CARD_PEAKS,
-    INFINIBAND_RATE,
-    NVLINK_RATE,
-    RESERVED_SHARE,
-    TOTAL_BATCH,
-    bytes_sent,
-    largest_micro_batch,
-    plan_run,
-    traffic_rows,
-)
+from fastjepa.plan.plan import CARD_PEAKS, Cards, largest_micro_batch, plan_run, plan_traffic
+from fastjepa.plan.sharding import RESERVED_SHARE
+from fastjepa.plan.traffic import INFINIBAND_RATE, NVLINK_RATE, TOTAL_BATCH, bytes_sent
 from fastjepa.ranks import collectives
 from fastjepa.ranks.world import join_world
 from fastjepa.run.build import build_networks
@@ -97,12 +89,12 @@ def report(count: int, stage: int, dtype: str) -> dict:
     c = small(dtype, stage)
     sent = spy()
     world = join_world("cpu")
-    context, target, blocks = pack(*draw_masks(c.mask, c.grid, 0, 0, 0, 2, 2))
+    context, target, blocks = pack(*draw_masks(c.mask, c.grid, 0, 0, range(2), 2))
     images, now = torch.rand(2, 3, 64, 64), StepSettings(1e-4, 0.04, 0.99)
     before = storages()
     jepa, target_encoder = build_networks(c, world.device)
     fixed = {b.untyped_storage().data_ptr() for network in (jepa, target_encoder) for b in network.buffers()}
-    network = build_engine(jepa, c, world)
+    network = build_engine(jepa, c, world, stage)
     average = network.follow(target_encoder)
     for step in range(2):
         for micro_batch in range(2):
@@ -187,7 +179,7 @@ def saved(c: Config) -> tuple[int, RowCounts]:
     """Bytes of distinct storages that autograd saves in a forward, without parameters and buffers."""
     jepa, _ = build_pair(c)
     use_attention(jepa, c.runtime.attention)
-    packed = pack(*draw_masks(c.mask, c.grid, 0, 0, 0, c.micro_batch, c.micro_batch))
+    packed = pack(*draw_masks(c.mask, c.grid, 0, 0, range(c.micro_batch), c.micro_batch))
     own = {t.untyped_storage().data_ptr() for t in (*jepa.parameters(), *jepa.buffers())}
     kept = {}  # the tensors too: an address that is freed would be used again
 
@@ -269,7 +261,7 @@ def test_twice_the_ranks_halve_what_is_sharded_and_nothing_else(stage: int, dtyp
 def test_the_loss_holds_what_is_planned_for_it(normalize: str, target: str):
     """Targets, what autograd keeps of the loss, and the gradient that a backward makes; `layer` is the fused kernel's."""
     c = dataclasses.replace(small(), loss=LossConfig(normalize=normalize, target=target))
-    _, seen, blocks = pack(*draw_masks(c.mask, c.grid, 0, 0, 0, 2, 2), packing=packing_of(c.meta.predictor, c.loss.target))
+    _, seen, blocks = pack(*draw_masks(c.mask, c.grid, 0, 0, range(2), 2), packing=packing_of(c.meta.predictor, c.loss.target))
     features = torch.randn(len(seen.idx), c.target_dim)
     prediction = torch.randn(len(blocks.target_rows), c.target_dim, requires_grad=True)
     kept = {}
@@ -329,19 +321,19 @@ def test_stages_2_and_3_send_gradients_for_every_micro_batch(stage: int, times: 
 def test_traffic_binds_where_bytes_take_as_long_as_flops():
     c = small("bf16")
     peak = CARD_PEAKS["a100"]["bf16"] / 2
-    for row in traffic_rows(c, (8, 16), "a100", 0.5):
+    for row in plan_traffic(c, Cards(name="a100", utilisation=0.5), (8, 16)):
         assert row["binding_batch"] * flops_per_image(c) / peak == pytest.approx(row["seconds"])
         assert row["total"] == sum(row[name] for name in ("gradients", "parameters", "target_copy"))
         compute = row["images"] * row["seconds"] / row["binding_batch"]
         assert row["exposed"] == pytest.approx(row["seconds"] / (row["seconds"] + compute))
         assert row["binds"] == (compute < row["seconds"])
         assert row["images"] * row["gpus"] == TOTAL_BATCH
-    near, far = (traffic_rows(c, (gpus,))[1] for gpus in (8, 16))
+    near, far = (plan_traffic(c, Cards(), (gpus,))[1] for gpus in (8, 16))
     assert far["seconds"] / near["seconds"] == pytest.approx((15 / 16) / (7 / 8) * NVLINK_RATE / INFINIBAND_RATE)
 
 
 def test_a_part_missing_from_the_total_would_show():
-    found = plan_run(small(), 2)
+    found = plan_run(small(), Cards(2))
     parts = [name for name in MEMORY_ROWS if not name.startswith(("total", "activations"))]
     for needs in found["stages"].values():
         fixed = sum(needs[name] for name in parts)
@@ -357,17 +349,17 @@ def test_the_largest_micro_batch_divides_the_batch(batch: int, limit: int, large
 
 
 def test_less_memory_asks_for_more():
-    """From room for everything to none: ZeRO-1, a higher stage, checkpointing, smaller micro-batches, nothing."""
+    """From room for everything to none: plain DDP, a higher stage, checkpointing, smaller micro-batches, nothing."""
     c = config_from_dict({"data": {"batch_size": 16}, "meta": {"model_name": "vit_large"}})
-    needs = plan_run(c, 8, 80.0)["stages"]
+    needs = plan_run(c, Cards(8, 80.0))["stages"]
     reserve = (1 - RESERVED_SHARE) * 1e9
     between = (needs[1]["total"] + needs[2]["total"]) / 2 / reserve
-    reasons = [plan_run(c, 8, memory_gb) for memory_gb in (80.0, between, 4.8, 4.0, 1.0)]
-    assert [found["recommended_stage"] for found in reasons[:2]] == [1, 2]
+    reasons = [plan_run(c, Cards(8, memory_gb)) for memory_gb in (80.0, between, 4.8, 4.0, 1.0)]
+    assert [found["recommended_stage"] for found in reasons[:2]] == [0, 2]
     assert "checkpoint_activations=true" in reasons[2]["why"] and "micro_batch" not in reasons[2]["why"]
     assert "runtime.micro_batch=" in reasons[3]["why"]
     assert reasons[4]["recommended_stage"] is None and "No stage" in reasons[4]["why"]
-    assert plan_run(c, 1, 80.0)["recommended_stage"] == 0
+    assert plan_run(c, Cards(1, 80.0))["recommended_stage"] == 0
 
 
 # The command
@@ -390,7 +382,7 @@ def test_json_and_table_name_the_same_parts(file, capsys):
     shown = capsys.readouterr().out
     for name in MEMORY_ROWS:
         assert (name if name != "ema" else "EMA").replace("_", " ").split()[0] in shown
-    assert "989 TFLOP/s" in shown and "estimate" in shown and "Recommended: ZeRO-1" in shown
+    assert "989 TFLOP/s" in shown and "estimate" in shown and "Recommended: plain DDP (runtime.zero=0)" in shown
 
 
 def test_options_reach_the_plan(file, capsys):

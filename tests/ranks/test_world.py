@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fastjepa.errors import ConfigError
+from fastjepa.errors import ConfigError, UserError
 from fastjepa.ranks import world
 from fastjepa.ranks.collectives import all_gather, barrier, max_over_ranks, mean_over_ranks, text_of_main, union_of_names
 from fastjepa.ranks.meet import meet_ranks
@@ -112,7 +112,7 @@ def test_a_rank_that_finds_only_the_dead_says_so_in_time(monkeypatch):
     environment = ("1", "1", "2", "127.0.0.1", str(server.port))
     for name, value in (*zip(LAUNCHER, environment, strict=True), ("TORCHELASTIC_USE_AGENT_STORE", "True")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=r"rank 1 of 2 could not meet .* within 0\.5 s; .* \[those who are in the store"):
+    with pytest.raises(UserError, match=r"rank 1 of 2 could not meet .* within 0\.5 s; .* \[those who are in the store"):
         join_world("cpu", timeout=0.5)
 
 
@@ -139,7 +139,7 @@ def test_more_ranks_than_gpus_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="local rank 1 has no GPU of its own"):
+    with pytest.raises(UserError, match="local rank 1 has no GPU of its own"):
         join_world("auto")
 
 
@@ -155,5 +155,5 @@ def test_more_ranks_than_gpus_is_refused(monkeypatch):
 def test_an_incomplete_launch_names_the_variable(monkeypatch, environment, message):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         join_world("cpu")

@@ -73,7 +73,7 @@ def assert_close(found: Flops, expected: Flops, relative: float = 0.01) -> None:
 
 def draw(config: Config, step: int = 0) -> tuple[np.ndarray, np.ndarray]:
     images = config.data.batch_size
-    return draw_masks(config.mask, config.grid, 0, step, 0, images, images)
+    return draw_masks(config.mask, config.grid, 0, step, range(images), images)
 
 
 def lengths(context: int, block: int, union: int, contexts: int, blocks: int, images: int) -> tuple[Packed, Packed, Blocks]:
