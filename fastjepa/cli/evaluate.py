@@ -2,7 +2,9 @@
 
 import argparse
 import json
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from fastjepa.cli.options import add_command, positive_int
 
@@ -54,7 +56,7 @@ EVAL_KINDS = {
     "lowlevel": "count objects, or bin the depth of the nearest one, with a linear layer on frozen features",
     "table": "raw pixels, random, context and target encoder under the same probes",
 }
-NOT_ARGUMENTS = ("debug", "run", "command", "kind", "json", "no_cache")  # what is no argument of an evaluation
+TABLE_LIMITS = {"n_train": 20000, "n_test": 10000}  # of `eval table`, where neither is given
 
 
 def register(commands) -> None:
@@ -165,30 +167,12 @@ KIND_OPTIONS = {"knn": knn_options, "linear": linear_options, "linear_bn": linea
 
 
 def run_eval(args: argparse.Namespace) -> None:
+    """Run the evaluation that was asked for, and print its result."""
     from rich.console import Console
 
-    from fastjepa.evals.attentive import evaluate_attentive
-    from fastjepa.evals.finetune import evaluate_finetune
-    from fastjepa.evals.lowlevel import evaluate_lowlevel, published_beside
-    from fastjepa.evals.lowshot import evaluate_lowshot
-    from fastjepa.evals.table import evaluate_probe, evaluate_table
-    from fastjepa.evals.transfer import evaluate_transfer
+    from fastjepa.evals.lowlevel import published_beside
 
-    given = {name: value for name, value in vars(args).items() if name not in NOT_ARGUMENTS} | {"cache": not args.no_cache}
-    out = Console(stderr=args.json)
-    if args.kind == "table":
-        limits = {} if args.n_train or args.n_test else {"n_train": 20000, "n_test": 10000}
-        result = evaluate_table(given.pop("checkpoint"), **given | limits, out=out)
-    elif args.kind == "transfer":
-        result = evaluate_transfer(**given, out=out)
-    else:
-        own = {
-            "attentive": evaluate_attentive,
-            "lowshot": evaluate_lowshot,
-            "finetune": evaluate_finetune,
-            "lowlevel": evaluate_lowlevel,
-        }
-        result = own[args.kind](**given) if args.kind in own else evaluate_probe(args.kind, **given)
+    result = evaluate(args, Console(stderr=args.json))
     if args.json:
         print(json.dumps(result))
     elif "accuracy" in result:
@@ -197,3 +181,37 @@ def run_eval(args: argparse.Namespace) -> None:
         print(f"{args.encoder} encoder, {args.kind}: {accuracy}")
         if args.kind == "lowlevel":
             print(published_beside(result))
+
+
+def evaluate(args: argparse.Namespace, out) -> dict[str, Any]:
+    """Return the result of the evaluation `args.kind`; tables are also printed on `out`."""
+    from fastjepa.evals.attentive import AttentiveOptions, evaluate_attentive
+    from fastjepa.evals.finetune import FinetuneOptions, evaluate_finetune
+    from fastjepa.evals.lowlevel import evaluate_lowlevel
+    from fastjepa.evals.lowshot import LowshotOptions, evaluate_lowshot
+    from fastjepa.evals.request import EvalRequest
+    from fastjepa.evals.table import ProbeOptions, evaluate_probe, evaluate_table
+    from fastjepa.evals.transfer import evaluate_transfer
+
+    request = EvalRequest(**given_fields(EvalRequest, args), cache=not args.no_cache)
+    match args.kind:
+        case "table":
+            limits = {} if args.n_train or args.n_test else TABLE_LIMITS
+            return evaluate_table(replace(request, **limits), out)
+        case "transfer":
+            return evaluate_transfer([replace(request, data=name) for name in args.data], args.protocol, out)
+        case "attentive":
+            return evaluate_attentive(request, AttentiveOptions(**given_fields(AttentiveOptions, args)))
+        case "finetune":
+            return evaluate_finetune(request, FinetuneOptions(**given_fields(FinetuneOptions, args)))
+        case "lowshot":
+            finetune = FinetuneOptions(**given_fields(FinetuneOptions, args))
+            return evaluate_lowshot(request, LowshotOptions(**given_fields(LowshotOptions, args), finetune=finetune))
+        case "lowlevel":
+            return evaluate_lowlevel(request, args.task, args.protocol)
+    return evaluate_probe(args.kind, request, ProbeOptions(**given_fields(ProbeOptions, args)))
+
+
+def given_fields(of: type, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of `args` that are fields of a dataclass, by name."""
+    return {field.name: getattr(args, field.name) for field in fields(of) if hasattr(args, field.name)}

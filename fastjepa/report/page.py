@@ -13,7 +13,7 @@ from typing import Any
 
 from fastjepa.errors import ConfigError
 from fastjepa.evals.published import PAPER_COLUMNS, PUBLISHED, published_for
-from fastjepa.evals.table import PROBE_NAMES, PROBES, in_percent
+from fastjepa.evals.table import PROBE_NAMES, in_percent
 from fastjepa.files import write_atomic
 from fastjepa.report.run_directory import RecordedRun, read_recorded_run, reading_charts, reading_values
 from fastjepa.run.directory import run_directory
@@ -228,7 +228,7 @@ def tabled_results(
 
 
 def evaluation_results(row: dict[str, Any]) -> list[dict[str, Any]]:
-    return [accuracy_cell(row[probe]) for probe in PROBES]
+    return [accuracy_cell(row[probe]) for probe in PROBE_NAMES]
 
 
 def accuracy_cell(result: dict[str, Any]) -> dict[str, Any]:
