@@ -1,4 +1,4 @@
-"""`fastjepa eval`: what frozen features hold, and what an encoder learns from labels."""
+"""`fastjepa eval`: probes of frozen features, and fine-tuning."""
 
 import argparse
 import json
@@ -60,6 +60,7 @@ TABLE_LIMITS = {"n_train": 20000, "n_test": 10000}  # of `eval table`, where nei
 
 
 def register(commands) -> None:
+    """Add the subcommand and its kinds."""
     about = "probe frozen features, or fine-tune: knn, linear, attentive, lowshot, finetune, transfer, lowlevel, table"
     kinds = add_command(commands, "eval", None, about, EVAL_EXAMPLES["eval"]).add_subparsers(
         dest="kind", required=True, metavar="KIND"
@@ -72,6 +73,7 @@ def register(commands) -> None:
 
 
 def shared_options(sub: argparse.ArgumentParser, several: dict, pixels: bool, kind: str) -> None:
+    """Add the options that become an EvalRequest: `several` is for --data, `pixels` allows --encoder pixels."""
     weights = "run directory (its latest checkpoint), a checkpoint, or weights of the official code, timm or transformers"
     sub.add_argument("--checkpoint", required=True, type=Path, help=weights)
     data = "data set's name, or a directory with train/ and test/ or val/"
@@ -92,11 +94,13 @@ def shared_options(sub: argparse.ArgumentParser, several: dict, pixels: bool, ki
 
 
 def layer_options(sub: argparse.ArgumentParser) -> None:
+    """Add --layers, which probes of pooled features share."""
     concat4 = "concat4: the last four blocks side by side, the final norm on each (default last)"
     sub.add_argument("--layers", choices=("last", "concat4"), default="last", help=concat4)
 
 
 def knn_options(sub: argparse.ArgumentParser) -> None:
+    """Add the options of k-NN: fields of ProbeOptions."""
     layer_options(sub)
     sub.add_argument(
         "--k", type=positive_int, help="neighbours (default: the best of 10 to 200 on a fifth of the training images)"
@@ -105,6 +109,7 @@ def knn_options(sub: argparse.ArgumentParser) -> None:
 
 
 def linear_options(sub: argparse.ArgumentParser) -> None:
+    """Add the options of the linear probes: fields of ProbeOptions."""
     layer_options(sub)
     protocol_option(sub, "default")
     grid = "in place of the protocol's; the best on a sixth of the training images is taken"
@@ -115,6 +120,7 @@ def linear_options(sub: argparse.ArgumentParser) -> None:
 
 
 def protocol_option(sub: argparse.ArgumentParser, default: str | None) -> None:
+    """Add --protocol; without a default the data set's name chooses."""
     published = "imagenet: LARS; cifar100, places205, inat18: SGD with Nesterov momentum; as published, but for what the "
     named = "default" if default else "by the data set's name"
     sub.add_argument("--protocol", choices=("default", "imagenet", "cifar100", "places205", "inat18"), default=default,
@@ -122,6 +128,7 @@ def protocol_option(sub: argparse.ArgumentParser, default: str | None) -> None:
 
 
 def attentive_options(sub: argparse.ArgumentParser) -> None:
+    """Add the fields of AttentiveOptions."""
     rates = "of several, the best on a sixth of the training images is taken (default 1e-3)"
     sub.add_argument("--lr", type=float, nargs="+", dest="lrs", default=[1e-3], metavar="LR", help=rates)
     sub.add_argument("--weight-decay", type=float, default=1e-3, metavar="WD", help="default 1e-3")
@@ -130,6 +137,7 @@ def attentive_options(sub: argparse.ArgumentParser) -> None:
 
 
 def finetune_options(sub: argparse.ArgumentParser) -> None:
+    """Add the fields of FinetuneOptions."""
     rates = "of several, the best on a sixth of the training images is taken (default 3e-5, or 1e-3 below width 768)"
     sub.add_argument("--lr", type=float, nargs="+", dest="lrs", metavar="LR", help=rates)
     sub.add_argument("--weight-decay", type=float, metavar="WD", help="default 0.05, or 0.4 from width 1280")
@@ -139,6 +147,7 @@ def finetune_options(sub: argparse.ArgumentParser) -> None:
 
 
 def lowshot_options(sub: argparse.ArgumentParser) -> None:
+    """Add the fields of LowshotOptions."""
     layer_options(sub)
     sub.add_argument("--method", choices=("logistic", "finetune"), default="logistic", help="default logistic")
     images = sub.add_mutually_exclusive_group()
@@ -149,11 +158,13 @@ def lowshot_options(sub: argparse.ArgumentParser) -> None:
 
 
 def transfer_options(sub: argparse.ArgumentParser) -> None:
+    """Add the options of `eval transfer`."""
     layer_options(sub)
     protocol_option(sub, None)
 
 
 def lowlevel_options(sub: argparse.ArgumentParser) -> None:
+    """Add the options of `eval lowlevel`."""
     layer_options(sub)
     tasks = "count: how many objects, 3 to 10; dist: in which of six bins the nearest one's depth lies"
     sub.add_argument("--task", choices=("count", "dist"), required=True, help=tasks)

@@ -192,6 +192,7 @@ def _decay_gradient(gradient: Tensor, value: Tensor, decay: Tensor, heads: int, 
 
 def _move_heads(value: Tensor, gradient: Tensor, velocity: Tensor, lr: Tensor, nesterov: bool) -> None:
     """Take one step of SGD with momentum in place; lr (heads * C,) is per column. `gradient` is used up."""
+    # velocity = momentum * velocity + gradient; Nesterov moves by gradient + momentum * velocity.
     velocity.mul_(MOMENTUM).add_(gradient)
     value.addcmul_(gradient.add_(velocity, alpha=MOMENTUM) if nesterov else velocity, -lr)
 

@@ -58,12 +58,15 @@ class ClevrImages:
         return len(self._names)
 
     def name(self, i: int) -> str:
+        """Return the path of picture i."""
         return str(self._folder / os.fsdecode(self._names[i]))
 
     def read(self, i: int) -> bytes:
+        """Return the encoded bytes of picture i."""
         return Path(self.name(i)).read_bytes()
 
     def label(self, i: int) -> int:
+        """Return the class of picture i."""
         return int(self._labels[i])
 
 
@@ -84,6 +87,7 @@ def _read_scenes(listing: Path) -> tuple[bool, list[tuple[str, list[float]]]]:
 
 
 def _scene_label(depths: list[float], task: ClevrTask, what: str) -> int:
+    """Return the class of a picture by the depths of its objects, such as 8.2 and 9.0 -> bin 1 of "dist", (8.0, 8.5]."""
     if not FEWEST <= len(depths) <= MOST:
         raise UserError(f"{what} has {len(depths)} objects; Clevr/Count is of {FEWEST} to {MOST}")
     if task == "count":
