@@ -11,7 +11,7 @@ if importlib.util.find_spec("fastjepa_kernels") is None:
 
 
 def encoder(path, which=None):
-    """A pretrained encoder, as `fastjepa.load_encoder`: `forward_features(images)` gives (B, N, D)."""
+    """Load a pretrained encoder, as `fastjepa.load_encoder` does: `forward_features(images)` gives (B, N, D)."""
     from fastjepa import load_encoder
 
     return load_encoder(path, which)

@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 
 
 def load_encoder(path, which=None):
-    """An encoder for inference: `load_encoder("runs/demo").forward_features(images)` is (b, N, D).
+    """Load an encoder for inference: `load_encoder("runs/demo").forward_features(images)` is (b, N, D).
 
     Args:
         path: a run or checkpoint, an official .pth.tar, a .safetensors file of weights, or a folder of `fastjepa convert`,

@@ -44,12 +44,11 @@ def convert_options(sub: argparse.ArgumentParser) -> None:
 
 
 def run_convert(args: argparse.Namespace) -> None:
-    from fastjepa.weights.convert import convert_weights
+    from fastjepa.weights.convert import Conversion, convert_weights
 
     config = load_config(args.config) if args.config else None
-    encoders, notes = convert_weights(
-        args.source, args.destination, args.to, args.which, config, args.steps_per_epoch, args.dynamic
-    )
+    wanted = Conversion(args.to, args.which, config, args.steps_per_epoch, args.dynamic)
+    encoders, notes = convert_weights(args.source, args.destination, wanted)
     print(f"{args.destination}: {args.to}, the {' and the '.join(encoders)} encoder")
     for note in notes:
         print(note, file=sys.stderr)

@@ -1,8 +1,10 @@
-"""`fastjepa eval`: what frozen features hold, and what an encoder learns from labels."""
+"""`fastjepa eval`: probes of frozen features, and fine-tuning."""
 
 import argparse
 import json
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from fastjepa.cli.options import add_command, positive_int
 
@@ -54,10 +56,11 @@ EVAL_KINDS = {
     "lowlevel": "count objects, or bin the depth of the nearest one, with a linear layer on frozen features",
     "table": "raw pixels, random, context and target encoder under the same probes",
 }
-NOT_ARGUMENTS = ("debug", "run", "command", "kind", "json", "no_cache")  # what is no argument of an evaluation
+TABLE_LIMITS = {"n_train": 20000, "n_test": 10000}  # of `eval table`, where neither is given
 
 
 def register(commands) -> None:
+    """Add the subcommand and its kinds."""
     about = "probe frozen features, or fine-tune: knn, linear, attentive, lowshot, finetune, transfer, lowlevel, table"
     kinds = add_command(commands, "eval", None, about, EVAL_EXAMPLES["eval"]).add_subparsers(
         dest="kind", required=True, metavar="KIND"
@@ -70,6 +73,7 @@ def register(commands) -> None:
 
 
 def shared_options(sub: argparse.ArgumentParser, several: dict, pixels: bool, kind: str) -> None:
+    """Add the options that become an EvalRequest: `several` is for --data, `pixels` allows --encoder pixels."""
     weights = "run directory (its latest checkpoint), a checkpoint, or weights of the official code, timm or transformers"
     sub.add_argument("--checkpoint", required=True, type=Path, help=weights)
     data = "data set's name, or a directory with train/ and test/ or val/"
@@ -90,11 +94,13 @@ def shared_options(sub: argparse.ArgumentParser, several: dict, pixels: bool, ki
 
 
 def layer_options(sub: argparse.ArgumentParser) -> None:
+    """Add --layers, which probes of pooled features share."""
     concat4 = "concat4: the last four blocks side by side, the final norm on each (default last)"
     sub.add_argument("--layers", choices=("last", "concat4"), default="last", help=concat4)
 
 
 def knn_options(sub: argparse.ArgumentParser) -> None:
+    """Add the options of k-NN: fields of ProbeOptions."""
     layer_options(sub)
     sub.add_argument(
         "--k", type=positive_int, help="neighbours (default: the best of 10 to 200 on a fifth of the training images)"
@@ -103,6 +109,7 @@ def knn_options(sub: argparse.ArgumentParser) -> None:
 
 
 def linear_options(sub: argparse.ArgumentParser) -> None:
+    """Add the options of the linear probes: fields of ProbeOptions."""
     layer_options(sub)
     protocol_option(sub, "default")
     grid = "in place of the protocol's; the best on a sixth of the training images is taken"
@@ -113,6 +120,7 @@ def linear_options(sub: argparse.ArgumentParser) -> None:
 
 
 def protocol_option(sub: argparse.ArgumentParser, default: str | None) -> None:
+    """Add --protocol; without a default the data set's name chooses."""
     published = "imagenet: LARS; cifar100, places205, inat18: SGD with Nesterov momentum; as published, but for what the "
     named = "default" if default else "by the data set's name"
     sub.add_argument("--protocol", choices=("default", "imagenet", "cifar100", "places205", "inat18"), default=default,
@@ -120,6 +128,7 @@ def protocol_option(sub: argparse.ArgumentParser, default: str | None) -> None:
 
 
 def attentive_options(sub: argparse.ArgumentParser) -> None:
+    """Add the fields of AttentiveOptions."""
     rates = "of several, the best on a sixth of the training images is taken (default 1e-3)"
     sub.add_argument("--lr", type=float, nargs="+", dest="lrs", default=[1e-3], metavar="LR", help=rates)
     sub.add_argument("--weight-decay", type=float, default=1e-3, metavar="WD", help="default 1e-3")
@@ -128,6 +137,7 @@ def attentive_options(sub: argparse.ArgumentParser) -> None:
 
 
 def finetune_options(sub: argparse.ArgumentParser) -> None:
+    """Add the fields of FinetuneOptions."""
     rates = "of several, the best on a sixth of the training images is taken (default 3e-5, or 1e-3 below width 768)"
     sub.add_argument("--lr", type=float, nargs="+", dest="lrs", metavar="LR", help=rates)
     sub.add_argument("--weight-decay", type=float, metavar="WD", help="default 0.05, or 0.4 from width 1280")
@@ -137,6 +147,7 @@ def finetune_options(sub: argparse.ArgumentParser) -> None:
 
 
 def lowshot_options(sub: argparse.ArgumentParser) -> None:
+    """Add the fields of LowshotOptions."""
     layer_options(sub)
     sub.add_argument("--method", choices=("logistic", "finetune"), default="logistic", help="default logistic")
     images = sub.add_mutually_exclusive_group()
@@ -147,11 +158,13 @@ def lowshot_options(sub: argparse.ArgumentParser) -> None:
 
 
 def transfer_options(sub: argparse.ArgumentParser) -> None:
+    """Add the options of `eval transfer`."""
     layer_options(sub)
     protocol_option(sub, None)
 
 
 def lowlevel_options(sub: argparse.ArgumentParser) -> None:
+    """Add the options of `eval lowlevel`."""
     layer_options(sub)
     tasks = "count: how many objects, 3 to 10; dist: in which of six bins the nearest one's depth lies"
     sub.add_argument("--task", choices=("count", "dist"), required=True, help=tasks)
@@ -165,30 +178,12 @@ KIND_OPTIONS = {"knn": knn_options, "linear": linear_options, "linear_bn": linea
 
 
 def run_eval(args: argparse.Namespace) -> None:
+    """Run the evaluation that was asked for, and print its result."""
     from rich.console import Console
 
-    from fastjepa.evals.attentive import evaluate_attentive
-    from fastjepa.evals.finetune import evaluate_finetune
-    from fastjepa.evals.lowlevel import evaluate_lowlevel, published_beside
-    from fastjepa.evals.lowshot import evaluate_lowshot
-    from fastjepa.evals.table import evaluate_probe, evaluate_table
-    from fastjepa.evals.transfer import evaluate_transfer
+    from fastjepa.evals.lowlevel import published_beside
 
-    given = {name: value for name, value in vars(args).items() if name not in NOT_ARGUMENTS} | {"cache": not args.no_cache}
-    out = Console(stderr=args.json)
-    if args.kind == "table":
-        limits = {} if args.n_train or args.n_test else {"n_train": 20000, "n_test": 10000}
-        result = evaluate_table(given.pop("checkpoint"), **given | limits, out=out)
-    elif args.kind == "transfer":
-        result = evaluate_transfer(**given, out=out)
-    else:
-        own = {
-            "attentive": evaluate_attentive,
-            "lowshot": evaluate_lowshot,
-            "finetune": evaluate_finetune,
-            "lowlevel": evaluate_lowlevel,
-        }
-        result = own[args.kind](**given) if args.kind in own else evaluate_probe(args.kind, **given)
+    result = evaluate(args, Console(stderr=args.json))
     if args.json:
         print(json.dumps(result))
     elif "accuracy" in result:
@@ -197,3 +192,37 @@ def run_eval(args: argparse.Namespace) -> None:
         print(f"{args.encoder} encoder, {args.kind}: {accuracy}")
         if args.kind == "lowlevel":
             print(published_beside(result))
+
+
+def evaluate(args: argparse.Namespace, out) -> dict[str, Any]:
+    """Return the result of the evaluation `args.kind`; tables are also printed on `out`."""
+    from fastjepa.evals.attentive import AttentiveOptions, evaluate_attentive
+    from fastjepa.evals.finetune import FinetuneOptions, evaluate_finetune
+    from fastjepa.evals.lowlevel import evaluate_lowlevel
+    from fastjepa.evals.lowshot import LowshotOptions, evaluate_lowshot
+    from fastjepa.evals.request import EvalRequest
+    from fastjepa.evals.table import ProbeOptions, evaluate_probe, evaluate_table
+    from fastjepa.evals.transfer import evaluate_transfer
+
+    request = EvalRequest(**given_fields(EvalRequest, args), cache=not args.no_cache)
+    match args.kind:
+        case "table":
+            limits = {} if args.n_train or args.n_test else TABLE_LIMITS
+            return evaluate_table(replace(request, **limits), out)
+        case "transfer":
+            return evaluate_transfer([replace(request, data=name) for name in args.data], args.protocol, out)
+        case "attentive":
+            return evaluate_attentive(request, AttentiveOptions(**given_fields(AttentiveOptions, args)))
+        case "finetune":
+            return evaluate_finetune(request, FinetuneOptions(**given_fields(FinetuneOptions, args)))
+        case "lowshot":
+            finetune = FinetuneOptions(**given_fields(FinetuneOptions, args))
+            return evaluate_lowshot(request, LowshotOptions(**given_fields(LowshotOptions, args), finetune=finetune))
+        case "lowlevel":
+            return evaluate_lowlevel(request, args.task, args.protocol)
+    return evaluate_probe(args.kind, request, ProbeOptions(**given_fields(ProbeOptions, args)))
+
+
+def given_fields(of: type, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of `args` that are fields of a dataclass, by name."""
+    return {field.name: getattr(args, field.name) for field in fields(of) if hasattr(args, field.name)}

@@ -25,7 +25,7 @@ class Augment:
     rand_augment: bool = False
 
     def __call__(self, image: Tensor, row: int, size: tuple[int, int]) -> Tensor:
-        """(C, h, w) uint8, image `row` of its source -> (C, *size) uint8."""
+        """Return a view (C, *size) uint8 of a (C, h, w) uint8 image, `row` of its source."""
         draws = generator(self.seed, SPLIT_STREAM, VIEW_DRAW + self.view, row * BLOCKS_PER_SAMPLE).random(4 * CROP_TRIES + 2)
         image = crop_image(image, crop_box(*image.shape[1:], CROP_SCALE, draws), size, flip=draws[-2] < 0.5)
         if not self.rand_augment:

@@ -1,4 +1,4 @@
-"""Features kept on the disk under a name that says all that shapes them."""
+"""Features kept on the disk, under a name made of all that shapes them."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from fastjepa.files import write_atomic
 
 
 def weights_fingerprint(network: nn.Module) -> str:
-    """SHA-256 of every name, shape and value of a network's weights, and of its norms' epsilons."""
+    """Return the SHA-256 of every name, dtype, shape and value of a network's weights, and of its norms' epsilons."""
     digest = hashlib.sha256(str([m.eps for m in network.modules() if isinstance(m, nn.LayerNorm)]).encode())
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -27,13 +27,13 @@ def weights_fingerprint(network: nn.Module) -> str:
 
 
 def images_fingerprint(source: Source, rows: np.ndarray) -> str:
-    """SHA-256 of the names and labels of the images taken: what a cache can know of data without reading it."""
+    """Return the SHA-256 of the names and labels of the images taken, all that is known of data without reading it."""
     text = "".join(f"{source.name(int(row))}\t{source.label(int(row))}\n" for row in rows)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def cached_features(make: Callable[[], Features], folder: Path | None, key: dict[str, Any]) -> Features:
-    """What `make` returns, kept in `folder` under a name made of `key`; no folder, no cache.
+    """Return the features kept in `folder` under a name made of `key`, or make and keep them; without a folder, make them.
 
     The key must name all that shapes the features. Pixels edited in place under an unchanged file name go unnoticed.
     """

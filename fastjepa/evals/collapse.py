@@ -1,4 +1,4 @@
-"""Numbers that show a collapse of features: their spread, RankMe and LiDAR."""
+"""Numbers that show a collapse of features: their standard deviation, RankMe and LiDAR."""
 
 import math
 
@@ -6,25 +6,25 @@ import torch
 from torch import Tensor
 
 RANK_ROWS = 2048
-RANK_EPSILON, LIDAR_DELTA = 1e-7, 1e-4  # of RankMe and LiDAR; of LiDAR's within-class covariance
+RANK_EPSILON, LIDAR_DELTA = 1e-7, 1e-4  # added to RankMe's and LiDAR's shares; to LiDAR's within-class covariance
 
 
 def feature_std(features: Tensor) -> float:
-    """(T, D) -> mean over channels of the standard deviation over tokens; 0 when every token has the same features."""
+    """Return the mean over channels of the standard deviation over tokens (T, D); 0 when all tokens have the same features."""
     return float(features.float().std(dim=0, unbiased=False).mean())
 
 
 def effective_rank(features: Tensor) -> float:
-    """(T, D) -> exp of the entropy of the normalised singular values, from 1 to min(T, D).
+    """Return the exp of the entropy of the normalised singular values of features (T, D), from 1 to min(T, D).
 
-    RankMe (Garrido et al., 2023): p_k = s_k / sum(s) + 1e-7, features not centred. Of more than 2048 tokens, 2048
-    evenly spaced ones are used. 0 for all-zero features, NaN for features that are not finite.
+    This is RankMe (Garrido et al., 2023): p_k = s_k / sum(s) + 1e-7, features not centred. When there are more than 2048
+    tokens, 2048 evenly spaced ones are used. 0 for all-zero features, NaN for features that are not finite.
     """
     rows = features.detach()
     if len(rows) > RANK_ROWS:
         rows = rows[torch.arange(RANK_ROWS, device=rows.device) * len(rows) // RANK_ROWS]
     rows = rows.double()
-    # Through the smaller Gram matrix: in float64 as exact as this needs, and several times faster than an SVD.
+    # The smaller Gram matrix has the squares of the singular values: exact enough in float64, and several times faster.
     gram = rows @ rows.T if rows.shape[0] < rows.shape[1] else rows.T @ rows
     if not bool(gram.isfinite().all()):
         return math.nan
@@ -32,9 +32,9 @@ def effective_rank(features: Tensor) -> float:
 
 
 def lidar(features: Tensor, delta: float = LIDAR_DELTA) -> float:
-    """(n, q, D), q views of each of n images -> exp of the entropy of the LDA eigenvalues, from 1 to min(n - 1, D).
+    """Return the exp of the entropy of the LDA eigenvalues of q views of n images, (n, q, D), from 1 to min(n - 1, D).
 
-    LiDAR (Thilak et al., 2024): images are the classes of a linear discriminant analysis, views their members. With
+    This is LiDAR (Thilak et al., 2024): images are the classes of a linear discriminant analysis, views their members. With
     S_b = mean of (m_i - m)(m_i - m)^T over images and S_w = mean of (x - m_i)(x - m_i)^T over views, plus delta * I, it
     is RankMe's entropy over the eigenvalues of S_w^-1/2 S_b S_w^-1/2. Directions in which the views of one image differ
     as much as images do count little. 0 when all images have the same features, NaN for features that are not finite.

@@ -13,7 +13,7 @@ from fastjepa.data.crops import fit_to
 from fastjepa.data.decode_pillow import DecodeError, decode_image
 from fastjepa.data.prepare.processes import console
 from fastjepa.data.sources import Source
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 
 Augmentation = Callable[[Tensor, int, tuple[int, int]], Tensor]  # (image, its row of the source, size) -> image of that size
 MeanStd = tuple[tuple[float, ...], tuple[float, ...]]
@@ -21,7 +21,14 @@ FEW_IMAGES = 256  # images that are decoded sooner than processes start
 
 
 class EvalImages(Dataset):
-    """Images of a source as an evaluation sees them: (C, H, W) uint8, one view each."""
+    """Images of a source as an evaluation sees them: (C, H, W) uint8, one view each.
+
+    Args:
+        size: (H, W) the images are brought to.
+        rows: the images to take, in this order; default: all, in the source's order.
+        augment: brings an image to `size`; default: it is resized and cropped as usual for evaluation.
+        workers: decoding processes; default: none for few images and for pixels in memory, else up to 4.
+    """
 
     def __init__(
         self,
@@ -30,15 +37,19 @@ class EvalImages(Dataset):
         channels: int,
         rows: np.ndarray | None = None,
         augment: Augmentation | None = None,
+        workers: int | None = None,
     ):
-        self.source, self.size, self.channels, self.augment = source, size, channels, augment
+        self.source, self.size, self.channels, self.augment, self.workers = source, size, channels, augment, workers
         self.rows = np.arange(len(source)) if rows is None else rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, i: int) -> Tensor | str:
-        """The image, or what is wrong with it: an exception would arrive from a worker as its whole traceback."""
+        """Return the image, or the sentence that says what is wrong with it.
+
+        An exception would arrive from a worker as its whole traceback.
+        """
         row = int(self.rows[i])
         try:
             image = decode_image(self.source.read(row), self.channels)
@@ -47,15 +58,16 @@ class EvalImages(Dataset):
             return f"{self.source.name(row)}: cannot be evaluated ({error}); repair or remove it"
 
     def labels(self) -> Tensor:
-        """(n,) int64; ConfigError for an image without one."""
+        """Return the classes, (n,) int64; UserError for an image without one."""
         found = [self.source.label(int(row)) for row in self.rows]
         if None in found:
             name = self.source.name(int(self.rows[found.index(None)]))
-            raise ConfigError(f"{name}: has no label, and probes need labels; put the images into one folder per class")
+            raise UserError(f"{name}: has no label, and probes need labels; put the images into one folder per class")
         return torch.tensor(found, dtype=torch.int64)
 
-    def batches(self, size: int, workers: int | None = None, about: str = "features") -> Iterator[Tensor]:
-        """(b, C, H, W) uint8 blocks in order, with a progress bar on a terminal; OSError names a bad file."""
+    def batches(self, size: int, about: str = "features") -> Iterator[Tensor]:
+        """Yield blocks (b, C, H, W) uint8 in order, with a progress bar on a terminal; OSError names a bad file."""
+        workers = self.workers
         if workers is None:
             here = len(self) < FEW_IMAGES or isinstance(self.source.read(int(self.rows[0])), np.ndarray)
             workers = 0 if here else min(4, os.cpu_count() or 1)
@@ -67,7 +79,7 @@ class EvalImages(Dataset):
 
 
 def watched(items: Iterable, about: str) -> Iterable:
-    """The same items, with a progress bar on a terminal that leaves nothing behind."""
+    """Return the same items, with a progress bar on a terminal that leaves nothing behind."""
     return track(items, about, console=console, transient=True, disable=not console.is_terminal)
 
 
@@ -76,6 +88,6 @@ def _stack(items: list[Tensor | str]) -> Tensor | str:
 
 
 def normalise_pixels(pixels: Tensor, mean_std: MeanStd) -> Tensor:
-    """(b, C, H, W) uint8 -> fp32 with the given mean and standard deviation taken out."""
+    """Return (b, C, H, W) uint8 pixels as fp32, on [0, 1], with the given mean and standard deviation taken out."""
     mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in mean_std)
     return (pixels.float() / 255 - mean) / std

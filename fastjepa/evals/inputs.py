@@ -1,7 +1,6 @@
-"""What an evaluation is of: the encoders of one checkpoint, and the training and test images of one data set."""
+"""Inputs of an evaluation: the encoders of one checkpoint, and the training and test images of one data set."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -14,28 +13,30 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastjepa.checkpoint.directory import find_checkpoint
+from fastjepa.checkpoint.directory import complete_checkpoints, find_checkpoint
 from fastjepa.checkpoint.state import read_state
+from fastjepa.config.load import load_config
 from fastjepa.config.schema import Config
 from fastjepa.data.prepare.catalog import data_dir
 from fastjepa.data.prepare.processes import console
 from fastjepa.data.sources import Source, open_source
-from fastjepa.errors import CheckpointError, ConfigError
+from fastjepa.errors import CheckpointError, UserError
 from fastjepa.evals.augment import Augment
 from fastjepa.evals.cache import cached_features, images_fingerprint, weights_fingerprint
-from fastjepa.evals.features import Layers, extract_features, raw_pixels
+from fastjepa.evals.features import Layers, check_encoder_input, extract_features, raw_pixels
 from fastjepa.evals.images import EvalImages
 from fastjepa.evals.scoring import TEST_DRAW, TRAIN_DRAW, Features, subset
 from fastjepa.files import write_atomic
+from fastjepa.model.jepa import build_pair
 from fastjepa.ranks.world import join_world
 from fastjepa.run.directory import run_directory
-from fastjepa.weights.encoders import Which, check_encoder_input, load_run_encoder, read_config
+from fastjepa.weights.official import recorded_config
+from fastjepa.weights.read import is_foreign_weights, load_encoder, read_weights
 
+Which = Literal["target", "context", "random"]  # random: untrained, of the run's seed
 Inputs = Which | Literal["pixels"]
-LARGEST_RAW_SIDE, RAW_SIZE = (
-    64,
-    (32, 32),
-)  # raw pixels of images above SMALL a side are taken at TINY: a probe cannot hold 150,000 of them
+# Raw pixels of images above this side are taken at RAW_SIZE: a probe cannot hold the 150,000 values of a large image.
+LARGEST_RAW_SIDE, RAW_SIZE = 64, (32, 32)
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Split:
 
     @property
     def key(self) -> dict[str, Any]:
-        """What a cache has to know of the images."""
+        """Return the entries of a cache's key that name the images."""
         images = images_fingerprint(self.source, self.rows)
         return {"data": self.data, "split": self.name, "count": len(self.rows), "images": images}
 
@@ -66,22 +67,26 @@ class Subject:
 
     @property
     def home(self) -> Path | None:
-        """Its run directory; None for weights that lie in none."""
+        """Return the run directory; None for weights that lie in none."""
         home = run_directory(self.path)
         return home if (home / "config.yaml").is_file() else None
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the encoder computes in: the run's dtype on a GPU, bf16 where it names none; fp32 on a CPU."""
+        """Return the dtype of computation: on a GPU the run's, bf16 where it names none; fp32 on a CPU."""
         low = self.device.type == "cuda" and self.config.runtime.dtype != "fp32"
         return torch.bfloat16 if low else torch.float32
 
     def encoder(self, which: Which, split: Split | None = None) -> nn.Module:
-        """One of its encoders, frozen, on the CPU; ConfigError when it cannot take images of this size.
+        """Return one of the run's encoders, frozen, on the CPU; UserError when it cannot take images of this size.
 
         Grey images are repeated for an encoder of three channels; where images of `split` lose their colours, it is said.
         """
-        encoder = load_run_encoder(self.path, which, self.config)
+        if which == "random":
+            encoder = build_pair(self.config)[1].eval().requires_grad_(False)
+        else:
+            encoder = load_encoder(self.path, which)
+        encoder.checkpointed = self.config.runtime.checkpoint_activations  # of use to fine-tuning alone
         check_encoder_input(encoder, self.size, self.config.data.channels)
         if split is not None and self.config.data.channels == 1:
             first = EvalImages(split.source, self.size, 3, split.rows[:1])[0]
@@ -90,7 +95,7 @@ class Subject:
         return encoder
 
     def encoder_key(self, encoder: nn.Module) -> dict[str, Any]:
-        """What a cache has to know of the encoder and of how it sees images."""
+        """Return the entries of a cache's key that name the encoder and how it sees images."""
         config = self.config
         return {"weights": weights_fingerprint(encoder), "size": self.size, "mean_std": config.mean_std,
                 "patch_size": config.mask.patch_size, "heads": config.encoder_shape[2], "dtype": str(self.dtype)}  # fmt: skip
@@ -98,43 +103,45 @@ class Subject:
     def features(
         self, which: Inputs, splits: tuple[Split, Split], layers: Layers = "last", n_views: int = 0, seed: int = 0
     ) -> tuple[Features, Features]:
-        """(train, test) features of one encoder, or raw pixels; the training images also in `n_views` augmented views."""
+        """Return (train, test) features of one encoder, or raw pixels; training images also in `n_views` augmented views."""
         if which == "pixels":
             if n_views or layers != "last":
-                raise ConfigError("raw pixels have neither layers nor views: leave --layers and --views out")
+                raise UserError("raw pixels have neither layers nor views: leave --layers and --views out")
             return self.pixels(splits)
         encoder = self.encoder(which, splits[0])
-        of_encoder, channels = self.encoder_key(encoder), self.config.data.channels
+        of_encoder = self.encoder_key(encoder)
 
         def of(split: Split, view: int | None = None) -> Features:
-            drawn = {} if view is None else {"view": view, "seed": seed}
-            make = functools.partial(
-                extract_features, encoder, split.source, self.size, channels, self.config.mean_std, self.device,
-                rows=split.rows, dtype=self.dtype, layers=layers, augment=None if view is None else Augment(seed, view),
-            )  # fmt: skip
-            return cached_features(make, self.cache, of_encoder | split.key | {"layers": layers} | drawn)
+            drawn, augment = ({}, None) if view is None else ({"view": view, "seed": seed}, Augment(seed, view))
+            images = EvalImages(split.source, self.size, self.config.data.channels, split.rows, augment)
+            key = of_encoder | split.key | {"layers": layers} | drawn
+            return cached_features(lambda: self.features_of(encoder, images, layers), self.cache, key)
 
         train, test = map(of, splits)
         return Features(train.x, train.y, tuple(of(splits[0], view).x for view in range(n_views))), test
 
+    def features_of(self, encoder: nn.Module, images: EvalImages, layers: Layers) -> Features:
+        """Return features of `images`, made by one of the run's encoders on the evaluation's device."""
+        return extract_features(encoder, images, self.config.mean_std, layers, self.device, self.dtype)
+
     def pixels(self, splits: tuple[Split, Split]) -> tuple[Features, Features]:
-        """(train, test) raw pixels, at the run's image size unless that is large."""
-        size, data = self.pixel_size, self.config.data
-        train, test = (raw_pixels(s.source, size, data.channels, self.config.mean_std, rows=s.rows) for s in splits)
-        return train, test
+        """Return (train, test) raw pixels, at the run's image size unless that is large."""
+        train, test = (EvalImages(s.source, self.pixel_size, self.config.data.channels, s.rows) for s in splits)
+        return raw_pixels(train, self.config.mean_std), raw_pixels(test, self.config.mean_std)
 
     @property
     def pixel_size(self) -> tuple[int, int]:
+        """Return the (H, W) of images whose raw pixels are probed."""
         return self.size if max(self.size) <= LARGEST_RAW_SIDE else RAW_SIZE
 
     def write(self, name: str, found: dict[str, Any]) -> None:
-        """Results as JSON in the run directory, where there is one."""
+        """Write results as JSON into the run directory, where there is one."""
         if self.home is not None:
             write_atomic(self.home / name, (json.dumps(found, indent=1) + "\n").encode())
 
     @contextmanager
     def unfinished(self, key: dict[str, Any]) -> Iterator[Callable[[str], Path | None]]:
-        """Gives name -> file in which a training that `key` describes keeps its state; all are removed at a good end."""
+        """Yield name -> file in which a training that `key` describes keeps its state; all are removed at a good end."""
         if self.cache is None:
             yield lambda name: None
             return
@@ -147,23 +154,22 @@ class Subject:
 
 
 def open_splits(data: str, n_train: int | None, n_test: int | None, seed: int) -> tuple[Split, Split]:
-    """The training and test images of `data`; ConfigError when they have no labels or not the same classes."""
+    """Return the training and test images of `data`; UserError when they have no labels or not the same classes."""
     train, test = open_source(data, "train"), open_source(data, "test")
     if len(train.classes) < 2:
-        raise ConfigError(
-            f"{data}: labels of {len(train.classes)} classes, and a probe needs two; put images into class folders"
-        )
+        raise UserError(f"{data}: labels of {len(train.classes)} classes, and a probe needs two; put images into class folders")
     if test.classes != train.classes[: len(test.classes)]:
         odd = sorted(set(test.classes) ^ set(train.classes))
-        raise ConfigError(f"{data}: its train and test splits have different classes ({odd[0]!r} is in one only)")
+        raise UserError(f"{data}: its train and test splits have different classes ({odd[0]!r} is in one only)")
     return (Split(str(data), "train", train, subset(n_train, len(train), seed, TRAIN_DRAW)),
             Split(str(data), "test", test, subset(n_test, len(test), seed, TEST_DRAW)))  # fmt: skip
 
 
 def open_subject(path: str | Path, device: str = "auto", cache: bool = True, image_size: int | None = None) -> Subject:
-    """The run or checkpoint at `path`; features are kept below the run directory, or with the data for a lone checkpoint.
+    """Open the run or checkpoint at `path`; features are kept below the run directory, or with the data for a lone checkpoint.
 
-    `image_size`: side of the square images in place of the run's own; positions are computed for any grid.
+    Args:
+        image_size: side of the square images in place of the run's own; positions are computed for any grid.
     """
     path = Path(path)
     config = read_config(path)
@@ -173,8 +179,18 @@ def open_subject(path: str | Path, device: str = "auto", cache: bool = True, ima
     return dataclasses.replace(subject, cache=folder) if cache else subject
 
 
+def read_config(path: Path) -> Config:
+    """Return the config of a checkpoint, of a run directory that has none yet, or the one that others' weights imply."""
+    if is_foreign_weights(path):
+        return read_weights(path).form.config()
+    written = path / "config.yaml"
+    if written.is_file() and not complete_checkpoints(path / "checkpoints", tag=None):
+        return load_config(written)
+    return recorded_config(find_checkpoint(path))
+
+
 def provenance(subject: Subject, which: Inputs, splits: tuple[Split, Split], seed: int) -> dict[str, Any]:
-    """What every row of results says of its origin; `step` is None for weights that no run of ours made."""
+    """Return what every row of results says of its origin; `step` is None for weights that no run of ours made."""
     try:
         found = find_checkpoint(subject.path)
         step = read_state(found)["step"]
@@ -186,6 +202,6 @@ def provenance(subject: Subject, which: Inputs, splits: tuple[Split, Split], see
 
 
 def split_name(split: Split) -> str:
-    """The split's own name where it lies in a folder of that name: val may stand in for test."""
+    """Return the split's own name where it lies in a folder of that name: val may stand in for test."""
     root = Path(getattr(split.source, "root", "")).name
     return root if root in ("val", "test") else split.name

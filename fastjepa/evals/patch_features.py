@@ -1,9 +1,8 @@
-"""Patch features before any pooling: on the disk in bf16 where they fit, else made anew each time they are asked for."""
+"""Patch features before any pooling: kept on the disk in bf16 where they fit, else made anew each time they are asked for."""
 
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from fastjepa.data.prepare.processes import console
 from fastjepa.evals.images import EvalImages, normalise_pixels, watched
 from fastjepa.evals.inputs import Split, Subject
+from fastjepa.files import atomic_path
 from fastjepa.model.vit import choose_attention, use_attention
 
 MEMORY_SHARE = 0.5  # of the free disk that patch features may take
@@ -26,8 +26,8 @@ IMAGES_A_BLOCK = 256  # images of one forward pass
 class PatchFeatures:
     """Patch features of n images of classes `y` (n,) int64.
 
-    `read(rows, size, about)`: those of the images `rows` (m,), in blocks (size, N, D) bf16 on the evaluation's device,
-    under a progress bar of the name `about`.
+    `read(rows, size, about)` yields the features of the images `rows` (m,), in blocks (size, N, D) bf16 on the evaluation's
+    device, under a progress bar of the name `about`.
     """
 
     y: Tensor
@@ -35,12 +35,12 @@ class PatchFeatures:
 
 
 def held_in_memory(x: Tensor, y: Tensor, device: str | torch.device = "cpu") -> PatchFeatures:
-    """Of features (n, N, D) that are there, in memory or mapped from a file."""
+    """Wrap features (n, N, D) that are there, in memory or mapped from a file."""
     return PatchFeatures(y, lambda rows, size, about: (x[block].to(device) for block in watched(rows.split(size), about)))
 
 
-def streamed_from_disk(subject: Subject, encoder: nn.Module, split: Split) -> PatchFeatures:
-    """Of an encoder, which makes them each time."""
+def streamed_features(subject: Subject, encoder: nn.Module, split: Split) -> PatchFeatures:
+    """Wrap an encoder, which makes the features each time they are read."""
     encoder = encoder.to(subject.device)
     use_attention(encoder, choose_attention("auto", subject.device, subject.dtype))
     channels = subject.config.data.channels
@@ -57,8 +57,8 @@ def streamed_from_disk(subject: Subject, encoder: nn.Module, split: Split) -> Pa
 
 
 def patch_features_of(subject: Subject, encoder: nn.Module, split: Split) -> PatchFeatures:
-    """Of one split, from the subject's cache, filled first where it is empty; streamed where they are not to be kept."""
-    made = streamed_from_disk(subject, encoder, split)
+    """Return those of one split from the subject's cache, filled first where it is empty; without a cache they are streamed."""
+    made = streamed_features(subject, encoder, split)
     if subject.cache is None:
         return made
     patches = math.prod(subject.size) // math.prod(encoder.patch_embed.proj.kernel_size)
@@ -80,15 +80,10 @@ def patch_features_of(subject: Subject, encoder: nn.Module, split: Split) -> Pat
 
 
 def _write_features(file: Path, made: PatchFeatures, shape: tuple[int, ...]) -> None:
-    """All of them as 16-bit integers, NumPy having no bf16, under the file's name once they are whole."""
-    hidden = file.with_name(f".{file.name}.{os.getpid()}")
-    out = np.lib.format.open_memmap(hidden, "w+", np.int16, shape)
-    start = 0
-    try:
+    """Write all of them as 16-bit integers, for NumPy has no bf16."""
+    with atomic_path(file) as hidden:
+        out, start = np.lib.format.open_memmap(hidden, "w+", np.int16, shape), 0
         for block in made.read(torch.arange(shape[0]), IMAGES_A_BLOCK, "patch features"):
             out[start : start + len(block)] = block.cpu().view(torch.int16).numpy()
             start += len(block)
         out.flush()
-        hidden.replace(file)
-    finally:
-        hidden.unlink(missing_ok=True)

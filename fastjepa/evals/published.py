@@ -27,6 +27,6 @@ PAPER_COLUMNS = {"I-JEPA H/14": "ijepa_h14", "MAE H/14": "mae_h14", "iBOT L/16":
 
 
 def published_for(data: str, classes: int) -> Published | None:
-    """The paper's numbers for a data set of this name (case, - and _ aside) and this many classes."""
+    """Return the paper's numbers for a data set of this name (case, - and _ aside) and this many classes."""
     entry = PUBLISHED.get(re.sub(r"[^a-z0-9]", "", Path(data).name.lower()))
     return entry if entry and entry.classes == classes else None

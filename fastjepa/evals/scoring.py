@@ -1,30 +1,33 @@
-"""What an evaluation hands back, and the two statistics all of them share: an interval and a validation split."""
+"""The result of an evaluation, and what all of them share: an interval, a validation split, the choice of a setting."""
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from fastjepa.rng import SPLIT_STREAM, generator
 
 Z95 = 1.959963984540054  # the 97.5 % point of the normal distribution
 
-# Steps of the SPLITS stream: each use of randomness in an evaluation has its own. Epoch e of a probe uses PROBE + e, view v
-# of the training images VIEWS + v.
+# Steps of SPLIT_STREAM: each use of randomness in an evaluation has its own. Epoch e of a probe uses PROBE_DRAW + e, view v
+# of the training images VIEW_DRAW + v.
 TRAIN_DRAW, TEST_DRAW, VALIDATION_DRAW, PROBE_DRAW = range(4)
 LABELLED_DRAW, VIEW_DRAW = 1 << 32, 1 << 33
+
+Setting = TypeVar("Setting")
 
 
 @dataclass(frozen=True)
 class Features:
     """Features of n images in source order: `x` (n, D) fp32 and the classes `y` (n,) int64, both on the host.
 
-    `views`: the same of augmented views of the same images, for probes that take one in each epoch; may be none.
+    `views`: features of augmented views of the same images, (n, D) each, for probes that take one in each epoch; may be none.
     """
 
     x: Tensor
@@ -33,7 +36,7 @@ class Features:
 
 
 class Labelled(Protocol):
-    """Features, patch features or images, of which a statistic needs the classes `y` (n,) int64 alone."""
+    """Anything with classes `y` (n,) int64, such as features, patch features or images; a statistic needs no more."""
 
     y: Tensor
 
@@ -50,21 +53,22 @@ class Result:
     validation_accuracy: float | None  # of the chosen setting, on images kept out of the training images
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON writes them."""
         return dataclasses.asdict(self)
 
 
 def score_predictions(
     predicted: Tensor, train: Labelled, test: Labelled, chosen: dict, validation_accuracy: float | None
 ) -> Result:
-    """The Result of `predicted` (n_test,) int64 classes."""
+    """Compare `predicted` (n_test,) int64 classes with those of the test images."""
     hits, n = int((predicted == test.y).sum()), len(test.y)
     return Result(hits / n, wilson_interval(hits, n), len(train.y), n, chosen, validation_accuracy)
 
 
 def wilson_interval(hits: int, n: int) -> list[float]:
-    """Wilson score interval [low, high] at 95 % for a share `hits / n` (Wilson 1927)."""
+    """Return the Wilson score interval [low, high] at 95 % for a share `hits / n` (Wilson 1927)."""
     if not 0 <= hits <= n or n == 0:
-        raise ValueError(f"wilson: {hits} of {n} is not a share")
+        raise ValueError(f"wilson_interval: {hits} of {n} is not a share")
     share, square = hits / n, Z95 * Z95
     centre = (share + square / (2 * n)) / (1 + square / n)
     half = Z95 / (1 + square / n) * math.sqrt(share * (1 - share) / n + square / (4 * n * n))
@@ -72,37 +76,56 @@ def wilson_interval(hits: int, n: int) -> list[float]:
 
 
 def check_labels(train: Labelled, test: Labelled, classes: int) -> None:
-    """ConfigError when the classes of the two sets cannot be compared."""
+    """Raise UserError when the classes of the two sets cannot be compared."""
     if len(train.y) == 0 or len(test.y) == 0:
-        raise ConfigError(f"{len(train.y)} training and {len(test.y)} test images: an evaluation needs both")
+        raise UserError(f"{len(train.y)} training and {len(test.y)} test images: an evaluation needs both")
     highest = int(max(train.y.max(), test.y.max()))
     if highest >= classes:
-        raise ConfigError(f"label {highest} in data of {classes} classes: labels count from 0")
+        raise UserError(f"label {highest} in data of {classes} classes: labels count from 0")
     known = np.unique(train.y.numpy())
     if len(known) < 2:
-        raise ConfigError(f"the {len(train.y)} training images hold {len(known)} class: an evaluation needs at least two")
+        raise UserError(f"the {len(train.y)} training images hold {len(known)} class: an evaluation needs at least two")
     unknown = np.setdiff1d(test.y.numpy(), known)
     if len(unknown):
-        raise ConfigError(f"test class {unknown[0]} has no training image: use more training images")
+        raise UserError(f"test class {unknown[0]} has no training image: use more training images")
 
 
-def validation_split(y: Tensor, every: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Split training images into (fit, validation) indices, int64: one image in `every` of each class validates.
+def choose_setting(
+    y: Tensor, every: int, seed: int, attempt: Callable[[Tensor, Tensor], Mapping[Setting, Tensor]], remedy: str = ""
+) -> tuple[Setting, float]:
+    """Return the setting that does best on training images kept out, the first of equals, and its accuracy there.
 
-    Classes with fewer than `every` images only fit. Raises ConfigError when no class has that many.
+    Args:
+        y: classes (n,) int64 of the training images, of which one in `every` is kept out.
+        attempt: from indices (fit, held), both int64, to {setting: the classes (len(held),) that it gives the images `held`
+            after it was fitted on the images `fit`}.
+        remedy: what else helps where there are too few images; ends the sentence of the UserError.
+    """
+    fit, held = validation_split(y, every, seed, remedy)
+    accuracy = {setting: float((found == y[held]).double().mean()) for setting, found in attempt(fit, held).items()}
+    best = max(accuracy, key=accuracy.__getitem__)
+    return best, accuracy[best]
+
+
+def validation_split(y: Tensor, every: int, seed: int, remedy: str = "") -> tuple[Tensor, Tensor]:
+    """Split training images into (fit, held) indices, int64: one image in `every` of each class is held out.
+
+    Classes with fewer than `every` images only fit. Raises UserError when no class has that many.
     """
     order = np.argsort(generator(seed, SPLIT_STREAM, VALIDATION_DRAW).random(len(y)))
     by_class = order[np.argsort(y.numpy()[order], kind="stable")]
     counts = np.bincount(y.numpy())
-    rank = np.arange(len(y)) - np.repeat(np.cumsum(counts) - counts, counts)  # place of each image within its class
-    validates = rank % every == every - 1
-    if not validates.any():
-        raise ConfigError(f"no class has {every} training images to choose hyperparameters on: use more training images")
-    return _index(by_class[~validates]), _index(by_class[validates])
+    # The place of each image within its class: of 3 images of class 0 and 2 of class 1, [0 1 2 0 1].
+    rank = np.arange(len(y)) - np.repeat(np.cumsum(counts) - counts, counts)
+    held = rank % every == every - 1
+    if not held.any():
+        wanted = f"{every} training images to choose hyperparameters on: use more training images{remedy}"
+        raise UserError(f"no class has {wanted}")
+    return _index(by_class[~held]), _index(by_class[held])
 
 
 def subset(count: int | None, total: int, seed: int, step: int) -> np.ndarray:
-    """Rising indices of at most `count` of `total` images, drawn at random; all of them when None."""
+    """Return rising indices of at most `count` of `total` images, drawn by `seed` at `step`; all of them for None."""
     if count is None or count >= total:
         return np.arange(total)
     return np.sort(generator(seed, SPLIT_STREAM, step).permutation(total)[:count])

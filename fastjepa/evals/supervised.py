@@ -1,4 +1,4 @@
-"""Evaluations that train a classifier by gradient descent: the learning rate is chosen on training images, work resumes."""
+"""Training of a classifier by gradient descent: the learning rate is chosen on training images, interrupted work resumes."""
 
 import io
 import math
@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastjepa.errors import ConfigError
-from fastjepa.evals.scoring import PROBE_DRAW, Labelled, Result, score_predictions, validation_split
+from fastjepa.errors import UserError
+from fastjepa.evals.scoring import PROBE_DRAW, Labelled, Result, choose_setting, score_predictions
 from fastjepa.files import write_atomic
 from fastjepa.rng import SPLIT_STREAM, generator
 
@@ -18,10 +18,20 @@ TrainedStates = Callable[[str], Path | None]  # the name of a training -> the fi
 
 
 @dataclass(frozen=True)
-class SupervisedTask:
-    """What is trained and on what. Images are named by their place among the training or the test images.
+class TrainingPlace:
+    """The seed and the device of a training, and the files that keep its unfinished work."""
 
-    `inputs(rows, epoch)` gives what the classifier takes, in blocks on its device: the training images `rows` as epoch
+    seed: int = 0
+    device: str | torch.device = "cpu"
+    dtype: torch.dtype = torch.float32  # bf16: autocast
+    states: TrainedStates = lambda name: None
+
+
+@dataclass(frozen=True)
+class SupervisedTask:
+    """A classifier and its images, which are named by their place among the training or the test images.
+
+    `inputs(rows, epoch)` gives the inputs of the classifier, in blocks on its device: the training images `rows` as epoch
     `epoch` sees them or, for epoch None, as they would be tested.
     """
 
@@ -38,32 +48,28 @@ class SupervisedTask:
 
 def supervised_accuracy(task: SupervisedTask, lrs: Sequence[float], seed: int, states: TrainedStates) -> Result:
     """Train and test. Of several learning rates, the best on a sixth of the training images is taken for a training on all."""
-    lr, validation_accuracy = choose_rate(task, lrs, seed, states) if len(lrs) > 1 else (lrs[0], None)
+
+    def attempt(fit: Tensor, held: Tensor) -> dict[float, Tensor]:
+        def classify(lr: float) -> Tensor:
+            fitted = fit_epochs(task, fit, lr, seed, states(f"lr-{lr:g}"))
+            return supervised_classify(fitted, task.inputs(held, None), task.dtype)
+
+        return {lr: classify(lr) for lr in lrs}
+
+    lr, validation_accuracy = choose_setting(task.train.y, 6, seed, attempt) if len(lrs) > 1 else (lrs[0], None)
     classifier = fit_epochs(task, torch.arange(len(task.train.y)), lr, seed, states("final"))
     predicted = supervised_classify(classifier, task.test_inputs(), task.dtype)
     return score_predictions(predicted, task.train, task.test, {"lr": lr}, validation_accuracy)
 
 
-def choose_rate(task: SupervisedTask, lrs: Sequence[float], seed: int, states: TrainedStates) -> tuple[float, float]:
-    """The learning rate that does best on a sixth of the training images, and its accuracy there."""
-    rows, held = validation_split(task.train.y, 6, seed)
-    accuracies = []
-    for lr in lrs:
-        classifier = fit_epochs(task, rows, lr, seed, states(f"lr-{lr:g}"))
-        predicted = supervised_classify(classifier, task.inputs(held, None), task.dtype)
-        accuracies.append(float((predicted == task.train.y[held]).double().mean()))
-    best = max(range(len(lrs)), key=accuracies.__getitem__)
-    return lrs[best], accuracies[best]
-
-
 def fit_epochs(task: SupervisedTask, rows: Tensor, lr: float, seed: int, state: Path | None = None) -> nn.Module:
-    """A classifier trained on the training images `rows`; learning rates fall along half a cosine to 0, step by step.
+    """Train a classifier on the training images `rows`; learning rates fall along half a cosine to 0, step by step.
 
     Args:
         state: a file written after each epoch, from which an interrupted training goes on.
 
     Raises:
-        ConfigError: the loss is no longer finite.
+        UserError: the loss is no longer finite.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -84,14 +90,14 @@ def fit_epochs(task: SupervisedTask, rows: Tensor, lr: float, seed: int, state: 
             loss.backward()
             optimizer.step()
         if not bool(loss.isfinite()):
-            raise ConfigError(f"--lr {lr:g}: the loss of epoch {epoch + 1} is {loss.item()}; choose a lower one")
+            raise UserError(f"--lr {lr:g}: the loss of epoch {epoch + 1} is {loss.item()}; choose a lower one")
         _keep_state(classifier, optimizer, epoch + 1, state)
     return classifier
 
 
 @torch.inference_mode()
 def supervised_classify(classifier: nn.Module, inputs: Iterable[Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Classes (n,) int64 of all inputs, on the host."""
+    """Return the classes (n,) int64 of all inputs, on the host."""
     device, found = next(classifier.parameters()).device, []
     for block in inputs:
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -107,7 +113,7 @@ def _keep_state(classifier: nn.Module, optimizer: torch.optim.Optimizer, epoch: 
 
 
 def _resume_state(classifier: nn.Module, optimizer: torch.optim.Optimizer, state: Path | None) -> int:
-    """The epoch to go on with; 0 where there is no state."""
+    """Restore what `_keep_state` wrote and return the epoch to go on with; 0 where there is no state."""
     if state is None or not state.is_file():
         return 0
     try:

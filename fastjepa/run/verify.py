@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from fastjepa.checkpoint.state import NETWORKS
 from fastjepa.config.load import config_from_dict
 from fastjepa.config.schema import Config
 from fastjepa.engine.average import Average
@@ -24,7 +25,6 @@ from fastjepa.model.vit import Encoder
 from fastjepa.run.step import Step
 
 VERIFY_TOLERANCE, FINAL_TOLERANCE = 1e-5, 1e-4
-VERIFIED_NETWORKS = ("encoder", "predictor", "target_encoder")
 
 
 class ReferenceFile:
@@ -117,7 +117,7 @@ def errors_pass(errors: dict[str, float]) -> bool:
 def restored_networks(reference: ReferenceFile) -> tuple[PlainEngine, Encoder]:
     """An engine and a target encoder that hold the reference's initial weights."""
     jepa, target_encoder = build_pair(reference.config)
-    for network, name in zip((jepa.encoder, jepa.predictor, target_encoder), VERIFIED_NETWORKS, strict=True):
+    for network, name in zip((jepa.encoder, jepa.predictor, target_encoder), NETWORKS, strict=True):
         network.load_state_dict(reference.below(f"init.{name}."))
     return PlainEngine(jepa), target_encoder
 
@@ -156,7 +156,7 @@ def trajectory_errors(reference: ReferenceFile) -> dict[str, float]:
         tally, _ = take_step([batch], now)
         losses.append(tally.loss)
         nows.append([now.lr, now.weight_decay, now.ema_momentum])
-    networks = zip(VERIFIED_NETWORKS, (engine.jepa.encoder, engine.jepa.predictor, target_encoder), strict=True)
+    networks = zip(NETWORKS, (engine.jepa.encoder, engine.jepa.predictor, target_encoder), strict=True)
     ours = {f"{name}.{key}": value for name, network in networks for key, value in network.state_dict().items()}
     final = reference.below("final.")
     schedules, expected = torch.tensor(nows, dtype=torch.float64), reference["lr_wd_momentum"]

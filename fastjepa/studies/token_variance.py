@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastjepa.evals.images import EvalImages, normalise_pixels
-from fastjepa.evals.inputs import Split, Subject
-from fastjepa.weights.encoders import Which
+from fastjepa.evals.inputs import Split, Subject, Which
 
 VARIANCE_IMAGES, VARIANCE_BATCH = 1000, 250
 

@@ -1,11 +1,13 @@
-"""Encoders in and out: this trainer's runs, Meta's `.pth.tar`, timm's ViTs, transformers' IJepaModel, and files of weights.
+"""Conversion of encoders between this trainer's runs, Meta's `.pth.tar`, timm, transformers' IJepaModel and files of weights.
 
 Names inside are those of the official code and of timm. Every way in says which encoder it found, and every way out
 records it: the target encoder, which the paper evaluates, or the context encoder.
 """
 
 import os
-import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -13,54 +15,56 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fastjepa.config.schema import Config
-from fastjepa.errors import CheckpointError, ConfigError
+from fastjepa.errors import CheckpointError, UserError
+from fastjepa.files import atomic_path
 from fastjepa.weights.hub_folders import write_fastjepa, write_timm, write_transformers
 from fastjepa.weights.official import adopt_training, load_official, official_contents, official_notes, write_official
 from fastjepa.weights.pretrained import LAYER_NORM_EPS, EncoderForm, encoder_of_weights
 from fastjepa.weights.read import NETWORK_OF, read_weights, weights_kind
 
-FOLDER_WRITERS = {
-    "fastjepa": write_fastjepa,
-    "timm": write_timm,
-    "transformers": write_transformers,
-}
+FOLDER_WRITERS = {"fastjepa": write_fastjepa, "timm": write_timm, "transformers": write_transformers}
 
 
-def convert_weights(src: str | Path, dst: str | Path, to: str, which: str | None = None, config: Config | None = None,
-            steps_per_epoch: int | None = None, dynamic: bool = False) -> tuple[list[str], list[str]]:  # fmt: skip
-    """Write what `src` holds at `dst`, which must not exist yet, as `to`: a name of FOLDERS, meta, run, onnx or pt2.
+@dataclass(frozen=True)
+class Conversion:
+    """The form that weights are converted to, and what they do not say of themselves."""
 
-    Args:
-        which: target or context; default: as in `read`; to meta: all networks there are, and with them the optimizer.
-        config: the shape, for weights that do not say theirs; to run: what is trained on.
-        steps_per_epoch: to run, and to meta from a run that does not say it.
-        dynamic: to onnx and pt2: images of any size that is a multiple of the patch.
+    to: str  # a name of FOLDER_WRITERS, meta, run, onnx or pt2
+    which: str | None = None  # target or context; None: as in `load_encoder`; to meta: all networks, and the optimizer
+    config: Config | None = None  # the shape of weights that do not say theirs; to run: the training
+    steps_per_epoch: int | None = None  # to run, and to meta from a run that does not say it
+    dynamic: bool = False  # to onnx and pt2: images of any size that is a multiple of the patch
+
+
+def convert_weights(src: str | Path, dst: str | Path, wanted: Conversion) -> tuple[list[str], list[str]]:
+    """Write what `src` holds at `dst`, which must not exist yet.
 
     Returns:
         The encoders written (target, context or both), and notes: where they came from, what was left out.
     """
-    src, dst = Path(src).expanduser(), Path(dst).expanduser()
+    src, dst, to = Path(src).expanduser(), Path(dst).expanduser(), wanted.to
     if os.path.lexists(dst):
-        raise ConfigError(f"{dst}: exists already; remove it or choose another name")
-    if to == "meta" and which is None and weights_kind(src) in ("run", "meta"):
-        contents = official_contents(src, steps_per_epoch) if weights_kind(src) == "run" else load_official(src)
+        raise UserError(f"{dst}: exists already; remove it or choose another name")
+    if to == "meta" and wanted.which is None and weights_kind(src) in ("run", "meta"):
+        contents = official_contents(src, wanted.steps_per_epoch) if weights_kind(src) == "run" else load_official(src)
         if not contents.get("fastjepa", {}).get("lone"):
             publish_path(dst, lambda path: write_official(path, contents))
             return [which for which, name in NETWORK_OF.items() if name in contents], official_notes(contents, src)
     if to == "run":
-        adopt_official(src, dst, config, steps_per_epoch)
+        adopt_official(src, dst, wanted.config, wanted.steps_per_epoch)
         return list(NETWORK_OF), [f"from {src}; continue with fastjepa train --config YAML --output {dst}"]
-    form, tensors, left_out = read_weights(src, which, config)
-    publish_path(dst, lambda path: write_encoder(path, to, form, tensors, dynamic))
+    shape = EncoderForm.of_config(wanted.config) if wanted.config else None
+    form, tensors, left_out = read_weights(src, wanted.which, shape)
+    publish_path(dst, lambda path: write_encoder(path, to, form, tensors, wanted.dynamic))
     return [form.which], [f"from {form.origin}", *([f"left out: {', '.join(left_out)}"] if left_out else [])]
 
 
 def adopt_official(src: Path, dst: Path, config: Config | None, steps_per_epoch: int | None) -> None:
-    """A run directory at `dst` that continues an official checkpoint."""
+    """Write a run directory at `dst` that continues an official checkpoint."""
     if config is None or steps_per_epoch is None:
-        raise ConfigError("--to run needs --config, the YAML of the training, and --steps-per-epoch, images / global batch")
+        raise UserError("--to run needs --config, the YAML of the training, and --steps-per-epoch, images / global batch")
     if weights_kind(src) != "meta":
-        raise ConfigError(f"{src}: only an official .pth.tar holds a training to go on with; for weights use train --init")
+        raise UserError(f"{src}: only an official .pth.tar holds a training to go on with; for weights use train --init")
 
     def make(run: Path) -> None:
         record = {"config": config.to_dict(), "steps_per_epoch": steps_per_epoch}
@@ -71,17 +75,14 @@ def adopt_official(src: Path, dst: Path, config: Config | None, steps_per_epoch:
 
 
 def write_encoder(path: Path, to: str, form: EncoderForm, tensors: dict[str, Tensor], dynamic: bool = False) -> None:
-    """One encoder as `to`."""
+    """Write one encoder as `to`: a name of FOLDER_WRITERS, meta, onnx or pt2."""
     if to in FOLDER_WRITERS:
         FOLDER_WRITERS[to](path, form, tensors)
     elif to == "meta":
         if form.layer_norm_eps != LAYER_NORM_EPS or form.which not in NETWORK_OF:
-            unfit = (
-                f"layer norm eps {form.layer_norm_eps}, not {LAYER_NORM_EPS}"
-                if form.which in NETWORK_OF
-                else "no word on which it is"
-            )
-            raise ConfigError(f"{form.origin}: an encoder with {unfit} is no official one; pass --which, or use --to fastjepa")
+            other_eps = f"layer norm eps {form.layer_norm_eps}, not {LAYER_NORM_EPS}"
+            unfit = other_eps if form.which in NETWORK_OF else "no word on which it is"
+            raise UserError(f"{form.origin}: an encoder with {unfit} is no official one; pass --which, or use --to fastjepa")
         write_official(path, {NETWORK_OF[form.which]: tensors, "fastjepa": {"form": form.to_dict()}})
     else:
         from fastjepa.weights.export import write_export
@@ -89,16 +90,17 @@ def write_encoder(path: Path, to: str, form: EncoderForm, tensors: dict[str, Ten
         write_export(path, to, encoder_of_weights(form, tensors), dynamic)
 
 
-def publish_path(dst: Path, write) -> None:
-    """Call `write` with a path in a hidden folder beside `dst`, then move what lies there into place, or leave nothing."""
+def publish_path(dst: Path, write: Callable[[Path], None]) -> None:
+    """Call `write` with a path of the name of `dst` in a hidden folder, then move what lies there into place, or leave nothing.
+
+    The name is the final one already, for torch writes it into the file, and an ONNX file that of its NAME.data.
+    """
     dst.parent.mkdir(parents=True, exist_ok=True)
-    hidden = dst.parent / f".{dst.name}.{os.getpid()}"
-    hidden.mkdir()
-    try:
-        write(hidden / dst.name)
-        for made in sorted(hidden.iterdir(), reverse=True):  # NAME.data, which an ONNX file may need, before NAME
-            os.replace(made, dst.parent / made.name)
-    except SafetensorError as error:
-        raise CheckpointError(f"{dst}: could not be written ({' '.join(str(error).split())}); is the disk full?") from error
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f".{dst.name}.", dir=dst.parent) as folder:
+        try:
+            write(Path(folder) / dst.name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{dst}: could not be written ({' '.join(str(error).split())}); is the disk full?") from error
+        for made in sorted(Path(folder).iterdir(), reverse=True):  # NAME.data, which NAME may need, before NAME
+            with atomic_path(dst.parent / made.name) as hidden:
+                os.replace(made, hidden)

@@ -1,6 +1,6 @@
-"""The encoder for other runtimes: ONNX, and the programs of torch.export.
+"""Export of an encoder for other runtimes: ONNX, and the programs of torch.export.
 
-What is exported is the plain path, every image whole and as long as the others, without the packed rows of training.
+The exported path is the plain one, every image whole and as long as the others, without the packed rows of training.
 """
 
 import json
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from fastjepa.weights.pretrained import PretrainedEncoder
 
 OPSET = 20  # the first with GELU
@@ -27,7 +27,7 @@ class WholeImages(nn.Module):
     def __init__(self, encoder: PretrainedEncoder, dynamic: bool = False):
         super().__init__()
         if dynamic and not encoder.fixed_positions:
-            raise ConfigError(f"{encoder.origin}: positions were learned for one size of image; export without --dynamic")
+            raise UserError(f"{encoder.origin}: positions were learned for one size of image; export without --dynamic")
         self.patch_embed, self.blocks, self.norm = encoder.patch_embed, encoder.blocks, encoder.norm
         self.dynamic = dynamic
         self.register_buffer("pos_embed", encoder.pos_embed)
@@ -36,7 +36,7 @@ class WholeImages(nn.Module):
         self.register_buffer("rate", rate.float(), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) normalised floats -> (B, N, D)"""
+        """Return features (B, N, D) of images (B, C, H, W), normalised floats."""
         x = self.patch_embed.proj(images)  # (B, D, rows, columns)
         positions = self.positions(x.shape[2], x.shape[3]) if self.dynamic else self.pos_embed
         x = x.flatten(2).transpose(1, 2) + positions
@@ -46,7 +46,7 @@ class WholeImages(nn.Module):
         return self.norm(x)
 
     def positions(self, rows: int, columns: int) -> Tensor:
-        """(rows * columns, D): as `model.sincos_positions`."""
+        """Return the positions (rows * columns, D) that `sincos_positions` gives."""
         halves = [torch.arange(n, device=self.rate.device)[:, None] * self.rate for n in (columns, rows)]
         column, row = (torch.cat((angle.sin(), angle.cos()), dim=1) for angle in halves)  # (n, D / 2)
         shape = (rows, columns, column.shape[1])
@@ -54,14 +54,14 @@ class WholeImages(nn.Module):
 
 
 def masked_attention(attention: nn.Module, x: Tensor) -> Tensor:
-    """(B, N, D) -> (B, N, D), with the weights of a model.Attention."""
+    """Attend within each image of a batch (B, N, D), with the weights of a model's Attention."""
     qkv = attention.qkv(x).unflatten(2, (3, attention.num_heads, -1))  # (B, N, 3, H, d)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     return attention.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 def size_ranges(encoder: PretrainedEncoder, dynamic: bool) -> tuple[tuple[Tensor], dict[str, dict[int, Dim]]]:
-    """Example images, and what varies of them: the batch; height and width if asked, in whole patches, two or more."""
+    """Return example images, and the sizes that may vary: the batch; if asked height and width, in two or more patches."""
     patch, (height, width) = encoder.patch_size, encoder.image_size
     example = torch.zeros(2, encoder.channels, height, width)
     if not dynamic:
@@ -72,14 +72,14 @@ def size_ranges(encoder: PretrainedEncoder, dynamic: bool) -> tuple[tuple[Tensor
 
 
 def exported_program(encoder: PretrainedEncoder, dynamic: bool = False) -> ExportedProgram:
-    """The encoder as a torch.export program: (B, C, H, W) normalised floats -> (B, N, D)."""
+    """Return the encoder as a torch.export program: (B, C, H, W) normalised floats -> (B, N, D)."""
     example, shapes = size_ranges(encoder, dynamic)
     with torch.no_grad():
         return torch.export.export(WholeImages(encoder, dynamic).eval(), example, dynamic_shapes=shapes)
 
 
 def write_export(path: Path, to: str, encoder: PretrainedEncoder, dynamic: bool = False) -> None:
-    """Write `to`, pt2 or onnx; what the encoder is goes into the file's metadata under "fastjepa"."""
+    """Write `to`, pt2 or onnx; the encoder's form goes into the file's metadata under "fastjepa"."""
     form = json.dumps(encoder.form.to_dict())
     if to == "pt2":
         torch.export.save(exported_program(encoder, dynamic), path, extra_files={"fastjepa": form})
@@ -88,7 +88,7 @@ def write_export(path: Path, to: str, encoder: PretrainedEncoder, dynamic: bool 
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f"--to onnx needs {error.name}; pip install 'fastjepa[onnx]'") from error
+        raise UserError(f"--to onnx needs {error.name}; pip install 'fastjepa[onnx]'") from error
     made = torch.onnx.export(exported_program(encoder, dynamic), dynamo=True, opset_version=OPSET, verbose=False,
                              input_names=["images"], output_names=["features"])  # fmt: skip
     made.model.metadata_props["fastjepa"] = form

@@ -1,6 +1,6 @@
 """Model folders as the Hugging Face Hub holds them, of fastjepa, timm or transformers: config.json and model.safetensors.
 
-Neither library is needed, but for one thing: what an architecture is that timm itself has written down by name.
+Neither library is needed, but for one thing: a folder that timm wrote names its architecture, and only timm knows what it is.
 """
 
 import json
@@ -15,18 +15,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastjepa.config.schema import Config, DataConfig
-from fastjepa.errors import CheckpointError, ConfigError
-from fastjepa.weights.pretrained import LAYER_NORM_EPS, UNSTATED_WHICH, EncoderForm
+from fastjepa.errors import CheckpointError, UserError
+from fastjepa.weights.pretrained import LAYER_NORM_EPS, UNSTATED_WHICH, EncoderForm, default_mean_std
 
-CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE, CARD_FILE = (
-    "config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "README.md",
-)
+CONFIG_FILE, CARD_FILE = "config.json", "README.md"
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 FOLDER_KINDS = {"form": "fastjepa", "architecture": "timm", "model_type": "transformers"}  # by a key of config.json
-# Per block, ours and the names of transformers: in the files of every version, and in the memory of version 5.
+# Of each part of a block: our name, and two of transformers, in the files of every version and in the memory of version 5.
 LAYER = {
     "norm1": ("layernorm_before", "layernorm_before"),
     "norm2": ("layernorm_after", "layernorm_after"),
@@ -40,7 +35,7 @@ LAYER = {
 STEMS = ("encoder.layer", "layers")
 WHOLE = {"patch_embed.proj": "embeddings.patch_embeddings.projection", "norm": "layernorm"}
 EXTRA = ("pooler.", "classifier.", "embeddings.mask_token", "head.")  # no part of an encoder
-TIMM_NAMES = {  # the sizes it knows; every argument that matters is given beside the name
+TIMM_NAMES = {  # the sizes that timm knows; every argument that matters is given beside the name
     "vit_tiny": "vit_tiny_patch16_224",
     "vit_small": "vit_small_patch16_224",
     "vit_base": "vit_base_patch16_224",
@@ -60,28 +55,28 @@ class Loaded(NamedTuple):
 
 
 def folder_kind(folder: Path) -> str | None:
-    """fastjepa, timm or transformers; None where config.json is not there; ConfigError for other models."""
+    """Return fastjepa, timm or transformers; None where config.json is not there; UserError for other models."""
     if not (folder / CONFIG_FILE).is_file():
         return None
     said = read_json(folder / CONFIG_FILE)
     found = next((name for mark, name in FOLDER_KINDS.items() if mark in said), None)
     if found is None or said.get("model_type", "ijepa") != "ijepa":
         is_of = f"a {said['model_type']} model" if "model_type" in said else "an unknown model"
-        raise ConfigError(
-            f"{folder}: {CONFIG_FILE} is that of {is_of}; an IJepaModel, a timm ViT or a fastjepa encoder is read"
-        )
+        remedy = "an IJepaModel, a timm ViT or a fastjepa encoder is read"
+        raise UserError(f"{folder}: {CONFIG_FILE} is that of {is_of}; {remedy}")
     return found
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    """Read an object of a JSON file; UserError for a file that is none."""
     try:
         return json.loads(file.read_text())
     except ValueError as error:
-        raise ConfigError(f"{file}: not JSON ({error})") from error
+        raise UserError(f"{file}: not JSON ({error})") from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a .safetensors file, or of a folder's one or more, and the form its metadata holds ({} if none)."""
+    """Return the tensors of a .safetensors file, or of a folder's files, and the form in their metadata ({} if none)."""
     if path.is_dir() and (path / INDEX_FILE).is_file():
         files = sorted(set(read_json(path / INDEX_FILE)["weight_map"].values()))
     else:
@@ -100,22 +95,22 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def settle_form(held: str, asked: str | None, where: Path) -> str:
-    """Which encoder a file of one encoder holds; the user's word counts where the file has none."""
+    """Return which encoder a file of one encoder holds; the user's word counts where the file has none."""
     if asked in (None, held):
         return held
     if held == UNSTATED_WHICH:
         return asked
-    raise ConfigError(f"{where}: holds the {held} encoder, not the {asked}; ask for the {held} one")
+    raise UserError(f"{where}: holds the {held} encoder, not the {asked}; ask for the {held} one")
 
 
 def read_lone_encoder(
-    path: Path, tensors: dict[str, Tensor], about: Mapping[str, Any], which: str | None, config: Config | None, origin: str
+    path: Path, tensors: dict[str, Tensor], about: Mapping[str, Any], which: str | None, shape: EncoderForm | None, origin: str
 ) -> Loaded:
-    """An encoder alone; `about` is its form, or what little is known of it."""
+    """Describe an encoder alone; `about` is its form, or what little is known of it, and `shape` replaces it."""
     chosen = settle_form(about.get("which", UNSTATED_WHICH), which, path)
     kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(EXTRA)}
-    if config:
-        form = EncoderForm.of_config(config, chosen, origin)
+    if shape:
+        form = replace(shape, which=chosen, origin=origin)
     elif "embed_dim" in about:
         form = replace(EncoderForm.from_dict(about, str(path)), which=chosen)
     else:
@@ -123,44 +118,47 @@ def read_lone_encoder(
     return Loaded(form, kept, sorted(tensors.keys() - kept.keys()))
 
 
-def read_folder(path: Path, which: str | None, config: Config | None) -> Loaded:
-    """A folder of any of the three kinds."""
+def read_folder(path: Path, which: str | None, shape: EncoderForm | None) -> Loaded:
+    """Read a folder of any of the three kinds."""
     said, (tensors, _) = read_json(path / CONFIG_FILE), read_tensors(path)
     found = folder_kind(path)
     if found == "fastjepa":
-        return read_lone_encoder(path, tensors, said["form"], which, config, path.name)
+        return read_lone_encoder(path, tensors, said["form"], which, shape, path.name)
     if found == "transformers":
         tensors = from_transformers(tensors)
         about = transformers_form(path, said)
     else:
         about = said.get("fastjepa") or timm_form(path, said)
-    return read_lone_encoder(path, tensors, about, which, config, f"{found} folder {path.name}")
+    return read_lone_encoder(path, tensors, about, which, shape, f"{found} folder {path.name}")
 
 
 def stated_mean_std(given: Mapping[str, Any], names: tuple[str, str], channels: int) -> dict[str, Any]:
-    """What a config says of normalisation, else ImageNet's."""
-    default = Config(data=DataConfig(channels=channels)).mean_std
-    return {key: list(given.get(name, value)) for key, name, value in zip(("mean", "std"), names, default, strict=True)}
+    """Return the mean and the deviation that a config.json gives under `names`, else ImageNet's."""
+    defaults = zip(("mean", "std"), names, default_mean_std(channels), strict=True)
+    return {key: list(given.get(name, value)) for key, name, value in defaults}
 
 
 def timm_form(path: Path, said: Mapping[str, Any]) -> dict[str, Any]:
-    """Form of a folder that timm wrote; the I-JEPA weights it publishes are context encoders, of others nothing is known."""
+    """Return the form of a folder that timm wrote.
+
+    The I-JEPA weights that timm publishes are context encoders; of other weights nothing is known.
+    """
     architecture, given = said["architecture"], said.get("pretrained_cfg", {})
     try:
         import timm
     except ImportError as error:
-        raise ConfigError(f"{path}: only timm knows what {architecture} is; pip install 'fastjepa[timm]'") from error
+        raise UserError(f"{path}: only timm knows what {architecture} is; pip install 'fastjepa[timm]'") from error
     try:
         with torch.device("meta"):
             network = timm.create_model(architecture, pretrained=False, **said.get("model_args", {}) | {"num_classes": 0})
     except (RuntimeError, TypeError) as error:
-        raise ConfigError(f"{path}: this timm cannot make {architecture} ({error}); use the version that wrote it") from error
+        raise UserError(f"{path}: this timm cannot make {architecture} ({error}); use the version that wrote it") from error
     blocks, embed = getattr(network, "blocks", ()), getattr(network, "patch_embed", None)
     plain = type(network).__name__ == "VisionTransformer" and all(
         type(b).__name__ == "Block" and isinstance(b.norm1, nn.LayerNorm) and is_gelu(b.mlp.act) for b in blocks
     )
     if not plain:
-        raise ConfigError(f"{path}: {architecture} is not a plain ViT with layer norm and GELU; only those are read")
+        raise UserError(f"{path}: {architecture} is not a plain ViT with layer norm and GELU; only those are read")
     dim, channels, patch, _ = embed.proj.weight.shape
     return stated_mean_std(given, ("mean", "std"), channels) | {
         "image_size": list(embed.img_size),
@@ -177,14 +175,15 @@ def timm_form(path: Path, said: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_gelu(module: nn.Module) -> bool:
+    """Tell whether an activation is the exact GELU."""
     return type(module).__name__ == "GELU" and getattr(module, "approximate", "none") == "none"
 
 
 def transformers_form(path: Path, said: Mapping[str, Any]) -> dict[str, Any]:
-    """Form of an IJepaModel folder; what is not in config.json has the library's default."""
+    """Return the form of an IJepaModel folder; what is not in config.json has the library's default."""
     for name, needed in (("qkv_bias", True), ("hidden_act", "gelu")):
         if said.get(name, needed) != needed:
-            raise ConfigError(f"{path}: {name} is {said[name]}, and an I-JEPA encoder's is {needed}; it cannot be read")
+            raise UserError(f"{path}: {name} is {said[name]}, and an I-JEPA encoder's is {needed}; it cannot be read")
     image, patch, channels = said.get("image_size", 224), said.get("patch_size", 16), said.get("num_channels", 3)
     shown = path / "preprocessor_config.json"
     about = {"which": "context", "origin": f"transformers folder {path.name}"} | said.get("fastjepa", {})
@@ -204,7 +203,10 @@ def transformers_form(path: Path, said: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def layer_aliases(depth: int) -> dict[str, str]:
-    """{a name of transformers: ours}, q, k and v apart; where there are two names, the one of files comes first."""
+    """Return {a name of transformers: ours}, q, k and v apart; where there are two names, the one of files comes first.
+
+    Such as {"encoder.layer.0.layernorm_before.weight": "blocks.0.norm1.weight"}.
+    """
     pairs = [(theirs, ours) for ours, theirs in WHOLE.items()]
     pairs += [(f"{STEMS[version]}.{i}.{names[version]}", f"blocks.{i}.{ours}")
               for version in (0, 1) for i in range(depth) for ours, names in LAYER.items()]  # fmt: skip
@@ -213,7 +215,7 @@ def layer_aliases(depth: int) -> dict[str, str]:
 
 
 def from_transformers(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Official names; q, k and v joined; a name that is not known stays as it is."""
+    """Give tensors their official names and join q, k and v; a name that is not known stays as it is."""
     stored = {name.removeprefix("ijepa."): tensor for name, tensor in stored.items()}
     depth = len({name for name in stored if name.endswith("layernorm_before.weight")})
     known = layer_aliases(depth)
@@ -227,7 +229,7 @@ def from_transformers(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_transformers(tensors: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """The names that transformers' files have."""
+    """Give tensors the names that transformers' files have."""
     apart = dict(tensors)
     for name in [name for name in tensors if ".attn.qkv." in name]:
         for part, rows in zip("qkv", apart.pop(name).chunk(3), strict=True):
@@ -237,6 +239,7 @@ def to_transformers(tensors: Mapping[str, Tensor], depth: int) -> dict[str, Tens
 
 
 def write_fastjepa(folder: Path, form: EncoderForm, tensors: Mapping[str, Tensor]) -> None:
+    """Write a folder for `fastjepa.load_encoder`."""
     use = f"""import fastjepa
 encoder = fastjepa.load_encoder("FOLDER")  # the {form.which} encoder
 features = encoder.forward_features(images)  # (B, 3, H, W) uint8 -> (B, N, {form.embed_dim})"""
@@ -244,11 +247,10 @@ features = encoder.forward_features(images)  # (B, 3, H, W) uint8 -> (B, N, {for
 
 
 def write_timm(folder: Path, form: EncoderForm, tensors: Mapping[str, Tensor]) -> None:
-    """A ViT without class token that `timm.create_model` takes, by checkpoint_path or as "local-dir:FOLDER"."""
+    """Write a ViT without class token that `timm.create_model` takes, by checkpoint_path or as "local-dir:FOLDER"."""
     if form.layer_norm_eps != LAYER_NORM_EPS:
-        raise ConfigError(
-            f"{form.origin}: a layer norm's eps is {form.layer_norm_eps}, and {LAYER_NORM_EPS} in timm; it cannot be written so"
-        )
+        difference = f"a layer norm's eps is {form.layer_norm_eps}, and {LAYER_NORM_EPS} in timm"
+        raise UserError(f"{form.origin}: {difference}; it cannot be written so")
     name, arguments = timm_arguments(form)
     size = [form.channels, *form.image_size]
     shown = {"input_size": size, "mean": list(form.mean), "std": list(form.std), "num_classes": 0, "classifier": "head",
@@ -259,18 +261,15 @@ def write_timm(folder: Path, form: EncoderForm, tensors: Mapping[str, Tensor]) -
 model = timm.create_model("{name}", num_classes=0, checkpoint_path="FOLDER/{WEIGHTS_FILE}",
                           {spelled})
 features = model.forward_features(images)  # normalised floats (B, {form.channels}, H, W) -> (B, N, {form.embed_dim})"""
-    write_folder(
-        folder,
-        said | {"model_args": arguments, "pretrained_cfg": shown, "fastjepa": form.to_dict()},
-        form,
-        tensors,
-        "timm",
-        use,
-    )
+    said |= {"model_args": arguments, "pretrained_cfg": shown, "fastjepa": form.to_dict()}
+    write_folder(folder, said, form, tensors, "timm", use)
 
 
 def timm_arguments(form: EncoderForm) -> tuple[str, dict[str, Any]]:
-    """An architecture's name and the arguments that make it this encoder; no fc_norm: the final norm comes before the mean."""
+    """Return an architecture's name and the arguments that make it this encoder.
+
+    fc_norm is off, for it would move the final norm behind the mean over patches.
+    """
     ratio = form.mlp_hidden / form.embed_dim
     if int(form.embed_dim * ratio) < form.mlp_hidden:  # timm cuts where the quotient fell short
         ratio = math.nextafter(ratio, math.inf)
@@ -289,7 +288,7 @@ def timm_arguments(form: EncoderForm) -> tuple[str, dict[str, Any]]:
 
 
 def write_transformers(folder: Path, form: EncoderForm, tensors: Mapping[str, Tensor]) -> None:
-    """A folder for IJepaModel.from_pretrained, and for its image processor."""
+    """Write a folder for IJepaModel.from_pretrained, and for its image processor."""
     height, width = form.image_size
     said = {
         "architectures": ["IJepaModel"],
@@ -320,6 +319,7 @@ features = model(images).last_hidden_state  # normalised floats (B, {form.channe
 def write_folder(
     folder: Path, said: Mapping[str, Any], form: EncoderForm, tensors: Mapping[str, Tensor], library: str, use: str
 ) -> None:
+    """Write config.json `said`, the tensors, and a model card for `library` with the lines of code `use`."""
     folder.mkdir(parents=True)
     metadata = {"format": "pt", "fastjepa": json.dumps(form.to_dict())}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS_FILE, metadata)
@@ -328,12 +328,9 @@ def write_folder(
 
 
 def model_card(form: EncoderForm, library: str, use: str) -> str:
-    """The model card; no licence is claimed for weights that came from elsewhere."""
-    kind_of = (
-        f"the {form.which} encoder"
-        if form.which != UNSTATED_WHICH
-        else "an encoder (target or context: its source did not say)"
-    )
+    """Return the text of a model card; no licence is claimed for weights that came from elsewhere."""
+    unsaid = "an encoder (target or context: its source did not say)"
+    kind_of = unsaid if form.which == UNSTATED_WHICH else f"the {form.which} encoder"
     height, width = form.image_size
     shape = f"width {form.embed_dim}, depth {form.depth}, {form.num_heads} heads, MLP {form.mlp_hidden}"
     return f"""---

@@ -19,23 +19,22 @@ from fastjepa.checkpoint.directory import find_checkpoint, verify_checkpoint
 from fastjepa.checkpoint.restore import load_networks
 from fastjepa.checkpoint.save import save_checkpoint
 from fastjepa.checkpoint.shard_files import StoredGroup
-from fastjepa.checkpoint.state import MOMENTS, OPTIMIZER, TrainState, read_state
+from fastjepa.checkpoint.state import MOMENTS, NETWORKS, OPTIMIZER, TrainState, read_state
 from fastjepa.config.load import config_from_dict, load_config
 from fastjepa.config.schema import Config
 from fastjepa.engine.adamw import build_adamw
 from fastjepa.engine.schedule import Schedule
-from fastjepa.errors import CheckpointError, ConfigError
+from fastjepa.errors import CheckpointError, UserError
 from fastjepa.model.jepa import build_pair
 from fastjepa.weights.pretrained import EncoderForm
 
-OFFICIAL_NETWORKS = ("encoder", "predictor", "target_encoder")
 MODULE_PREFIX = "module."
 OPTIMIZER_GROUPS = (("encoder", True), ("predictor", True), ("encoder", False), ("predictor", False))  # network, decayed
 POSITION_NAMES = ("encoder.pos_embed", "predictor.predictor_pos_embed")
 
 
 def load_official(path: str | Path) -> dict[str, Any]:
-    """A file's contents, names without "module."; tensors are mapped from it, read as they are used.
+    """Return a file's contents, names without "module."; tensors are mapped from it, read as they are used.
 
     A file that is one network's weights alone is given as {"encoder": weights, "fastjepa": {"lone": True}}.
     """
@@ -43,14 +42,13 @@ def load_official(path: str | Path) -> dict[str, Any]:
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).split("\n")[0]
-        raise CheckpointError(
-            f"{path}: not a checkpoint of tensors and numbers alone ({reason}); nothing else is read"
-        ) from error
+        only = f"not a checkpoint of tensors and numbers alone ({reason}); nothing else is read"
+        raise CheckpointError(f"{path}: {only}") from error
     if not isinstance(contents, Mapping):
         raise CheckpointError(f"{path}: holds a {type(contents).__name__} and no networks; give an official checkpoint")
-    if not any(name in contents for name in OFFICIAL_NETWORKS):
+    if not any(name in contents for name in NETWORKS):
         contents = {"encoder": contents, "fastjepa": {"lone": True}}
-    return {name: _plain_value(value, path) if name in OFFICIAL_NETWORKS else value for name, value in contents.items()}
+    return {name: _plain_value(value, path) if name in NETWORKS else value for name, value in contents.items()}
 
 
 def _plain_value(network: Any, path: str | Path) -> dict[str, Tensor]:
@@ -60,7 +58,8 @@ def _plain_value(network: Any, path: str | Path) -> dict[str, Tensor]:
 
 
 def official_networks(contents: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
-    return {name: contents[name] for name in OFFICIAL_NETWORKS if name in contents}
+    """Return {network: weights} of the networks that a file's contents hold."""
+    return {name: contents[name] for name in NETWORKS if name in contents}
 
 
 def adopt_training(
@@ -69,10 +68,10 @@ def adopt_training(
     """Turn an official file into a checkpoint of this trainer below `root`, which resumes like any other.
 
     Networks and moments are the file's, bit for bit. Its step is the epochs completed times `steps_per_epoch`, or what a
-    file of this project says; schedules are functions of it. Every rank takes part, as in `checkpoint.save`.
+    file of this project says; schedules are functions of it. Every rank takes part, as in `save_checkpoint`.
 
     Args:
-        record: that of the run to come; its config must be the file's. What the file says of batch and world replaces its.
+        record: that of the run to come; its config must be the file's. The file's batch and world replace those in it.
 
     Returns:
         The checkpoint.
@@ -81,7 +80,7 @@ def adopt_training(
         CheckpointError: what a run needs is not there, or does not fit; nothing has been written then.
     """
     contents = load_official(path)
-    if missing := [key for key in (*OFFICIAL_NETWORKS, "opt", "epoch") if key not in contents]:
+    if missing := [key for key in (*NETWORKS, "opt", "epoch") if key not in contents]:
         raise CheckpointError(f"{path}: holds no {', '.join(missing)} to go on with; start from its weights with --init")
     config = config_from_dict(record["config"], str(path))
     with torch.device("meta"):
@@ -100,30 +99,29 @@ def adopt_training(
 
 
 def _its_record(contents: Mapping[str, Any], record: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """A run's record with what the file says, so that resuming tells the differences."""
+    """Return a run's record with what the file says, so that resuming tells the differences."""
     data = dict(record["config"]["data"])
     if contents.get("batch_size"):
         data["batch_size"] = contents["batch_size"]
     world = {"world": contents["world_size"]} if contents.get("world_size") else {}
-    return {
-        **record,
-        **world,
-        "config": {**record["config"], "data": data},
-        "adopted": {"file": path.name, "epoch": contents["epoch"]},
-    }
+    adopted = {"file": path.name, "epoch": contents["epoch"]}
+    return {**record, **world, "config": {**record["config"], "data": data}, "adopted": adopted}
 
 
 def _check_record(path: str | Path, network: str, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     for name in [*expected, *stored]:
         there, here = (tuple(t[name].shape) if name in t else "absent" for t in (stored, expected))
         if there != here:
-            raise CheckpointError(
-                f"{path}: {network}.{name} is {there} in the file and {here} by the config; give the YAML it was made with"
-            )
+            found = f"{network}.{name} is {there} in the file and {here} by the config"
+            raise CheckpointError(f"{path}: {found}; give the YAML it was made with")
 
 
-def fixed_positions(networks: Mapping[str, Mapping[str, Tensor]], with_fixed: bool) -> list[list[str]]:
-    """The parameters of the four groups, "<network>.<name>", in the optimizer's order."""
+def optimizer_order(networks: Mapping[str, Mapping[str, Tensor]], with_fixed: bool) -> list[list[str]]:
+    """Return the parameters of the four groups, "<network>.<name>", in the optimizer's order.
+
+    Args:
+        with_fixed: also the positional embeddings, which are parameters in the official code.
+    """
     groups = []
     for network, decayed in OPTIMIZER_GROUPS:
         names = [name for name, p in networks[network].items() if (p.ndim > 1 and "bias" not in name) == decayed]
@@ -135,17 +133,17 @@ def fixed_positions(networks: Mapping[str, Mapping[str, Tensor]], with_fixed: bo
 def _official_moments(
     path: str | Path, networks: Mapping[str, Mapping[str, Tensor]], opt: Mapping[str, Any]
 ) -> dict[int, dict]:
-    """The state of a file's optimizer by the positions that parameters have in this trainer's."""
+    """Return the state of a file's optimizer by the positions that parameters have in this trainer's."""
     lengths = [len(group["params"]) for group in opt["param_groups"]]
     for with_fixed in (True, False):
-        theirs = fixed_positions(networks, with_fixed)
+        theirs = optimizer_order(networks, with_fixed)
         if [len(names) for names in theirs] == lengths:
             break
     else:
         raise CheckpointError(f"{path}: an optimizer of {lengths} parameters a group does not belong to its networks")
     order = [index for group in opt["param_groups"] for index in group["params"]]
     found = {name: opt["state"][index] for index, name in zip(order, sum(theirs, []), strict=True) if index in opt["state"]}
-    ours = sum(fixed_positions(networks, with_fixed=False), [])
+    ours = sum(optimizer_order(networks, with_fixed=False), [])
     moments = {}
     for number, name in enumerate(ours):
         if name not in found:
@@ -160,7 +158,7 @@ def _official_moments(
 
 
 def recorded_config(found: Path) -> Config:
-    """The config that made a checkpoint of this trainer: its own record, or the run directory's."""
+    """Return the config that made a checkpoint of this trainer: its own record, or the run directory's."""
     record = read_state(found)["record"]
     if "config" in record:
         return config_from_dict(record["config"], f"{found}/state.json")
@@ -168,44 +166,43 @@ def recorded_config(found: Path) -> Config:
 
 
 def official_contents(path: str | Path, steps_per_epoch: int | None = None) -> dict[str, Any]:
-    """All that an official file holds, from a run (its latest checkpoint) or a checkpoint of this trainer.
+    """Return all that an official file holds, from a run (its latest checkpoint) or a checkpoint of this trainer.
 
     `epoch` counts completed epochs: in the middle of one the official code would repeat its beginning, while this
-    trainer reads the step. Its scaler, which it has with bfloat16, starts afresh; the loss is not known.
+    trainer reads the step. The official scaler, which goes with bfloat16, starts afresh; the loss is not known.
     """
     found = find_checkpoint(path)
-    networks_ = load_networks(found)
+    networks = load_networks(found)
     verify_checkpoint(found)
     said, config = read_state(found), recorded_config(found)
     ipe = steps_per_epoch or said["record"].get("steps_per_epoch")
     if not ipe:
-        raise ConfigError(f"{found}: does not say how many steps an epoch has; pass --steps-per-epoch N")
+        raise UserError(f"{found}: does not say how many steps an epoch has; pass --steps-per-epoch N")
     with torch.device("meta"):
         jepa, target = build_pair(config)
     order = {"encoder": jepa.encoder, "predictor": jepa.predictor, "target_encoder": target}
-    ordered = {name: {key: networks_[name][key] for key in network.state_dict()} for name, network in order.items()}
+    ordered = {name: {key: networks[name][key] for key in network.state_dict()} for name, network in order.items()}
     with StoredGroup(found, OPTIMIZER) as optimizer:
         stored = {name: optimizer.read(name) for name in optimizer.forms}
     scaler = torch.amp.GradScaler("cpu").state_dict() if config.runtime.dtype == "bf16" else None
+    form = EncoderForm.of_config(config, "target", f"fastjepa run, step {said['step']}")
     return ordered | {
-        "opt": _optimizer(ordered, stored, config, Schedule(config.optimization, ipe), said["step"]),
+        "opt": _optimizer(ordered, stored, Schedule(config.optimization, ipe), said["step"]),
         "scaler": scaler,
         "epoch": said["step"] // ipe,
         "loss": None,
         "batch_size": config.data.batch_size,
         "world_size": said["record"].get("world", 1),
         "lr": config.optimization.lr,
-        "fastjepa": {
-            "step": said["step"],
-            "form": EncoderForm.of_config(config, "target", f"fastjepa run, step {said['step']}").to_dict(),
-        },
+        "fastjepa": {"step": said["step"], "form": form.to_dict()},
     }
 
 
-def _optimizer(networks: Mapping[str, Mapping[str, Tensor]], stored: Mapping[str, Tensor], config: Config, schedule: Schedule,
-               step: int) -> dict[str, Any]:  # fmt: skip
-    """The state dict of the official AdamW, from tensors named "<network>.<parameter>.<moment>"."""
-    groups = fixed_positions(networks, with_fixed=True)
+def _optimizer(
+    networks: Mapping[str, Mapping[str, Tensor]], stored: Mapping[str, Tensor], schedule: Schedule, step: int
+) -> dict[str, Any]:
+    """Return the state dict of the official AdamW, from tensors named "<network>.<parameter>.<moment>"."""
+    groups = optimizer_order(networks, with_fixed=True)
     made = torch.optim.AdamW([{"params": [torch.empty(0, device="meta") for _ in names]} for names in groups]).state_dict()
     now = schedule(max(0, step - 1))
     for group, (_, decayed) in zip(made["param_groups"], OPTIMIZER_GROUPS, strict=True):
@@ -220,12 +217,13 @@ def _optimizer(networks: Mapping[str, Mapping[str, Tensor]], stored: Mapping[str
 
 def write_official(path: str | Path, contents: Mapping[str, Any]) -> None:
     """Save contents as the official code does, every name of a network after "module."."""
-    torch.save({key: {MODULE_PREFIX + name: tensor for name, tensor in value.items()} if key in OFFICIAL_NETWORKS else value
-                for key, value in contents.items()}, path)  # fmt: skip
+    networks = official_networks(contents).items()
+    named = {key: {MODULE_PREFIX + name: tensor for name, tensor in network.items()} for key, network in networks}
+    torch.save({key: named.get(key, value) for key, value in contents.items()}, path)
 
 
 def official_notes(contents: Mapping[str, Any], source: str | Path) -> list[str]:
-    """What a user should know of a file made from `contents`."""
+    """Return sentences that a user should read of a file made from `contents`."""
     step = contents.get("fastjepa", {}).get("step")
     told = [f"from {source}, epoch {contents.get('epoch', 'unknown')}" + (f", step {step}" if step is not None else "")]
     if "opt" not in contents:

@@ -11,16 +11,21 @@ from torch import Tensor, nn
 
 from fastjepa.config.load import config_from_dict
 from fastjepa.config.schema import MODELS, Config, DataConfig
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from fastjepa.model.vit import Encoder, sincos_positions
 
-LAYER_NORM_EPS = 1e-6  # of the layer norms of this trainer, the official code and timm
+LAYER_NORM_EPS = 1e-6  # in the layer norms of this trainer, the official code and timm
 UNSTATED_WHICH = "unstated"  # `which`, where nothing says whether an encoder is the target or the context encoder
+
+
+def default_mean_std(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return ImageNet's (mean, std) per channel on [0, 1], or their average for one channel."""
+    return Config(data=DataConfig(channels=channels)).mean_std
 
 
 @dataclass(frozen=True)
 class EncoderForm:
-    """What an encoder is beside its weights; every file that is written carries it."""
+    """The shape, the input and the origin of an encoder; every file that is written carries them."""
 
     image_size: tuple[int, int]  # height and width in pixels
     patch_size: int
@@ -32,67 +37,68 @@ class EncoderForm:
     num_heads: int
     mlp_hidden: int
     layer_norm_eps: float
-    which: str  # target, context, random or UNSTATED
+    which: str  # target, context or UNSTATED_WHICH
     origin: str  # where the weights came from, in words
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(rows, columns) of patches."""
+        """Return (rows, columns) of patches."""
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
     @property
     def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return the mean and the deviation of pixels together."""
         return self.mean, self.std
 
     @property
     def model_name(self) -> str | None:
-        """The name this shape has in the configs, or None."""
+        """Return the name this shape has in the configs, or None."""
         shapes = {(dim, depth, heads, round(dim * ratio)): name for name, (dim, depth, heads, ratio) in MODELS.items()}
         return shapes.get((self.embed_dim, self.depth, self.num_heads, self.mlp_hidden))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON writes it; `from_dict` reads it back."""
+        """Return the fields as JSON writes them; `from_dict` reads them back."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> "EncoderForm":
+        """Make a form of what `to_dict` gave; UserError names the file `where` it is not whole."""
         names = [field.name for field in dataclasses.fields(cls)]
         if missing := [name for name in names if name not in values]:
-            raise ConfigError(f"{where}: does not say the encoder's {', '.join(missing)}; convert the weights again")
+            raise UserError(f"{where}: does not say the encoder's {', '.join(missing)}; convert the weights again")
         return cls(**{name: tuple(v) if isinstance(v := values[name], list) else v for name in names})
 
     @classmethod
-    def of_config(cls, config: Config, which: str, origin: str) -> "EncoderForm":
+    def of_config(cls, config: Config, which: str = UNSTATED_WHICH, origin: str = "a config") -> "EncoderForm":
+        """Make the form of a run's encoder."""
         dim, depth, heads, ratio = config.encoder_shape
         return cls(config.image_size, config.mask.patch_size, config.data.channels, *config.mean_std,
                    dim, depth, heads, round(dim * ratio), LAYER_NORM_EPS, which, origin)  # fmt: skip
 
     @classmethod
     def of_weights(cls, tensors: Mapping[str, Tensor], where: str, which: str, origin: str) -> "EncoderForm":
-        """What the shapes alone say: a square image, ImageNet's mean and deviation, and the heads of a known model."""
+        """Guess a form from shapes alone: a square image, ImageNet's mean and deviation, and the heads of a known model."""
         try:
             dim, channels, patch, _ = tensors["patch_embed.proj.weight"].shape
             patches, hidden = tensors["pos_embed"].shape[1], tensors["blocks.0.mlp.fc1.weight"].shape[0]
         except (KeyError, ValueError) as error:
-            raise ConfigError(f"{where}: not the weights of an I-JEPA encoder ({error} is not there)") from error
+            raise UserError(f"{where}: not the weights of an I-JEPA encoder ({error} is not there)") from error
         depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
         heads = {(d, n, round(d * ratio)): heads for d, n, heads, ratio in MODELS.values()}.get((dim, depth, hidden))
         side = math.isqrt(patches)
         if heads is None or side**2 != patches:
             unknown = f"how its {patches} patches lie" if heads else f"the heads of width {dim}, depth {depth}"
             remedy = "name the run directory or model folder it belongs to, or its YAML with --config"
-            raise ConfigError(f"{where}: does not say {unknown}; {remedy}")
-        plain = Config(data=DataConfig(crop_size=side * patch, channels=channels))
-        return cls(
-            (side * patch,) * 2, patch, channels, *plain.mean_std, dim, depth, heads, hidden, LAYER_NORM_EPS, which, origin
-        )
+            raise UserError(f"{where}: does not say {unknown}; {remedy}")
+        image = (side * patch, side * patch), patch, channels, *default_mean_std(channels)
+        return cls(*image, dim, depth, heads, hidden, LAYER_NORM_EPS, which, origin)
 
     def config(self) -> Config:
-        """The config of such an encoder, all else at its default; ConfigError where none describes it."""
+        """Return the config of such an encoder, all else at its default; UserError where none describes it."""
         found = self.model_name
         own = {"embed_dim": self.embed_dim, "depth": self.depth, "num_heads": self.num_heads}
         if found is None and self.mlp_hidden != 4 * self.embed_dim:
-            raise ConfigError(f"{self.origin}: an MLP {self.mlp_hidden} wide on {self.embed_dim} is in no config")
+            raise UserError(f"{self.origin}: an MLP {self.mlp_hidden} wide on {self.embed_dim} is in no config")
         return config_from_dict(
             {
                 "data": {"crop_size": list(self.image_size), "channels": self.channels, "mean": self.mean, "std": self.std},
@@ -122,26 +128,25 @@ class PretrainedEncoder(Encoder):
         self.mean_std, self.which, self.origin = form.mean_std, form.which, form.origin
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """(b, C, H, W) -> (b, N, D), after the final norm."""
+        """Return features (b, N, D) of images (b, C, H, W), after the final norm."""
         return self.features(images)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
+        """Return positions (N, D) of a grid; UserError for another than the encoder's own where they were learned."""
         if grid != self.grid and not self.fixed_positions:
-            raise ConfigError(
-                f"{self.origin}: positions were learned for {self.image_size[0]}x{self.image_size[1]} pixels; "
-                f"resize the images to that"
-            )
+            height, width = self.image_size
+            raise UserError(f"{self.origin}: positions were learned for {height}x{width} pixels; resize the images to that")
         return super().positions(grid)
 
 
 def encoder_skeleton(form: EncoderForm) -> PretrainedEncoder:
-    """An encoder without memory of its own: names and shapes."""
+    """Return an encoder without memory of its own: names and shapes."""
     with torch.device("meta"):
         return PretrainedEncoder(form)
 
 
 def encoder_of_weights(form: EncoderForm, tensors: Mapping[str, Tensor]) -> PretrainedEncoder:
-    """The encoder in fp32, frozen, on the CPU; `tensors` have been checked."""
+    """Return the encoder in fp32, frozen, on the CPU; `tensors` have been checked."""
     encoder = encoder_skeleton(form)
     encoder.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     encoder.patch_embed.mean, encoder.patch_embed.std = (torch.tensor(values) for values in form.mean_std)
@@ -151,13 +156,13 @@ def encoder_of_weights(form: EncoderForm, tensors: Mapping[str, Tensor]) -> Pret
 
 
 def check_weights(form: EncoderForm, tensors: Mapping[str, Tensor], where: str) -> None:
-    """ConfigError at the first name or shape that an encoder of this form has not."""
+    """Raise UserError at the first name or shape that an encoder of this form has not."""
     expected = {name: tuple(tensor.shape) for name, tensor in encoder_skeleton(form).state_dict().items()}
     for name in [*tensors, *expected]:
         if name not in tensors:
-            raise ConfigError(f"{where}: {name} is not there; these are not the whole weights of such an encoder")
+            raise UserError(f"{where}: {name} is not there; these are not the whole weights of such an encoder")
         if name not in expected:
-            raise ConfigError(f"{where}: {name} has no place in an I-JEPA encoder; only ViTs without class or register token, "
+            raise UserError(f"{where}: {name} has no place in an I-JEPA encoder; only ViTs without class or register token, "
                               f"layer scale and fc_norm are read (in timm class_token=False, fc_norm=False)")  # fmt: skip
         if tuple(tensors[name].shape) != expected[name]:
-            raise ConfigError(f"{where}: {name} is {tuple(tensors[name].shape)}, and {expected[name]} by its config")
+            raise UserError(f"{where}: {name} is {tuple(tensors[name].shape)}, and {expected[name]} by its config")

@@ -1,4 +1,4 @@
-"""Reading an encoder of any kind: a run, an official file, timm, transformers or safetensors."""
+"""Readers of an encoder of any kind: a run, an official file, timm, transformers or safetensors."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,8 +9,7 @@ from torch import Tensor
 from fastjepa.checkpoint.directory import find_checkpoint
 from fastjepa.checkpoint.restore import load_networks
 from fastjepa.checkpoint.state import read_state
-from fastjepa.config.schema import Config
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from fastjepa.weights.hub_folders import Loaded, folder_kind, read_folder, read_lone_encoder, read_tensors
 from fastjepa.weights.official import load_official, official_networks, recorded_config
 from fastjepa.weights.pretrained import EncoderForm, PretrainedEncoder, check_weights, encoder_of_weights
@@ -19,63 +18,66 @@ NETWORK_OF = {"target": "target_encoder", "context": "encoder"}
 TORCH_FILES = (".pth", ".pt", ".tar", ".bin")
 
 
-def load_encoder(path: str | Path, which: str | None = None, config: Config | None = None) -> PretrainedEncoder:
-    """The encoder in a run, checkpoint, `.pth.tar`, `.safetensors` file, or timm, transformers or fastjepa folder.
+def load_encoder(path: str | Path, which: str | None = None) -> PretrainedEncoder:
+    """Load the encoder in a run, checkpoint, `.pth.tar`, `.safetensors` file, or timm, transformers or fastjepa folder.
 
     Args:
         which: target or context; default: the target encoder where there is a choice, else the one there is.
-        config: the shape, for weights that do not say theirs.
 
     Returns:
         An encoder with `forward_features(images)`: (b, C, H, W) -> (b, N, D), frozen, fp32, on the CPU; its `which`
         says which encoder it is.
     """
-    loaded = read_weights(path, which, config)
+    loaded = read_weights(path, which)
     return encoder_of_weights(loaded.form, loaded.tensors)
 
 
-def read_weights(path: str | Path, which: str | None = None, config: Config | None = None) -> Loaded:
-    """As `load_encoder`, but only what a module would be made of; the tensors of most files are read as they are used.
+def read_weights(path: str | Path, which: str | None = None, shape: EncoderForm | None = None) -> Loaded:
+    """Read what `load_encoder` makes a module of; the tensors of most files are read as they are used.
+
+    Args:
+        which: as in `load_encoder`.
+        shape: the form of weights that do not say theirs; its `which` and `origin` play no part.
 
     Raises:
-        ConfigError, CheckpointError: nothing readable, another encoder than asked for, or one that is no I-JEPA encoder.
+        UserError, CheckpointError: nothing readable, another encoder than asked for, or one that is no I-JEPA encoder.
     """
     path = Path(path).expanduser()
     if which not in (None, *NETWORK_OF):
-        raise ConfigError(f"which {which!r}: an encoder is the target or the context encoder")
+        raise UserError(f"which {which!r}: an encoder is the target or the context encoder")
     found = weights_kind(path)
     if found == "run":
-        loaded = read_run(path, which, config)
+        loaded = read_run(path, which, shape)
     elif found == "meta":
-        loaded = read_official(path, which, config)
+        loaded = read_official(path, which, shape)
     elif found == "weights":
         tensors, about = read_tensors(path)
         named = {f"{network}.safetensors": {"which": name} for name, network in NETWORK_OF.items()}  # of our checkpoints
-        loaded = read_lone_encoder(path, tensors, about or named.get(path.name, {}), which, config, path.name)
+        loaded = read_lone_encoder(path, tensors, about or named.get(path.name, {}), which, shape, path.name)
     else:
-        loaded = read_folder(path, which, config)
+        loaded = read_folder(path, which, shape)
     check_weights(loaded.form, loaded.tensors, str(path))
     return loaded
 
 
 def weights_kind(path: Path) -> str:
-    """run, meta, weights, fastjepa, timm or transformers."""
+    """Return what `path` is by its name and config.json: run, meta, weights, fastjepa, timm or transformers."""
     if not path.is_file():
         return folder_kind(path) or "run"  # whose reader refuses what it is not
     if path.suffix == ".safetensors":
         return "weights"
     if path.suffix in TORCH_FILES:
         return "meta"
-    raise ConfigError(f"{path}: not a file of weights; give a .safetensors, .pth.tar, .pth, .pt or .bin file, or a folder")
+    raise UserError(f"{path}: not a file of weights; give a .safetensors, .pth.tar, .pth, .pt or .bin file, or a folder")
 
 
 def is_foreign_weights(path: str | Path) -> bool:
-    """Whether `path` is a file of weights or a model folder, rather than a run or checkpoint of this trainer."""
+    """Tell whether `path` is a file of weights or a model folder, rather than a run or checkpoint of this trainer."""
     return weights_kind(Path(path).expanduser()) != "run"
 
 
 def starting_networks(path: str | Path) -> dict[str, dict[str, Tensor]]:
-    """{network: weights} of anything that training can start from; an encoder alone is "encoder", whichever it is."""
+    """Return {network: weights} of anything that training can start from; an encoder alone is "encoder", whichever it is."""
     path = Path(path).expanduser()
     found = weights_kind(path)
     if found in ("run", "weights"):
@@ -86,30 +88,31 @@ def starting_networks(path: str | Path) -> dict[str, dict[str, Tensor]]:
 
 
 def chosen_encoder(path: Path, networks: Mapping[str, dict[str, Tensor]], which: str | None) -> tuple[str, dict[str, Tensor]]:
-    """Which encoder of a checkpoint it is, and its weights."""
+    """Choose an encoder of a checkpoint's networks: return its name, target or context, and its weights."""
     held = [name for name in NETWORK_OF if NETWORK_OF[name] in networks]
     if not held or (which and which not in held):
-        raise ConfigError(f"{path}: holds {' and '.join(networks)}, and not the {NETWORK_OF[which or 'target']} asked for")
+        raise UserError(f"{path}: holds {' and '.join(networks)}, and not the {NETWORK_OF[which or 'target']} asked for")
     chosen = which or held[0]
     return chosen, networks[NETWORK_OF[chosen]]
 
 
-def read_run(path: Path, which: str | None, config: Config | None) -> Loaded:
+def read_run(path: Path, which: str | None, shape: EncoderForm | None) -> Loaded:
+    """Read an encoder of a run (its latest checkpoint) or of a checkpoint."""
     found = find_checkpoint(path)
     chosen, tensors = chosen_encoder(found, load_networks(found), which)
     origin = f"fastjepa run, step {read_state(found)['step']}"
-    return Loaded(EncoderForm.of_config(config or recorded_config(found), chosen, origin), tensors, [])
+    shape = shape or EncoderForm.of_config(recorded_config(found))
+    return Loaded(replace(shape, which=chosen, origin=origin), tensors, [])
 
 
-def read_official(path: Path, which: str | None, config: Config | None) -> Loaded:
+def read_official(path: Path, which: str | None, shape: EncoderForm | None) -> Loaded:
+    """Read an encoder of a `.pth.tar` file, or the one network that a file of weights holds."""
     contents = load_official(path)
     said = contents.get("fastjepa", {})
     if said.get("lone"):
-        return read_lone_encoder(path, contents["encoder"], {}, which, config, path.name)
+        return read_lone_encoder(path, contents["encoder"], {}, which, shape, path.name)
     chosen, tensors = chosen_encoder(path, official_networks(contents), which)
     if said:
         return Loaded(replace(EncoderForm.from_dict(said["form"], str(path)), which=chosen), tensors, [])
-    about = {"which": chosen}
-    return read_lone_encoder(
-        path, tensors, about, chosen, config, f"{path.name}, official format, epoch {contents.get('epoch', 'unknown')}"
-    )
+    origin = f"{path.name}, official format, epoch {contents.get('epoch', 'unknown')}"
+    return read_lone_encoder(path, tensors, {"which": chosen}, chosen, shape, origin)

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from fastjepa.cli.main import main
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from fastjepa.evals import patch_features
-from fastjepa.evals.attentive import AttentiveProbe, attentive_accuracy
+from fastjepa.evals.attentive import AttentiveOptions, AttentiveProbe, attentive_accuracy
 from fastjepa.evals.inputs import open_splits, open_subject
 from fastjepa.evals.patch_features import PatchFeatures, held_in_memory, patch_features_of
+from fastjepa.evals.supervised import TrainingPlace
 from tests.support.evals import write_images, write_run
 
 
@@ -28,7 +29,10 @@ def with_labels(data: PatchFeatures, order: torch.Tensor) -> PatchFeatures:
     return PatchFeatures(data.y[order], data.read)
 
 
-SHORT = {"classes": 3, "heads": 2, "epochs": 4, "batch": 32}
+def short(train: PatchFeatures, test: PatchFeatures, states=lambda name: None, **options):
+    """Four epochs of a probe of two heads on three classes."""
+    asked = AttentiveOptions(**{"epochs": 4, "batch": 32} | options)
+    return attentive_accuracy(train, test, 3, 2, asked, TrainingPlace(states=states))
 
 
 @pytest.fixture
@@ -57,20 +61,20 @@ def test_probe_attends_as_written_out():
 
 
 def test_probe_finds_the_patch_that_pooling_buries():
-    result = attentive_accuracy(patches(600), patches(200, seed=1), 3, 2, epochs=10, batch=32, lrs=(3e-3,))
+    result = short(patches(600), patches(200, seed=1), epochs=10, lrs=(3e-3,))
     assert result.accuracy > 0.95 and result.chosen == {"lr": 3e-3} and result.validation_accuracy is None
 
 
 def test_permuted_labels_leave_chance():
     """Chance is a third; the bound is four standard deviations at 400 test images."""
     shuffled = with_labels(patches(300), torch.randperm(300, generator=torch.Generator().manual_seed(1)))
-    assert abs(attentive_accuracy(shuffled, patches(400, seed=1), **SHORT).accuracy - 1 / 3) < 0.1
+    assert abs(short(shuffled, patches(400, seed=1)).accuracy - 1 / 3) < 0.1
 
 
 def test_test_labels_do_not_touch_the_choice():
     train, test = patches(300), patches(200, seed=1)
     wrong = with_labels(test, torch.randperm(200, generator=torch.Generator().manual_seed(1)))
-    right, other = (attentive_accuracy(train, data, lrs=(1e-6, 3e-3), **SHORT) for data in (test, wrong))
+    right, other = (short(train, data, lrs=(1e-6, 3e-3)) for data in (test, wrong))
     assert right.chosen == other.chosen == {"lr": 3e-3} and right.validation_accuracy == other.validation_accuracy
     assert right.accuracy > other.accuracy + 0.2
 
@@ -83,18 +87,18 @@ def test_images_that_choose_are_not_fitted():
             seen["held" if about == "validation" else "fitted"] |= set(rows.tolist())
         return train.read(rows, size, about)
 
-    attentive_accuracy(PatchFeatures(train.y, read), patches(30, seed=1), lrs=(1e-3, 1e-4), **SHORT)
+    short(PatchFeatures(train.y, read), patches(30, seed=1), lrs=(1e-3, 1e-4))
     assert len(seen["held"]) == 18 and seen["fitted"] == set(range(120)) - seen["held"]
 
 
 def test_a_learning_rate_that_diverges_is_named():
-    with pytest.raises(ConfigError, match="--lr 1e[+]30: the loss of epoch 1 is"):
-        attentive_accuracy(patches(60), patches(30, seed=1), lrs=(1e30,), **SHORT)
+    with pytest.raises(UserError, match="--lr 1e[+]30: the loss of epoch 1 is"):
+        short(patches(60), patches(30, seed=1), lrs=(1e30,))
 
 
 def test_an_interrupted_probe_ends_as_an_undisturbed_one(tmp_path: Path):
     train, test = patches(200), patches(100, seed=1)
-    whole = attentive_accuracy(train, test, **SHORT)
+    whole = short(train, test)
 
     def stop(rows, size, about):
         if about == "epoch 3 of 4":
@@ -103,14 +107,14 @@ def test_an_interrupted_probe_ends_as_an_undisturbed_one(tmp_path: Path):
 
     states = lambda name: tmp_path / f"{name}.pt"  # noqa: E731
     with pytest.raises(KeyboardInterrupt):
-        attentive_accuracy(PatchFeatures(train.y, stop), test, states=states, **SHORT)
+        short(PatchFeatures(train.y, stop), test, states=states)
     seen = []
     watching = PatchFeatures(train.y, lambda rows, size, about: seen.append(about) or train.read(rows, size, about))
-    assert attentive_accuracy(watching, test, states=states, **SHORT) == whole
+    assert short(watching, test, states=states) == whole
     assert seen == ["width", "epoch 3 of 4", "epoch 4 of 4"]
     states("final").write_bytes(b"PK")
     with pytest.raises(OSError, match="final.pt: cannot be read .* delete the file"):
-        attentive_accuracy(train, test, states=states, **SHORT)
+        short(train, test, states=states)
 
 
 def test_patch_features_are_the_same_from_the_disk_and_from_the_encoder(run: Path, images: Path):

@@ -18,18 +18,21 @@ from fastjepa.checkpoint.restore import load_networks
 from fastjepa.config.load import config_from_dict
 from fastjepa.data.crops import fit_to
 from fastjepa.data.sources import open_source
-from fastjepa.errors import ConfigError
-from fastjepa.evals import features, linear
+from fastjepa.errors import UserError
+from fastjepa.evals import features, inputs, linear
 from fastjepa.evals.cache import weights_fingerprint
 from fastjepa.evals.collapse import effective_rank
 from fastjepa.evals.features import extract_features, raw_pixels
-from fastjepa.evals.inputs import open_splits, open_subject
+from fastjepa.evals.images import EvalImages
+from fastjepa.evals.inputs import open_splits, open_subject, read_config
 from fastjepa.evals.knn import knn_accuracy
 from fastjepa.evals.linear import linear_accuracy
+from fastjepa.evals.request import EvalRequest
 from fastjepa.evals.scoring import Features
 from fastjepa.evals.table import evaluate_probe, evaluate_table, table_verdict
 from fastjepa.model.jepa import build_pair
-from fastjepa.weights.encoders import load_run_encoder, read_config
+from fastjepa.weights.pretrained import EncoderForm
+from fastjepa.weights.read import load_encoder, read_weights
 from tests.support.evals import GREY, SMALL, write_images, write_run
 
 
@@ -70,21 +73,22 @@ def test_evaluation_view_fills_any_size(height: int, width: int, rows: int, colu
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_features_lie_in_source_order(images: Path, workers: int):
+def test_features_lie_in_source_order(images: Path, workers: int, monkeypatch: pytest.MonkeyPatch):
     source, encoder = open_source(images), build_pair(config_from_dict(SMALL, "test"))[1]
-    found = extract_features(encoder, source, (16, 16), 1, GREY, batch=7, workers=workers)
+    monkeypatch.setattr(features, "FORWARD_BATCH", 7)
+    found = extract_features(encoder, EvalImages(source, (16, 16), 1, workers=workers), GREY)
     assert found.y.tolist() == [source.label(i) for i in range(len(source))] == [0] * 20 + [1] * 20
     for i in (0, 13, 39):
         pixels = torch.from_numpy(np.array(Image.open(source.name(i))))[None, None] / 255
         expected = encoder.features((pixels - 0.5) / 0.25).mean(dim=1)[0]
         assert torch.allclose(found.x[i], expected, atol=1e-5)
     rows = np.array([39, 2, 13])
-    assert torch.equal(extract_features(encoder, source, (16, 16), 1, GREY, rows=rows).y, found.y[rows])
-    assert torch.allclose(extract_features(encoder, source, (16, 16), 1, GREY, rows=rows).x, found.x[rows], atol=1e-5)
+    some = extract_features(encoder, EvalImages(source, (16, 16), 1, rows), GREY)
+    assert torch.equal(some.y, found.y[rows]) and torch.allclose(some.x, found.x[rows], atol=1e-5)
 
 
 def test_raw_pixels_separate_dark_from_bright(images: Path):
-    train, test = (raw_pixels(open_source(images, split), (16, 16), 1, GREY) for split in ("train", "test"))
+    train, test = (raw_pixels(EvalImages(open_source(images, split), (16, 16), 1), GREY) for split in ("train", "test"))
     assert train.x.shape == (40, 256) and -2 <= float(train.x.min()) < float(train.x.max()) <= 2
     first = np.array(Image.open(open_source(images).name(0))).reshape(-1)
     assert torch.allclose(train.x[0], torch.from_numpy((first / 255 - 0.5) / 0.25).float())
@@ -98,7 +102,7 @@ def test_a_broken_image_is_named_in_one_sentence(tmp_path: Path, workers: int):
     source = open_source(write_images(tmp_path))
     Path(source.name(11)).write_bytes(b"not a png")
     with pytest.raises(OSError, match="cannot be evaluated") as error:
-        raw_pixels(source, (16, 16), 1, GREY, workers=workers)
+        raw_pixels(EvalImages(source, (16, 16), 1, workers=workers), GREY)
     assert source.name(11) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -107,40 +111,40 @@ def test_a_broken_image_is_named_in_one_sentence(tmp_path: Path, workers: int):
 )
 def test_images_the_encoder_cannot_take_are_refused(images: Path, size: tuple[int, int], channels: int, message: str):
     encoder = build_pair(config_from_dict(SMALL, "test"))[1]
-    with pytest.raises(ConfigError, match=message):
-        extract_features(encoder, open_source(images), size, channels, ((0.5,) * channels, (0.25,) * channels))
+    with pytest.raises(UserError, match=message):
+        extract_features(encoder, EvalImages(open_source(images), size, channels), GREY)
 
 
 def test_features_that_are_not_finite_are_refused(images: Path):
     encoder = build_pair(config_from_dict(SMALL, "test"))[1]
     encoder.norm.bias.data[0] = math.nan
-    with pytest.raises(ConfigError, match="not finite"):
-        extract_features(encoder, open_source(images), (16, 16), 1, GREY)
+    with pytest.raises(UserError, match="not finite"):
+        extract_features(encoder, EvalImages(open_source(images), (16, 16), 1), GREY)
 
 
 def test_images_without_labels_are_refused(tmp_path: Path, run: Path, images: Path, monkeypatch: pytest.MonkeyPatch):
     for split in ("train", "test"):
         (tmp_path / "flat" / split).mkdir(parents=True)
         Image.new("L", (16, 16)).save(tmp_path / "flat" / split / "a.png")
-    with pytest.raises(ConfigError, match="class folders"):
-        evaluate_probe("knn", run, str(tmp_path / "flat"))
-    with pytest.raises(ConfigError, match="a.png: has no label"):
-        raw_pixels(open_source(tmp_path / "flat"), (16, 16), 1, GREY)
+    with pytest.raises(UserError, match="class folders"):
+        evaluate_probe("knn", EvalRequest(run, str(tmp_path / "flat")))
+    with pytest.raises(UserError, match="a.png: has no label"):
+        raw_pixels(EvalImages(open_source(tmp_path / "flat"), (16, 16), 1), GREY)
     partly = open_source(images)
     monkeypatch.setattr(partly, "label", lambda i: None if i == 5 else 0)
-    with pytest.raises(ConfigError, match=re.escape(partly.name(5))):
-        raw_pixels(partly, (16, 16), 1, GREY)
+    with pytest.raises(UserError, match=re.escape(partly.name(5))):
+        raw_pixels(EvalImages(partly, (16, 16), 1), GREY)
 
 
 def test_splits_with_different_classes_are_refused(tmp_path: Path, run: Path):
     data = write_images(tmp_path / "data")
     (data / "test" / "class0").rename(data / "test" / "class7")
-    with pytest.raises(ConfigError, match="different classes .'class0'"):
-        evaluate_probe("knn", run, str(data))
+    with pytest.raises(UserError, match="different classes .'class0'"):
+        evaluate_probe("knn", EvalRequest(run, str(data)))
 
 
 def test_each_encoder_is_the_one_asked_for(run: Path):
-    target, context, untrained = (load_run_encoder(run, which) for which in ("target", "context", "random"))
+    target, context, untrained = (open_subject(run).encoder(which) for which in ("target", "context", "random"))
     stored = load_networks(run)
     for encoder, name in ((target, "target_encoder"), (context, "encoder")):
         assert all(torch.equal(tensor, stored[name][key]) for key, tensor in encoder.state_dict().items())
@@ -152,22 +156,22 @@ def test_each_encoder_is_the_one_asked_for(run: Path):
 
 def test_a_checkpoint_is_found_from_its_run_or_by_itself(run: Path):
     lone = run / "checkpoints" / "jepa-00000003"
-    assert weights_fingerprint(load_run_encoder(lone)) == weights_fingerprint(load_run_encoder(run))
+    assert weights_fingerprint(load_encoder(lone)) == weights_fingerprint(load_encoder(run))
     moved = lone.rename(run.parent / "jepa-00000003")
     assert read_config(moved) == config_from_dict(SMALL, "test")
-    with pytest.raises(ConfigError, match="name the run directory"):
+    with pytest.raises(UserError, match="name the run directory"):
         read_config(moved / "encoder.safetensors")
 
 
 def test_weights_of_another_shape_are_refused(run: Path):
     other = config_from_dict(SMALL | {"meta": SMALL["meta"] | {"embed_dim": 64}}, "test")
-    with pytest.raises(ConfigError, match="target_encoder does not fit its config: size mismatch"):
-        load_run_encoder(run, "target", other)
+    with pytest.raises(UserError, match=r"proj.bias is \(32,\), and \(64,\) by its config"):
+        read_weights(run, "target", EncoderForm.of_config(other))
 
 
 def test_cache_gives_the_same_bytes_and_misses_changed_weights(run: Path, images: Path, monkeypatch: pytest.MonkeyPatch):
     made, extract = [], extract_features
-    monkeypatch.setattr(features, "extract_features", lambda *args, **kw: made.append(1) or extract(*args, **kw))
+    monkeypatch.setattr(inputs, "extract_features", lambda *args, **kw: made.append(1) or extract(*args, **kw))
     splits = open_splits(str(images), None, 10, 0)
     first = open_subject(run).features("target", splits)
     assert len(made) == 2 and len(list((run / "features").glob("*.safetensors"))) == 2
@@ -196,37 +200,37 @@ def test_cache_misses_when_an_image_is_exchanged_for_another(run: Path, tmp_path
 
 
 def test_a_damaged_cache_file_is_named(run: Path, images: Path):
-    evaluate_probe("knn", run, str(images))
+    evaluate_probe("knn", EvalRequest(run, str(images)))
     for file in (run / "features").iterdir():
         file.write_bytes(file.read_bytes()[:40])
     with pytest.raises(OSError, match="delete the file"):
-        evaluate_probe("knn", run, str(images))
+        evaluate_probe("knn", EvalRequest(run, str(images)))
 
 
 @pytest.mark.parametrize("kind", ["knn", "linear", "linear_bn"])
 def test_run_gives_what_its_json_promises(run: Path, images: Path, kind: str, quick: None):
-    result = json.loads(json.dumps(evaluate_probe(kind, run, str(images), "context", n_train=30)))
+    result = json.loads(json.dumps(evaluate_probe(kind, EvalRequest(run, str(images), "context", n_train=30))))
     assert result["encoder"] == "context" and result["data"] == str(images)
     assert (result["n_train"], result["n_test"]) == (30, 20)
     assert 0 <= result["ci95"][0] <= result["accuracy"] <= result["ci95"][1] <= 1
 
 
 def test_an_unknown_probe_is_refused(run: Path, images: Path):
-    with pytest.raises(ConfigError, match="choose knn or linear"):
-        evaluate_probe("forest", run, str(images))
+    with pytest.raises(UserError, match="choose knn or linear"):
+        evaluate_probe("forest", EvalRequest(run, str(images)))
 
 
 def test_table_puts_every_encoder_through_the_same_probes(run: Path, images: Path, quick: None):
     out = Console(record=True, width=140, file=open("/dev/null", "w"))  # noqa: SIM115
-    found = evaluate_table(run, str(images), out=out)
+    found = evaluate_table(EvalRequest(run, str(images)), out)
     assert json.loads((run / "evaluation.json").read_text()) == found
     assert list(found["rows"]) == ["raw pixels", "random encoder", "context encoder", "target encoder"]
     for which in ("random", "context", "target"):
         row = found["rows"][f"{which} encoder"]
-        test = extract_features(load_run_encoder(run, which), open_source(images, "test"), (16, 16), 1, GREY)
+        test = extract_features(open_subject(run).encoder(which), EvalImages(open_source(images, "test"), (16, 16), 1), GREY)
         assert row["effective_rank"] == pytest.approx(effective_rank(test.x), rel=1e-5)
-        assert row["knn"]["accuracy"] == evaluate_probe("knn", run, str(images), which)["accuracy"]
-        assert row["linear"]["chosen"] == evaluate_probe("linear", run, str(images), which)["chosen"]
+        assert row["knn"]["accuracy"] == evaluate_probe("knn", EvalRequest(run, str(images), which))["accuracy"]
+        assert row["linear"]["chosen"] == evaluate_probe("linear", EvalRequest(run, str(images), which))["chosen"]
     assert len({row["effective_rank"] for row in found["rows"].values()}) == 4
     printed = out.export_text()
     assert all(text in printed for text in ("k-NN", "effective rank", *found["rows"], *found["verdict"]))

@@ -1,5 +1,6 @@
 """Training on labels, all or few: the published recipe, splits, resumption, and nothing learned from the test images."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -17,13 +18,14 @@ from sklearn.linear_model import LogisticRegression
 from fastjepa.cli.main import main
 from fastjepa.config.load import config_from_dict
 from fastjepa.data.sources import open_source
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from fastjepa.evals.augment import Augment
 from fastjepa.evals.cache import weights_fingerprint
-from fastjepa.evals.finetune import Classifier, finetune_accuracy, finetune_recipe, layer_decayed_adamw
+from fastjepa.evals.finetune import Classifier, FinetuneOptions, finetune_accuracy, finetune_recipe, layer_decayed_adamw
 from fastjepa.evals.inputs import open_splits, open_subject
 from fastjepa.evals.linear import standardise
-from fastjepa.evals.lowshot import CS, evaluate_lowshot, fraction_of, listed_images, logistic_accuracy
+from fastjepa.evals.lowshot import CS, LowshotOptions, evaluate_lowshot, fraction_of, listed_images, logistic_accuracy
+from fastjepa.evals.request import EvalRequest
 from fastjepa.model.jepa import build_pair
 from tests.support.evals import GREY, SMALL, write_images, write_run
 from tests.support.features import blobs
@@ -72,16 +74,16 @@ def test_classifier_averages_the_final_normed_patches_and_starts_even():
 @pytest.mark.parametrize(
     "width, n, device, expected",
     [
-        (1280, 12800, "cuda", {"lrs": [3e-5], "weight_decay": 0.4, "epochs": 50, "batch": 512}),
-        (1024, 1_281_167, "cuda", {"lrs": [3e-5], "weight_decay": 0.05, "epochs": 50, "batch": 512}),
-        (192, 500, "cpu", {"lrs": [1e-3], "weight_decay": 0.05, "epochs": 50, "batch": 20}),
-        (192, 50000, "cpu", {"lrs": [1e-3], "weight_decay": 0.05, "epochs": 5, "batch": 512}),
+        (1280, 12800, "cuda", {"lrs": [3e-5], "weight_decay": 0.4, "epochs": 50, "batch": 512, "layer_decay": 0.75}),
+        (1024, 1_281_167, "cuda", {"lrs": [3e-5], "weight_decay": 0.05, "epochs": 50, "batch": 512, "layer_decay": 0.75}),
+        (192, 500, "cpu", {"lrs": [1e-3], "weight_decay": 0.05, "epochs": 50, "batch": 20, "layer_decay": 0.75}),
+        (192, 50000, "cpu", {"lrs": [1e-3], "weight_decay": 0.05, "epochs": 5, "batch": 512, "layer_decay": 0.75}),
     ],
 )
 def test_recipe_is_the_published_one_where_there_is_one(width: int, n: int, device: str, expected: dict):
-    assert finetune_recipe(width, n, torch.device(device), None, None, None, None) == expected
-    given = {"lrs": [0.5], "weight_decay": 0.0, "epochs": 7, "batch": 3}
-    assert finetune_recipe(width, n, torch.device(device), *given.values()) == given
+    assert dataclasses.asdict(finetune_recipe(FinetuneOptions(), width, n, torch.device(device))) == expected
+    given = FinetuneOptions(lrs=[0.5], weight_decay=0.0, epochs=7, batch=3, layer_decay=0.5)
+    assert finetune_recipe(given, width, n, torch.device(device)) == given
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -106,7 +108,7 @@ def test_half_of_the_views_are_mirrored():
 def finetuned(run: Path, data: Path, cache: bool = False, **setting):
     one = open_subject(run, "cpu", cache)
     splits = open_splits(str(data), None, None, 0)
-    return finetune_accuracy(one, one.encoder("target", splits[0]), splits, **SHORT | setting)[0]
+    return finetune_accuracy(one, one.encoder("target", splits[0]), splits, FinetuneOptions(**SHORT | setting))[0]
 
 
 def relabelled(data: Path, root: Path, split: str) -> Path:
@@ -146,7 +148,7 @@ def test_only_the_copy_is_trained(run: Path, images: Path):
     splits = open_splits(str(images), None, None, 0)
     network = one.encoder("target", splits[0])
     before = weights_fingerprint(network)
-    finetune_accuracy(one, network, splits, **SHORT)
+    finetune_accuracy(one, network, splits, FinetuneOptions(**SHORT))
     assert weights_fingerprint(network) == before and not any(p.requires_grad for p in network.parameters())
 
 
@@ -207,7 +209,7 @@ def test_a_share_is_of_each_class_and_drawn_by_its_seed(tmp_path: Path, fraction
     if fraction < 1:
         assert any(not np.array_equal(rows, fraction_of(source, fraction, seed)) for seed in (1, 2))
     for wrong in (0.0, 1.5):
-        with pytest.raises(ConfigError, match="above 0 and at most 1"):
+        with pytest.raises(UserError, match="above 0 and at most 1"):
             fraction_of(source, wrong, 0)
 
 
@@ -231,9 +233,9 @@ def test_a_list_that_does_not_fit_is_refused(tmp_path: Path, text: str, message:
     for label in "ab":
         Image.new("L", (16, 16)).save(data / "train" / label / "same.png")
     file.write_text(text)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         listed_images(open_source(data), file)
-    with pytest.raises(ConfigError, match="cannot be read as a list"):
+    with pytest.raises(UserError, match="cannot be read as a list"):
         listed_images(open_source(data), tmp_path / "none.txt")
 
 
@@ -242,7 +244,7 @@ def test_logistic_regression_is_at_its_optimum():
     train, test = blobs(300, spread=1.5), blobs(200, spread=1.5, seed=1)
     result = logistic_accuracy(train, test, 4)
     c = result.chosen["c"]
-    x, x_test = (part.double() for part in standardise(train.x, test.x, batch_norm=False))
+    x, x_test = (part.double() for part in standardise(train.x, test.x))
     weight, bias = torch.zeros(8, 4).double().requires_grad_(), torch.zeros(4).double().requires_grad_()
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=300, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
 
@@ -261,9 +263,10 @@ def test_logistic_regression_is_at_its_optimum():
 
 def test_too_few_images_to_choose_c_is_said(tmp_path: Path, run: Path):
     data = ragged(tmp_path)
-    with pytest.raises(ConfigError, match="no class has 5 training images .*or give --c"):
-        evaluate_lowshot(run, str(data), fraction=0.1, cache=False)
-    assert evaluate_lowshot(run, str(data), fraction=0.1, cache=False, c=1.0)["chosen"] == {"c": 1.0}
+    with pytest.raises(UserError, match="no class has 5 training images .*or give --c"):
+        evaluate_lowshot(EvalRequest(run, str(data), cache=False), LowshotOptions(fraction=0.1))
+    found = evaluate_lowshot(EvalRequest(run, str(data), cache=False), LowshotOptions(fraction=0.1, c=1.0))
+    assert found["chosen"] == {"c": 1.0}
 
 
 @pytest.mark.parametrize("method, odd", [("logistic", ["--lr", "0.1"]), ("finetune", ["--c", "1"]),

@@ -13,12 +13,13 @@ from torchvision.transforms.v2 import functional as vision
 from fastjepa.cli.main import main
 from fastjepa.config.load import config_from_dict
 from fastjepa.data.prepare.scenes import write_scenes
-from fastjepa.errors import ConfigError
-from fastjepa.evals import features, linear
+from fastjepa.errors import UserError
+from fastjepa.evals import inputs, linear
 from fastjepa.evals.features import extract_features
 from fastjepa.evals.inputs import open_subject
 from fastjepa.evals.linear import linear_accuracy
 from fastjepa.evals.lowlevel import ClevrImages, Squash, evaluate_lowlevel, lowlevel_recipe, open_clevr_splits, squashed_inputs
+from fastjepa.evals.request import EvalRequest
 from fastjepa.evals.scoring import Features
 
 COUNTS = {"train": 60, "val": 24}
@@ -123,7 +124,7 @@ def test_features_are_those_of_the_squashed_pictures(clevr: Path, run: Path):
 
 def test_both_tasks_share_the_cached_features(clevr: Path, run: Path, monkeypatch: pytest.MonkeyPatch):
     made, extract = [], extract_features
-    monkeypatch.setattr(features, "extract_features", lambda *args, **kw: made.append(1) or extract(*args, **kw))
+    monkeypatch.setattr(inputs, "extract_features", lambda *args, **kw: made.append(1) or extract(*args, **kw))
     found = {}
     for task in ("count", "dist", "count"):
         found[task] = squashed_inputs(open_subject(run), "random", open_clevr_splits(str(clevr), task, None, None, 0))
@@ -133,7 +134,7 @@ def test_both_tasks_share_the_cached_features(clevr: Path, run: Path, monkeypatc
 
 @pytest.mark.parametrize("task, classes, encoder", [("count", 8, "random"), ("dist", 6, "random"), ("dist", 6, "pixels")])
 def test_a_row_says_what_it_is_of(rendered: Path, run: Path, quick: None, task: str, classes: int, encoder: str):
-    row = json.loads(json.dumps(evaluate_lowlevel(run, str(rendered), task, encoder, n_train=50, seed=3)))
+    row = json.loads(json.dumps(evaluate_lowlevel(EvalRequest(run, str(rendered), encoder, n_train=50, seed=3), task)))
     named = {"checkpoint": str(run), "data": str(rendered), "encoder": encoder, "split": "val", "seed": 3, "task": task}
     assert {key: row[key] for key in named} == named
     assert (row["classes"], row["n_train"], row["n_test"], row["paper"]) == (classes, 50, 24, None)
@@ -143,7 +144,7 @@ def test_a_row_says_what_it_is_of(rendered: Path, run: Path, quick: None, task: 
 
 
 def test_the_published_protocol_trains_one_linear_head_as_published(clevr: Path, run: Path):
-    row = evaluate_lowlevel(run, str(clevr), "count", "random", protocol="published")
+    row = evaluate_lowlevel(EvalRequest(run, str(clevr), "random"), "count", "published")
     assert row["probe"] == "linear" and row["chosen"] == {"lr": 0.01, "weight_decay": 5e-4}
     assert row["paper"] == {"I-JEPA H/14": 86.7, "MAE H/14": 90.5, "iBOT L/16": 85.7}
     epochs = [lowlevel_recipe("published", task).length(70_000)[0] for task in ("count", "dist")]
@@ -177,21 +178,21 @@ def test_features_that_hold_the_answer_give_it_and_shuffled_labels_chance(render
 )
 def test_what_is_wrong_with_the_files_is_one_sentence(clevr: Path, run: Path, edit, sentence: str):
     edit(clevr)
-    with pytest.raises((ConfigError, OSError), match=sentence) as error:
-        evaluate_lowlevel(run, str(clevr), "dist", "random")
+    with pytest.raises((UserError, OSError), match=sentence) as error:
+        evaluate_lowlevel(EvalRequest(run, str(clevr), "random"), "dist")
     assert "\n" not in str(error.value)
 
 
 def test_mistakes_in_arguments_are_named(clevr: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("FASTJEPA_DATA", str(tmp_path / "none"))
-    with pytest.raises(ConfigError, match="run: fastjepa data get scenes"):
-        evaluate_lowlevel(run, "scenes", "count", "random")
-    with pytest.raises(ConfigError, match="task 'colour' is unknown: choose count or dist"):
-        evaluate_lowlevel(run, str(clevr), "colour", "random")
-    with pytest.raises(ConfigError, match="protocol 'inat18' is unknown"):
-        evaluate_lowlevel(run, str(clevr), "count", "random", protocol="inat18")
-    with pytest.raises(ConfigError, match="raw pixels have no layers"):
-        evaluate_lowlevel(run, str(clevr), "count", "pixels", layers="concat4")
+    with pytest.raises(UserError, match="run: fastjepa data get scenes"):
+        evaluate_lowlevel(EvalRequest(run, "scenes", "random"), "count")
+    with pytest.raises(UserError, match="task 'colour' is unknown: choose count or dist"):
+        evaluate_lowlevel(EvalRequest(run, str(clevr), "random"), "colour")
+    with pytest.raises(UserError, match="protocol 'inat18' is unknown"):
+        evaluate_lowlevel(EvalRequest(run, str(clevr), "random"), "count", "inat18")
+    with pytest.raises(UserError, match="raw pixels have no layers"):
+        evaluate_lowlevel(EvalRequest(run, str(clevr), "pixels", "concat4"), "count")
 
 
 def test_the_command_prints_a_row_or_a_sentence(clevr: Path, run: Path, quick: None, capsys: pytest.CaptureFixture):

@@ -13,10 +13,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from timm.optim import Lars
 from torchmetrics.classification import MulticlassAccuracy
 
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from fastjepa.evals import knn, linear
-from fastjepa.evals.knn import knn_accuracy, knn_classify
-from fastjepa.evals.linear import MIN_STEPS, MOMENTUM, PROTOCOLS, fit_heads, linear_accuracy, prepare_features, standardise
+from fastjepa.evals.knn import Neighbours, knn_accuracy, knn_classify
+from fastjepa.evals.linear import MIN_STEPS, MOMENTUM, PROTOCOLS, Recipe, fit_heads, linear_accuracy, moments, prepare_features
 from fastjepa.evals.lowshot import logistic_accuracy
 from fastjepa.evals.scoring import (
     PROBE_DRAW,
@@ -63,7 +63,7 @@ def test_wilson_interval_holds_the_share_and_stays_in_bounds(pair: tuple[int, in
 def test_validation_split_parts_every_class(labels: list[int], every: int, seed: int):
     y, counts = torch.tensor(labels), np.bincount(labels)
     if counts.max() < every:
-        with pytest.raises(ConfigError, match="more training images"):
+        with pytest.raises(UserError, match="more training images"):
             validation_split(y, every, seed)
         return
     fit, held = validation_split(y, every, seed)
@@ -96,7 +96,7 @@ def test_subset_does_not_take_the_first_images():
 def test_labels_that_cannot_be_compared_are_refused(train: list[int], test: list[int], classes: int, message: str):
     sets = [Features(torch.zeros(len(y), 2), torch.tensor(y, dtype=torch.int64)) for y in (train, test)]
     for probe in (knn_accuracy, linear_accuracy):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(UserError, match=message):
             probe(*sets, classes)
 
 
@@ -118,7 +118,7 @@ def test_knn_equals_a_loop_over_samples(monkeypatch: pytest.MonkeyPatch, k: int)
     expected = [vote(train, query.double(), 4, k) for query in test.x]
     assert knn_classify(train, test.x, 4, (k,))[0].tolist() == expected
     hits = sum(a == b for a, b in zip(expected, test.y.tolist(), strict=True))
-    result = knn_accuracy(train, test, 4, k=k)
+    result = knn_accuracy(train, test, 4, vote=Neighbours(k))
     assert result.accuracy == hits / 50 and result.ci95 == wilson_interval(hits, 50) and result.chosen["k"] == k
 
 
@@ -130,7 +130,7 @@ def test_knn_equals_scikit_learn(k: int, temperature: float):
     expected = other.fit(train.x.double().numpy(), train.y.numpy()).predict(test.x.double().numpy())
     found = knn_classify(train, test.x, 4, (k,), temperature=temperature)[0]
     assert found.tolist() == expected.tolist()
-    assert knn_accuracy(train, test, 4, k=k, temperature=temperature).accuracy == float((expected == test.y.numpy()).mean())
+    assert knn_accuracy(train, test, 4, vote=Neighbours(k, temperature)).accuracy == float((expected == test.y.numpy()).mean())
 
 
 def test_knn_takes_any_temperature_above_zero():
@@ -138,8 +138,8 @@ def test_knn_takes_any_temperature_above_zero():
     train, test = blobs(200, spread=1.5), blobs(50, spread=1.5, seed=1)
     cold = knn_classify(train, test.x, 4, (20,), temperature=1e-6)
     assert torch.equal(cold, knn_classify(train, test.x, 4, (1,)))
-    with pytest.raises(ConfigError, match="temperature 0"):
-        knn_accuracy(train, test, 4, temperature=0)
+    with pytest.raises(UserError, match="temperature 0"):
+        knn_accuracy(train, test, 4, vote=Neighbours(temperature=0))
 
 
 def test_accuracy_equals_torchmetrics():
@@ -165,8 +165,8 @@ def test_knn_does_not_see_the_length_of_features():
 
 
 def test_knn_refuses_more_neighbours_than_images():
-    with pytest.raises(ConfigError, match="k = 41 neighbours among 40"):
-        knn_accuracy(blobs(40), blobs(8), 4, k=41)
+    with pytest.raises(UserError, match="k = 41 neighbours among 40"):
+        knn_accuracy(blobs(40), blobs(8), 4, vote=Neighbours(41))
     assert knn_accuracy(blobs(40), blobs(8), 4).chosen["k"] <= 32  # the grid shrinks to what the fitting images allow
 
 
@@ -206,8 +206,9 @@ def test_linear_probe_does_not_depend_on_the_scale_of_features(name: str, quick:
 def test_standardise_uses_training_statistics_and_silences_rounding(batch_norm: bool):
     train, other = blobs(500).x * torch.arange(1, 9) + 3, blobs(100, seed=1).x
     dead = torch.full((1,), 0.1)
-    pair = (torch.cat([x, dead.expand(len(x), 1)], 1) for x in (train, other))
-    x, y = standardise(*pair, batch_norm)
+    x, y = (torch.cat([x, dead.expand(len(x), 1)], 1) for x in (train, other))
+    mean, reciprocal = moments(x, batch_norm)
+    x, y = (x - mean) * reciprocal, (y - mean) * reciprocal
     spread = train.std(0, correction=0)
     scale = spread if batch_norm else (spread.square().sum() / 9).sqrt()
     assert torch.allclose(x[:, :8], (train - train.mean(0)) / scale, atol=1e-4)
@@ -219,7 +220,7 @@ def test_batch_norm_mends_features_of_unequal_scale(quick: None):
     train, test = blobs(600, spread=1.0), blobs(300, spread=1.0, seed=1)
     noise = 1e4 * torch.randn(900, 1, generator=torch.Generator().manual_seed(0))
     noisy = [Features(torch.cat((f.x, n), 1), f.y) for f, n in ((train, noise[:600]), (test, noise[600:]))]
-    plain, mended = (linear_accuracy(*noisy, 4, batch_norm=flag).accuracy for flag in (False, True))
+    plain, mended = (linear_accuracy(*noisy, 4, recipe=Recipe(batch_norm=flag)).accuracy for flag in (False, True))
     assert mended > 0.7 > plain
 
 
@@ -285,9 +286,9 @@ def test_published_linear_heads_see_features_as_they_come():
     """And batch norm + linear does not: the paper's two heads."""
     train, test = blobs(100), blobs(30, seed=1).x
     recipe = PROTOCOLS["places205"]
-    x, other = prepare_features(train, test, False, recipe)
+    x, other = prepare_features(train, test, recipe)
     assert torch.equal(x[0], train.x) and torch.equal(other, test)
-    x, _ = prepare_features(train, test, True, recipe)
+    x, _ = prepare_features(train, test, dataclasses.replace(recipe, batch_norm=True))
     assert torch.allclose(x[0].std(dim=0, correction=0), torch.ones(8), atol=1e-5)
 
 

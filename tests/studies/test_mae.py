@@ -12,13 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastjepa.config.load import load_config
 from fastjepa.config.schema import Config
 from fastjepa.evals.images import normalise_pixels
+from fastjepa.evals.inputs import open_subject
 from fastjepa.model.jepa import build_pair
 from fastjepa.model.vit import use_attention
 from fastjepa.rng import MASK_STREAM, torch_seed
 from fastjepa.studies import mae
 from fastjepa.studies.mae import build_mae, mae_flops_per_image, mae_loss, mae_step, random_keep, train_mae, visible_sequences
 from fastjepa.studies.sweep import BASE_CONFIG
-from fastjepa.weights.encoders import load_run_encoder
 from tests.support.images import write_idx
 from tests.support.runs import same_weights, weights
 
@@ -113,7 +113,7 @@ def test_it_learns_and_is_read_as_any_run(file, tmp_path):
     train_mae(file, tmp_path / "run", 10)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 10 and lines[-1]["loss"] < lines[0]["loss"]
-    start, target, context = (load_run_encoder(tmp_path / "run", which) for which in ("random", "target", "context"))
+    start, target, context = (open_subject(tmp_path / "run").encoder(which) for which in ("random", "target", "context"))
     assert same_weights(target.state_dict(), context.state_dict()) and not same_weights(target.state_dict(), start.state_dict())
 
 

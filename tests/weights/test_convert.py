@@ -20,9 +20,9 @@ from fastjepa.checkpoint.save import save_checkpoint
 from fastjepa.cli.main import main
 from fastjepa.config.load import config_from_dict
 from fastjepa.config.schema import MODELS
-from fastjepa.errors import CheckpointError, ConfigError
+from fastjepa.errors import CheckpointError, UserError
 from fastjepa.model.jepa import build_pair
-from fastjepa.weights.convert import convert_weights, write_encoder
+from fastjepa.weights.convert import Conversion, convert_weights, write_encoder
 from fastjepa.weights.hub_folders import timm_arguments
 from fastjepa.weights.pretrained import EncoderForm
 from fastjepa.weights.read import NETWORK_OF, load_encoder, read_weights, starting_networks
@@ -64,7 +64,7 @@ def test_every_pair_of_formats_is_bitwise(run, tmp_path):
     path = run
     for step, to in enumerate(("timm", "transformers", "meta", "fastjepa", "transformers", "timm")):
         made = tmp_path / f"{step}.pth.tar"
-        convert_weights(path, made, to)
+        convert_weights(path, made, Conversion(to))
         path = made
     assert same_networks(read_weights(path).tensors, read_weights(run).tensors)
     assert read_weights(path).form == read_weights(run).form
@@ -79,10 +79,10 @@ def test_the_choice_is_target_unless_one_is_named(run):
 
 def test_an_encoder_that_is_not_there_is_not_given(run, tmp_path):
     convert(run, tmp_path / "context", "--to", "transformers", "--which", "context")
-    with pytest.raises(ConfigError, match="holds the context encoder, not the target"):
+    with pytest.raises(UserError, match="holds the context encoder, not the target"):
         load_encoder(tmp_path / "context", "target")
     convert(run, tmp_path / "one.pth.tar", "--to", "meta", "--which", "context")
-    with pytest.raises(ConfigError, match="holds encoder, and not the target_encoder"):
+    with pytest.raises(UserError, match="holds encoder, and not the target_encoder"):
         load_encoder(tmp_path / "one.pth.tar", "target")
 
 
@@ -192,8 +192,8 @@ def test_an_encoder_nobody_labelled_stays_unstated_until_the_user_says(tmp_path)
     timm_folder(tmp_path / "timm")
     assert load_encoder(tmp_path / "timm").which == "unstated"
     assert load_encoder(tmp_path / "timm", "target").which == "target"
-    with pytest.raises(ConfigError, match="no word on which it is"):
-        convert_weights(tmp_path / "timm", tmp_path / "x.pth.tar", "meta")
+    with pytest.raises(UserError, match="no word on which it is"):
+        convert_weights(tmp_path / "timm", tmp_path / "x.pth.tar", Conversion("meta"))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -232,7 +232,7 @@ def test_timm_takes_what_is_written_for_it(tmp_path):
 )
 def test_a_vit_that_is_no_ijepa_encoder_is_refused(tmp_path, arguments, name):
     timm_folder(tmp_path / "timm", **arguments)
-    with pytest.raises(ConfigError, match=f"{name}.* has no place in an I-JEPA encoder"):
+    with pytest.raises(UserError, match=f"{name}.* has no place in an I-JEPA encoder"):
         read_weights(tmp_path / "timm")
 
 
@@ -270,7 +270,7 @@ def test_what_cannot_be_read_is_named(run, tmp_path):
         "part": "norm.bias is not there", "empty": "not a readable", "nothing": "holds no complete checkpoint",
     }  # fmt: skip
     for name, sentence in sentences.items():
-        with pytest.raises((ConfigError, CheckpointError), match=sentence) as caught:
+        with pytest.raises((UserError, CheckpointError), match=sentence) as caught:
             read_weights(tmp_path / name)
         assert name in str(caught.value)
 
@@ -288,9 +288,9 @@ def test_half_precision_stays_as_it_is_and_computes_in_fp32(run, tmp_path, image
 def test_an_encoder_lies_in_a_lone_file_too(run, tmp_path):
     """One of a checkpoint's needs its config; one of ours says its form itself."""
     found = find_checkpoint(run)
-    with pytest.raises(ConfigError, match="name the run directory"):
+    with pytest.raises(UserError, match="name the run directory"):
         read_weights(found / "target_encoder.safetensors")
-    lone = read_weights(found / "target_encoder.safetensors", config=config_from_dict(SHAPE))
+    lone = read_weights(found / "target_encoder.safetensors", shape=EncoderForm.of_config(config_from_dict(SHAPE)))
     assert lone.form.which == "target"
     convert(run, tmp_path / "out", "--to", "fastjepa", "--which", "context")
     assert read_weights(tmp_path / "out" / "model.safetensors").form == read_weights(run, "context").form
@@ -327,7 +327,7 @@ def test_a_plain_state_dict_of_a_known_size_is_read(tmp_path):
 
 def test_a_transformers_model_of_another_kind_is_refused(tmp_path):
     IJepaModel(IJepaConfig(**IJEPA, image_size=32, qkv_bias=False)).save_pretrained(tmp_path / "hf")
-    with pytest.raises(ConfigError, match="qkv_bias is False"):
+    with pytest.raises(UserError, match="qkv_bias is False"):
         read_weights(tmp_path / "hf")
 
 
@@ -336,7 +336,7 @@ def test_a_missing_library_is_one_sentence(tmp_path, monkeypatch, capsys, missin
     timm_folder(tmp_path / "timm")
     source = tmp_path / "timm"
     if to == "onnx":
-        convert_weights(source, tmp_path / "ours", "fastjepa")
+        convert_weights(source, tmp_path / "ours", Conversion("fastjepa"))
         source = tmp_path / "ours"
     monkeypatch.setitem(sys.modules, missing, None)
     assert main(["convert", str(source), str(tmp_path / "out"), "--to", to]) == 2

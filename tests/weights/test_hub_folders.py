@@ -18,11 +18,11 @@ from fastjepa.checkpoint.restore import load_networks
 from fastjepa.checkpoint.save import save_checkpoint
 from fastjepa.cli.main import main
 from fastjepa.config.load import config_from_dict
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from fastjepa.evals.cache import weights_fingerprint
 from fastjepa.evals.images import normalise_pixels
+from fastjepa.evals.inputs import read_config
 from fastjepa.model.jepa import build_pair
-from fastjepa.weights.encoders import load_run_encoder, read_config
 from fastjepa.weights.read import NETWORK_OF
 from tests.support.places import ROOT
 from tests.support.weights import IJEPA, SHAPE, convert, make_state, official_file
@@ -71,7 +71,7 @@ def test_other_sizes_are_taken_where_positions_are_fixed(folder, tmp_path):
     IJepaModel(IJepaConfig(**IJEPA, image_size=32)).save_pretrained(tmp_path / "learned")
     learned = load_encoder(tmp_path / "learned")
     assert learned.forward_features(torch.zeros(1, 3, 32, 32)).shape == (1, 16, 32)
-    with pytest.raises(ConfigError, match="positions were learned for 32x32 pixels"):
+    with pytest.raises(UserError, match="positions were learned for 32x32 pixels"):
         learned.forward_features(torch.zeros(1, 3, 64, 32))
 
 
@@ -142,6 +142,6 @@ def test_an_official_file_is_evaluated_like_a_run(tmp_path, capsys):
         assert f"{which} encoder" in capsys.readouterr().out
     for which, network in NETWORK_OF.items():
         expected = weights_fingerprint(state.networks[network])
-        assert weights_fingerprint(load_run_encoder(path, which)) == expected
+        assert weights_fingerprint(load_encoder(path, which)) == expected
     config = read_config(path)
     assert (config.meta.model_name, config.image_size, config.mask.patch_size) == ("vit_tiny", (32, 32), 8)
