@@ -23,7 +23,7 @@ from rich.progress import track
 
 from fastjepa.data.prepare.processes import console
 from fastjepa.data.prepare.scenes import scenes_complete, write_scenes
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 
 # SHA-256 of the uncompressed content: Debian and the authors compress the same files differently.
 FASHION_MNIST = {
@@ -63,7 +63,7 @@ def get_dataset(name: str, directory: str | Path | None = None, archive: str | P
         directory: holds the data sets, one folder each, in place of `data_dir()`.
         archive: a zip or tar to unpack in place of a download (cifar10: class folders below train/ and test/).
 
-    ConfigError for an unknown name or an archive that does not hold the set; OSError, naming the remedy, when the set
+    UserError for an unknown name or an archive that does not hold the set; OSError, naming the remedy, when the set
     cannot be fetched or what is there is damaged.
     """
     entry, final = _dataset_of(name), Path(directory or data_dir()) / name
@@ -90,16 +90,16 @@ def _scratch(parent: Path, name: str) -> tempfile.TemporaryDirectory:
 
 
 def find_dataset(name: str) -> Path:
-    """The directory of data set `name` without fetching or checksums; ConfigError says how to get it."""
+    """The directory of data set `name` without fetching or checksums; UserError says how to get it."""
     _dataset_of(name)
     if not (data_dir() / name).is_dir():
-        raise ConfigError(f"data set {name} is not in {data_dir()}; run: fastjepa data get {name}")
+        raise UserError(f"data set {name} is not in {data_dir()}; run: fastjepa data get {name}")
     return data_dir() / name
 
 
 def _dataset_of(name: str) -> NamedDataset:
     if name not in DATASETS:
-        raise ConfigError(f"unknown data set {name!r}; {closest_dataset(name)}")
+        raise UserError(f"unknown data set {name!r}; {closest_dataset(name)}")
     return DATASETS[name]
 
 
@@ -121,7 +121,7 @@ def _one_line(error: BaseException | str) -> str:
 
 def _fetch_fashion_mnist(folder: Path, archive: Path | None) -> None:
     if archive:
-        raise ConfigError(
+        raise UserError(
             "fashion-mnist: --archive is for cifar10; copy the four idx .gz files into the data directory instead"
         )
     reasons = []
@@ -214,7 +214,7 @@ def _unpack_images(archive: Path, folder: Path) -> None:
         raise OSError(f"{archive}: cannot be unpacked ({_one_line(error)}); give a whole zip or tar with --archive") from error
     expected = {split: count * len(CIFAR10_CLASSES) for split, count in CIFAR10_PER_CLASS.items()}
     if written != expected:
-        raise ConfigError(
+        raise UserError(
             f"{archive}: holds {written['train']} of {expected['train']} train and {written['test']} of {expected['test']} "
             "test images of CIFAR-10; give an archive of train|test/<class>/<image>.jpg or .png"
         )
@@ -266,7 +266,7 @@ def _cifar10_is_complete(folder: Path) -> bool:
 
 def _render_scenes(folder: Path, archive: Path | None, size: int) -> None:
     if archive:
-        raise ConfigError("scenes: --archive is for cifar10; scenes are rendered here, from no file")
+        raise UserError("scenes: --archive is for cifar10; scenes are rendered here, from no file")
     write_scenes(folder, size)
 
 

@@ -18,7 +18,7 @@ from fastjepa.data.prepare.processes import counting_bar, map_in_processes
 from fastjepa.data.sources import Source, open_source
 from fastjepa.data.splits import split_folder
 from fastjepa.data.tar_shards import SHARDS_MANIFEST, index_of, read_manifest
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 
 IMAGES_A_TASK = 64  # images that a process is given at a time
 MEGA = 1_000_000
@@ -68,7 +68,7 @@ def check_images(where: str, split: str = "train", workers: int = 1, max_pixels:
     images are not read.
 
     Args:
-        where, split: as in `open_source`, whose ConfigErrors pass.
+        where, split: as in `open_source`, whose UserErrors pass.
         max_pixels: the limit in megapixels, judged by the header before anything is decoded; default, and at most, what a
             run decodes.
         show: called with each bad file when it is found.
@@ -76,7 +76,7 @@ def check_images(where: str, split: str = "train", workers: int = 1, max_pixels:
     most = MAX_PIXELS / MEGA
     limit = most if max_pixels is None else max_pixels
     if not 0 < limit <= most:
-        raise ConfigError(f"--max-pixels {limit:g} is not above 0 and at most {most:g}, the megapixels that a run decodes")
+        raise UserError(f"--max-pixels {limit:g} is not above 0 and at most {most:g}, the megapixels that a run decodes")
     report = CheckReport()
     _check_shards(report, where, split, workers, show)
     if not report.bad:
@@ -145,7 +145,7 @@ def _check_shards(report: CheckReport, where: str, split: str, workers: int, sho
     folder = Path(os.path.expanduser(where))
     if not folder.is_dir():
         return
-    with contextlib.suppress(ConfigError):  # other formats keep their splits elsewhere; `open_source` has the last word
+    with contextlib.suppress(UserError):  # other formats keep their splits elsewhere; `open_source` has the last word
         folder = split_folder(folder, split)
     manifest = read_manifest(folder)
     if manifest is None:

@@ -30,7 +30,7 @@ from fastjepa.data.tar_shards import (
     stored_index,
     tar_fingerprint,
 )
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 
 JPEG_QUALITY = 95  # of the JPEGs that --resize writes
 SAMPLED_IMAGES = 256  # images whose sizes tell how many fit into a shard
@@ -81,7 +81,7 @@ def write_shards(
         keep_order: sample i stays sample i; else one shuffle, for those who read shards as streams.
         max_bad: images that may be left out because they cannot be read, or, to be resized, not decoded.
 
-    ConfigError when the folder holds other shards, OSError when it cannot be written or there are more than max_bad.
+    UserError when the folder holds other shards, OSError when it cannot be written or there are more than max_bad.
     """
     folder.mkdir(parents=True, exist_ok=True)
     options = {"shard_bytes": shard_bytes, "resize": resize, "quality": JPEG_QUALITY if resize else None,
@@ -138,7 +138,7 @@ def _known(folder: Path, plan: dict) -> dict | None:
         known = {}
     differs = [key for key in plan if known.get(key) != plan[key]]
     if differs:
-        raise ConfigError(f"{folder}: its shards differ in {' and '.join(differs)}; give another directory, or delete it")
+        raise UserError(f"{folder}: its shards differ in {' and '.join(differs)}; give another directory, or delete it")
     return known
 
 
