@@ -21,7 +21,7 @@ from fastjepa.config.schema import MODELS, Config
 from fastjepa.data.crops import crop_image
 from fastjepa.data.decode_pillow import decode_image
 from fastjepa.data.sources import open_source
-from fastjepa.errors import CheckpointError, ConfigError
+from fastjepa.errors import CheckpointError, UserError
 from fastjepa.loader.micro_batches import MicroBatches
 from fastjepa.model.fp8 import use_fp8
 from fastjepa.model.jepa import build_pair
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         config = load_config(os.devnull, keys)
         images = pictures(config, options.images).to(options.device)
         found = measure(config, images, options.weights, options.bf16)
-    except (ConfigError, CheckpointError, OSError) as failed:
+    except (UserError, CheckpointError, OSError) as failed:
         print(f"benchmarks/fp8.py: {failed}", file=sys.stderr)
         return 2
     if options.json:

@@ -27,6 +27,7 @@ from fastjepa.data.sources import IdxPair, open_source
 from fastjepa.data.tar_shards import ENDINGS
 from fastjepa.errors import ConfigError
 from fastjepa.loader.loader import Loader
+from fastjepa.ranks.world import World
 
 OURS, RIVALS = ("torch", "dali"), {"torchvision": "folder", "webdataset": "shards"}  # a rival reads one kind of source
 
@@ -87,7 +88,7 @@ def set_for(one: Contender, config: Config, sets: Sets) -> Config:
 @contextlib.contextmanager
 def ours(one: Contender, config: Config, sets: Sets, device: torch.device) -> Iterator[Iterator[Tensor]]:
     config = set_for(one, config, sets)
-    with Loader(config, open_source(config.data), 0, 1, 0, device) as loader:
+    with Loader(config, open_source(config.data), World(0, 0, 1, device), 0) as loader:
         yield (batch.images for step in itertools.count() for batch in loader.micro_batches(step))
 
 

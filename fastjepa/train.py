@@ -63,7 +63,7 @@ def train(
     every = config.logging.checkpoint_every or schedule.steps_per_epoch
 
     with (
-        Loader(config, run.source, world.rank, world.size, state.step, world.device, max(last, state.step)) as loader,
+        Loader(config, run.source, world, state.step, max(last, state.step)) as loader,
         open_run_log(config, output, schedule, state, world) as log,
         Stop() as stop,
         Heartbeat(world, config.runtime.timeout, state.step) as heart,

@@ -17,7 +17,7 @@ from fastjepa.data import decode_pillow
 from fastjepa.data.prepare.check_images import check_images
 from fastjepa.data.prepare.write_shards import write_shards
 from fastjepa.data.sources import open_source
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from fastjepa.loader.micro_batches import MicroBatches
 
 
@@ -108,7 +108,7 @@ def test_a_limit_is_judged_before_decoding(tmp_path: Path, monkeypatch):
 
 @pytest.mark.parametrize("limit", [0, -1, float("nan"), 90])
 def test_a_limit_that_a_run_does_not_keep_is_refused(tmp_path: Path, limit: float):
-    with pytest.raises(ConfigError, match=r"at most 89.4785, the megapixels that a run decodes"):
+    with pytest.raises(UserError, match=r"at most 89.4785, the megapixels that a run decodes"):
         check_images(str(tmp_path), max_pixels=limit)
 
 

@@ -33,7 +33,7 @@ from fastjepa.data.prepare.scenes import (
     write_scenes,
 )
 from fastjepa.data.sources import open_source
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 
 SMALL = {"train": 12, "val": 6}
 FIRST = "b7dc5d8e73e76d18"  # how the SHA-256 of the pixels of train_000000.png begins
@@ -222,7 +222,7 @@ def test_damaged_scenes_are_named(small: Path, damage: str):
 
 
 def test_an_archive_of_scenes_is_refused(small: Path, tmp_path: Path):
-    with pytest.raises(ConfigError, match="scenes are rendered here"):
+    with pytest.raises(UserError, match="scenes are rendered here"):
         get_dataset("scenes", archive=tmp_path / "a.zip")
     assert not list(small.iterdir())
 

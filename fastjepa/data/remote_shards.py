@@ -90,9 +90,7 @@ def open_directory(where: str, splits: Sequence[str]) -> RemoteShards:
         )
     manifest = parse_manifest(raw, f"{folder}/{SHARDS_MANIFEST}")
     if manifest is None or not manifest["shards"]:
-        raise UserError(
-            f"{folder}/{SHARDS_MANIFEST}: not of `fastjepa data shard`; name the shards instead: {folder}/{BRACES}"
-        )
+        raise UserError(f"{folder}/{SHARDS_MANIFEST}: not of `fastjepa data shard`; name the shards instead: {folder}/{BRACES}")
     with _index_cache(folder, raw) as cache:
         require_ranges(f"{folder}/{manifest['shards'][0]['file']}", manifest["shards"][0]["bytes"])
         indexes = _scan_all("indexes", functools.partial(_written_index, folder, cache), manifest["shards"])

@@ -11,7 +11,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-from fastjepa.errors import ConfigError
+from fastjepa.errors import ConfigError, UserError
 from fastjepa.evals.published import PAPER_COLUMNS, PUBLISHED, published_for
 from fastjepa.evals.table import PROBE_NAMES, PROBES, in_percent
 from fastjepa.files import write_atomic
@@ -259,7 +259,7 @@ def gather_pictures(run: RecordedRun) -> tuple[list[dict[str, str]], str | None]
             if run.checkpoint is None:
                 raise ConfigError("no checkpoint was written yet")
             found = draw_pictures(run.checkpoint) | found
-        except (ConfigError, OSError) as error:
+        except (UserError, OSError) as error:
             missing = str(error)
     stems = [*(stem for stem in PICTURE_CAPTIONS if stem in found), *sorted(found.keys() - PICTURE_CAPTIONS.keys())]
     return [picture_entry(stem, found[stem]) for stem in stems], missing

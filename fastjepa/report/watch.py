@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from fastjepa.errors import ConfigError
+from fastjepa.errors import ConfigError, UserError
 from fastjepa.report.page import render_page
 from fastjepa.run.directory import run_directory
 
@@ -69,7 +69,7 @@ class Handler(BaseHTTPRequestHandler):
             return self._answer(404, "there is one page here: /")
         try:
             tag, page = self.server.page()
-        except (ConfigError, OSError) as error:  # a run moved away, a file half written: the next request may find it whole
+        except (UserError, OSError) as error:  # a run moved away, a file half written: the next request may find it whole
             return self._answer(503, str(error))
         if self.headers.get("If-None-Match") == tag:
             return self._answer(304, "", tag)

@@ -1,16 +1,21 @@
-"""Named data sets: get them, check them, find them again. Only complete sets ever appear under their final name."""
+"""Named data sets: fetched, checked, found again. Only complete sets ever appear under their final name."""
 
 import contextlib
 import difflib
 import functools
 import gzip
 import hashlib
+import http.client
 import os
 import re
 import shutil
+import socket
 import subprocess
 import tarfile
 import tempfile
+import threading
+import urllib.error
+import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -24,6 +29,10 @@ from rich.progress import track
 from fastjepa.data.prepare.processes import console
 from fastjepa.data.prepare.scenes import scenes_complete, write_scenes
 from fastjepa.errors import UserError
+from fastjepa.files import atomic_path
+
+CONNECT_TIMEOUT = 5  # seconds until a server counts as out of reach
+ANSWER_TIMEOUT = 30  # seconds that a download may stand still
 
 # SHA-256 of the uncompressed content: Debian and the authors compress the same files differently.
 FASHION_MNIST = {
@@ -44,7 +53,7 @@ CIFAR10_MEMBER = re.compile(rf"(?:^|/)(train|test)/({'|'.join(CIFAR10_CLASSES)})
 
 @dataclass(frozen=True)
 class NamedDataset:
-    """A data set: how to fill a directory with it, how to see that it is whole, and its class names."""
+    """A data set: the function that fills a directory with it, the one that sees whether it is whole, and its class names."""
 
     fetch: Callable[[Path, Path | None], None]  # (empty directory, archive): raises one-sentence errors
     is_complete: Callable[[Path], bool]
@@ -52,12 +61,12 @@ class NamedDataset:
 
 
 def data_dir() -> Path:
-    """Where named data sets live: $FASTJEPA_DATA, or ~/.cache/fastjepa."""
+    """Return the directory of named data sets: $FASTJEPA_DATA, or ~/.cache/fastjepa."""
     return Path(os.environ.get("FASTJEPA_DATA") or Path.home() / ".cache" / "fastjepa")
 
 
 def get_dataset(name: str, directory: str | Path | None = None, archive: str | Path | None = None) -> Path:
-    """The directory of data set `name`, fetched first where it is not there yet.
+    """Return the directory of data set `name`, fetched first where it is not there yet.
 
     Args:
         directory: holds the data sets, one folder each, in place of `data_dir()`.
@@ -67,30 +76,37 @@ def get_dataset(name: str, directory: str | Path | None = None, archive: str | P
     cannot be fetched or what is there is damaged.
     """
     entry, final = _dataset_of(name), Path(directory or data_dir()) / name
-    if final.is_dir() and any(final.iterdir()):
+    if _holds_files(final):
         return _checked(entry, final)
-    with _scratch(final.parent, name) as temporary:
-        fresh = Path(temporary) / name
-        fresh.mkdir()
-        entry.fetch(fresh, Path(archive) if archive else None)
-        if not entry.is_complete(fresh):
-            raise OSError(f"{name}: what was fetched is not the published data set; give a complete copy with --archive FILE")
-        with contextlib.suppress(OSError):  # another process was first: its copy is checked below
-            fresh.rename(final)
+    make_folder(final.parent)
+    try:
+        with atomic_path(final) as fresh:
+            make_folder(fresh)
+            entry.fetch(fresh, Path(archive) if archive else None)
+            if not entry.is_complete(fresh):
+                said = "what was fetched is not the published data set; give a complete copy with --archive FILE"
+                raise OSError(f"{name}: {said}")
+    except OSError:
+        if not _holds_files(final):  # else another process was first: its copy is checked below
+            raise
     return _checked(entry, final)
 
 
-def _scratch(parent: Path, name: str) -> tempfile.TemporaryDirectory:
-    """A temporary directory on the file system of the final place, so that a rename can publish it."""
+def make_folder(folder: Path) -> Path:
+    """Make a folder of the data directory and those above it, and return it; OSError that names the remedy."""
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(dir=parent, prefix=f".{name}-")
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"{parent}: cannot be written ({error.strerror}); set FASTJEPA_DATA to a directory of yours") from error
+        raise OSError(f"{folder}: cannot be written ({error.strerror}); set FASTJEPA_DATA to a directory of yours") from error
+    return folder
+
+
+def _holds_files(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def find_dataset(name: str) -> Path:
-    """The directory of data set `name` without fetching or checksums; UserError says how to get it."""
+    """Return the directory of data set `name` without fetching or checksums; UserError says how to get it."""
     _dataset_of(name)
     if not (data_dir() / name).is_dir():
         raise UserError(f"data set {name} is not in {data_dir()}; run: fastjepa data get {name}")
@@ -104,12 +120,13 @@ def _dataset_of(name: str) -> NamedDataset:
 
 
 def closest_dataset(name: str) -> str:
-    """What a message adds about a name that is none: the one meant, or all."""
+    """Return the words that a message adds about a name that no data set has: the one that was meant, or all."""
     close = difflib.get_close_matches(name, DATASETS, n=1)
     return f"did you mean {close[0]!r}?" if close else f"data sets: {', '.join(DATASETS)}"
 
 
 def _checked(entry: NamedDataset, path: Path) -> Path:
+    """Return the path of a whole data set; OSError where it is not whole."""
     if not entry.is_complete(path):
         raise OSError(f"{path}: incomplete or damaged; delete it and run: fastjepa data get {path.name}")
     return path
@@ -120,15 +137,14 @@ def _one_line(error: BaseException | str) -> str:
 
 
 def _fetch_fashion_mnist(folder: Path, archive: Path | None) -> None:
+    """Fill a folder from the authors' server, or from a Debian mirror, which some networks reach where the internet is shut."""
     if archive:
-        raise UserError(
-            "fashion-mnist: --archive is for cifar10; copy the four idx .gz files into the data directory instead"
-        )
+        raise UserError("fashion-mnist: --archive is for cifar10; copy the four idx .gz files into the data directory instead")
     reasons = []
-    for fetch in (_fashion_from_debian, _fashion_from_torchvision):
+    for fetch in (_fashion_from_torchvision, _fashion_from_debian):
         try:
             return fetch(folder)
-        except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
+        except (OSError, RuntimeError, ImportError, http.client.HTTPException, subprocess.SubprocessError) as error:
             reasons.append(_one_line(error))
             console.print(f"fashion-mnist: {reasons[-1]}", style="yellow", markup=False)
     raise OSError(
@@ -137,39 +153,71 @@ def _fetch_fashion_mnist(folder: Path, archive: Path | None) -> None:
     )
 
 
+def _fashion_from_torchvision(folder: Path) -> None:
+    """Download with torchvision, whose own requests would wait for an answer without end."""
+    from torchvision.datasets import FashionMNIST
+
+    with _answers_within(ANSWER_TIMEOUT), tempfile.TemporaryDirectory(dir=folder) as work:
+        _require_server(FashionMNIST.mirrors[0])
+        console.print("fashion-mnist: downloading with torchvision (31 MB)", markup=False)
+        FashionMNIST(work, download=True)
+        for name in FASHION_MNIST:
+            shutil.move(Path(work, "FashionMNIST", "raw", f"{name}.gz"), folder / f"{name}.gz")
+
+
+@contextlib.contextmanager
+def _answers_within(seconds: float) -> Iterator[None]:
+    """Give up, inside the block, on every network request of this process that is not answered in time: TimeoutError."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _require_server(url: str) -> None:
+    """Raise OSError where no server answers at an address within CONNECT_TIMEOUT, a search for its name included."""
+    asked = threading.Thread(target=_ask_server, args=(url, said := []), daemon=True)
+    asked.start()
+    asked.join(CONNECT_TIMEOUT)
+    if said != [""]:
+        raise OSError(f"{url}: cannot be reached ({said[0] if said else f'no answer in {CONNECT_TIMEOUT} s'})")
+
+
+def _ask_server(url: str, said: list[str]) -> None:
+    """Append "" when a server answers, whatever it says, by the proxies of the environment; else the reason."""
+    try:
+        with contextlib.suppress(urllib.error.HTTPError):
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=CONNECT_TIMEOUT).close()
+        said.append("")
+    except (OSError, http.client.HTTPException) as error:
+        said.append(_one_line(getattr(error, "reason", None) or error))
+
+
 def _fashion_from_debian(folder: Path) -> None:
-    """The Debian and Ubuntu package, unpacked without being installed: no root needed."""
+    """Unpack the Debian and Ubuntu package without installing it: no root needed."""
     if not (shutil.which("apt-get") and shutil.which("dpkg")):
         raise OSError("apt-get and dpkg are not here")
     console.print(f"fashion-mnist: apt-get download {FASHION_PACKAGE} (31 MB)", markup=False)
     with tempfile.TemporaryDirectory() as work:
         download = ["apt-get", "download", FASHION_PACKAGE]
-        error = _command(download, work)
+        error = _run_command(download, work)
         if error and os.geteuid() == 0:
-            error = _command(["apt-get", "update"], work) or _command(download, work)
+            error = _run_command(["apt-get", "update"], work) or _run_command(download, work)
         packages = sorted(Path(work).glob("*.deb"))
-        error = error or _command(["dpkg", "-x", *map(str, packages), "unpacked"], work)
+        error = error or _run_command(["dpkg", "-x", *map(str, packages), "unpacked"], work)
         if error:
             raise OSError(error)
         for name in FASHION_MNIST:
             shutil.copyfile(Path(work, "unpacked", FASHION_FOLDER, f"{name}.gz"), folder / f"{name}.gz")
 
 
-def _command(command: list[str], cwd: str) -> str:
-    """Run a command; empty when it worked, else its last line of error."""
+def _run_command(command: list[str], cwd: str) -> str:
+    """Run a command; return "" when it worked, else its last line of error."""
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, check=False)
     lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
     return f"{' '.join(command[:2])}: {lines[-1]}" if done.returncode else ""
-
-
-def _fashion_from_torchvision(folder: Path) -> None:
-    from torchvision.datasets import FashionMNIST
-
-    console.print("fashion-mnist: downloading with torchvision", markup=False)
-    with tempfile.TemporaryDirectory() as work:
-        FashionMNIST(work, download=True)
-        for name in FASHION_MNIST:
-            shutil.copyfile(Path(work, "FashionMNIST", "raw", f"{name}.gz"), folder / f"{name}.gz")
 
 
 def _fashion_mnist_is_complete(folder: Path) -> bool:
@@ -183,15 +231,16 @@ def _fashion_mnist_is_complete(folder: Path) -> bool:
 
 
 def _fetch_cifar10(folder: Path, archive: Path | None) -> None:
+    """Fill a folder with PNG files from the authors' server, or with the images of an archive."""
     if archive:
         return _unpack_images(archive, folder)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+    with tempfile.TemporaryDirectory(dir=folder) as work, _answers_within(ANSWER_TIMEOUT):
         try:
             from torchvision.datasets.utils import download_url
 
             console.print(f"cifar10: downloading {CIFAR10_URL} (162 MB)", markup=False)
             download_url(CIFAR10_URL, work, md5=CIFAR10_MD5)
-        except (OSError, RuntimeError, ImportError) as error:
+        except (OSError, RuntimeError, ImportError, http.client.HTTPException) as error:
             raise OSError(
                 f"cifar10: {CIFAR10_URL} cannot be downloaded ({_one_line(error)}); "
                 "run: fastjepa data get cifar10 --archive FILE, with a zip or tar of its images in class folders"
@@ -208,7 +257,7 @@ def _unpack_images(archive: Path, folder: Path) -> None:
             match = CIFAR10_MEMBER.search(name)
             if match:
                 split, label, image = match.groups()
-                _write_png(folder / split / label / image, stream.read())
+                _write_image(folder / split / label / image, stream.read())
                 written[split] += 1
     except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
         raise OSError(f"{archive}: cannot be unpacked ({_one_line(error)}); give a whole zip or tar with --archive") from error
@@ -221,7 +270,7 @@ def _unpack_images(archive: Path, folder: Path) -> None:
 
 
 def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """(name, open file) of every file in a zip, or in a tar of any compression."""
+    """Yield (name, open file) of every file in a zip, or in a tar of any compression."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as opened:
             for info in opened.infolist():
@@ -235,20 +284,22 @@ def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
 
 
 def _write_cifar10_images(archive: Path, folder: Path) -> None:
-    """The binary version: records of one label byte and 3072 pixel bytes, channel by channel; written as PNG."""
+    """Write the binary version as PNG files: records of one label byte and 3072 pixel bytes, channel by channel.
+
+    Record 2 begins at byte 2 * 3073 = 6146 with its label; its red is bytes 6147 to 7171, its green the 1024 after them.
+    """
     batches = ((name, stream.read()) for name, stream in _members(archive) if name.endswith(".bin"))
     for name, records in track(batches, "cifar10: writing PNG files", 6, console=console):
         split = "test" if Path(name).name.startswith("test") else "train"
         for number, start in enumerate(range(0, len(records), 3073)):
-            planes = [
-                Image.frombytes("L", (32, 32), records[start + 1 + c * 1024 : start + 1 + (c + 1) * 1024]) for c in range(3)
-            ]
+            pixels = records[start + 1 : start + 3073]
+            planes = [Image.frombytes("L", (32, 32), pixels[c * 1024 : (c + 1) * 1024]) for c in range(3)]
             path = folder / split / CIFAR10_CLASSES[records[start]] / f"{Path(name).stem}_{number:05d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.merge("RGB", planes).save(path, compress_level=1)
 
 
-def _write_png(path: Path, content: bytes) -> None:
+def _write_image(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
 
@@ -265,6 +316,7 @@ def _cifar10_is_complete(folder: Path) -> bool:
 
 
 def _render_scenes(folder: Path, archive: Path | None, size: int) -> None:
+    """Fill a folder with scenes of `size` x `size` pixels."""
     if archive:
         raise UserError("scenes: --archive is for cifar10; scenes are rendered here, from no file")
     write_scenes(folder, size)
