@@ -14,8 +14,9 @@ from test_data import save_image, settings
 
 from fastjepa.cli.main import main
 from fastjepa.data import decode_pillow
+from fastjepa.data.prepare import check_images as check_images_module
 from fastjepa.data.prepare.check_images import check_images
-from fastjepa.data.prepare.write_shards import write_shards
+from fastjepa.data.prepare.write_shards import ShardRequest, write_shards
 from fastjepa.data.sources import open_source
 from fastjepa.errors import UserError
 from fastjepa.loader.micro_batches import MicroBatches
@@ -114,7 +115,8 @@ def test_a_limit_that_a_run_does_not_keep_is_refused(tmp_path: Path, limit: floa
 
 def test_the_decoders_limit_is_the_default(tmp_path: Path, monkeypatch):
     save_image(tmp_path / "0.png", seed=1, size=(40, 30))
-    monkeypatch.setattr(decode_pillow, "MAX_PIXELS", 1199)
+    for module in (decode_pillow, check_images_module):
+        monkeypatch.setattr(module, "MAX_PIXELS", 1199)
     assert [bad.reason for bad in check_images(str(tmp_path)).bad] == ["too large"]
     monkeypatch.setattr(decode_pillow, "MAX_PIXELS", 1200)
     assert check_images(str(tmp_path)).bad == []
@@ -152,7 +154,7 @@ def sharded(tmp_path: Path) -> Path:
     for i in range(12):
         save_image(tmp_path / "in" / f"{i}.png", seed=i)
     out = tmp_path / "out"
-    write_shards(open_source(tmp_path / "in"), out / "train", {"path": "in", "split": "train"}, shard_bytes=20_000)
+    write_shards(open_source(tmp_path / "in"), out / "train", {"path": "in", "split": "train"}, ShardRequest(20_000))
     return out
 
 
@@ -196,6 +198,6 @@ def test_damaged_shards_are_found(sharded: Path, damage: str, said: str, tmp_pat
 def test_a_bad_image_in_a_shard_is_named_by_its_member(tmp_path: Path):
     save_image(tmp_path / "in" / "0.png", seed=1)
     (tmp_path / "in" / "letter.png").write_text("text")
-    write_shards(open_source(tmp_path / "in"), tmp_path / "out", {"path": "in", "split": "train"}, 20_000)
+    write_shards(open_source(tmp_path / "in"), tmp_path / "out", {"path": "in", "split": "train"}, ShardRequest(20_000))
     (bad,) = check_images(str(tmp_path / "out")).bad
     assert bad.path == f"{tmp_path}/out/000000.tar/00000001-letter.png" and bad.reason == "not an image"

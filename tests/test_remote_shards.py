@@ -24,7 +24,7 @@ from test_train import TINY, without_times
 
 from fastjepa.cli.main import main
 from fastjepa.data import remote_files, remote_shards
-from fastjepa.data.prepare.write_shards import write_shards
+from fastjepa.data.prepare.write_shards import ShardRequest, write_shards
 from fastjepa.data.remote_files import Unreachable, _filesystem
 from fastjepa.data.sources import open_source
 from fastjepa.errors import UserError
@@ -99,7 +99,7 @@ def made(tmp_path_factory) -> Path:
     for i in range(40):
         save_image(root / "images" / ("cat", "dog")[i // 20] / f"{i:02}.png", seed=i)
     origin = {"path": "images", "split": "train"}
-    write_shards(open_source(root / "images"), root / "set" / "train", origin, shard_bytes=20_000, keep_order=True)
+    write_shards(open_source(root / "images"), root / "set" / "train", origin, ShardRequest(20_000, keep_order=True))
     return root
 
 
@@ -215,7 +215,7 @@ def test_a_changed_remote_is_noticed_and_what_was_kept_is_not_used(server: Serve
     before = contents(f"{server.url}/set")
     shutil.rmtree(local / "train")
     origin = {"path": "images", "split": "train"}
-    write_shards(open_source(made / "images"), local / "train", origin, shard_bytes=20_000)  # shuffled
+    write_shards(open_source(made / "images"), local / "train", origin, ShardRequest(20_000))  # shuffled
     after = contents(f"{server.url}/set")
     assert after == contents(local) != before and sorted(after) == sorted(before)
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastjepa.data.prepare import scenes
+from fastjepa.data.prepare import write_scenes as write_scenes_module
 from fastjepa.data.prepare.catalog import get_dataset
 from fastjepa.data.prepare.scenes import (
     AMBIENT,
@@ -30,8 +30,8 @@ from fastjepa.data.prepare.scenes import (
     draw_scene,
     render_scene,
     trace_scene,
-    write_scenes,
 )
+from fastjepa.data.prepare.write_scenes import write_scenes
 from fastjepa.data.sources import open_source
 from fastjepa.errors import UserError
 
@@ -43,7 +43,7 @@ FIRST = "b7dc5d8e73e76d18"  # how the SHA-256 of the pixels of train_000000.png 
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty data directory, and few scenes to render."""
     monkeypatch.setenv("FASTJEPA_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(scenes, "SPLIT_COUNTS", SMALL)
+    monkeypatch.setattr(write_scenes_module, "SPLIT_COUNTS", SMALL)
     return tmp_path / "data"
 
 
@@ -81,8 +81,9 @@ def test_the_first_picture_is_the_one_it_always_was():
 def test_a_picture_depends_on_its_seed_split_and_number_alone():
     again = render_scene(draw_scene(3, "val", 5), 32)
     code = (
-        "from fastjepa.data.prepare.scenes import draw_scene, render_scene; [render_scene(draw_scene(3, 'val', i), 24) for i in (9, 4)];"
-        "import sys; sys.stdout.buffer.write(scenes.render(scenes.draw(3, 'val', 5), 32).tobytes())"
+        "from fastjepa.data.prepare.scenes import draw_scene, render_scene;"
+        "[render_scene(draw_scene(3, 'val', i), 24) for i in (9, 4)];"
+        "import sys; sys.stdout.buffer.write(render_scene(draw_scene(3, 'val', 5), 32).tobytes())"
     )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
     assert other == again.tobytes()
@@ -93,7 +94,7 @@ def test_a_picture_depends_on_its_seed_split_and_number_alone():
 def test_files_do_not_depend_on_workers_or_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     found = []
     for workers, chunk in ((1, 50), (2, 5)):
-        monkeypatch.setattr(scenes, "SCENES_A_TASK", chunk)
+        monkeypatch.setattr(write_scenes_module, "SCENES_A_TASK", chunk)
         root = tmp_path / f"{workers}"
         write_scenes(root, 32, SMALL, workers=workers)
         found.append({str(file.relative_to(root)): file.read_bytes() for file in sorted(root.rglob("*.*"))})

@@ -20,7 +20,7 @@ from fastjepa.cli.options import byte_count
 from fastjepa.data.decode_pillow import decode_image
 from fastjepa.data.prepare import write_shards as write_shards_module
 from fastjepa.data.prepare.catalog import FASHION_CLASSES
-from fastjepa.data.prepare.write_shards import _locked, _write_tar, write_shards
+from fastjepa.data.prepare.write_shards import ShardRequest, _only_writer, _write_tar, write_shards
 from fastjepa.data.sources import open_source
 from fastjepa.data.tar_shards import index_path
 from fastjepa.errors import UserError
@@ -38,7 +38,8 @@ def folder(tmp_path: Path) -> Path:
 
 def write(source: Path, to: Path, **options) -> dict:
     options = {"shard_bytes": SIZE, "workers": 2} | options
-    return write_shards(open_source(source), to, {"path": str(source), "split": "train"}, **options)
+    workers = options.pop("workers")
+    return write_shards(open_source(source), to, {"path": str(source), "split": "train"}, ShardRequest(**options), workers)
 
 
 def contents(where: Path) -> list[tuple[bytes, int | None]]:
@@ -191,7 +192,7 @@ def test_a_finished_directory_is_left_alone_and_another_refused(folder: Path, tm
 
 def test_two_writers_do_not_meet(folder: Path, tmp_path: Path):
     (tmp_path / "out").mkdir()
-    with _locked(tmp_path / "out"), pytest.raises(OSError, match="another process is writing shards there"):
+    with _only_writer(tmp_path / "out"), pytest.raises(OSError, match="another process is writing shards there"):
         write(folder, tmp_path / "out")
 
 

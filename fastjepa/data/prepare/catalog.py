@@ -27,7 +27,7 @@ from PIL import Image
 from rich.progress import track
 
 from fastjepa.data.prepare.processes import console
-from fastjepa.data.prepare.scenes import scenes_complete, write_scenes
+from fastjepa.data.prepare.write_scenes import scenes_complete, write_scenes
 from fastjepa.errors import UserError
 from fastjepa.files import atomic_path
 
