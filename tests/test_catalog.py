@@ -172,6 +172,18 @@ def test_wrong_content_never_becomes_visible(store: Path, monkeypatch):
     assert names(store) == []
 
 
+def test_another_process_may_be_first(store: Path, monkeypatch):
+    debian(monkeypatch)
+    whole = get_dataset("fashion-mnist").rename(store / "theirs")
+
+    def late(command: list[str], **_) -> subprocess.CompletedProcess:
+        whole.rename(store / "fashion-mnist")
+        return subprocess.CompletedProcess(command, 100, "", "E: no connection")
+
+    monkeypatch.setattr(subprocess, "run", late)
+    assert len(names(get_dataset("fashion-mnist"))) == 4 and names(store) == ["fashion-mnist"]
+
+
 def test_damaged_files_are_named_and_left_alone(store: Path, monkeypatch):
     debian(monkeypatch)
     path = get_dataset("fashion-mnist")

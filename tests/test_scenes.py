@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastjepa.data.prepare import scenes
 from fastjepa.data.prepare import write_scenes as write_scenes_module
 from fastjepa.data.prepare.catalog import get_dataset
 from fastjepa.data.prepare.scenes import (
@@ -235,7 +236,7 @@ def test_a_stopped_rendering_is_never_seen(tmp_path: Path, number: int, code: in
     hearing = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     environment = os.environ | {"FASTJEPA_DATA": str(tmp_path)}
     process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=hearing)
-    while process.poll() is None and len(list(tmp_path.glob(".scenes-*/scenes/train/*.png"))) < 20:
+    while process.poll() is None and len(list(tmp_path.glob(".*.scenes/train/*.png"))) < 20:
         time.sleep(0.05)
     if number == signal.SIGKILL:
         os.killpg(process.pid, number)  # and its workers

@@ -24,7 +24,7 @@ STALE_INDEX = OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZip
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where the n images of one tar shard lie in it."""
+    """The places of the n images of one tar shard, and their labels."""
 
     members: np.ndarray  # (n,) bytes, names inside the tar
     offsets: np.ndarray  # (n,) int64, of the first byte
