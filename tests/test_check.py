@@ -115,11 +115,10 @@ def test_a_limit_that_a_run_does_not_keep_is_refused(tmp_path: Path, limit: floa
 
 def test_the_decoders_limit_is_the_default(tmp_path: Path, monkeypatch):
     save_image(tmp_path / "0.png", seed=1, size=(40, 30))
-    for module in (decode_pillow, check_images_module):
-        monkeypatch.setattr(module, "MAX_PIXELS", 1199)
-    assert [bad.reason for bad in check_images(str(tmp_path)).bad] == ["too large"]
-    monkeypatch.setattr(decode_pillow, "MAX_PIXELS", 1200)
-    assert check_images(str(tmp_path)).bad == []
+    for limit, reasons in ((1199, ["too large"]), (1200, [])):
+        for module in (decode_pillow, check_images_module):
+            monkeypatch.setattr(module, "MAX_PIXELS", limit)
+        assert [bad.reason for bad in check_images(str(tmp_path)).bad] == reasons
 
 
 def test_the_command_prints_writes_and_exits_with_1(planted: Path, tmp_path: Path, monkeypatch, capsys):

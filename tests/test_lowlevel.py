@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as vision
 from fastjepa.cli.main import main
 from fastjepa.config.load import config_from_dict
 from fastjepa.data.prepare.write_scenes import write_scenes
-from fastjepa.errors import ConfigError
+from fastjepa.errors import ConfigError, UserError
 from fastjepa.evals import features, linear
 from fastjepa.evals.features import extract_features
 from fastjepa.evals.inputs import open_subject
@@ -177,14 +177,14 @@ def test_features_that_hold_the_answer_give_it_and_shuffled_labels_chance(render
 )
 def test_what_is_wrong_with_the_files_is_one_sentence(clevr: Path, run: Path, edit, sentence: str):
     edit(clevr)
-    with pytest.raises((ConfigError, OSError), match=sentence) as error:
+    with pytest.raises((UserError, OSError), match=sentence) as error:
         evaluate_lowlevel(run, str(clevr), "dist", "random")
     assert "\n" not in str(error.value)
 
 
 def test_mistakes_in_arguments_are_named(clevr: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("FASTJEPA_DATA", str(tmp_path / "none"))
-    with pytest.raises(ConfigError, match="run: fastjepa data get scenes"):
+    with pytest.raises(UserError, match="run: fastjepa data get scenes"):
         evaluate_lowlevel(run, "scenes", "count", "random")
     with pytest.raises(ConfigError, match="task 'colour' is unknown: choose count or dist"):
         evaluate_lowlevel(run, str(clevr), "colour", "random")

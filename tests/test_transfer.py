@@ -12,7 +12,7 @@ from test_evals import GREY, SMALL, write_images, write_run
 from fastjepa.cli.main import main
 from fastjepa.config.load import config_from_dict
 from fastjepa.data.sources import open_source
-from fastjepa.errors import CheckpointError, ConfigError
+from fastjepa.errors import CheckpointError, ConfigError, UserError
 from fastjepa.evals import linear
 from fastjepa.evals.features import extract_features, raw_pixels
 from fastjepa.evals.inputs import open_splits, open_subject
@@ -176,7 +176,7 @@ def test_transfer_puts_data_sets_side_by_side(run: Path, images: Path, tmp_path:
 
 
 def test_a_mistake_in_the_last_data_set_shows_before_any_work(run: Path, images: Path):
-    with pytest.raises(ConfigError, match="neither a directory nor a data set's name"):
+    with pytest.raises(UserError, match="neither a directory nor a data set's name"):
         evaluate_transfer(run, [str(images), "/no/such"])
     assert not (run / "features").exists()
 
