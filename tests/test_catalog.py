@@ -20,8 +20,9 @@ from PIL import Image
 from torchvision.datasets import FashionMNIST
 from torchvision.datasets.utils import download_url
 
-from fastjepa.data.prepare import catalog
-from fastjepa.data.prepare.catalog import CIFAR10_CLASSES, FASHION_FOLDER, FASHION_MNIST, data_dir, get_dataset
+from fastjepa.data.prepare import downloads
+from fastjepa.data.prepare.catalog import data_dir, get_dataset
+from fastjepa.data.prepare.downloads import CIFAR10_CLASSES, FASHION_FOLDER, FASHION_MNIST
 from fastjepa.data.sources import open_source
 from fastjepa.errors import UserError
 
@@ -40,8 +41,8 @@ PACKED = {name: gzip.compress(content, mtime=0) for name, content in CONTENT.ite
 def store(tmp_path: Path, monkeypatch) -> Path:
     """An empty data directory, two images a class, and no way to reach anything."""
     monkeypatch.setenv("FASTJEPA_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(catalog, "CIFAR10_PER_CLASS", {"train": 2, "test": 1})
-    monkeypatch.setattr(catalog, "FASHION_MNIST", {n: hashlib.sha256(c).hexdigest() for n, c in CONTENT.items()})
+    monkeypatch.setattr(downloads, "CIFAR10_PER_CLASS", {"train": 2, "test": 1})
+    monkeypatch.setattr(downloads, "FASHION_MNIST", {n: hashlib.sha256(c).hexdigest() for n, c in CONTENT.items()})
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(subprocess, "run", lambda command, **_: pytest.fail(f"ran {command}"))
     monkeypatch.setattr("torchvision.datasets.utils.download_url", offline)
@@ -102,9 +103,7 @@ def test_empty_package_lists_are_updated_by_root_only(root: bool, monkeypatch):
         assert get_dataset("fashion-mnist").is_dir()
         assert commands == ["apt-get download", "apt-get update", "apt-get download", "dpkg -x"]
     else:
-        with pytest.raises(
-            OSError, match="worked .*cannot be reached.*Unable to locate package.*copy its four"
-        ):
+        with pytest.raises(OSError, match="worked .*cannot be reached.*Unable to locate package.*copy its four"):
             get_dataset("fashion-mnist")
         assert commands == ["apt-get download"]
 
@@ -157,8 +156,8 @@ def test_fashion_mnist_from_its_server_whatever_else_there_is(mirror: type[Mirro
 def test_debians_package_where_the_server_is_no_use(mirror: type[Mirror], monkeypatch, capsys, kind: str):
     mirror.kind = kind
     commands, before = debian(monkeypatch), time.monotonic()
-    monkeypatch.setattr(catalog, "CONNECT_TIMEOUT", 0.5)
-    monkeypatch.setattr(catalog, "ANSWER_TIMEOUT", 0.5)
+    monkeypatch.setattr(downloads, "CONNECT_TIMEOUT", 0.5)
+    monkeypatch.setattr(downloads, "ANSWER_TIMEOUT", 0.5)
     assert len(names(get_dataset("fashion-mnist"))) == 4 and commands == ["apt-get download", "dpkg -x"]
     assert time.monotonic() - before < 4
     shown = capsys.readouterr()
