@@ -464,16 +464,17 @@ def digest(batch) -> str:
 
 HASHED = """
 import hashlib, os, sys
-from fastjepa import cli, train
-take, hashes = train.step, open(f"{sys.argv[1]}.{os.environ['RANK']}", "w")
+from fastjepa.cli.main import main
+from fastjepa.loader.loader import Loader
+made, hashes = Loader.micro_batches, open(f"{sys.argv[1]}.{os.environ['RANK']}", "w")
 
-def step(engine, target_encoder, batches, *rest):
-    batches = list(batches)
-    print(*map(digest, batches), sep="\\n", file=hashes, flush=True)
-    return take(engine, target_encoder, batches, *rest)
+def hashed(loader, step):
+    for batch in made(loader, step):
+        print(digest(batch), file=hashes, flush=True)
+        yield batch
 
-train.step = step
-sys.exit(cli.main(["train", *sys.argv[2:]]))
+Loader.micro_batches = hashed
+sys.exit(main(["train", *sys.argv[2:]]))
 """
 
 
