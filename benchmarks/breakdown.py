@@ -129,7 +129,7 @@ def measure(config: Config, rounds: int, trace: Path | None = None) -> list[dict
     if config.loss.target == "pixels":
         raise ConfigError("--breakdown: pixels need no target encoder, whose forward is a part here; set loss.target=output")
     world = join_world(config.runtime.device)
-    with feeding(config) as config, Loader(config, open_source(config.data), 0, 1, 0, world.device) as loader:
+    with feeding(config) as config, Loader(config, open_source(config.data), world, 0) as loader:
         steps = Steps(config, world, loader)
         for _ in range(WARMUP):
             steps()

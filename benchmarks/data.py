@@ -41,11 +41,11 @@ from fastjepa.data.sources import open_source
 from fastjepa.engine.average import Average
 from fastjepa.engine.plain import PlainEngine
 from fastjepa.engine.schedule import Schedule
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from fastjepa.loader.batch import Batch
 from fastjepa.loader.loader import Loader
 from fastjepa.loader.micro_batches import EncodedBatches
-from fastjepa.ranks.world import join_world
+from fastjepa.ranks.world import World, join_world
 from fastjepa.run.build import apply_process_settings, build_networks
 from fastjepa.run.step import take_step
 
@@ -143,7 +143,7 @@ class Training:
 @contextlib.contextmanager
 def steps_of(one: Contender, config: Config, sets: Sets, device: torch.device) -> Iterator[Iterator[Iterable[Batch]]]:
     config = set_for(one, config, sets)
-    with Loader(config, open_source(config.data), 0, 1, 0, device) as loader:
+    with Loader(config, open_source(config.data), World(0, 0, 1, device), 0) as loader:
         yield (loader.micro_batches(step) for step in itertools.count())
 
 
@@ -179,7 +179,7 @@ def under_step(entrants: Sequence[Contender], config: Config, sets: Sets, option
     """Of our loaders; beside them the same step on batches that are already there."""
     entrants = [one for one in entrants if one.loader in OURS]
     if not entrants:
-        raise ConfigError("--under-step: only our loaders feed a training step; give --loaders torch, dali or both")
+        raise UserError("--under-step: only our loaders feed a training step; give --loaders torch, dali or both")
     training = Training(config, device)
     with steps_of(Contender(entrants[0].source, "torch", 0), config, sets, device) as steps:
         held = [list(batches) for batches in itertools.islice(steps, LEAST_STEPS)]
@@ -204,7 +204,7 @@ def difference(config: Config, sets: Sets, device: torch.device) -> dict[str, fl
     config = set_for(Contender("folder", "dali", 0), config, sets)
     source, total, far, values = open_source(config.data), 0, 0, 0
     boxed, per_step = EncodedBatches(config, source, 0, 1), config.data.batch_size // config.micro_batch
-    with Loader(config, source, 0, 1, 0, device) as loader:
+    with Loader(config, source, World(0, 0, 1, device), 0) as loader:
         for step in range(loader.steps_per_epoch):
             for micro, batch in enumerate(loader.micro_batches(step)):
                 theirs = [seen(*view, config) for view in zip(*boxed[step * per_step + micro].images.arrays(), strict=True)]
@@ -235,7 +235,7 @@ def measure(options: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory(prefix="fastjepa-bench-") as scratch:
         sets = prepare(options.data, options.images, 2 * max(2, *options.workers), Path(scratch))
         if sets.about["images"] < config.data.batch_size:
-            raise ConfigError(f"--images: {sets.about['images']} images are fewer than a batch of {config.data.batch_size}")
+            raise UserError(f"--images: {sets.about['images']} images are fewer than a batch of {config.data.batch_size}")
         result = {**about, "data": sets.about, "not_measured": missing}
         for name, part in (("alone", alone), ("under_step", under_step)):
             if getattr(options, name):
@@ -325,10 +325,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for option in ("images", "batch", "rounds", "seconds"):
             if getattr(options, option) <= 0:
-                raise ConfigError(f"--{option} {getattr(options, option)}: give a number above 0")
+                raise UserError(f"--{option} {getattr(options, option)}: give a number above 0")
         with contextlib.redirect_stdout(sys.stderr):
             result = measure(options)
-    except ConfigError as error:
+    except UserError as error:
         print(f"benchmarks/data.py: {error}", file=sys.stderr)
         return 2
     print(json.dumps(result) if options.json else "\n".join(report(result)))

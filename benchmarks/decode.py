@@ -71,7 +71,7 @@ class Work:
 
 def dali(work: Work, device: torch.device) -> Iterator[Tensor]:
     from fastjepa.config.schema import DataConfig
-    from fastjepa.data.decode_dali import GPU_OPTIONS, DaliDecoder, DaliSettings, Encoded, View, require_dali
+    from fastjepa.data.decode_dali import DaliDecoder, DaliSettings, Encoded, View, require_dali
 
     @dataclass(frozen=True)
     class Batch:
@@ -80,9 +80,8 @@ def dali(work: Work, device: torch.device) -> Iterator[Tensor]:
     require_dali()
     pairs = zip(work.files, work.boxes, strict=True)
     batches = [Batch(Encoded.of([View(*view, False) for view in zip(*pair, strict=True)])) for pair in pairs]
-    gpu = {name: getattr(DataConfig(), name) for name in GPU_OPTIONS}
     threads = min(8, len(os.sched_getaffinity(0)))
-    settings = DaliSettings(len(work.files[0]), 3, SIZE, device, threads, AHEAD, gpu)
+    settings = DaliSettings(len(work.files[0]), 3, SIZE, device, threads, AHEAD, DataConfig().hw_decoder_load)
     return (batch.images for batch in DaliDecoder(itertools.cycle(batches), undecoded, settings))
 
 

@@ -38,7 +38,7 @@ from fastjepa.cli.options import some_of
 from fastjepa.config.load import config_from_dict
 from fastjepa.config.schema import MODELS, Config
 from fastjepa.engine.precision import compute_dtype
-from fastjepa.errors import ConfigError
+from fastjepa.errors import ConfigError, UserError
 from fastjepa.masks.check import check_masks
 from fastjepa.model.vit import choose_attention
 from fastjepa.plan.flops import flops_of_packed
@@ -137,7 +137,7 @@ def refusal(row: Row, config: Config) -> str:
     """Why a row's column cannot run on this device, or nothing."""
     try:
         check_compute(varied(row, config), join_world(config.runtime.device).device)
-    except ConfigError as error:
+    except UserError as error:
         return str(error)
     return ""
 
@@ -382,7 +382,7 @@ def main(argv: list[str] | None = None) -> int:
         vit.parts()
         with contextlib.redirect_stdout(sys.stderr):
             found = estimate(options) if options.estimate else measure(options)
-    except ConfigError as error:
+    except UserError as error:
         print(f"benchmarks/gpu_hours.py: {error}", file=sys.stderr)
         return 2
     print(json.dumps(found) if options.json else "\n".join(report(found)))

@@ -34,7 +34,7 @@ from fastjepa.cli.options import some_of
 from fastjepa.config.schema import MODELS, Config
 from fastjepa.data.sources import ImageFolder
 from fastjepa.data.tar_shards import scan_tar
-from fastjepa.errors import ConfigError
+from fastjepa.errors import ConfigError, UserError
 from fastjepa.loader.micro_batches import MicroBatches
 from fastjepa.masks.check import check_masks
 from fastjepa.masks.draw import draw_masks
@@ -326,7 +326,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(f"--rounds {options.rounds}: time at least one round")
         with contextlib.redirect_stdout(sys.stderr):
             rows = measure(options)
-    except (ConfigError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"benchmarks/growth.py: {error}", file=sys.stderr)
         return 2
     print(json.dumps(rows) if options.json else "\n".join(report(rows)))

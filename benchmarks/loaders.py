@@ -22,11 +22,12 @@ from torchvision.transforms import Compose, PILToTensor, RandomResizedCrop
 from fastjepa.config.schema import Config
 from fastjepa.data.decode_pillow import MAX_PIXELS
 from fastjepa.data.prepare.check_images import MEGA, judge_image
-from fastjepa.data.prepare.write_shards import write_shards
+from fastjepa.data.prepare.write_shards import ShardRequest, write_shards
 from fastjepa.data.sources import IdxPair, open_source
 from fastjepa.data.tar_shards import ENDINGS
 from fastjepa.errors import ConfigError
 from fastjepa.loader.loader import Loader
+from fastjepa.ranks.world import World
 
 OURS, RIVALS = ("torch", "dali"), {"torchvision": "folder", "webdataset": "shards"}  # a rival reads one kind of source
 
@@ -58,7 +59,7 @@ def prepare(data: str | None, images: int, shards: int, scratch: Path) -> Sets:
         (sets.folder / "all" / f"{number:06d}{suffix if suffix in ENDINGS else '.jpg'}").write_bytes(raw)
     source = open_source(sets.folder)
     total = sum(path.stat().st_size for path in sets.folder.rglob("*.*"))
-    write_shards(source, sets.shards, {"path": data or "made", "split": "train"}, -(-total // shards))
+    write_shards(source, sets.shards, {"path": data or "made", "split": "train"}, ShardRequest(-(-total // shards)))
     origin = data or f"made here: {SIZE[0]}x{SIZE[1]} JPEGs of waves, edges and grain"
     sets.about.update(origin=origin, images=len(source), mean_bytes=round(total / len(source)))
     return sets
@@ -87,7 +88,7 @@ def set_for(one: Contender, config: Config, sets: Sets) -> Config:
 @contextlib.contextmanager
 def ours(one: Contender, config: Config, sets: Sets, device: torch.device) -> Iterator[Iterator[Tensor]]:
     config = set_for(one, config, sets)
-    with Loader(config, open_source(config.data), 0, 1, 0, device) as loader:
+    with Loader(config, open_source(config.data), World(0, 0, 1, device), 0) as loader:
         yield (batch.images for step in itertools.count() for batch in loader.micro_batches(step))
 
 

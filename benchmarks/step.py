@@ -31,7 +31,7 @@ from fastjepa.engine.average import Average
 from fastjepa.engine.plain import PlainEngine
 from fastjepa.engine.precision import compute_dtype
 from fastjepa.engine.schedule import Schedule
-from fastjepa.errors import ConfigError
+from fastjepa.errors import ConfigError, UserError
 from fastjepa.loader.batch import Batch
 from fastjepa.masks.check import check_masks
 from fastjepa.masks.draw import draw_masks
@@ -339,7 +339,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with contextlib.redirect_stdout(sys.stderr):
             result, shown = run(options)
-    except (ConfigError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"benchmarks/step.py: {error}", file=sys.stderr)
         return 2
     print(json.dumps(result) if options.json else "\n".join(shown))

@@ -83,7 +83,7 @@ def train(
             return save_checkpoint(output / "checkpoints", state, config.logging.write_tag, config.logging.keep_last)
 
     with (
-        Loader(config, run.source, world.rank, world.size, state.step, world.device, max(last, state.step)) as loader,
+        Loader(config, run.source, world, state.step, max(last, state.step)) as loader,
         RunLog(config, output, world, schedule, state.step) as log,
         Stop() as stop,
         Heartbeat(world, config.runtime.timeout, state.step) as heart,

@@ -109,14 +109,14 @@ def run_check(args: argparse.Namespace) -> int:
 
 def run_shard(args: argparse.Namespace) -> None:
     from fastjepa.data.prepare.catalog import DATASETS
-    from fastjepa.data.prepare.write_shards import write_shards
+    from fastjepa.data.prepare.write_shards import ShardRequest, write_shards
     from fastjepa.data.sources import open_source
 
     source = open_source(args.source, args.split)
     anywhere = args.source in DATASETS or "://" in args.source
     named = args.source if anywhere else os.path.abspath(os.path.expanduser(args.source))
-    manifest = write_shards(source, args.destination, {"path": named, "split": args.split}, args.shard_size,
-                                  args.resize, args.keep_order, args.workers, args.max_bad)  # fmt: skip
+    request = ShardRequest(args.shard_size, args.resize, args.keep_order, args.max_bad)
+    manifest = write_shards(source, args.destination, {"path": named, "split": args.split}, request, args.workers)
     for name in manifest["left_out"]:
         print(f"left out: {name}", file=sys.stderr)
     print(f"{args.destination}: {manifest['images']} images, {len(manifest['shards'])} shards, {manifest['bytes']} bytes")

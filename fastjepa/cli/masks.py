@@ -63,7 +63,7 @@ def draw_masks_picture(config: Config, path: Path, count: int = 8) -> None:
     count = min(count, len(source))
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=count),
                                  runtime=dataclasses.replace(config.runtime, micro_batch=None))  # fmt: skip
-    images = MicroBatches(config, source, rank=0, world=1)[0].images.permute(0, 2, 3, 1)
+    images = MicroBatches(config, source, rank=0, ranks=1)[0].images.permute(0, 2, 3, 1)
     drawn = draw_masks(config.mask, config.grid, config.runtime.seed, 0, range(count), count)
     sheet = Image.fromarray(masks_picture(images.expand(-1, -1, -1, 3).numpy(), *drawn, config.mask.patch_size))
     zoom = max(1, 1200 // sheet.width)

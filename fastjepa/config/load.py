@@ -1,5 +1,6 @@
 """Reading a config: a YAML file, overrides on top, and the check of every key."""
 
+import logging
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,6 +13,15 @@ from fastjepa.config.fields import did_you_mean, read_section
 from fastjepa.config.schema import Config
 from fastjepa.errors import ConfigError
 
+# Keys that configs of earlier versions hold and nothing reads, each with the default it had, which is what happens anyway.
+RETIRED_KEYS = {
+    "data": {
+        "device_memory_padding": 16 << 20,
+        "host_memory_padding": 8 << 20,
+        "preallocate_width_hint": 0,
+        "preallocate_height_hint": 0,
+    },
+}
 PACKAGED = Path(__file__).parent.parent / "configs"  # in a checkout a link to the configs/ beside this package
 
 
@@ -48,8 +58,19 @@ def config_from_dict(raw: Mapping[str, Any], where: str = "config") -> Config:
             raise ConfigError(f"{where}: unknown section {name!r}{did_you_mean(name, sections)}")
         if values is not None and not isinstance(values, Mapping):
             raise ConfigError(f"{where}: section {name!r} must hold keys, not {values!r}")
-        built[name] = read_section(sections[name], name, values or {}, where)
+        built[name] = read_section(sections[name], name, _without_retired(name, values or {}, where), where)
     return check_config(Config(**built), raw, where)
+
+
+def _without_retired(section: str, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the keys of a section that are not retired; a retired one that asks for something is named in a warning."""
+    retired = RETIRED_KEYS.get(section, {})
+    for name in sorted(retired.keys() & values.keys()):
+        if values[name] != retired[name]:
+            logging.getLogger(__name__).warning(
+                "%s: %s.%s: ignored, a key of earlier versions; delete it", where, section, name
+            )
+    return {name: value for name, value in values.items() if name not in retired}
 
 
 def _sections() -> dict[str, type]:

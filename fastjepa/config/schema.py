@@ -65,19 +65,6 @@ class DataConfig:
         "dali: share of the JPEGs given to a GPU's hardware decoder, where it has one",
         is_share_or_zero,
     )
-    device_memory_padding: int = config_key(
-        16 << 20,
-        "dali on a GPU: bytes of its memory that each decoding thread sets aside at the start, so that a larger image later "
-        "need not wait for more; of no effect on a CPU, as the next three",
-        is_not_negative,
-    )
-    host_memory_padding: int = config_key(
-        8 << 20, "dali on a GPU: bytes of page-locked host memory that each decoding thread sets aside, twice", is_not_negative
-    )
-    preallocate_width_hint: int = config_key(
-        0, "dali on a GPU: width in pixels of the largest image, for the hardware decoder's memory; 0: unknown", is_not_negative
-    )
-    preallocate_height_hint: int = config_key(0, "dali on a GPU: its height in pixels; 0: unknown", is_not_negative)
     max_bad: int = config_key(100, "undecodable files a run may meet before it stops", is_not_negative)
     channels: int = config_key(3, "image channels: 1 (grey) or 3 (RGB)", ValueCheck(lambda v: v in (1, 3), "1 or 3"))
     mean: tuple[float, ...] | None = config_key(None, "per-channel mean on [0, 1]; default: ImageNet's")

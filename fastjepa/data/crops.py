@@ -3,20 +3,24 @@
 import math
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 Box = tuple[int, int, int, int]  # (top, left, height, width) in pixels
 CROP_ASPECT = (3 / 4, 4 / 3)  # width / height of a crop
 CROP_TRIES = 10  # boxes tried before the central crop
-BLOCKS_PER_SAMPLE = CROP_TRIES + 1  # four doubles a try, and one block for the flip
+BLOCKS_PER_SAMPLE = CROP_TRIES + 1  # random blocks of four doubles: one a try, and one for the flip
+CROP_MARGIN = 256 / 224  # the short side before the central crop, as a share of the crop
 
 
 def crop_box(height: int, width: int, scale: tuple[float, float], uniforms: Sequence[float]) -> Box:
-    """torchvision's RandomResizedCrop.get_params on given numbers: (top, left, height, width) in pixels.
+    """Return the box of a random crop, as torchvision's RandomResizedCrop.get_params does, but from given numbers.
 
-    `uniforms`: 4 * TRIES numbers in [0, 1), area, aspect, top and left of each try; when none fits, the central crop.
+    Args:
+        height, width: of the image in pixels.
+        scale: least and greatest area of the box as a share of the image.
+        uniforms: at least 4 * CROP_TRIES numbers in [0, 1): area, aspect, top and left of each try. The first box that lies
+            within the image is taken; when none does, the largest central box of an allowed aspect.
     """
     low, high = math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1])
     for t in range(0, 4 * CROP_TRIES, 4):
@@ -31,24 +35,22 @@ def crop_box(height: int, width: int, scale: tuple[float, float], uniforms: Sequ
 
 
 def crop_image(image: Tensor, box: Box, size: tuple[int, int], flip: bool = False) -> Tensor:
-    """`box` of a (C, H, W) uint8 image, resized to (C, *size) uint8 by antialiased bilinear interpolation.
+    """Return a box of a (C, H, W) uint8 image, resized to (C, *size) uint8 by antialiased bilinear interpolation.
 
     Equal to torchvision's `resized_crop` on the same box; `flip` then mirrors it left to right.
     """
     top, left, height, width = box
     patch = image.narrow(1, top, height).narrow(2, left, width)
     if (height, width) != size:
-        patch = F.interpolate(patch[None], size=size, mode="bilinear", antialias=True)[0]
+        patch = interpolate(patch[None], size=size, mode="bilinear", antialias=True)[0]
     return patch.flip(-1) if flip else patch
 
 
-CROP_MARGIN = 256 / 224  # the short side before the central crop, as a share of the crop
-
-
 def fit_to(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """(C, h, w) uint8 -> (C, *size): as it is when it has that size, else resized with a margin of 8/7 and centre-cropped.
+    """Return a (C, h, w) uint8 image as (C, *size): as it is when it has that size, else resized and centre-cropped.
 
-    Antialiased bilinear; for a square `size` the short side becomes size * 256 / 224, rounded, as is usual on ImageNet.
+    Resized is by antialiased bilinear interpolation with a margin of 8/7: for a square of 224 the short side becomes 256, as
+    is usual on ImageNet.
     """
     shape = image.shape[1:]
     if tuple(shape) == tuple(size):

@@ -1,13 +1,13 @@
 """Bytes to pixels with NVIDIA DALI, on its CPU threads or on a GPU, ahead of the training step.
 
-DALI gets files, boxes and flips, and decides nothing. It is given only files that it reads exactly as `decode_torch`
-does (`reads`); the pixels of any other travel to it as a PNM file, so that they are resized like the rest.
+DALI gets files, boxes and flips, and decides nothing. It is given only files that it reads exactly as `decode_pillow`
+does (`dali_reads`); the pixels of any other travel to it as a PNM file, so that they are resized like the rest.
 """
 
 import dataclasses
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import NamedTuple, TypeVar
@@ -20,19 +20,13 @@ from fastjepa.data.crops import Box
 from fastjepa.data.decode_pillow import Header
 from fastjepa.errors import ConfigError
 
-Decodable = TypeVar("Batch")  # a dataclass with a field `images`
-TAIL = 64  # bytes at whose end a whole JPEG has its end marker
-GPU_OPTIONS = (  # of DALI's image decoder, and keys of the config, by the same names
-    "hw_decoder_load",
-    "device_memory_padding",
-    "host_memory_padding",
-    "preallocate_width_hint",
-    "preallocate_height_hint",
-)
+Decodable = TypeVar("Decodable")  # a dataclass with a field `images`
+TAIL = 64  # last bytes of a JPEG, among which its end marker is looked for
 NOT_IN_PNG = (b"eXIf", b"Raw profile type", b"adobe.xmp")  # where a PNG may hide an orientation, even behind its pixels
 
 
 def dali_installed() -> bool:
+    """Return whether DALI is installed, without importing it."""
     try:
         return find_spec("nvidia.dali") is not None
     except ModuleNotFoundError:  # no package of NVIDIA at all
@@ -40,13 +34,13 @@ def dali_installed() -> bool:
 
 
 def require_dali() -> None:
-    """ConfigError where DALI is not installed."""
+    """Raise ConfigError where DALI is not installed."""
     if not dali_installed():
         raise ConfigError("data.loader: dali needs NVIDIA DALI; run: pip install 'fastjepa[dali]', or set it to auto or torch")
 
 
 def dali_reads(header: Header, raw: bytes) -> bool:
-    """Whether DALI decodes every box of this file to the very pixels of `decode_torch`, or refuses it.
+    """Return whether DALI decodes every box of this file to the very pixels of `decode_pillow`, or refuses it.
 
     Of a truncated JPEG DALI decodes the boxes that end before the cut, and of a file with 16 bits a channel it rounds
     what Pillow cuts; it knows no GIF and no orientation in XMP, and takes the alpha of a TIFF for a colour.
@@ -57,36 +51,41 @@ def dali_reads(header: Header, raw: bytes) -> bool:
         turned_by_xmp = header.orientation != 1 and b"tiff:Orientation" in header.info.get("xmp", b"")
         return header.mode in ("L", "RGB", "CMYK") and b"\xff\xd9" in raw[-TAIL:] and not turned_by_xmp
     if header.format == "PNG":
-        return raw[24] <= 8 and header.orientation == 1 and not any(word in raw for word in NOT_IN_PNG)
+        depth = raw[24]  # bits a channel, after signature, length, "IHDR", width and height: 8 + 4 + 4 + 4 + 4 bytes
+        return depth <= 8 and header.orientation == 1 and not any(word in raw for word in NOT_IN_PNG)
     return header.format == "WEBP" and not header.info.keys() & {"exif", "xmp"}
 
 
 def as_pnm(image: Tensor) -> bytes:
-    """(C, H, W) uint8 pixels as an uncompressed file: PGM for one channel or three copies of one, else PPM."""
-    grey = len(image) == 1 or image.stride(0) == 0
+    """Return (C, H, W) uint8 pixels as an uncompressed file: PGM for one channel or three copies of one, else PPM."""
+    grey = len(image) == 1 or image.stride(0) == 0  # `decode_image` expands one channel to three without a copy
     pixels = image[0] if grey else image.permute(1, 2, 0)
     return b"P%d %d %d 255\n" % (5 if grey else 6, image.shape[2], image.shape[1]) + pixels.numpy().tobytes()
 
 
 class View(NamedTuple):
-    """What is to be seen of one file."""
+    """The part of one file that is to be seen."""
 
-    raw: bytes
-    box: Box  # of the upright image
+    raw: bytes  # the encoded file
+    box: Box  # in the upright image
     flip: bool  # left to right, after the crop
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The files of b views in one block, which travels between processes as one piece of shared memory."""
+    """The files of b views in one block, which travels between processes as one piece of shared memory.
+
+    Files of 3, 2 and 4 bytes give 9 bytes of `files` and `ends` [3, 5, 9]: the second file is files[3:5].
+    """
 
     files: Tensor  # (bytes,) uint8, one file after the other
-    ends: Tensor  # (b,) int64: where each ends
+    ends: Tensor  # (b,) int64: where each ends in `files`
     boxes: Tensor  # (b, 4) int32: left, top, width, height in pixels
     flips: Tensor  # (b,) int32: 0 or 1
 
     @classmethod
     def of(cls, views: Sequence[View]) -> "Encoded":
+        """Return the views laid end to end, their files copied once."""
         files = torch.from_numpy(np.frombuffer(bytearray().join(view.raw for view in views), dtype=np.uint8))
         boxes = [(left, top, width, height) for _, (top, left, height, width), _ in views]
         return cls(
@@ -97,13 +96,16 @@ class Encoded:
         )
 
     def rows(self, start: int, stop: int) -> "Encoded":
-        """The views from `start` to `stop`; no file is copied."""
+        """Return the views from `start` to `stop`; no file is copied.
+
+        With `ends` [3, 5, 9], rows 1 to 3 are files[3:9] and their `ends` [2, 6].
+        """
         first = int(self.ends[start - 1]) if start else 0
         files, ends = self.files[first : int(self.ends[stop - 1])], self.ends[start:stop] - first
         return Encoded(files, ends, self.boxes[start:stop], self.flips[start:stop])
 
     def arrays(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
-        """Files, starts (b, 2), shapes (b, 2) and flips as DALI takes them, without a copy of the files."""
+        """Return files, starts (b, 2), shapes (b, 2) and flips (b,) as DALI takes them, without a copy of the files."""
         files, boxes = self.files.numpy(), np.ascontiguousarray(self.boxes.numpy().reshape(-1, 2, 2).transpose(1, 0, 2))
         bounds = itertools.pairwise([0, *self.ends.tolist()])
         return [files[start:end] for start, end in bounds], boxes[0], boxes[1], self.flips.numpy()
@@ -111,7 +113,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class DaliSettings:
-    """How a pipeline is built."""
+    """The numbers that a pipeline is built from."""
 
     batch: int  # the most views in an `Encoded`
     channels: int
@@ -119,20 +121,24 @@ class DaliSettings:
     device: torch.device
     threads: int
     ahead: int  # micro-batches decoded before they are asked for
-    gpu: Mapping[str, float]  # values of GPU_OPTIONS; of no effect on a CPU
+    hw_decoder_load: float  # share of the JPEGs for a GPU's hardware decoder; of no effect on a CPU
 
 
 class DaliDecoder(Iterator):
-    """Iterates over `batches` with `images` decoded from Encoded to (b, C, H, W) uint8 tensors on the device.
+    """An iterator over micro-batches with `images` decoded from Encoded to (b, C, H, W) uint8 tensors on the device.
 
-    `ahead` of them are decoded in the background while the caller works; the tensors are DALI's own memory (channels
-    last, seen as channels first) and stay valid as long as they are referenced. DALI gives up a whole pipeline for one
-    file it cannot decode: the batch is then tried alone and, if it fails alone as well, in halves until the rows that DALI
-    refuses are known. The batch is asked for again with other files in those (`again(position, {row: reason})`), and the
-    pipeline goes on with the batch after it.
+    The tensors are DALI's own memory (channels last, seen as channels first) and stay valid as long as they are referenced.
+    DALI gives up a whole pipeline for one file it cannot decode: the batch is then tried alone and, if it fails alone as
+    well, in halves until the rows that DALI refuses are known. The batch is asked for again with other files in those rows,
+    and a fresh pipeline goes on with the batch after it.
     """
 
     def __init__(self, batches: Iterator[Decodable], again: Callable[[int, dict[int, str]], Decodable], settings: DaliSettings):
+        """Decode `batches`, `settings.ahead` of them in the background while the caller works.
+
+        Args:
+            again: again(position, {row: reason}) returns the batch at a position without the files in the rows refused.
+        """
         self._batches, self._again, self._settings = batches, again, settings
         self._waiting: deque[Decodable] = deque()  # taken from `batches`, not yet returned: DALI reads their memory
         self._position = 0
@@ -162,11 +168,12 @@ class DaliDecoder(Iterator):
         self._batches = iter(())
 
     def _start(self) -> None:
-        """A fresh pipeline at the first waiting batch."""
+        """Build a fresh pipeline that begins with the first waiting batch."""
         self._unfed = deque(batch.images for batch in self._waiting)
         self._pipeline = _pipeline(self._unfed, self._settings)
 
     def _alone(self, batch: Decodable) -> Decodable:
+        """Return a batch decoded by pipelines of its own, the files that DALI refuses replaced."""
         try:
             images = _decoded(batch.images, self._settings)
         except Exception:  # any class, by operator
@@ -176,12 +183,12 @@ class DaliDecoder(Iterator):
 
 
 def _decoded(images: Encoded, settings: DaliSettings) -> Tensor:
-    """(b, C, H, W) uint8, by a pipeline of its own."""
+    """Return (b, C, H, W) uint8 images, decoded by a pipeline of their own."""
     return _run_pipeline(_pipeline(deque([images]), settings))
 
 
 def _refused(images: Encoded, settings: DaliSettings, start: int = 0, stop: int | None = None) -> dict[int, str]:
-    """Which rows from `start` to `stop` DALI cannot decode, and why."""
+    """Return the rows from `start` to `stop` that DALI cannot decode, each with the reason: by halves, as a search does."""
     stop = len(images.ends) if stop is None else stop
     try:
         _decoded(images.rows(start, stop), settings)
@@ -194,7 +201,7 @@ def _refused(images: Encoded, settings: DaliSettings, start: int = 0, stop: int 
 
 
 def _pipeline(unfed: deque[Encoded], settings: DaliSettings):
-    """A pipeline that decodes what it takes from the left of `unfed`, and ends when it finds nothing there."""
+    """Return a pipeline that decodes what it takes from the left of `unfed`, and ends when it finds nothing there."""
     from nvidia.dali import Pipeline, fn, types
 
     def feed():
@@ -203,7 +210,8 @@ def _pipeline(unfed: deque[Encoded], settings: DaliSettings):
         return unfed.popleft().arrays()
 
     cuda = settings.device.type == "cuda"
-    options = {**settings.gpu, "jpeg_fancy_upsampling": True} if cuda else {}
+    # Fancy upsampling is libjpeg's, and so Pillow's: without it colours of a GPU's decoder differ.
+    options = {"hw_decoder_load": settings.hw_decoder_load, "jpeg_fancy_upsampling": True} if cuda else {}
     pipeline = Pipeline(
         batch_size=settings.batch,
         num_threads=settings.threads,
@@ -225,13 +233,13 @@ def _pipeline(unfed: deque[Encoded], settings: DaliSettings):
 
 
 def _run_pipeline(pipeline) -> Tensor:
-    """(b, C, H, W) uint8, the next micro-batch of a pipeline."""
+    """Return the next micro-batch of a pipeline, (b, C, H, W) uint8."""
     cuda = pipeline.device_id is not None
     (images,) = pipeline.run(torch.cuda.current_stream(pipeline.device_id)) if cuda else pipeline.run()
     return torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
 
 
 def _refusal_reason(error: Exception) -> str:
-    """The line of DALI's many that says what was encountered."""
+    """Return the line of DALI's many that says what was encountered."""
     lines = [line.strip() for line in str(error).split("encountered:")[-1].splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

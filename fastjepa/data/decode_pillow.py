@@ -1,4 +1,4 @@
-"""Bytes to pixels with Pillow and torch: decode a file, crop a box of it. Which file and which box is decided elsewhere."""
+"""Bytes to pixels with Pillow: every format, upright, in one or three channels. Which file and which box, others decide."""
 
 import io
 from typing import NamedTuple
@@ -10,6 +10,7 @@ from torch import Tensor
 
 MAX_PIXELS = 89_478_485  # where Pillow starts to warn of decompression bombs; here they are refused
 
+# What turns an image upright, by its EXIF orientation; 1 is upright already.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -18,13 +19,13 @@ UPRIGHT = {
     6: Image.Transpose.ROTATE_270,
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}  # by EXIF orientation
+}
 
 
 class Header(NamedTuple):
-    """What a file says of its image before any pixel is decoded."""
+    """The facts that a file states about its image, read before any pixel is decoded."""
 
-    height: int  # upright, as `width`
+    height: int  # of the upright image, in pixels
     width: int
     format: str  # Pillow's names: JPEG, PNG, ...
     mode: str  # Pillow's: L, RGB, CMYK, ...
@@ -38,7 +39,7 @@ class DecodeError(ValueError):
 
 
 def decode_image(raw: bytes | np.ndarray, channels: int) -> Tensor:
-    """An image as (channels, H, W) uint8, upright.
+    """Return an image as (channels, H, W) uint8, upright.
 
     Args:
         raw: an encoded file, or pixels (H, W) or (H, W, 3) uint8, which need no decoding.
@@ -56,12 +57,12 @@ def decode_image(raw: bytes | np.ndarray, channels: int) -> Tensor:
 
 
 def read_header(raw: bytes) -> Header:
-    """The header of an encoded file; DecodeError as `decode`, for what can be seen without decoding."""
+    """Return the header of an encoded file; DecodeError as `decode_image`, for what can be seen without decoding."""
     return _opened(raw, _header)
 
 
 def _opened(raw: bytes, use):
-    """use(image) of the file opened by Pillow; whatever Pillow's readers raise becomes a DecodeError."""
+    """Return use(image) of the file opened by Pillow; whatever Pillow's readers raise becomes a DecodeError."""
     try:
         with Image.open(io.BytesIO(raw)) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -77,16 +78,20 @@ def _header(image: Image.Image) -> Header:
     # A PNG's EXIF may follow its pixels, for which Pillow would decode them: who reads PNG headers must look for it.
     late = image.format == "PNG" and "exif" not in image.info
     orientation = 1 if late else _orientation(image)
+    # From 5 on, turning the image upright exchanges its sides.
     height, width = (image.width, image.height) if orientation > 4 else (image.height, image.width)
     return Header(height, width, image.format, image.mode, orientation, getattr(image, "is_animated", False), image.info)
 
 
 def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 (upright) where there is none or one that EXIF does not know."""
     value = image.getexif().get(ExifTags.Base.Orientation, 1)
     return value if value in UPRIGHT else 1
 
 
 def _to_pixels(raw: bytes, channels: int) -> np.ndarray:
+    """Return the upright pixels of an encoded file, (H, W) or (H, W, 3) uint8."""
+
     def pixels(image: Image.Image) -> np.ndarray:
         image.load()  # a PNG's EXIF may follow its pixels
         turn = UPRIGHT.get(_orientation(image))
@@ -96,7 +101,7 @@ def _to_pixels(raw: bytes, channels: int) -> np.ndarray:
 
 
 def _eight_bit(image: Image.Image, channels: int) -> Image.Image | np.ndarray:
-    """(H, W) for grey images or one channel, else RGB."""
+    """Return an image with 8 bits a channel: (H, W) for grey images or one channel, else RGB."""
     if image.mode == "F":
         raise DecodeError("floating-point pixels have no known range; save them as 8 or 16 bits")
     if image.mode.startswith("I"):
@@ -108,6 +113,7 @@ def _eight_bit(image: Image.Image, channels: int) -> Image.Image | np.ndarray:
 
 
 def _scale_16_bit(values: np.ndarray) -> np.ndarray:
+    """Return 16-bit grey values as 8 bits, rounded: x * 255 / 65535 is x / 257, so 128 gives 0 and 129 gives 1."""
     if values.min() < 0 or values.max() > 65535:
         raise DecodeError("32-bit pixels have no known range; save them as 8 or 16 bits")
     return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)

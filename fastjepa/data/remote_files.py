@@ -1,4 +1,7 @@
-"""Files behind https:// or s3://, read whole or in parts through fsspec; what passes is tried again, the rest is a sentence."""
+"""Files behind https:// or s3://, read whole or in parts through fsspec.
+
+A failure that may pass is tried again; any other becomes one sentence.
+"""
 
 import functools
 import os
@@ -8,49 +11,47 @@ from collections.abc import Callable
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 
 SCHEMES = "https", "http", "s3"
 TIMEOUT = 30  # seconds until a request counts as failed
-FEW_TRIES, MANY_TRIES = (
-    3,
-    9,
-)  # tries of a request, before a run and in it; the waits between them double: 1.5 s in all, and two minutes
+# Tries of a request, before a run and in it; the waits between them double: 0.5 + 1 = 1.5 s in all, and two minutes.
+FEW_TRIES, MANY_TRIES = 3, 9
 FIRST_WAIT = 0.5  # seconds
 
-RemoteResult = TypeVar("T")
+RemoteResult = TypeVar("RemoteResult")
 
 
-class Unreachable(ConfigError):
-    """A file that cannot be had for a reason that is not the file's; in a run no substitute may hide it."""
+class Unreachable(UserError):
+    """A file that cannot be reached, for a reason that is not the file's; in a run no substitute may hide it."""
 
     def __init__(self, said: str):
         super().__init__(said.strip().rpartition("\n")[2].removeprefix(f"{__name__}.Unreachable: "))  # torch adds a traceback
 
 
 def is_remote(where: str) -> bool:
-    """Whether a data source is an address; ConfigError for one of a kind that cannot be read."""
+    """Return whether a data source is an address; UserError for an address of a kind that cannot be read."""
     if where.startswith("pipe:"):
-        raise ConfigError(f"{where}: no command is run to read data; give an address, https:// or s3://, or a directory")
+        raise UserError(f"{where}: no command is run to read data; give an address, https:// or s3://, or a directory")
     if "://" not in where:
         return False
     parts = urlsplit(where)
     if parts.scheme not in SCHEMES:
-        raise ConfigError(f"{where}: shards are read from https:// and s3://; give such an address, or a directory")
+        raise UserError(f"{where}: shards are read from https:// and s3://; give such an address, or a directory")
     if parts.query or parts.fragment or parts.username:
         plain = f"{parts.scheme}://{parts.hostname}{parts.path}"
-        raise ConfigError(f"{plain}: give it without login, ? and #, as files are found below it and it is logged; a login "
+        raise UserError(f"{plain}: give it without login, ? and #, as files are found below it and it is logged; a login "
                           "belongs into ~/.netrc, for s3 see AWS_PROFILE")  # fmt: skip
     return True
 
 
 def read_whole(url: str) -> bytes:
-    """A file's bytes. FileNotFoundError or Unreachable, as from every function here."""
+    """Return a file's bytes. FileNotFoundError or Unreachable, as from every function here."""
     return _ask_store(url, FEW_TRIES, lambda files: files.cat_file(url, timeout=TIMEOUT))
 
 
 def size_of(url: str) -> int:
-    """A file's size in bytes."""
+    """Return a file's size in bytes."""
     found = _ask_store(url, FEW_TRIES, lambda files: files.info(url, timeout=TIMEOUT))
     if found.get("size") is None:
         raise Unreachable(f"{url}: the server does not say how large it is; copy the shards to a local disk")
@@ -58,7 +59,7 @@ def size_of(url: str) -> int:
 
 
 def read_range(url: str, offset: int, size: int, tries: int = MANY_TRIES) -> bytes:
-    """A range of a file's bytes; OSError, which makes a bad image of it, where the file is gone or ends before."""
+    """Return a range of a file's bytes; OSError, which makes a bad image of it, where the file is gone or ends before."""
     if not size:
         return b""
     raw = _ask_store(url, tries, lambda files: files.cat_file(url, start=offset, end=offset + size, timeout=TIMEOUT))
@@ -70,7 +71,7 @@ def read_range(url: str, offset: int, size: int, tries: int = MANY_TRIES) -> byt
 
 
 def require_ranges(url: str, size: int) -> None:
-    """Unreachable for a server that would send all `size` bytes of a file for some, found without receiving them."""
+    """Raise Unreachable for a server that would send all `size` bytes of a file for some, found without receiving them."""
 
     def sends_parts(files) -> bool:
         with files.open(url, "rb", size=size, cache_type="none") as file:
@@ -91,9 +92,10 @@ def _no_ranges(url: str) -> Unreachable:
 
 @functools.cache
 def _filesystem(scheme: str, process: int):
-    """fsspec's, one a process, which cannot use the connections of the one that it was forked from.
+    """Return fsspec's file system for a scheme, one a process.
 
-    Nor may it close them, which would disturb the event loop there: hence a cache for ever.
+    A process cannot use the connections of the one that it was forked from. Nor may it close them, which would disturb the
+    event loop there: hence a cache for ever.
     """
     options = {} if scheme == "s3" else {"client_kwargs": {"trust_env": True}}  # proxies and ~/.netrc
     try:
@@ -101,11 +103,11 @@ def _filesystem(scheme: str, process: int):
 
         return fsspec.filesystem(scheme, skip_instance_cache=True, **options)
     except ImportError as error:
-        raise ConfigError(f"{scheme}:// needs fsspec; run: pip install 'fastjepa[remote]'") from error
+        raise UserError(f"{scheme}:// needs fsspec; run: pip install 'fastjepa[remote]'") from error
 
 
 def _ask_store(url: str, tries: int, request: Callable[..., RemoteResult]) -> RemoteResult:
-    """request(file system), asked again after failures that may pass."""
+    """Return request(file system), asked again after failures that may pass."""
     files = _filesystem(urlsplit(url).scheme, os.getpid())
     for attempt in range(tries):
         try:
@@ -122,7 +124,7 @@ def _ask_store(url: str, tries: int, request: Callable[..., RemoteResult]) -> Re
 
 
 def _is_final(url: str, error: Exception) -> Exception | None:
-    """What a failed request is to raise, None where another try may help."""
+    """Return the exception that a failed request is to raise; None where another try may help."""
     if isinstance(error, FileNotFoundError) and error.__cause__ is not None and not hasattr(error.__cause__, "response"):
         error = error.__cause__  # fsspec gives that name to whatever keeps it from the size of a file on http
     status = getattr(error, "status", None)

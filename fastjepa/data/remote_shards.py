@@ -1,7 +1,7 @@
 """WebDataset shards behind https:// or s3://, read at random by ranged requests.
 
 A sample is one request, and still a function of its number: order, crops and resumption are those of a local disk. The
-shards' index is fetched, or made by one pass over tars that have none, and kept below `catalog.data_dir()`.
+shards' index is fetched, or made by one pass over tars that have none, and kept below the folder of named data sets.
 """
 
 import concurrent.futures
@@ -13,11 +13,11 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from fastjepa.data.prepare.catalog import data_dir
+from fastjepa.data.prepare.catalog import data_dir, make_folder
 from fastjepa.data.prepare.processes import counting_bar, map_in_processes
 from fastjepa.data.remote_files import FEW_TRIES, read_range, read_whole, require_ranges, size_of
 from fastjepa.data.tar_shards import (
@@ -31,16 +31,15 @@ from fastjepa.data.tar_shards import (
     parse_manifest,
     scan_tar,
 )
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
+from fastjepa.files import locked_folder, write_atomic
 
-log = logging.getLogger(__name__)
-
-AT_ONCE = 16  # requests in flight, of a process
+AT_ONCE = 16  # requests of one process that are waiting for an answer
 SCANNERS = 4  # processes that read tars without an index
 HEADER_BLOCK = 1 << 22  # bytes that they ask for at a time
 BRACES = "shard-{000000..000009}.tar"  # as WebDataset names many
 
-ScannedResult = TypeVar("T")
+ScannedResult = TypeVar("ScannedResult")
 
 
 class RemoteShards(TarShards):
@@ -58,6 +57,7 @@ class RemoteShards(TarShards):
         self._asked = {i: _requests(os.getpid()).submit(self._request, i) for i in samples}
 
     def read(self, i: int) -> bytes:
+        """Return the bytes of image i's file; OSError where they are not there, Unreachable where the server is not."""
         asked = self._asked.pop(i, None)
         return asked.result() if asked else self._request(i)
 
@@ -68,31 +68,30 @@ class RemoteShards(TarShards):
 
 @functools.cache
 def _requests(process: int) -> concurrent.futures.ThreadPoolExecutor:
-    """The threads that wait for answers, of each process its own."""
+    """Return the threads that wait for answers; each process has its own."""
     return concurrent.futures.ThreadPoolExecutor(AT_ONCE)
 
 
 def open_directory(where: str, splits: Sequence[str]) -> RemoteShards:
-    """What `fastjepa data shard` wrote: a directory with the manifest in it, or in the folder of one of `splits`.
+    """Open what `fastjepa data shard` wrote: a directory with the manifest in it, or in the folder of one of `splits`.
 
-    ConfigError, or FileNotFoundError, naming the address and the remedy, where shards or index are not those of the manifest.
+    UserError, or FileNotFoundError, naming the address and the remedy, where shards or index are not those of the manifest.
     """
     root = where.rstrip("/")
+    # Images that are in no split count as training images: splits ("train",) look in root and root/train.
     for folder in [root] * (splits[0] == "train") + [f"{root}/{split}" for split in splits]:
         with contextlib.suppress(FileNotFoundError):
             raw = read_whole(f"{folder}/{SHARDS_MANIFEST}")
             break
     else:
-        raise ConfigError(
+        raise UserError(
             f"{root}: no {SHARDS_MANIFEST} in it or in its {' or '.join(splits)}/; give a directory that "
             f"`fastjepa data shard` wrote, or name the shards of others: {root}/{BRACES}"
         )
     manifest = parse_manifest(raw, f"{folder}/{SHARDS_MANIFEST}")
     if manifest is None or not manifest["shards"]:
-        raise ConfigError(
-            f"{folder}/{SHARDS_MANIFEST}: not of `fastjepa data shard`; name the shards instead: {folder}/{BRACES}"
-        )
-    with _cache(folder, raw) as cache:
+        raise UserError(f"{folder}/{SHARDS_MANIFEST}: not of `fastjepa data shard`; name the shards instead: {folder}/{BRACES}")
+    with _index_cache(folder, raw) as cache:
         require_ranges(f"{folder}/{manifest['shards'][0]['file']}", manifest["shards"][0]["bytes"])
         indexes = _scan_all("indexes", functools.partial(_written_index, folder, cache), manifest["shards"])
     shards = [f"{folder}/{entry['file']}" for entry in manifest["shards"]]
@@ -100,7 +99,7 @@ def open_directory(where: str, splits: Sequence[str]) -> RemoteShards:
 
 
 def _written_index(folder: str, cache: Path, entry: dict) -> ShardIndex:
-    """The index of a shard by its entry of the manifest: the kept one, or the remote one, which must be that of its tar."""
+    """Return the index of a shard by its entry in the manifest: the kept one, or the remote one if it is that of its tar."""
     tar, kept = f"{folder}/{entry['file']}", cache / f"{hashlib.sha256(entry['file'].encode()).hexdigest()[:16]}.npz"
 
     def load(file: Path | io.BytesIO, expected: str | None = None) -> ShardIndex:
@@ -116,66 +115,79 @@ def _written_index(folder: str, cache: Path, entry: dict) -> ShardIndex:
     try:
         index = load(io.BytesIO(raw), expected)
     except STALE_INDEX as error:
-        raise ConfigError(f"{url}: not the index of the tar beside it ({error}); copy the directory there again") from error
-    _publish_index(kept, raw)
+        raise UserError(f"{url}: not the index of the tar beside it ({error}); copy the directory there again") from error
+    write_atomic(kept, raw)
     return index
 
 
 def open_tars(where: str) -> RemoteShards:
-    """Tars named by braces, shard-{000000..000009}.tar, without an index: all are read once, then it is kept here."""
+    """Open tars named by braces, shard-{000000..000009}.tar, without an index: all are read once, and an index is kept here.
+
+    UserError, or FileNotFoundError, naming the address and the remedy, where they cannot be had.
+    """
     try:
         from braceexpand import UnbalancedBracesError, braceexpand
     except ImportError as error:
-        raise ConfigError("remote shards need braceexpand; run: pip install 'fastjepa[remote]'") from error
+        raise UserError("remote shards need braceexpand; run: pip install 'fastjepa[remote]'") from error
     try:
         shards = list(braceexpand(where))
     except UnbalancedBracesError as error:
-        raise ConfigError(f"{where}: its braces do not match; write {BRACES}") from error
+        raise UserError(f"{where}: its braces do not match; write {BRACES}") from error
     if glob := set("*[") & set(where):
-        raise ConfigError(f"{where}: {min(glob)} finds nothing there; name the shards: {BRACES}")
-    with _cache(where, b"") as cache:
+        raise UserError(f"{where}: {min(glob)} finds nothing there; name the shards: {BRACES}")
+    with _index_cache(where, b"") as cache:
         sizes = _scan_all("sizes", size_of, shards)
         require_ranges(shards[0], sizes[0])
-        stamps = _scan_all("shards", _stamp, list(zip(shards, sizes, strict=True)))
-        jobs = [(url, size, stamp, cache / f"{number:06d}.npz") for number, (url, size, stamp) in enumerate(stamps)]
+        tars = [(url, size, cache / f"{number:06d}.npz") for number, (url, size) in enumerate(zip(shards, sizes, strict=True))]
+        jobs = _scan_all("shards", _scan_job_of, tars)
         _scan_new([job for job in jobs if _kept_index(job) is None], where)
         indexes = [_kept_index(job) for job in jobs]
     return RemoteShards(shards, where, (), indexes)
 
 
-ScanJob = tuple[str, int, str, Path]  # address of a tar, bytes, fingerprint, where its index is kept
+class ScanJob(NamedTuple):
+    """A remote tar, and the path at which its index is kept."""
+
+    url: str
+    size: int  # bytes
+    fingerprint: str
+    kept: Path
 
 
-def _stamp(tar: tuple[str, int]) -> tuple[str, int, str]:
-    url, size = tar
-    return url, size, fingerprint_in(size, functools.partial(read_range, url, tries=FEW_TRIES))
+def _scan_job_of(tar: tuple[str, int, Path]) -> ScanJob:
+    """Return the job of a tar (address, bytes, path of its index) with the fingerprint, for which its end is read."""
+    url, size, kept = tar
+    return ScanJob(url, size, fingerprint_in(size, functools.partial(read_range, url, tries=FEW_TRIES)), kept)
 
 
 def _kept_index(job: ScanJob) -> ShardIndex | None:
+    """Return the index that is kept of a tar; None where there is none, or that of another tar."""
     with contextlib.suppress(*STALE_INDEX):
-        return index_in(arrays_of(job[3], job[2]))
+        return index_in(arrays_of(job.kept, job.fingerprint))
     return None
 
 
 def _scan_new(jobs: list[ScanJob], where: str) -> None:
+    """Read each tar once, from its beginning to its end, and keep its index."""
     if not jobs:
         return
-    total = sum(size for _, size, _, _ in jobs) / 1e9
-    log.warning("%s: %d tars (%.2f GB) are read once to know where their images lie; that is kept", where, len(jobs), total)
+    total = sum(job.size for job in jobs) / 1e9
+    said = "%s: %d tars (%.2f GB) are read once to know where their images lie; that is kept"
+    logging.getLogger(__name__).warning(said, where, len(jobs), total)
     with contextlib.closing(map_in_processes(_scan_job, None, jobs, SCANNERS)) as scanned, counting_bar() as progress:
         for _ in progress.track(scanned, total=len(jobs), description="shards read"):
             pass
 
 
 def _scan_job(_: None, job: ScanJob) -> None:
-    url, size, stamp, kept = job
-    index = scan_tar(url, io.BufferedReader(_File(url, size), HEADER_BLOCK))
+    """Read a tar from its beginning to its end and keep its index."""
+    index = scan_tar(job.url, io.BufferedReader(_RemoteStream(job.url, job.size), HEADER_BLOCK))
     file = io.BytesIO()
-    np.savez(file, **vars(index), fingerprint=stamp)
-    _publish_index(kept, file.getvalue())
+    np.savez(file, **vars(index), fingerprint=job.fingerprint)
+    write_atomic(job.kept, file.getvalue())
 
 
-class _File(io.RawIOBase):
+class _RemoteStream(io.RawIOBase):
     """A remote file to be read from its beginning to its end, in the blocks of the buffer around it."""
 
     def __init__(self, url: str, size: int):
@@ -199,32 +211,16 @@ class _File(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def _cache(where: str, manifest: bytes) -> Iterator[Path]:
-    """Where the indexes of these shards are kept, one process at a time: the ranks of a node fill it together."""
+def _index_cache(where: str, manifest: bytes) -> Iterator[Path]:
+    """Yield the folder that keeps the indexes of these shards, to one process at a time: the ranks of a node share it."""
     key = "-".join(hashlib.sha256(part).hexdigest()[:16] for part in (where.encode(), manifest))
-    folder = data_dir() / "remote" / key
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise OSError(f"{folder}: cannot be written ({error.strerror}); set FASTJEPA_DATA to a directory of yours") from error
-    try:
-        import fcntl  # not on Windows, where opening the directory has failed by now
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    folder = make_folder(data_dir() / "remote" / key)
+    with locked_folder(folder):
         yield folder
-    finally:
-        os.close(descriptor)
-
-
-def _publish_index(path: Path, content: bytes) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 def _scan_all(what: str, work: Callable[[object], ScannedResult], items: Sequence) -> list[ScannedResult]:
-    """work(item) of each, AT_ONCE at a time: requests mostly wait."""
+    """Return work(item) of each item, AT_ONCE at a time, as requests mostly wait; `what` names the bar."""
     with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as executor, counting_bar() as progress:
         try:
             return list(progress.track(executor.map(work, items), total=len(items), description=what))

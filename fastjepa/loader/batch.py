@@ -10,10 +10,10 @@ from fastjepa.masks.packed import Blocks, Movable, Packed
 
 @dataclass(frozen=True)
 class Batch(Movable):
-    """A micro-batch of b images and their masks."""
+    """A micro-batch of b images and their masks; K context masks an image."""
 
     images: Tensor | Encoded  # (b, C, H, W) uint8, or the files it is to be made of
     context: Packed  # K*b sequences of context patches
     target: Packed  # b sequences, the union of each image's target blocks
-    blocks: Blocks
+    blocks: Blocks  # the predictor's sequences: each context with each target block, or with all of them
     bad: tuple[str, ...]  # files replaced in this micro-batch

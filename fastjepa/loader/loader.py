@@ -1,4 +1,4 @@
-"""The loader: micro-batches ahead of the step, on the device."""
+"""The loader: micro-batches made ahead of the step by worker processes, decoded, and moved to the device."""
 
 import atexit
 import itertools
@@ -11,19 +11,17 @@ from contextlib import AbstractContextManager
 import torch
 from torch.utils.data import DataLoader
 
-from fastjepa.config.schema import Config
-from fastjepa.data.decode_dali import GPU_OPTIONS, DaliDecoder, DaliSettings, dali_installed, require_dali
+from fastjepa.config.schema import Config, DataConfig
+from fastjepa.data.decode_dali import DaliDecoder, DaliSettings, dali_installed, require_dali
 from fastjepa.data.sources import IdxPair, Source
-from fastjepa.errors import ConfigError
-from fastjepa.loader import micro_batches
+from fastjepa.errors import ConfigError, UserError
 from fastjepa.loader.batch import Batch
 from fastjepa.loader.micro_batches import EncodedBatches, MicroBatches
-
-micro_batches.log = logging.getLogger(__name__)
+from fastjepa.ranks.world import World
 
 
 def choose_decoder(loader: str, device: str) -> tuple[str, str]:
-    """What decodes files, "dali" or "torch", by data.loader and runtime.device, and why.
+    """Return what decodes files, "dali" or "torch", by data.loader and runtime.device, and why.
 
     ConfigError where DALI is asked for and not installed. `auto` takes it on a GPU alone: on CPUs Pillow in the loader's
     processes was measured as fast or faster.
@@ -39,42 +37,44 @@ def choose_decoder(loader: str, device: str) -> tuple[str, str]:
     return "dali", "it decodes on the GPU"
 
 
-def decodes_with_dali(config: Config, source: Source) -> bool:
-    """Whether this run's images are decoded by DALI: never idx files, which are pixels. ConfigError as `decoder`."""
-    return choose_decoder(config.data.loader, config.runtime.device)[0] == "dali" and not isinstance(source, IdxPair)
+def decodes_with_dali(loader: str, device: str, source: Source) -> bool:
+    """Return whether DALI decodes a source: never idx files, which are pixels. Arguments and errors as `choose_decoder`."""
+    return choose_decoder(loader, device)[0] == "dali" and not isinstance(source, IdxPair)
 
 
-def check_loader(config: Config, source: Source, world: int) -> None:
-    """ConfigError when the source is smaller than a global batch of data.batch_size * world images, or DALI is missing."""
-    decodes_with_dali(config, source)
+def check_loader(config: Config, source: Source, ranks: int) -> None:
+    """Raise ConfigError when the source is smaller than the global batch of all ranks, or DALI is asked for and missing."""
+    decodes_with_dali(config.data.loader, config.runtime.device, source)
     size = config.data.batch_size
-    if len(source) < size * world:
+    if len(source) < size * ranks:
         raise ConfigError(
-            f"the data holds {len(source)} images, fewer than one global batch of {size * world} "
-            f"(data.batch_size {size} x {world} ranks); lower data.batch_size or add images"
+            f"the data holds {len(source)} images, fewer than one global batch of {size * ranks} "
+            f"(data.batch_size {size} x {ranks} ranks); lower data.batch_size or add images"
         )
 
 
 class Loader(AbstractContextManager):
-    """This rank's micro-batches of steps `start_step` to `stop_step`, made ahead of time by `data.num_workers` processes.
+    """One rank's micro-batches, made ahead of time by data.num_workers processes.
 
     `bad` holds the paths of the undecodable files this rank has met (each rank counts its own); fill it from a checkpoint
-    to go on counting. ConfigError as `check`, and, from `micro_batches`, when `bad` outgrows data.max_bad.
+    to go on counting.
     """
 
-    def __init__(
-        self, config: Config, source: Source, rank: int, world: int, start_step: int, device, stop_step: int | None = None
-    ):
-        check_loader(config, source, world)
-        dali = decodes_with_dali(config, source)
-        dataset = (EncodedBatches if dali else MicroBatches)(config, source, rank, world)
+    def __init__(self, config: Config, source: Source, world: World, start_step: int, stop_step: int | None = None):
+        """Start to make the micro-batches of steps `start_step` to `stop_step`, without end where that is not given.
+
+        ConfigError as `check_loader`.
+        """
+        check_loader(config, source, world.size)
+        dali = decodes_with_dali(config.data.loader, config.runtime.device, source)
+        dataset = (EncodedBatches if dali else MicroBatches)(config, source, world.rank, world.size)
         self.bad: set[str] = set()
         self.steps_per_epoch, self._n_micro, self._max_bad = dataset.steps_per_epoch, dataset.n_micro, dataset.max_bad
-        self._device = torch.device(device)
+        self._device = world.device
         self._steps = range(start_step, sys.maxsize // self._n_micro if stop_step is None else stop_step)
         items = range(start_step * self._n_micro, self._steps.stop * self._n_micro)
         # Before DALI starts its threads: a process forks best while it has one.
-        self._workers = self._batches = iter(_data_loader(config, dataset, items, self._device))
+        self._workers = self._batches = iter(_data_loader(config.data, dataset, items, self._device))
         if dali:
             self._batches = DaliDecoder(
                 self._workers,
@@ -84,7 +84,10 @@ class Loader(AbstractContextManager):
         atexit.register(self.close)  # before multiprocessing's own, which would wait for ever for deaf workers
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
-        """The micro-batches of `step` on the device, in order; steps must be asked for one after the other."""
+        """Yield the micro-batches of `step` on the device, in order; steps must be asked for one after the other.
+
+        UserError when `bad` outgrows data.max_bad.
+        """
         assert step in self._steps[:1], f"step {step} asked for, {self._steps} are next"
         self._steps = self._steps[1:]
         for batch in itertools.islice(self._batches, self._n_micro):
@@ -92,13 +95,13 @@ class Loader(AbstractContextManager):
             yield batch.to(self._device, non_blocking=True)
 
     def _count(self, paths: tuple[str, ...]) -> None:
+        """Add to the bad files, naming each once; UserError when they are too many."""
         for path in [path for path in paths if path not in self.bad]:
             self.bad.add(path)
-            micro_batches.log.warning(
-                "%s: cannot be decoded, replaced by another image (at most %d may be)", path, self._max_bad
-            )
+            said = "%s: cannot be decoded, replaced by another image (at most %d may be)"
+            logging.getLogger(__name__).warning(said, path, self._max_bad)
         if paths and len(self.bad) > self._max_bad:
-            raise ConfigError(
+            raise UserError(
                 f"{len(self.bad)} files cannot be decoded, more than the {self._max_bad} allowed, for example {paths[0]}; "
                 "repair or remove them, or raise data.max_bad"
             )
@@ -118,8 +121,8 @@ class Loader(AbstractContextManager):
         self.close()
 
 
-def _data_loader(config: Config, dataset: MicroBatches, items: range, device: torch.device) -> DataLoader:
-    data = config.data
+def _data_loader(data: DataConfig, dataset: MicroBatches, items: range, device: torch.device) -> DataLoader:
+    """Return torch's loader of the items in order, each a whole micro-batch."""
     return DataLoader(
         dataset,
         batch_size=None,
@@ -133,13 +136,20 @@ def _data_loader(config: Config, dataset: MicroBatches, items: range, device: to
 
 
 def _dali_settings(config: Config, device: torch.device) -> DaliSettings:
+    """Return the numbers of DALI's pipeline by the keys of a config."""
     data = config.data
-    threads = data.decode_threads or max(1, data.num_workers)
-    gpu = {name: getattr(data, name) for name in GPU_OPTIONS}
-    return DaliSettings(config.micro_batch, data.channels, config.image_size, device, threads, data.prefetch, gpu)
+    return DaliSettings(
+        batch=config.micro_batch,
+        channels=data.channels,
+        size=config.image_size,
+        device=device,
+        threads=data.decode_threads or max(1, data.num_workers),
+        ahead=data.prefetch,
+        hw_decoder_load=data.hw_decoder_load,
+    )
 
 
 def _ignore_signals(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the training process alone decides when the run ends."""
+    """Make a worker deaf to Ctrl-C, which reaches every process of the terminal; the training process ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Images from a source to the device. The loader alone decides order, boxes and substitutes.
+"""Micro-batches made of a source: which images, in which order, which crop of each, and what stands in for a bad file.
 
 Every byte of a batch is a function of (config, rank, step, micro-batch), whatever the number of worker processes and
 wherever a run was resumed.
@@ -27,19 +27,20 @@ from fastjepa.masks.packings import packing_of
 from fastjepa.masks.padding import padding_budget
 from fastjepa.rng import BOX_STREAM, ORDER_STREAM, SUBSTITUTE_STREAM, generator
 
-log = logging.getLogger(__name__)
-
-
-T = TypeVar("T")
+Shown = TypeVar("Shown")  # what one image becomes: a Tensor, or a View
 CropOf = Callable[[int, int], tuple[Box, bool]]  # (height, width) of an image -> box, whether to flip
 
 
 class MicroBatches(Dataset):
-    """Item step * n_micro + m is micro-batch m of that step on this rank: a pure function of its number."""
+    """The micro-batches of one rank, each a pure function of its number.
 
-    def __init__(self, config: Config, source: Source, rank: int, world: int):
+    Item step * n_micro + m is micro-batch m of that step: with 4 micro-batches a step, item 9 is number 1 of step 2.
+    """
+
+    def __init__(self, config: Config, source: Source, rank: int, ranks: int):
+        """Take the images of rank `rank` of `ranks`; each step shows data.batch_size * ranks of them."""
         self.config, self.source, self.rank = config, source, rank
-        self.total = config.data.batch_size * world
+        self.total = config.data.batch_size * ranks
         self.n_micro = config.data.batch_size // config.micro_batch
         self.packing = packing_of(config.meta.predictor, config.loss.target)
         self.budget = padding_budget(config, self.total) if config.runtime.cuda_graph else None
@@ -52,8 +53,10 @@ class MicroBatches(Dataset):
         return self._batch(item, self._decoded)
 
     def _batch(self, item: int, images: Callable[[int, list[int]], tuple[Tensor | Encoded, list[str]]]) -> Batch:
+        """Return a micro-batch; images(epoch, samples) gives its pixels or files, and the names of the bad ones."""
         step, micro = divmod(item, self.n_micro)
         data, size = self.config.data, self.config.micro_batch
+        # Slots of the global batch: rank 1 with 64 images a rank, 16 a micro-batch, takes 64 + 32 to 64 + 48 for micro 2.
         start = self.rank * data.batch_size + micro * size
         samples = self.samples(step, start, start + size).tolist()
         if isinstance(self.source, RemoteShards):
@@ -66,6 +69,7 @@ class MicroBatches(Dataset):
 
     @torch.inference_mode()  # saves a fifth of the time at 28 pixels
     def _decoded(self, epoch: int, samples: list[int]) -> tuple[Tensor, list[str]]:
+        """Return (b, C, H, W) uint8 crops of the samples, and the names of the bad files met."""
         images = torch.zeros(len(samples), self.config.data.channels, *self.config.image_size, dtype=torch.uint8)
         bad = []
         for row, sample in zip(images, samples, strict=True):
@@ -77,14 +81,21 @@ class MicroBatches(Dataset):
         return images, bad
 
     def samples(self, step: int, start: int, stop: int) -> np.ndarray:
-        """The samples shown in slots start to stop of the step's global batch; each epoch is one permutation."""
+        """Return the samples shown in slots start to stop of the step's global batch; each epoch is one permutation.
+
+        With 10 samples and 4 slots a step, an epoch has 2 steps: step 3 is the second of epoch 1 and shows places 4 to 8 of
+        its permutation; the last 2 samples are left out of that epoch.
+        """
         epoch, within = divmod(step, self.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, generator(self.config.runtime.seed, ORDER_STREAM, epoch).permutation(len(self.source))
         return self._order[1][within * self.total + start : within * self.total + stop]
 
     def view(self, epoch: int, sample: int) -> tuple[Tensor | None, list[str]]:
-        """(C, H, W) uint8, the sample's crop in this epoch or that of a substitute, None past max_bad; the bad files met."""
+        """Return the sample's crop in this epoch, (C, H, W) uint8, and the names of the bad files met.
+
+        The crop is that of a substitute where the sample is bad, and None when more than `max_bad` candidates are.
+        """
 
         def make(raw: bytes | np.ndarray, crop_of: CropOf) -> Tensor:
             image = decode_image(raw, self.config.data.channels)
@@ -94,14 +105,15 @@ class MicroBatches(Dataset):
         return self._first_readable(epoch, sample, make)
 
     def _first_readable(
-        self, epoch: int, sample: int, make: Callable[[bytes | np.ndarray, CropOf], T]
-    ) -> tuple[T | None, list[str]]:
-        """make(bytes or pixels, crop_of) of the first candidate that can be read; the names of those that cannot."""
+        self, epoch: int, sample: int, make: Callable[[bytes | np.ndarray, CropOf], Shown]
+    ) -> tuple[Shown | None, list[str]]:
+        """Return make(bytes or pixels, crop_of) of the first candidate that can be read, and the names of those before it.
+
+        A substitute is cropped by the numbers of the sample that it stands in for.
+        """
         data = self.config.data
-        uniforms = generator(self.config.runtime.seed, BOX_STREAM, epoch, sample * BLOCKS_PER_SAMPLE).random(
-            4 * BLOCKS_PER_SAMPLE
-        )
-        uniforms = uniforms.tolist()
+        random = generator(self.config.runtime.seed, BOX_STREAM, epoch, sample * BLOCKS_PER_SAMPLE)
+        uniforms = random.random(4 * BLOCKS_PER_SAMPLE).tolist()
 
         def crop_of(height: int, width: int) -> tuple[Box, bool]:
             flip = data.use_horizontal_flip and uniforms[4 * CROP_TRIES] < 0.5
@@ -117,7 +129,7 @@ class MicroBatches(Dataset):
                 return None, list(unreadable.values())
 
     def _candidates(self, epoch: int, sample: int) -> Iterator[int]:
-        """The sample, then substitutes without end; each sample's stream is 2**64 blocks long."""
+        """Yield the sample, then substitutes without end; each sample has 2**64 blocks of the stream to itself."""
         yield sample
         draws = generator(self.config.runtime.seed, SUBSTITUTE_STREAM, epoch, sample << 64)
         while True:
@@ -125,13 +137,13 @@ class MicroBatches(Dataset):
 
 
 class EncodedBatches(MicroBatches):
-    """The same micro-batches with their images still to be decoded by DALI: `images` is Encoded."""
+    """The same micro-batches with their images still to be decoded, by DALI: `images` is Encoded."""
 
     def __getitem__(self, item: int) -> Batch:
         return self.without(item, {})
 
     def without(self, item: int, refused: Mapping[int, str]) -> Batch:
-        """Micro-batch `item` when DALI refuses the files in some rows, for the reasons given.
+        """Return micro-batch `item` when DALI refuses the files in some rows, for the reasons given.
 
         Those rows become the pixels that Pillow reads, of the sample or of a substitute: DALI takes any. The others do not
         change.
@@ -139,11 +151,13 @@ class EncodedBatches(MicroBatches):
         return self._batch(item, functools.partial(self._views, refused))
 
     def _views(self, refused: Mapping[int, str], epoch: int, samples: list[int]) -> tuple[Encoded, list[str]]:
+        """Return the views of the samples, those in the rows `refused` as pixels, and the names of the bad files met."""
         views, bad = [], []
         for row, sample in enumerate(samples):
             view, unreadable = self._first_readable(epoch, sample, self._pixels if row in refused else self._file)
             if row in refused and not unreadable:
-                log.warning("%s: Pillow decodes it, DALI cannot (%s)", self.source.name(sample), refused[row])
+                said = "%s: Pillow decodes it, DALI cannot (%s)"
+                logging.getLogger(__name__).warning(said, self.source.name(sample), refused[row])
             bad += unreadable
             views.append(view or BLACK_PIXEL)  # past max_bad: the loader stops the run on `bad`
             if view is None:
@@ -151,6 +165,7 @@ class EncodedBatches(MicroBatches):
         return Encoded.of(views), bad
 
     def _file(self, raw: bytes | np.ndarray, crop_of: CropOf) -> View:
+        """Return the view of a file as it is, or of its pixels where DALI would read others."""
         if isinstance(raw, bytes):
             header = read_header(raw)
             if dali_reads(header, raw):
@@ -158,6 +173,7 @@ class EncodedBatches(MicroBatches):
         return self._pixels(raw, crop_of)
 
     def _pixels(self, raw: bytes | np.ndarray, crop_of: CropOf) -> View:
+        """Return the view of the pixels in the crop alone, decoded by Pillow; DALI resizes them."""
         image = decode_image(raw, self.config.data.channels)
         (top, left, height, width), flip = crop_of(*image.shape[1:])
         return View(as_pnm(image[:, top : top + height, left : left + width]), (0, 0, height, width), flip)

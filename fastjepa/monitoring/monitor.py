@@ -21,7 +21,7 @@ from fastjepa.data.decode_pillow import DecodeError, decode_image
 from fastjepa.data.sources import Source, open_source
 from fastjepa.engine.precision import autocast_of
 from fastjepa.engine.schedule import Schedule, StepSettings
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from fastjepa.evals.collapse import effective_rank, feature_std, lidar
 from fastjepa.evals.knn import knn_classify
 from fastjepa.evals.scoring import Features
@@ -108,7 +108,7 @@ def held_out_source(config: Config, source: Source) -> Source | None:
     """Return the val or test split of the run's data, where there is one with the same classes."""
     try:
         held = open_source(config.data, "val")
-    except ConfigError:
+    except UserError:
         return None
     return held if held.classes == source.classes else None
 

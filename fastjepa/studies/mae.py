@@ -88,7 +88,7 @@ def train_mae(file: Path, folder: Path, steps: int) -> None:
     schedule, images = Schedule(cfg.optimization, len(source) // cfg.data.batch_size), cfg.data.batch_size
     every = cfg.logging.checkpoint_every or schedule.steps_per_epoch
     with (
-        Loader(cfg, source, 0, 1, state.step, world.device, max(steps, state.step)) as loader,
+        Loader(cfg, source, world, state.step, max(steps, state.step)) as loader,
         Log(folder, steps, cfg.logging.every, mae_flops_per_image(cfg), 0.0, start_step=state.step) as log,
         Stop() as stop,
     ):

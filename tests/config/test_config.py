@@ -323,6 +323,15 @@ def test_the_ends_of_a_range_belong_to_it(key, value):
     assert config_from_dict({section: {name: value}}).to_dict()[section][name] == value
 
 
+def test_a_retired_key_is_no_error_and_is_named_where_it_asked_for_something(tmp_path, caplog):
+    old = {"data": {"device_memory_padding": 16 << 20, "host_memory_padding": 1 << 20, "batch_size": 8}}
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump(old))
+    config = load_config(tmp_path / "old.yaml", ["data.preallocate_width_hint=640"])
+    assert config == config_from_dict({"data": {"batch_size": 8}}) and "host_memory_padding" not in config.to_dict()["data"]
+    named = [record.getMessage().partition("data.")[2].split(":")[0] for record in caplog.records]
+    assert named == ["host_memory_padding", "preallocate_width_hint"]
+
+
 def test_an_unknown_model_names_the_nearest(tmp_path):
     assert "did you mean 'vit_huge'?" in refusal(tmp_path, {"meta": {"model_name": "vit_hugh"}})
 

@@ -1,4 +1,4 @@
-"""DALI shows the pictures that `decode_torch` shows, meets the same bad files, and loses nothing when it gives up."""
+"""DALI shows the pictures that `decode_pillow` shows, meets the same bad files, and loses nothing when it gives up."""
 
 import contextlib
 import hashlib
@@ -21,17 +21,18 @@ from PIL import Image
 
 from fastjepa.cli.main import main
 from fastjepa.cli.survey import decoder_rows
-from fastjepa.config.load import config_from_dict
+from fastjepa.config.load import RETIRED_KEYS, config_from_dict
 from fastjepa.config.schema import Config, DataConfig
 from fastjepa.data import decode_dali
 from fastjepa.data.crops import crop_image
-from fastjepa.data.decode_dali import GPU_OPTIONS, DaliDecoder, DaliSettings, Encoded, View, _pipeline, as_pnm, dali_reads
+from fastjepa.data.decode_dali import DaliDecoder, DaliSettings, Encoded, View, _pipeline, as_pnm, dali_reads
 from fastjepa.data.decode_pillow import decode_image, read_header
 from fastjepa.data.sources import open_source
 from fastjepa.errors import ConfigError
 from fastjepa.loader.batch import Batch
 from fastjepa.loader.loader import Loader, _dali_settings, decodes_with_dali
 from fastjepa.loader.micro_batches import EncodedBatches, MicroBatches
+from fastjepa.ranks.world import World
 from fastjepa_kernels.layers import MaskedPatchEmbed
 from tests.support import ranks
 
@@ -114,7 +115,7 @@ def refuse(position: int, refused: dict[int, str]) -> Images:
 
 
 def decoder(batches: Iterator[Images], size=(32, 32), channels: int = 3, again=refuse, batch: int = 64, ahead: int = 2):
-    settings = DaliSettings(batch, channels, size, CPU, threads=2, ahead=ahead, gpu={})
+    settings = DaliSettings(batch, channels, size, CPU, threads=2, ahead=ahead, hw_decoder_load=0.65)
     return DaliDecoder(batches, again, settings)
 
 
@@ -237,7 +238,7 @@ def settings(source: Path | str, loader: str, **keys) -> Config:
 
 
 def load(setting: Config, steps: int) -> tuple[list[Batch], set[str]]:
-    with Loader(setting, open_source(setting.data), 0, 1, 0, CPU, steps) as loader:
+    with Loader(setting, open_source(setting.data), World(0, 0, 1, CPU), 0, steps) as loader:
         batches = [batch for step in range(steps) for batch in loader.micro_batches(step)]
         return batches, loader.bad
 
@@ -294,7 +295,7 @@ def test_resume_near_a_bad_file_is_byte_identical(tmp_path: Path, start: int):
     folder = write(tmp_path / "images", files | {f"{n:02d}.png": PNG[:-600] for n in (3, 14, 25)})
     setting = settings(folder, "dali")
     whole = load(setting, 10)[0]
-    with Loader(setting, open_source(folder), 0, 1, start, CPU, 10) as loader:
+    with Loader(setting, open_source(folder), World(0, 0, 1, CPU), start, 10) as loader:
         rest = [batch for step in range(start, 10) for batch in loader.micro_batches(step)]
     assert any(batch.bad for batch in whole)
     assert all(torch.equal(a.images, b.images) and a.bad == b.bad for a, b in zip(whole[start:], rest, strict=True))
@@ -336,7 +337,7 @@ def test_a_file_that_vanishes_in_the_run_is_replaced(tmp_path: Path, loader: str
     whole = load(setting, 10)[0]
     source = open_source(setting.data)
     slot = MicroBatches(setting, source, 0, 1).samples(7, 0, 4)[2]
-    with Loader(setting, source, 0, 1, 0, CPU, 10) as made:
+    with Loader(setting, source, World(0, 0, 1, CPU), 0, 10) as made:
         shown = list(made.micro_batches(0))
         os.unlink(source.name(slot))
         shown += [batch for step in range(1, 10) for batch in made.micro_batches(step)]
@@ -351,7 +352,7 @@ def test_loaders_are_chosen(tmp_path: Path, monkeypatch):
     source = open_source(folder)
 
     def chosen(*loaders: str) -> list[bool]:
-        return [decodes_with_dali(settings(folder, loader), source) for loader in loaders]
+        return [decodes_with_dali(loader, "auto", source) for loader in loaders]
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert chosen("auto", "dali", "torch") == [False, True, False]
@@ -363,29 +364,31 @@ def test_loaders_are_chosen(tmp_path: Path, monkeypatch):
     assert chosen("auto", "torch") == [False, False]
     assert "pip install 'fastjepa[dali]'" in decoder_rows()[0][2] and decoder_rows()[1][:2] == ("dali", "no")
     with pytest.raises(ConfigError, match=r"dali needs NVIDIA DALI; run: pip install 'fastjepa\[dali\]'"):
-        Loader(settings(folder, "dali", batch_size=1), source, 0, 1, 0, CPU)
+        Loader(settings(folder, "dali", batch_size=1), source, World(0, 0, 1, CPU), 0)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_hints_reach_the_decoder_of_a_gpu_alone(tmp_path: Path, monkeypatch, device: str):
-    """DALI's operator checks their names; where there is no GPU the pipeline is described, not built."""
+def test_the_share_of_a_hardware_decoder_reaches_a_gpu_alone(tmp_path: Path, monkeypatch, device: str):
+    """DALI's operator checks its name; where there is no GPU the pipeline is described, not built."""
     from nvidia.dali import fn
 
     given, real = {}, fn.decoders.image_slice
     monkeypatch.setattr(fn.decoders, "image_slice", lambda *files, **options: given.update(options) or real(*files, **options))
-    hints = dict(zip(GPU_OPTIONS, (0.25, 1 << 20, 2 << 20, 640, 480), strict=True))
-    made = _dali_settings(settings(tmp_path, "dali", **hints), torch.device(device))
+    made = _dali_settings(settings(tmp_path, "dali", hw_decoder_load=0.25), torch.device(device))
     with contextlib.suppress(RuntimeError):
         _pipeline(deque(), made)
-    assert {name: given[name] for name in hints if name in given} == (hints if device == "cuda" else {})
+    assert given.get("hw_decoder_load") == (0.25 if device == "cuda" else None)
 
 
-def test_hints_are_dalis_own_unless_set():
+def test_what_is_not_set_or_was_retired_is_dalis_own():
     from nvidia.dali.backend import GetSchema
 
-    schema, defaults = GetSchema("decoders__ImageSlice"), DataConfig()
-    dalis = {name: float(schema.GetArgumentDefaultValueString(name)) for name in GPU_OPTIONS}
-    assert dalis == pytest.approx({name: getattr(defaults, name) for name in GPU_OPTIONS})
+    schema, expected = (
+        GetSchema("decoders__ImageSlice"),
+        {"hw_decoder_load": DataConfig().hw_decoder_load} | RETIRED_KEYS["data"],
+    )
+    dalis = {name: float(schema.GetArgumentDefaultValueString(name)) for name in expected}
+    assert dalis == pytest.approx(expected)
 
 
 def test_workers_hand_over_one_block_of_files(tmp_path: Path):
@@ -398,7 +401,7 @@ def test_workers_hand_over_one_block_of_files(tmp_path: Path):
 def load_for_ever(setting: Config) -> None:
     """Read batches; print the loader's worker processes once all have begun."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background inherits a deaf one
-    with Loader(setting, open_source(setting.data), 0, 1, 0, CPU) as loader:
+    with Loader(setting, open_source(setting.data), World(0, 0, 1, CPU), 0) as loader:
         for step in range(10**9):
             list(loader.micro_batches(step))
             if step == 5:
@@ -438,7 +441,7 @@ def resident() -> int:
 def test_a_thousand_batches_leak_nothing(tmp_path: Path, loader: str):
     folder = write(tmp_path / "images", {f"{seed:02d}.jpg": encode(natural(160, 120, seed)) for seed in range(64)})
     setting = settings(folder, loader, batch_size=16, num_workers=1)
-    with Loader(setting, open_source(folder), 0, 1, 0, CPU, 1300) as made:
+    with Loader(setting, open_source(folder), World(0, 0, 1, CPU), 0, 1300) as made:
         for step in range(1300):
             list(made.micro_batches(step))
             if step == 299:
@@ -482,7 +485,7 @@ def test_two_ranks_stopped_and_resumed_see_the_batches_of_the_whole_run(tmp_path
 
     whole, bad = [], []
     for rank in (0, 1):
-        with Loader(config_from_dict(setting), open_source(folder), rank, 2, 0, CPU, 10) as loader:
+        with Loader(config_from_dict(setting), open_source(folder), World(rank, 0, 2, CPU), 0, 10) as loader:
             batches = [batch for step in range(10) for batch in loader.micro_batches(step)]
         whole.append([digest(batch) for batch in batches])
         bad += [batch.bad for batch in batches[12:]]

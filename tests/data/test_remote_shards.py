@@ -22,11 +22,12 @@ from safetensors.torch import load_file
 
 from fastjepa.cli.main import main
 from fastjepa.data import remote_files, remote_shards
-from fastjepa.data.prepare.write_shards import write_shards
+from fastjepa.data.prepare.write_shards import ShardRequest, write_shards
 from fastjepa.data.remote_files import Unreachable, _filesystem
 from fastjepa.data.sources import open_source
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from fastjepa.loader.loader import Loader
+from fastjepa.ranks.world import World
 from tests.support.batches import load, same_batch, settings
 from tests.support.images import pack_shard, save_image
 from tests.support.runs import TINY, without_times
@@ -99,7 +100,7 @@ def made(tmp_path_factory) -> Path:
     for i in range(40):
         save_image(root / "images" / ("cat", "dog")[i // 20] / f"{i:02}.png", seed=i)
     origin = {"path": "images", "split": "train"}
-    write_shards(open_source(root / "images"), root / "set" / "train", origin, shard_bytes=20_000, keep_order=True)
+    write_shards(open_source(root / "images"), root / "set" / "train", origin, ShardRequest(20_000, keep_order=True))
     return root
 
 
@@ -186,7 +187,7 @@ def test_a_micro_batch_is_asked_for_at_once(server: Server, local: Path):
 
 
 def load_of(setting, source) -> list:
-    with Loader(setting, source, 0, 1, 0, torch.device("cpu"), 1) as loader:
+    with Loader(setting, source, World(0, 0, 1, torch.device("cpu")), 0, 1) as loader:
         return list(loader.micro_batches(0))
 
 
@@ -215,7 +216,7 @@ def test_a_changed_remote_is_noticed_and_what_was_kept_is_not_used(server: Serve
     before = contents(f"{server.url}/set")
     shutil.rmtree(local / "train")
     origin = {"path": "images", "split": "train"}
-    write_shards(open_source(made / "images"), local / "train", origin, shard_bytes=20_000)  # shuffled
+    write_shards(open_source(made / "images"), local / "train", origin, ShardRequest(20_000))  # shuffled
     after = contents(f"{server.url}/set")
     assert after == contents(local) != before and sorted(after) == sorted(before)
 
@@ -243,7 +244,10 @@ def test_an_outage_ends_a_run_with_a_sentence_and_is_no_bad_image(server: Server
     sentence = rf"^{server.url}/set/train/\d+.tar: cannot be read, tried 9 times \(503, .*; mend the address or the network.*$"
     with pytest.raises(Unreachable, match=sentence):
         source.read(0)
-    with Loader(setting, source, 0, 1, 0, torch.device("cpu"), 4) as loader, pytest.raises(Unreachable, match=sentence):
+    with (
+        Loader(setting, source, World(0, 0, 1, torch.device("cpu")), 0, 4) as loader,
+        pytest.raises(Unreachable, match=sentence),
+    ):
         list(loader.micro_batches(0))
 
 
@@ -275,7 +279,7 @@ def test_a_shard_that_is_cut_while_it_is_read(server: Server, local: Path):
 @pytest.mark.parametrize("address", ["set/train", "set/train/000000.tar"])
 def test_a_server_without_ranges_is_refused_before_a_run(server: Server, address: str):
     server.ranges = False
-    with pytest.raises(ConfigError, match=r"sends whole files where parts are asked for \(no HTTP Range\); serve"):
+    with pytest.raises(UserError, match=r"sends whole files where parts are asked for \(no HTTP Range\); serve"):
         open_source(f"{server.url}/{address}")
 
 
@@ -307,7 +311,7 @@ def test_a_server_that_loses_ranges_is_no_bad_image(server: Server):
 )
 def test_a_directory_that_is_not_whole_is_one_sentence(server: Server, local: Path, spoil, message: str):
     spoil(local / "train")
-    with pytest.raises((ConfigError, OSError), match=message) as raised:
+    with pytest.raises((UserError, OSError), match=message) as raised:
         open_source(f"{server.url}/set")
     assert str(raised.value).startswith(server.url) and "\n" not in str(raised.value)
 
@@ -328,7 +332,7 @@ def test_a_server_that_hangs_is_given_up(server: Server, monkeypatch):
 
 def test_a_login_comes_from_netrc_and_is_asked_for(server: Server, local: Path, tmp_path: Path, monkeypatch):
     server.login = "me:secret"
-    with pytest.raises(ConfigError, match=r"access denied; for https write the login into ~/.netrc, for s3 set AWS_PROFILE"):
+    with pytest.raises(UserError, match=r"access denied; for https write the login into ~/.netrc, for s3 set AWS_PROFILE"):
         open_source(f"{server.url}/set")
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -338,7 +342,7 @@ def test_a_login_comes_from_netrc_and_is_asked_for(server: Server, local: Path, 
 def test_splits_stand_in_for_each_other(server: Server, local: Path):
     shutil.copytree(local / "train", local / "val")
     assert len(open_source(f"{server.url}/set", "test")) == 40
-    with pytest.raises(ConfigError, match=r"train: no manifest.json in it or in its val or test/"):
+    with pytest.raises(UserError, match=r"train: no manifest.json in it or in its val or test/"):
         open_source(f"{server.url}/set/train", "val")
 
 
@@ -366,14 +370,14 @@ def test_tars_of_others_are_read_once_then_at_random(server: Server, local: Path
 
 def test_one_tar_is_a_set_too(server: Server, local: Path):
     assert contents(f"{server.url}/set/train/000001.tar") == contents(local / "train" / "000001.tar")
-    with pytest.raises(ConfigError, match="000001.tar: has no val split"):
+    with pytest.raises(UserError, match="000001.tar: has no val split"):
         open_source(f"{server.url}/set/train/000001.tar", "val")
 
 
 @pytest.mark.parametrize("content", [b"no tar" * 500, b"\x1f\x8b" + b"x" * 2000])
 def test_what_is_no_tar_is_named(server: Server, local: Path, content: bytes):
     (local / "x.tar").write_bytes(content)
-    with pytest.raises(ConfigError, match="set/x.tar: not a tar shard that can be read"):
+    with pytest.raises(UserError, match="set/x.tar: not a tar shard that can be read"):
         open_source(f"{server.url}/set/x.tar")
 
 
@@ -389,7 +393,7 @@ def test_what_is_no_tar_is_named(server: Server, local: Path, content: bytes):
     ],
 )
 def test_what_cannot_be_an_address_is_refused(where: str, message: str):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         open_source(where)
 
 
@@ -398,7 +402,7 @@ def test_what_cannot_be_an_address_is_refused(where: str, message: str):
 def test_without_the_libraries_it_says_what_to_install(library: str, where: str, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)
     _filesystem.cache_clear()
-    with pytest.raises(ConfigError, match=r"pip install 'fastjepa\[remote\]'"):
+    with pytest.raises(UserError, match=r"pip install 'fastjepa\[remote\]'"):
         open_source(where)
 
 

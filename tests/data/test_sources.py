@@ -14,7 +14,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from fastjepa.data.sources import open_source
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from fastjepa.evals.inputs import open_splits
 from tests.support.batches import load, same_batch, settings
 from tests.support.images import save_image
@@ -120,30 +120,30 @@ def test_a_damaged_row_group_is_an_os_error(tmp_path: Path):
 )
 def test_parquet_that_cannot_be_understood_is_named(tmp_path: Path, columns, message):
     write_parquet(tmp_path / "a.parquet", [png(0)], names=("a", "b"), column="photo", **columns)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         open_source(tmp_path)
 
 
 def test_parquet_files_that_disagree_or_are_none_are_named(tmp_path: Path):
     write_parquet(tmp_path / "a.parquet", [png(0)])
     write_parquet(tmp_path / "b.parquet", [(png(0),)])
-    with pytest.raises(ConfigError, match=r"b.parquet: other columns than .*a.parquet"):
+    with pytest.raises(UserError, match=r"b.parquet: other columns than .*a.parquet"):
         open_source(tmp_path)
     (tmp_path / "b.parquet").write_text("x" * 100)
-    with pytest.raises(ConfigError, match="b.parquet: not a whole Parquet file"):
+    with pytest.raises(UserError, match="b.parquet: not a whole Parquet file"):
         open_source(tmp_path)
     (tmp_path / "b.parquet").unlink()
-    with pytest.raises(ConfigError, match="has no test split"):
+    with pytest.raises(UserError, match="has no test split"):
         open_source(tmp_path, "test")
     (tmp_path / "a.parquet").rename(tmp_path / "train.parquet")
-    with pytest.raises(ConfigError, match=r"has no val split; name its files val-\*.parquet"):
+    with pytest.raises(UserError, match=r"has no val split; name its files val-\*.parquet"):
         open_source(tmp_path, "val")
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch):
     write_parquet(tmp_path / "a.parquet", [png(0)])
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ConfigError, match=r"pip install 'fastjepa\[pyarrow\]'"):
+    with pytest.raises(UserError, match=r"pip install 'fastjepa\[pyarrow\]'"):
         open_source(tmp_path)
 
 
@@ -168,5 +168,5 @@ def test_names_with_spaces_letters_and_brackets(tmp_path: Path):
 
 
 def test_an_empty_folder_names_the_formats(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"\.tar shards, \*\.parquet files .*, or MNIST-style idx files"):
+    with pytest.raises(UserError, match=r"\.tar shards, \*\.parquet files .*, or MNIST-style idx files"):
         open_source(tmp_path)

@@ -19,10 +19,10 @@ from fastjepa.cli.options import byte_count
 from fastjepa.data.decode_pillow import decode_image
 from fastjepa.data.prepare import write_shards as write_shards_module
 from fastjepa.data.prepare.catalog import FASHION_CLASSES
-from fastjepa.data.prepare.write_shards import _locked, _write_tar, write_shards
+from fastjepa.data.prepare.write_shards import ShardRequest, _only_writer, _write_tar, write_shards
 from fastjepa.data.sources import open_source
 from fastjepa.data.tar_shards import index_path
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from tests.support.batches import load, same_batch, settings
 from tests.support.images import pack_shard, save_image, write_idx_pairs
 
@@ -39,7 +39,8 @@ def folder(tmp_path: Path) -> Path:
 
 def write(source: Path, to: Path, **options) -> dict:
     options = {"shard_bytes": SIZE, "workers": 2} | options
-    return write_shards(open_source(source), to, {"path": str(source), "split": "train"}, **options)
+    workers = options.pop("workers")
+    return write_shards(open_source(source), to, {"path": str(source), "split": "train"}, ShardRequest(**options), workers)
 
 
 def contents(where: Path) -> list[tuple[bytes, int | None]]:
@@ -124,17 +125,17 @@ def test_shards_that_are_not_the_manifests_are_refused(folder: Path, tmp_path: P
     write(folder, out)
     whole = (out / "000001.tar").read_bytes()
     (out / "000001.tar").write_bytes(whole[:-512])
-    with pytest.raises(ConfigError, match=r"000001.tar: \d+ bytes, but in manifest.json \d+ bytes; run: fastjepa data check"):
+    with pytest.raises(UserError, match=r"000001.tar: \d+ bytes, but in manifest.json \d+ bytes; run: fastjepa data check"):
         open_source(out)
     (out / "000001.tar").unlink()
-    with pytest.raises(ConfigError, match=r"000001.tar: no such file, but in manifest.json"):
+    with pytest.raises(UserError, match=r"000001.tar: no such file, but in manifest.json"):
         open_source(out)
     (out / "000001.tar").write_bytes(whole)
     (out / "more.tar").write_bytes(whole)
-    with pytest.raises(ConfigError, match="more.tar: .* in manifest.json no such file"):
+    with pytest.raises(UserError, match="more.tar: .* in manifest.json no such file"):
         open_source(out)
     (out / "manifest.json").write_text('{"format": "fastjepa shards 1"}')
-    with pytest.raises(ConfigError, match="manifest.json: damaged"):
+    with pytest.raises(UserError, match="manifest.json: damaged"):
         open_source(out)
 
 
@@ -163,7 +164,7 @@ def test_a_stopped_run_continues(folder: Path, tmp_path: Path, monkeypatch, kill
         with pytest.raises(OSError, match="killed" if kill else r"000003.tar: cannot be written \(No space"):
             write(folder, out, workers=1)
     assert not (out / "manifest.json").exists() and "000003.tar" not in tars(out) and "000002.tar" in tars(out)
-    with pytest.raises(ConfigError, match="not complete; run again"):
+    with pytest.raises(UserError, match="not complete; run again"):
         open_source(out)
     kept, stamp = out / "000001.tar", (out / "000001.tar").stat().st_mtime_ns
     (out / "000000.npz").unlink()  # a tar without its index counts as incomplete
@@ -179,20 +180,20 @@ def test_a_finished_directory_is_left_alone_and_another_refused(folder: Path, tm
     with monkeypatch.context() as patched:
         patched.setattr(write_shards_module, "_write_all", None)
         assert write(folder, tmp_path / "out") == manifest
-    with pytest.raises(ConfigError, match="out: its shards differ in options; give another directory"):
+    with pytest.raises(UserError, match="out: its shards differ in options; give another directory"):
         write(folder, tmp_path / "out", resize=8)
     save_image(folder / "cat" / "more.png", seed=3)
-    with pytest.raises(ConfigError, match="out: its shards differ in source"):
+    with pytest.raises(UserError, match="out: its shards differ in source"):
         write(folder, tmp_path / "out")
     (tmp_path / "theirs").mkdir()
     pack_shard(tmp_path / "theirs" / "000000.tar", {"0.png": b""})
-    with pytest.raises(ConfigError, match="theirs: its shards differ in"):
+    with pytest.raises(UserError, match="theirs: its shards differ in"):
         write(folder, tmp_path / "theirs")
 
 
 def test_two_writers_do_not_meet(folder: Path, tmp_path: Path):
     (tmp_path / "out").mkdir()
-    with _locked(tmp_path / "out"), pytest.raises(OSError, match="another process is writing shards there"):
+    with _only_writer(tmp_path / "out"), pytest.raises(OSError, match="another process is writing shards there"):
         write(folder, tmp_path / "out")
 
 

@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional as vision
 
 from fastjepa.cli.main import main
 from fastjepa.config.load import config_from_dict
-from fastjepa.data.prepare.scenes import write_scenes
+from fastjepa.data.prepare.write_scenes import write_scenes
 from fastjepa.errors import UserError
 from fastjepa.evals import inputs, linear
 from fastjepa.evals.features import extract_features

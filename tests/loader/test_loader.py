@@ -21,9 +21,10 @@ from fastjepa.data.crops import crop_box
 from fastjepa.data.decode_pillow import decode_image
 from fastjepa.data.prepare.check_images import judge_image
 from fastjepa.data.sources import open_source
-from fastjepa.errors import ConfigError
+from fastjepa.errors import ConfigError, UserError
 from fastjepa.loader.loader import Loader
 from fastjepa.loader.micro_batches import MicroBatches
+from fastjepa.ranks.world import World
 from fastjepa.rng import BOX_STREAM, ORDER_STREAM, generator
 from tests.support.batches import CPU, load, same_batch, settings
 from tests.support.images import pack_shard, save_image, write_idx_pairs
@@ -100,7 +101,7 @@ def test_unusable_source_says_what_to_do(folder, monkeypatch, source, split, mes
     monkeypatch.chdir(folder.parent)
     monkeypatch.setenv("FASTJEPA_DATA", str(folder.parent / "no-data"))
     Path("empty").mkdir()
-    with pytest.raises(ConfigError, match=message.replace("*", r"\*")):
+    with pytest.raises(UserError, match=message.replace("*", r"\*")):
         open_source(source, split)
 
 
@@ -133,7 +134,7 @@ def test_damaged_shard_is_named(tmp_path: Path, keep: int):
     image = save_image(tmp_path / "x.png", seed=1).read_bytes()
     pack_shard(tmp_path / "0.tar", {"0.png": image})
     os.truncate(tmp_path / "0.tar", keep)
-    with pytest.raises(ConfigError, match=r"0\.tar: .*again"):
+    with pytest.raises(UserError, match=r"0\.tar: .*again"):
         open_source(tmp_path / "0.tar")
 
 
@@ -154,12 +155,12 @@ def test_damaged_idx_is_named(tmp_path: Path):
     whole = images.read_bytes()
     for damaged in (whole[:-400], gzip.compress(gzip.decompress(whole)[:-1]), b"text"):
         images.write_bytes(damaged)
-        with pytest.raises(ConfigError, match="train-images-idx3-ubyte.gz: .*delete it and get it again"):
+        with pytest.raises(UserError, match="train-images-idx3-ubyte.gz: .*delete it and get it again"):
             open_source(tmp_path)
 
 
 def test_an_epoch_shows_every_image_once_in_a_new_order(folder: Path):
-    dataset = MicroBatches(settings(folder, batch_size=13), open_source(folder), rank=0, world=1)
+    dataset = MicroBatches(settings(folder, batch_size=13), open_source(folder), rank=0, ranks=1)
     first, second = (np.concatenate([dataset.samples(step, 0, 13) for step in steps]) for steps in ((0, 1), (2, 3)))
     assert sorted(first) == sorted(second) == list(range(26))
     assert not np.array_equal(first, second)
@@ -167,7 +168,7 @@ def test_an_epoch_shows_every_image_once_in_a_new_order(folder: Path):
 
 def test_incomplete_last_batch_is_dropped(folder: Path):
     setting = settings(folder)
-    with Loader(setting, open_source(folder), 0, 1, 0, CPU) as loader:
+    with Loader(setting, open_source(folder), World(0, 0, 1, CPU), 0) as loader:
         assert loader.steps_per_epoch == 6
     order = generator(5, ORDER_STREAM, 1).permutation(26)
     samples = MicroBatches(setting, open_source(folder), 0, 1).samples(7, 1, 3)
@@ -258,7 +259,7 @@ def test_bad_files_are_replaced_and_no_other_sample_moves(folder: Path, caplog):
         image, met = dataset.view(0, sample)
         assert (str(bad[sample]) in met) if sample in bad else torch.equal(image, good.view(0, sample)[0])
         assert image.any()
-    with Loader(settings(folder), open_source(folder), 0, 1, 0, CPU) as loader:
+    with Loader(settings(folder), open_source(folder), World(0, 0, 1, CPU), 0) as loader:
         reported = [set(batch.bad) for step in range(30) for batch in loader.micro_batches(step)]
     assert loader.bad == set.union(*reported) == set(map(str, bad.values()))
     assert sorted(record.args[0] for record in caplog.records) == sorted(loader.bad)  # logged once each
@@ -275,7 +276,7 @@ def test_what_would_be_read_for_ever_is_bad(folder: Path, loader: str):
     odd = {str(folder / "cat" / "pipe.png"), str(folder / "dog" / "endless.png")}
     for i in (i for i in range(28) if source.name(i) in odd):
         assert str(judge_image(source, i, limit=1)) == f"{source.name(i)}: unreadable (a pipe or a device, not a file)"
-    with Loader(settings(folder, loader=loader, num_workers=1), source, 0, 1, 0, CPU, 7) as made:
+    with Loader(settings(folder, loader=loader, num_workers=1), source, World(0, 0, 1, CPU), 0, 7) as made:
         assert sum(len(batch.images) for step in range(7) for batch in made.micro_batches(step)) == 28
         assert made.bad == odd
 
@@ -285,7 +286,7 @@ def test_too_many_bad_files_stop_the_run(folder: Path, loader: str, workers: int
     plant(folder)
     setting = settings(folder, max_bad=2, num_workers=workers, loader=loader)
     message = r"3 files cannot be decoded, more than the 2 allowed, for example .*\.png; .* or raise data.max_bad"
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         load(setting, range(8), stop=8)
     load(settings(folder, max_bad=3, loader=loader), range(8))
 
@@ -293,7 +294,7 @@ def test_too_many_bad_files_stop_the_run(folder: Path, loader: str, workers: int
 def test_bad_files_of_an_earlier_part_of_the_run_count(folder: Path, loader: str):
     plant(folder)
     setting = settings(folder, max_bad=3, loader=loader)
-    with Loader(setting, open_source(folder), 0, 1, 0, CPU) as loader, pytest.raises(ConfigError, match="4 files"):
+    with Loader(setting, open_source(folder), World(0, 0, 1, CPU), 0) as loader, pytest.raises(UserError, match="4 files"):
         loader.bad.add("met before")
         for step in range(8):
             list(loader.micro_batches(step))
@@ -302,17 +303,17 @@ def test_bad_files_of_an_earlier_part_of_the_run_count(folder: Path, loader: str
 def test_a_source_without_a_readable_image_stops(folder: Path, loader: str):
     for path in folder.rglob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(ConfigError, match="26 files cannot be decoded, more than the 25 allowed"):
+    with pytest.raises(UserError, match="26 files cannot be decoded, more than the 25 allowed"):
         load(settings(folder, max_bad=10_000, loader=loader), range(1))
 
 
 def test_too_few_images_names_both_numbers(folder: Path):
     with pytest.raises(ConfigError, match=r"26 images, fewer than one global batch of 32 \(data.batch_size 16 x 2 ranks\)"):
-        Loader(settings(folder, batch_size=16), open_source(folder), 0, 2, 0, CPU)
+        Loader(settings(folder, batch_size=16), open_source(folder), World(0, 0, 2, CPU), 0)
 
 
 def test_steps_must_follow_each_other(folder: Path):
-    with Loader(settings(folder), open_source(folder), 0, 1, 3, CPU, stop_step=5) as loader:
+    with Loader(settings(folder), open_source(folder), World(0, 0, 1, CPU), 3, 5) as loader:
         for wrong in (0, 4, 5):
             with pytest.raises(AssertionError, match=f"step {wrong} asked for"):
                 list(loader.micro_batches(wrong))
@@ -322,7 +323,7 @@ def test_steps_must_follow_each_other(folder: Path):
 
 
 def test_workers_outlive_an_interrupt_and_die_with_the_loader(folder: Path):
-    with Loader(settings(folder, num_workers=2), open_source(folder), 0, 1, 0, CPU) as loader:
+    with Loader(settings(folder, num_workers=2), open_source(folder), World(0, 0, 1, CPU), 0) as loader:
         iterator = loader._workers  # held, as a traceback would: its end must not wait for the garbage collector
         list(loader.micro_batches(0))
         for worker in iterator._workers:
@@ -340,8 +341,9 @@ import torch
 from fastjepa.config.load import config_from_dict
 from fastjepa.data.sources import open_source
 from fastjepa.loader.loader import Loader
+from fastjepa.ranks.world import World
 setting = config_from_dict({settings(folder, num_workers=1, loader=loader).to_dict()})
-loader = Loader(setting, open_source(setting.data), 0, 1, 0, torch.device("cpu"))
+loader = Loader(setting, open_source(setting.data), World(0, 0, 1, torch.device("cpu")), 0)
 print(len(list(loader.micro_batches(0))))
 raise KeyError("on the way out")
 """

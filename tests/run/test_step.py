@@ -31,7 +31,7 @@ def test_steps_outside_the_loop_are_those_of_the_loop(toy_config, tmp_path, vari
     pieces = config.data.batch_size // config.micro_batch
     regularizer = build_regularizer(config.loss, config.runtime.seed, pieces, run.world)
     step = Step(run.engine, run.average, config, regularizer)
-    with Loader(config, open_source(config.data), 0, 1, 0, run.world.device, 3) as loader:
+    with Loader(config, open_source(config.data), run.world, 0, 3) as loader:
         for number in range(3):
             assert step(loader.micro_batches(number), schedule(number))[1].item()
     for name, network in run.state.networks.items():

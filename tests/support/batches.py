@@ -9,6 +9,7 @@ from fastjepa.config.schema import Config
 from fastjepa.data.sources import open_source
 from fastjepa.loader.batch import Batch
 from fastjepa.loader.loader import Loader
+from fastjepa.ranks.world import World
 
 CPU = torch.device("cpu")
 
@@ -22,7 +23,7 @@ def settings(source: Path | str | None = None, micro_batch: int | None = None, s
 
 def load(setting: Config, steps: range, rank: int = 0, world: int = 1, stop: int | None = None) -> list[list[Batch]]:
     """The micro-batches of each step."""
-    with Loader(setting, open_source(setting.data), rank, world, steps.start, CPU, stop) as loader:
+    with Loader(setting, open_source(setting.data), World(rank, 0, world, CPU), steps.start, stop) as loader:
         return [list(loader.micro_batches(step)) for step in steps]
 
 

@@ -1,50 +1,28 @@
-"""Named data sets: get them, check them, find them again. Only complete sets ever appear under their final name."""
+"""Named data sets: fetched, checked, found again. Only complete sets ever appear under their final name."""
 
-import contextlib
 import difflib
 import functools
-import gzip
-import hashlib
 import os
-import re
-import shutil
-import subprocess
-import tarfile
-import tempfile
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
-from PIL import Image
-from rich.progress import track
-
-from fastjepa.data.prepare.processes import console
-from fastjepa.data.prepare.scenes import scenes_complete, write_scenes
-from fastjepa.errors import ConfigError
-
-# SHA-256 of the uncompressed content: Debian and the authors compress the same files differently.
-FASHION_MNIST = {
-    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-}
-FASHION_PACKAGE, FASHION_FOLDER = "dataset-fashion-mnist", "usr/share/datasets/fashion-mnist"
-FASHION_CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
-
-CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-CIFAR10_PER_CLASS = {"train": 5000, "test": 1000}
-CIFAR10_MEMBER = re.compile(rf"(?:^|/)(train|test)/({'|'.join(CIFAR10_CLASSES)})/([^/.][^/]*\.(?:jpe?g|png))$")
+from fastjepa.data.prepare.downloads import (
+    CIFAR10_CLASSES,
+    FASHION_CLASSES,
+    cifar10_complete,
+    fashion_mnist_complete,
+    fetch_cifar10,
+    fetch_fashion_mnist,
+)
+from fastjepa.data.prepare.write_scenes import scenes_complete, write_scenes
+from fastjepa.errors import UserError
+from fastjepa.files import atomic_path
 
 
 @dataclass(frozen=True)
 class NamedDataset:
-    """A data set: how to fill a directory with it, how to see that it is whole, and its class names."""
+    """A data set: the function that fills a directory with it, the one that sees whether it is whole, and its class names."""
 
     fetch: Callable[[Path, Path | None], None]  # (empty directory, archive): raises one-sentence errors
     is_complete: Callable[[Path], bool]
@@ -52,227 +30,87 @@ class NamedDataset:
 
 
 def data_dir() -> Path:
-    """Where named data sets live: $FASTJEPA_DATA, or ~/.cache/fastjepa."""
+    """Return the directory of named data sets: $FASTJEPA_DATA, or ~/.cache/fastjepa."""
     return Path(os.environ.get("FASTJEPA_DATA") or Path.home() / ".cache" / "fastjepa")
 
 
 def get_dataset(name: str, directory: str | Path | None = None, archive: str | Path | None = None) -> Path:
-    """The directory of data set `name`, fetched first where it is not there yet.
+    """Return the directory of data set `name`, fetched first where it is not there yet.
 
     Args:
         directory: holds the data sets, one folder each, in place of `data_dir()`.
         archive: a zip or tar to unpack in place of a download (cifar10: class folders below train/ and test/).
 
-    ConfigError for an unknown name or an archive that does not hold the set; OSError, naming the remedy, when the set
+    UserError for an unknown name or an archive that does not hold the set; OSError, naming the remedy, when the set
     cannot be fetched or what is there is damaged.
     """
     entry, final = _dataset_of(name), Path(directory or data_dir()) / name
-    if final.is_dir() and any(final.iterdir()):
+    if _holds_files(final):
         return _checked(entry, final)
-    with _scratch(final.parent, name) as temporary:
-        fresh = Path(temporary) / name
-        fresh.mkdir()
-        entry.fetch(fresh, Path(archive) if archive else None)
-        if not entry.is_complete(fresh):
-            raise OSError(f"{name}: what was fetched is not the published data set; give a complete copy with --archive FILE")
-        with contextlib.suppress(OSError):  # another process was first: its copy is checked below
-            fresh.rename(final)
+    make_folder(final.parent)
+    try:
+        with atomic_path(final) as fresh:
+            make_folder(fresh)
+            entry.fetch(fresh, Path(archive) if archive else None)
+            if not entry.is_complete(fresh):
+                said = "what was fetched is not the published data set; give a complete copy with --archive FILE"
+                raise OSError(f"{name}: {said}")
+    except OSError:
+        if not _holds_files(final):  # else another process was first: its copy is checked below
+            raise
     return _checked(entry, final)
 
 
-def _scratch(parent: Path, name: str) -> tempfile.TemporaryDirectory:
-    """A temporary directory on the file system of the final place, so that a rename can publish it."""
+def make_folder(folder: Path) -> Path:
+    """Make a folder of the data directory and those above it, and return it; OSError that names the remedy."""
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(dir=parent, prefix=f".{name}-")
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"{parent}: cannot be written ({error.strerror}); set FASTJEPA_DATA to a directory of yours") from error
+        raise OSError(f"{folder}: cannot be written ({error.strerror}); set FASTJEPA_DATA to a directory of yours") from error
+    return folder
+
+
+def _holds_files(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def find_dataset(name: str) -> Path:
-    """The directory of data set `name` without fetching or checksums; ConfigError says how to get it."""
+    """Return the directory of data set `name` without fetching or checksums; UserError says how to get it."""
     _dataset_of(name)
     if not (data_dir() / name).is_dir():
-        raise ConfigError(f"data set {name} is not in {data_dir()}; run: fastjepa data get {name}")
+        raise UserError(f"data set {name} is not in {data_dir()}; run: fastjepa data get {name}")
     return data_dir() / name
 
 
 def _dataset_of(name: str) -> NamedDataset:
     if name not in DATASETS:
-        raise ConfigError(f"unknown data set {name!r}; {closest_dataset(name)}")
+        raise UserError(f"unknown data set {name!r}; {closest_dataset(name)}")
     return DATASETS[name]
 
 
 def closest_dataset(name: str) -> str:
-    """What a message adds about a name that is none: the one meant, or all."""
+    """Return the words that a message adds about a name that no data set has: the one that was meant, or all."""
     close = difflib.get_close_matches(name, DATASETS, n=1)
     return f"did you mean {close[0]!r}?" if close else f"data sets: {', '.join(DATASETS)}"
 
 
 def _checked(entry: NamedDataset, path: Path) -> Path:
+    """Return the path of a whole data set; OSError where it is not whole."""
     if not entry.is_complete(path):
         raise OSError(f"{path}: incomplete or damaged; delete it and run: fastjepa data get {path.name}")
     return path
 
 
-def _one_line(error: BaseException | str) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-def _fetch_fashion_mnist(folder: Path, archive: Path | None) -> None:
-    if archive:
-        raise ConfigError(
-            "fashion-mnist: --archive is for cifar10; copy the four idx .gz files into the data directory instead"
-        )
-    reasons = []
-    for fetch in (_fashion_from_debian, _fashion_from_torchvision):
-        try:
-            return fetch(folder)
-        except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
-            reasons.append(_one_line(error))
-            console.print(f"fashion-mnist: {reasons[-1]}", style="yellow", markup=False)
-    raise OSError(
-        f"fashion-mnist: no way to fetch it worked ({'; '.join(reasons)}); connect to the internet, or copy its four "
-        f"*-ubyte.gz files into {data_dir() / 'fashion-mnist'}"
-    )
-
-
-def _fashion_from_debian(folder: Path) -> None:
-    """The Debian and Ubuntu package, unpacked without being installed: no root needed."""
-    if not (shutil.which("apt-get") and shutil.which("dpkg")):
-        raise OSError("apt-get and dpkg are not here")
-    console.print(f"fashion-mnist: apt-get download {FASHION_PACKAGE} (31 MB)", markup=False)
-    with tempfile.TemporaryDirectory() as work:
-        download = ["apt-get", "download", FASHION_PACKAGE]
-        error = _command(download, work)
-        if error and os.geteuid() == 0:
-            error = _command(["apt-get", "update"], work) or _command(download, work)
-        packages = sorted(Path(work).glob("*.deb"))
-        error = error or _command(["dpkg", "-x", *map(str, packages), "unpacked"], work)
-        if error:
-            raise OSError(error)
-        for name in FASHION_MNIST:
-            shutil.copyfile(Path(work, "unpacked", FASHION_FOLDER, f"{name}.gz"), folder / f"{name}.gz")
-
-
-def _command(command: list[str], cwd: str) -> str:
-    """Run a command; empty when it worked, else its last line of error."""
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, check=False)
-    lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
-    return f"{' '.join(command[:2])}: {lines[-1]}" if done.returncode else ""
-
-
-def _fashion_from_torchvision(folder: Path) -> None:
-    from torchvision.datasets import FashionMNIST
-
-    console.print("fashion-mnist: downloading with torchvision", markup=False)
-    with tempfile.TemporaryDirectory() as work:
-        FashionMNIST(work, download=True)
-        for name in FASHION_MNIST:
-            shutil.copyfile(Path(work, "FashionMNIST", "raw", f"{name}.gz"), folder / f"{name}.gz")
-
-
-def _fashion_mnist_is_complete(folder: Path) -> bool:
-    try:
-        return all(
-            hashlib.sha256(gzip.decompress((folder / f"{name}.gz").read_bytes())).hexdigest() == digest
-            for name, digest in FASHION_MNIST.items()
-        )
-    except (OSError, EOFError, ValueError, zlib.error):
-        return False
-
-
-def _fetch_cifar10(folder: Path, archive: Path | None) -> None:
-    if archive:
-        return _unpack_images(archive, folder)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-        try:
-            from torchvision.datasets.utils import download_url
-
-            console.print(f"cifar10: downloading {CIFAR10_URL} (162 MB)", markup=False)
-            download_url(CIFAR10_URL, work, md5=CIFAR10_MD5)
-        except (OSError, RuntimeError, ImportError) as error:
-            raise OSError(
-                f"cifar10: {CIFAR10_URL} cannot be downloaded ({_one_line(error)}); "
-                "run: fastjepa data get cifar10 --archive FILE, with a zip or tar of its images in class folders"
-            ) from error
-        _write_cifar10_images(Path(work) / Path(CIFAR10_URL).name, folder)
-
-
-def _unpack_images(archive: Path, folder: Path) -> None:
-    """Copy every train|test/<class>/<image> of an archive; a member's own path is never used to write."""
-    written = {split: 0 for split in CIFAR10_PER_CLASS}
-    total = sum(CIFAR10_PER_CLASS.values()) * len(CIFAR10_CLASSES)
-    try:
-        for name, stream in track(_members(archive), "cifar10: unpacking", total, console=console):
-            match = CIFAR10_MEMBER.search(name)
-            if match:
-                split, label, image = match.groups()
-                _write_png(folder / split / label / image, stream.read())
-                written[split] += 1
-    except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
-        raise OSError(f"{archive}: cannot be unpacked ({_one_line(error)}); give a whole zip or tar with --archive") from error
-    expected = {split: count * len(CIFAR10_CLASSES) for split, count in CIFAR10_PER_CLASS.items()}
-    if written != expected:
-        raise ConfigError(
-            f"{archive}: holds {written['train']} of {expected['train']} train and {written['test']} of {expected['test']} "
-            "test images of CIFAR-10; give an archive of train|test/<class>/<image>.jpg or .png"
-        )
-
-
-def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """(name, open file) of every file in a zip, or in a tar of any compression."""
-    if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as opened:
-            for info in opened.infolist():
-                with opened.open(info) as stream:
-                    yield info.filename, stream
-    else:
-        with tarfile.open(archive, "r|*") as opened:
-            for member in opened:
-                if member.isfile():
-                    yield member.name, opened.extractfile(member)
-
-
-def _write_cifar10_images(archive: Path, folder: Path) -> None:
-    """The binary version: records of one label byte and 3072 pixel bytes, channel by channel; written as PNG."""
-    batches = ((name, stream.read()) for name, stream in _members(archive) if name.endswith(".bin"))
-    for name, records in track(batches, "cifar10: writing PNG files", 6, console=console):
-        split = "test" if Path(name).name.startswith("test") else "train"
-        for number, start in enumerate(range(0, len(records), 3073)):
-            planes = [
-                Image.frombytes("L", (32, 32), records[start + 1 + c * 1024 : start + 1 + (c + 1) * 1024]) for c in range(3)
-            ]
-            path = folder / split / CIFAR10_CLASSES[records[start]] / f"{Path(name).stem}_{number:05d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.merge("RGB", planes).save(path, compress_level=1)
-
-
-def _write_png(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-
-
-def _cifar10_is_complete(folder: Path) -> bool:
-    try:
-        return all(
-            len(os.listdir(folder / split / name)) == count
-            for split, count in CIFAR10_PER_CLASS.items()
-            for name in CIFAR10_CLASSES
-        )
-    except OSError:
-        return False
-
-
 def _render_scenes(folder: Path, archive: Path | None, size: int) -> None:
+    """Fill a folder with scenes of `size` x `size` pixels."""
     if archive:
-        raise ConfigError("scenes: --archive is for cifar10; scenes are rendered here, from no file")
+        raise UserError("scenes: --archive is for cifar10; scenes are rendered here, from no file")
     write_scenes(folder, size)
 
 
 DATASETS = {
-    "fashion-mnist": NamedDataset(_fetch_fashion_mnist, _fashion_mnist_is_complete, FASHION_CLASSES),
-    "cifar10": NamedDataset(_fetch_cifar10, _cifar10_is_complete, CIFAR10_CLASSES),
+    "fashion-mnist": NamedDataset(fetch_fashion_mnist, fashion_mnist_complete, FASHION_CLASSES),
+    "cifar10": NamedDataset(fetch_cifar10, cifar10_complete, CIFAR10_CLASSES),
     "scenes": NamedDataset(functools.partial(_render_scenes, size=64), scenes_complete, ()),
     "scenes-128": NamedDataset(functools.partial(_render_scenes, size=128), scenes_complete, ()),
 }

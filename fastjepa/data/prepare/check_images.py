@@ -1,4 +1,4 @@
-"""Reading every image of a source once, to know the bad ones before a run meets them: what `fastjepa data check` does."""
+"""A check of every image of a source, to know the bad ones before a run meets them: the work of `fastjepa data check`."""
 
 import contextlib
 import hashlib
@@ -17,8 +17,8 @@ from fastjepa.data.decode_pillow import MAX_PIXELS, DecodeError, decode_image
 from fastjepa.data.prepare.processes import counting_bar, map_in_processes
 from fastjepa.data.sources import Source, open_source
 from fastjepa.data.splits import split_folder
-from fastjepa.data.tar_shards import SHARDS_MANIFEST, index_of, read_manifest
-from fastjepa.errors import ConfigError
+from fastjepa.data.tar_shards import SHARDS_MANIFEST, index_of, read_manifest, tars_in
+from fastjepa.errors import UserError
 
 IMAGES_A_TASK = 64  # images that a process is given at a time
 MEGA = 1_000_000
@@ -26,7 +26,7 @@ MEGA = 1_000_000
 
 @dataclass(frozen=True)
 class BadImage:
-    """A file that a run could not use, a word or two of why, and what its reader said."""
+    """A file that a run could not use, with the reason in a word or two and the words of its reader."""
 
     path: str
     reason: str  # zero bytes, not an image, truncated, cannot be decoded, too large, vanished, unreadable, damaged shard
@@ -38,7 +38,7 @@ class BadImage:
 
 @dataclass
 class CheckReport:
-    """What a check found; sizes are (width, height) as stored."""
+    """The findings of a check; sizes are (width, height) as stored."""
 
     images: int = 0
     shards: int = 0  # compared with their manifest
@@ -47,28 +47,36 @@ class CheckReport:
     largest: tuple[int, int] | None = None
 
     def add_size(self, size: tuple[int, int]) -> None:
+        """Widen the range of sizes to one more image; an image is as large as its number of pixels."""
         self.smallest = min(self.smallest or size, size, key=np.prod)
         self.largest = max(self.largest or size, size, key=np.prod)
 
     def add(self, part: "CheckReport") -> None:
+        """Take in the findings on a part of the images."""
         self.images += part.images
         self.bad += part.bad
         for size in filter(None, (part.smallest, part.largest)):
             self.add_size(size)
 
     def by_reason(self) -> dict[str, int]:
+        """Return how many files are bad for each reason, the most frequent first."""
         return dict(Counter(bad.reason for bad in self.bad).most_common())
 
 
-def check_images(where: str, split: str = "train", workers: int = 1, max_pixels: float | None = None,
-          show: Callable[[BadImage], None] = lambda bad: None) -> CheckReport:  # fmt: skip
-    """Read every image of a source in `workers` processes; bad is what `decode` refuses, and what is too large.
+def check_images(
+    where: str,
+    split: str = "train",
+    workers: int = 1,
+    max_pixels: float | None = None,
+    show: Callable[[BadImage], None] = lambda bad: None,
+) -> CheckReport:
+    """Read every image of a source in `workers` processes; bad is what `decode_image` refuses, and what is too large.
 
     Shards are first compared with their manifest, where they have one: counts, sizes and SHA-256. When one is damaged the
     images are not read.
 
     Args:
-        where, split: as in `open_source`, whose ConfigErrors pass.
+        where, split: as in `open_source`, whose errors pass.
         max_pixels: the limit in megapixels, judged by the header before anything is decoded; default, and at most, what a
             run decodes.
         show: called with each bad file when it is found.
@@ -76,8 +84,9 @@ def check_images(where: str, split: str = "train", workers: int = 1, max_pixels:
     most = MAX_PIXELS / MEGA
     limit = most if max_pixels is None else max_pixels
     if not 0 < limit <= most:
-        raise ConfigError(f"--max-pixels {limit:g} is not above 0 and at most {most:g}, the megapixels that a run decodes")
+        raise UserError(f"--max-pixels {limit:g} is not above 0 and at most {most:g}, the megapixels that a run decodes")
     report = CheckReport()
+    # A damaged shard has a damaged index, by which no image of it could be read.
     _check_shards(report, where, split, workers, show)
     if not report.bad:
         _read_all(report, open_source(where, split), workers, limit, show)
@@ -85,6 +94,7 @@ def check_images(where: str, split: str = "train", workers: int = 1, max_pixels:
 
 
 def _read_all(report: CheckReport, source: Source, workers: int, limit: float, show: Callable[[BadImage], None]) -> None:
+    """Add to the report what a reading of all images finds; `limit` in megapixels."""
     chunks = [range(start, min(start + IMAGES_A_TASK, len(source))) for start in range(0, len(source), IMAGES_A_TASK)]
     with (
         contextlib.closing(map_in_processes(_read_chunk, (source, limit), chunks, workers)) as parts,
@@ -99,6 +109,7 @@ def _read_all(report: CheckReport, source: Source, workers: int, limit: float, s
 
 
 def _read_chunk(job: tuple[Source, float], chunk: range) -> CheckReport:
+    """Return the findings on a range of samples."""
     source, limit = job
     part = CheckReport(images=len(chunk))
     for i in chunk:
@@ -112,7 +123,7 @@ def _read_chunk(job: tuple[Source, float], chunk: range) -> CheckReport:
 
 
 def judge_image(source: Source, i: int, limit: float) -> BadImage | tuple[int, int]:
-    """(width, height) of a sample that a run can use, or why it cannot; `limit` in megapixels."""
+    """Return (width, height) of a sample that a run can use, or why it cannot; `limit` in megapixels."""
     try:
         raw = source.read(i)
     except OSError as error:
@@ -142,16 +153,17 @@ def judge_image(source: Source, i: int, limit: float) -> BadImage | tuple[int, i
 
 
 def _check_shards(report: CheckReport, where: str, split: str, workers: int, show: Callable[[BadImage], None]) -> None:
+    """Add to the report what differs between a directory of shards and its manifest, where it has one."""
     folder = Path(os.path.expanduser(where))
     if not folder.is_dir():
         return
-    with contextlib.suppress(ConfigError):  # other formats keep their splits elsewhere; `open_source` has the last word
+    with contextlib.suppress(UserError):  # other formats keep their splits elsewhere; `open_source` has the last word
         folder = split_folder(folder, split)
     manifest = read_manifest(folder)
     if manifest is None:
         return
     entries = manifest["shards"]
-    unknown = {path.name for path in folder.glob("*.tar")} - {entry["file"] for entry in entries}
+    unknown = {path.name for path in tars_in(folder)} - {entry["file"] for entry in entries}
     report.bad += [BadImage(str(folder / name), "damaged shard", f"not in {SHARDS_MANIFEST}") for name in sorted(unknown)]
     with contextlib.closing(map_in_processes(_check_shard, folder, entries, workers)) as found, counting_bar() as progress:
         report.bad += filter(None, progress.track(found, total=len(entries), description="shards"))
@@ -161,7 +173,7 @@ def _check_shards(report: CheckReport, where: str, split: str, workers: int, sho
 
 
 def _check_shard(folder: Path, entry: dict) -> BadImage | None:
-    """What is wrong with a shard by its entry in the manifest."""
+    """Return the first thing that is wrong with a shard by its entry in the manifest; None where all is right."""
     path = folder / entry["file"]
     try:
         with open(path, "rb") as file:
@@ -179,5 +191,5 @@ def _check_shard(folder: Path, entry: dict) -> BadImage | None:
 
 
 def write_bad_list(bad: list[BadImage], path: Path) -> None:
-    """One path a line, as the file system spells it."""
+    """Write one path a line, as the file system spells it."""
     path.write_bytes(b"".join(os.fsencode(entry.path) + b"\n" for entry in bad))

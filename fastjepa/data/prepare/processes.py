@@ -16,7 +16,7 @@ _held: tuple[Callable, Any] | None = None  # in a worker: what to do, and with w
 
 
 def map_in_processes(work: Callable[[Any, Any], Any], job: Any, items: Sequence, workers: int) -> Iterator[Any]:
-    """work(job, item) of each item, in order, by `workers` processes; each process is handed `job` once.
+    """Yield work(job, item) of each item, in order, by `workers` processes; each process is handed `job` once.
 
     An exception of `work` is raised here. The processes end with the iterator: when it is exhausted or closed, and on
     Ctrl-C. OSError when one of them is killed.
@@ -36,6 +36,7 @@ def map_in_processes(work: Callable[[Any, Any], Any], job: Any, items: Sequence,
 
 
 def _start_worker(work: Callable, job: Any) -> None:
+    """Keep the work and the job in this process, so that they are sent to it once and not with every item."""
     global _held
     _held = work, job
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the main process ends the others
@@ -47,8 +48,8 @@ def _run_item(item: Any) -> Any:
 
 
 def counting_bar() -> Progress:
-    """A progress bar that counts; it leaves nothing behind, and is silent where standard error is no terminal."""
-    # rich would send what is printed meanwhile to standard error, past a pipe.
+    """Return a progress bar that counts; it leaves nothing behind, and is silent where standard error is no terminal."""
+    # Where standard output is a pipe, what is printed meanwhile must go there: rich would send it to standard error.
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     options = {"transient": True, "disable": not console.is_terminal, "redirect_stdout": sys.stdout.isatty()}
     return Progress(*columns, console=console, **options)

@@ -3,18 +3,15 @@
 A ray caster in numpy after CLEVR (Johnson et al., CVPR 2017): 3 to 10 objects of two sizes, eight colours and two materials,
 each of them in plain sight, under a camera and a light that vary. Image i is a function of (seed, split, i) alone. Only IEEE
 arithmetic and square roots are used, in a fixed order, so the bits depend on neither batch, process nor vector width.
+
+Points and directions are three arrays x, y, z that broadcast. Lengths are in units of the plane z = 0; a picture reaches from
+-1 to 1 in both directions, right and up.
 """
 
-import json
-import os
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
-from PIL import Image
-
-from fastjepa.data.prepare.processes import counting_bar, map_in_processes
 
 SHAPES, SPHERE, BOX, CYLINDER = ("sphere", "cube", "cylinder"), 0, 1, 2
 MATERIALS = ("rubber", "metal")
@@ -23,9 +20,8 @@ COLOURS = {  # sRGB
     "gray": (92, 92, 98), "red": (190, 32, 36), "blue": (36, 72, 215), "green": (24, 130, 40),
     "brown": (134, 74, 28), "purple": (140, 40, 190), "cyan": (30, 200, 205), "yellow": (250, 220, 40),
 }  # fmt: skip
-FEWEST, MOST = 3, 10
+FEWEST, MOST = 3, 10  # objects of a scene
 SCENE_SPLITS = ("train", "val")
-SPLIT_COUNTS = {"train": 10_000, "val": 2_000}
 
 EXTENT, OBJECT_GAP = 3.6, 0.25  # half the side of the square that objects stand in, and the least room between two
 HALF_VIEW = 0.37  # tangent of half the angle of view
@@ -33,7 +29,6 @@ FRAME = 0.97  # share of the half picture that objects keep to
 LOOK = 96  # side of the map on which visibility is judged, whatever the size of the picture
 VISIBLE_SHARE, VISIBLE_AREA = 0.6, 0.002  # of its own outline, and of the picture, that each object shows
 SAMPLES = 3  # rays a pixel side
-SCENES_A_TASK = 50  # pictures that a process renders at a time
 FAR_AWAY, HALF_SIDE, WIDE_SIDE = np.float32(np.inf), np.float32(0.5), np.float32(1.7)
 CORNER_SIGNS = np.array([(x, y, z) for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], np.float32)  # corners of a block
 FLOOR = np.array([1, 1, 0], np.float32)
@@ -47,14 +42,14 @@ Vector = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Scene:
-    """n objects on the plane z = 0, one camera, one distant light; lengths in the plane's units, float32.
+    """A scene: n objects on the plane z = 0, one camera, one distant light; float32.
 
     The camera looks along +y and down by the angle whose cosine and sine are `tilt`; x is to the right.
     """
 
-    shape: np.ndarray  # (n,) int, of SHAPES
+    shape: np.ndarray  # (n,) int, indices of SHAPES
     large: np.ndarray  # (n,) bool
-    colour: np.ndarray  # (n,) int, of COLOURS
+    colour: np.ndarray  # (n,) int, indices of COLOURS
     metal: np.ndarray  # (n,) bool
     place: np.ndarray  # (n, 2) x and y of the centres
     turn: np.ndarray  # (n, 2) cosine and sine of the rotation about the vertical
@@ -66,26 +61,29 @@ class Scene:
 
     @cached_property
     def half(self) -> np.ndarray:
-        """(n,) half heights: a cube's corners lie as far from its axis as the side of a cylinder of its size."""
+        """Half heights (n,): a cube's corners lie as far from its axis as the side of a cylinder of its size.
+
+        A large cube reaches 0.7 from its axis to its upright edges; half its side, and so half its height, is 0.7 / sqrt(2).
+        """
         return np.where(self.shape == BOX, self.reach * np.sqrt(HALF_SIDE), self.reach)
 
     @cached_property
     def reach(self) -> np.ndarray:
-        """(n,) how far objects extend from their axes."""
+        """Distances (n,) that the objects extend from their axes."""
         return np.where(self.large, np.float32(RADII["large"]), np.float32(RADII["small"]))
 
     @cached_property
     def centre(self) -> np.ndarray:
-        """(n, 3)"""
+        """Centres (n, 3) of the objects, which stand on the plane."""
         return np.concatenate([self.place, self.half[:, None]], axis=1)
 
     @property
     def depth(self) -> np.ndarray:
-        """(n,) of the centres along the optical axis: the third of CLEVR's pixel_coords."""
+        """Depths (n,) of the centres along the optical axis: the third of CLEVR's pixel_coords."""
         return self.project(self.centre)[2]
 
     def project(self, points: np.ndarray) -> Vector:
-        """(..., 3) -> right and up, in half pictures from the centre, and depth."""
+        """Return where points (..., 3) are seen: right and up, in half pictures from the centre, and depth; each (...)."""
         x, y, z = (points[..., axis] - self.camera[axis] for axis in range(3))
         cos, sin = self.tilt
         depth = y * cos - z * sin
@@ -93,13 +91,13 @@ class Scene:
         return x * scale, (y * sin + z * cos) * scale, depth
 
     def blocks(self, widen: float = 1) -> np.ndarray:
-        """(n, 8, 3) corners of upright blocks around the objects."""
+        """Return the corners (n, 8, 3) of upright blocks around the objects, `widen` times as wide as these."""
         extent = np.stack([self.reach * widen, self.reach * widen, self.half], axis=1)
         return self.centre[:, None] + CORNER_SIGNS * extent[:, None]
 
 
 def draw_scene(seed: int, split: str, i: int) -> Scene:
-    """Scene i of a split. All is drawn anew until every object can be counted, but for how many there are."""
+    """Draw scene i of a split: first how many objects, then all the rest, anew until every object can be counted."""
     random = np.random.default_rng((seed, SCENE_SPLITS.index(split), i))
     n = FEWEST + int(random.random() * (MOST - FEWEST + 1))
     while True:
@@ -109,7 +107,7 @@ def draw_scene(seed: int, split: str, i: int) -> Scene:
 
 
 def _try_scene(random: np.random.Generator, n: int) -> Scene | None:
-    """A camera, a light and n objects that stand apart and within the frame; None where there was no room for one."""
+    """Draw a camera, a light and n objects that stand apart and within the frame; None where there was no room for one."""
 
     def between(low: float, high: float, *shape: int) -> np.ndarray:
         return (low + (high - low) * random.random(shape)).astype(np.float32)
@@ -130,12 +128,12 @@ def _try_scene(random: np.random.Generator, n: int) -> Scene | None:
 
 
 def _direction(t: np.ndarray) -> np.ndarray:
-    """Cosine and sine of the angle with tan(angle / 2) = t, without the library functions that differ between CPUs."""
+    """Return cosine and sine of the angle with tan(angle / 2) = t, without the library functions that differ between CPUs."""
     return np.array([(1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)], np.float32)
 
 
 def _stand(scene: Scene, tries: np.ndarray) -> np.ndarray | None:
-    """(n, 2): for each object the first of its `tries` (n, 40, 2) within the frame and apart from those before it."""
+    """Return places (n, 2): for each object the first of its `tries` (n, 40, 2) in the frame and apart from those before."""
     block = scene.blocks() - scene.centre[:, None] * FLOOR  # (n, 8, 3), each around the origin of the plane
     points = np.concatenate([tries, np.zeros_like(tries[..., :1])], axis=2)[:, :, None] + block[:, None]
     right, up, _ = scene.project(points)  # (n, 40, 8)
@@ -152,9 +150,9 @@ def _stand(scene: Scene, tries: np.ndarray) -> np.ndarray | None:
 
 
 def _all_countable(scene: Scene) -> bool:
-    """Whether enough of every object is seen, and none melts into one of its own colour."""
+    """Return whether enough of every object is seen, and none touches another of its own colour in the picture."""
     _, ids, outlines = trace_scene(scene, LOOK)
-    seen = np.bincount(ids.ravel() + 1, minlength=len(scene.shape) + 1)[1:]
+    seen = np.bincount(ids.ravel() + 1, minlength=len(scene.shape) + 1)[1:]  # ids [-1, 0, 0, 1] give [1, 2, 1], then [2, 1]
     if (seen < VISIBLE_SHARE * outlines).any() or (seen < VISIBLE_AREA * LOOK * LOOK).any():
         return False
     paint = np.append(scene.colour, -1)[ids]
@@ -164,7 +162,7 @@ def _all_countable(scene: Scene) -> bool:
 
 @QUIET
 def trace_scene(scene: Scene, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What each of side x side rays meets first.
+    """Follow side x side rays from the camera to what each meets first.
 
     Returns:
         depth: (side, side) float32 along the optical axis.
@@ -183,18 +181,26 @@ def trace_scene(scene: Scene, side: int) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def _rays(scene: Scene, side: int) -> Vector:
-    """Directions (1, side), (side, 1), (side, 1), of length 1 along the optical axis, so that they count depth."""
+    """Return directions (1, side), (side, 1), (side, 1) with length 1 along the optical axis, so that they count depth.
+
+    Rays go through the middles of pixels: with 4 a side, at -0.75, -0.25, 0.25 and 0.75 half pictures.
+    """
     steps = ((np.arange(side, dtype=np.float32) + np.float32(0.5)) * np.float32(2 / side) - 1) * np.float32(HALF_VIEW)
     (cos, sin), up = scene.tilt, -steps[:, None]
     return steps[None], cos + up * sin, up * cos - sin
 
 
 def _part_of(rays: Vector, window: tuple[slice, slice]) -> Vector:
+    """Return the rays of the rows and columns in a window."""
     return rays[0][:, window[1]], rays[1][window[0]], rays[2][window[0]]
 
 
 def _windows(scene: Scene, points: np.ndarray, side: int) -> list[tuple[slice, slice]]:
-    """For each of n sets of `points` (n, k, 3): the rows and columns of the rays that can meet its convex hull."""
+    """Return, for each of n sets of `points` (n, k, 3), the rows and columns of the rays that can meet its convex hull.
+
+    Row 0 is the top. A hull from 0.1 to 0.5 up, in a picture of 100 rays a side, is at rows 25 to 45: (1 - 0.5) * 50 and
+    (1 - 0.1) * 50. One more ray before and behind makes up for rounding.
+    """
     right, up, _ = scene.project(points)
     low, high = np.array([[-up.max(axis=1), right.min(axis=1)], [-up.min(axis=1), right.max(axis=1)]])  # (2, n) each
     low = np.clip((low + 1) * HALF_SIDE * side - 1, 0, side).astype(int).T.tolist()
@@ -203,14 +209,17 @@ def _windows(scene: Scene, points: np.ndarray, side: int) -> list[tuple[slice, s
 
 
 def _local(scene: Scene, i: int, vector: Vector | np.ndarray) -> Vector:
-    """A direction in the frame of object i, whose half height is 1."""
+    """Return a direction in the frame of object i, whose half height is 1."""
     x, y, z = vector
     (cos, sin), scale = scene.turn[i], 1 / scene.half[i]
     return (x * cos + y * sin) * scale, (y * cos - x * sin) * scale, z * scale
 
 
 def _ray_entry(scene: Scene, i: int, start: Vector, ray: Vector) -> np.ndarray:
-    """Where rays, in the frame of object i, enter it: multiples of `ray`, FAR where they miss it."""
+    """Return where rays, in the frame of object i, enter it: multiples of `ray`, FAR_AWAY where they miss it.
+
+    A solid is what several simple bodies have in common: a cube is three slabs, a cylinder an endless cylinder and a slab.
+    """
     shape = scene.shape[i]
     if shape == SPHERE:
         spans = [_ball(start, ray)]
@@ -225,20 +234,24 @@ def _ray_entry(scene: Scene, i: int, start: Vector, ray: Vector) -> np.ndarray:
 
 
 def _slab(start: np.ndarray, ray: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """In and out of |coordinate| <= 1."""
+    """Return where rays enter and leave the slab |coordinate| <= 1."""
     inverse = 1 / ray
     a, b = (-1 - start) * inverse, (1 - start) * inverse
     return np.minimum(a, b), np.maximum(a, b)
 
 
 def _ball(start: tuple[np.ndarray, ...], ray: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """In and out of the unit sphere, or with two coordinates of the endless unit cylinder; nan where they miss."""
+    """Return where rays enter and leave the unit sphere, or with two coordinates the endless cylinder; nan where they miss.
+
+    The ends are the roots t of |start + t * ray|^2 = 1.
+    """
     square, along, away = (_dot(u, v) for u, v in ((ray, ray), (start, ray), (start, start)))
     root, inverse = np.sqrt(along * along - square * (away - 1)), 1 / square
     return (-along - root) * inverse, (root - along) * inverse
 
 
 def _dot(u: tuple[np.ndarray, ...], v: tuple[np.ndarray, ...]) -> np.ndarray:
+    """Return the scalar product, added up from left to right: a library's order may depend on the vector width."""
     total = u[0] * v[0]
     for a, b in zip(u[1:], v[1:], strict=True):
         total = total + a * b
@@ -247,7 +260,7 @@ def _dot(u: tuple[np.ndarray, ...], v: tuple[np.ndarray, ...]) -> np.ndarray:
 
 @QUIET
 def render_scene(scene: Scene, size: int) -> np.ndarray:
-    """The picture: (size, size, 3) uint8 sRGB, each pixel the mean of SAMPLES x SAMPLES rays."""
+    """Render a scene as (size, size, 3) uint8 sRGB, each pixel the mean of SAMPLES x SAMPLES rays."""
     side = size * SAMPLES
     depth, ids, _ = trace_scene(scene, side)
     x, y, z = (a + d * depth for a, d in zip(scene.camera, _rays(scene, side), strict=True))
@@ -265,14 +278,14 @@ def render_scene(scene: Scene, size: int) -> np.ndarray:
 
 
 def _darkened(scene: Scene) -> np.ndarray:
-    """(n, 24, 3): points around all that each object can darken."""
+    """Return points (n, 24, 3) around all that each object can darken: its surroundings on the ground, and its shadow."""
     top, near = scene.blocks(), scene.blocks(WIDE_SIDE)
     fallen = top - scene.light * (top[..., 2:] / scene.light[2])  # where the shadows of its corners lie
     return np.concatenate([near, near * FLOOR, fallen], axis=1)
 
 
 def _darken(scene: Scene, i: int, points: Vector, ids: np.ndarray, lit: np.ndarray, open_sky: np.ndarray) -> None:
-    """Take what object i hides: the light, from `lit`, and for the ground around it the sky, from `open_sky`."""
+    """Take away in place what object i hides: the light from `lit`, and for the ground around it the sky from `open_sky`."""
     start = _local(scene, i, [p - c for p, c in zip(points, scene.centre[i], strict=True)])
     lit[(_ray_entry(scene, i, start, _local(scene, i, scene.light)) < FAR_AWAY) & (ids != i)] = 0
     wide = WIDE_SIDE * scene.reach[i] / scene.half[i]
@@ -281,12 +294,13 @@ def _darken(scene: Scene, i: int, points: Vector, ids: np.ndarray, lit: np.ndarr
 
 
 def _ground_light(scene: Scene, x: np.ndarray, y: np.ndarray, lit: np.ndarray, open_sky: np.ndarray) -> np.ndarray:
+    """Return how bright the ground is at points x, y; it fades away from the centre."""
     fade = 1 / (1 + np.float32(0.012) * (x * x + y * y))
     return scene.ground * fade * (AMBIENT * open_sky + scene.key * scene.light[2] * (1 - AMBIENT) * lit)
 
 
 def _surface(scene: Scene, i: int, point: Vector, lit: np.ndarray) -> list[np.ndarray]:
-    """Red, green and blue of points on object i: matte, or a metal that mirrors sky and ground around a highlight."""
+    """Return red, green and blue of points on object i: matte, or a metal that mirrors sky and ground around a highlight."""
     x, y, z = _normal(scene, i, point)
     lambert = np.maximum(0, x * scene.light[0] + y * scene.light[1] + z * scene.light[2]) * lit * scene.key
     view = [p - c for p, c in zip(point, scene.camera, strict=True)]
@@ -305,7 +319,7 @@ def _surface(scene: Scene, i: int, point: Vector, lit: np.ndarray) -> list[np.nd
 
 
 def _normal(scene: Scene, i: int, point: Vector) -> Vector:
-    """Unit normals of object i at points on it: its coordinates themselves, or the axis of the largest."""
+    """Return the unit normals of object i at points on it: its coordinates themselves, or the axis of the largest."""
     x, y, z = _local(scene, i, [p - c for p, c in zip(point, scene.centre[i], strict=True)])
     if scene.shape[i] == CYLINDER:
         side = x * x + y * y > z * z
@@ -318,72 +332,13 @@ def _normal(scene: Scene, i: int, point: Vector) -> Vector:
 
 
 def _to_bytes(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Linear (3, size * SAMPLES, size * SAMPLES) to the bytes of its means; a square root stands for sRGB's curve."""
+    """Return linear (3, size * SAMPLES, size * SAMPLES) as the bytes (size, size, 3) of its means.
+
+    A square root stands for sRGB's curve.
+    """
     parts = [pixels[:, a::SAMPLES, b::SAMPLES] for a in range(SAMPLES) for b in range(SAMPLES)]
     total = parts[0].copy()
     for part in parts[1:]:
         total += part
     curve = np.sqrt(np.minimum(total * np.float32(1 / SAMPLES**2), 1))
     return (curve * 255 + np.float32(0.5)).astype(np.uint8).transpose(1, 2, 0)
-
-
-def write_scenes(
-    folder: Path, size: int, counts: dict[str, int] | None = None, seed: int = 0, workers: int | None = None
-) -> None:
-    """Render into `folder`: <split>/*.png, and scenes/CLEVR_<split>_scenes.json in the words of CLEVR v1.0.
-
-    Args:
-        size: side of the pictures in pixels; the scenes are the same at every size.
-        counts: pictures of each split; default: COUNTS.
-        workers: processes; default: one a core. Pictures and labels do not depend on it.
-    """
-    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    (folder / "scenes").mkdir(parents=True)
-    for split, count in (counts or SPLIT_COUNTS).items():
-        (folder / split).mkdir()
-        chunks, written = [range(start, min(count, start + SCENES_A_TASK)) for start in range(0, count, SCENES_A_TASK)], []
-        with counting_bar() as bar:
-            task = bar.add_task(f"rendering {split}", total=count)
-            for records in map_in_processes(_write_some, (folder / split, size, seed, split), chunks, workers):
-                written += records
-                bar.advance(task, len(records))
-        info = {"split": split, "size": size, "seed": seed, "renderer": "fastjepa"}
-        (folder / "scenes" / f"CLEVR_{split}_scenes.json").write_text(json.dumps({"info": info, "scenes": written}))
-
-
-def _write_some(job: tuple[Path, int, int, str], numbers: range) -> list[dict]:
-    folder, size, seed, split = job
-    records = []
-    for i in numbers:
-        scene, name = draw_scene(seed, split, i), f"{split}_{i:06d}.png"
-        Image.fromarray(render_scene(scene, size)).save(folder / name, compress_level=1)
-        objects = _described(scene, size)
-        records.append({"split": split, "image_index": i, "image_filename": name, "objects": objects})
-    return records
-
-
-def _described(scene: Scene, size: int) -> list[dict]:
-    """The objects as CLEVR's scene files have them; rotation in degrees, pixel_coords are column, row and depth."""
-    right, up, depth = scene.project(scene.centre)
-    pixels = np.stack([(1 + right) * size / 2, (1 - up) * size / 2, depth], axis=1)
-    degrees = np.degrees(np.arctan2(scene.turn[:, 1], scene.turn[:, 0])).round(3)
-    looks = zip(scene.shape, scene.large, scene.colour, scene.metal, strict=True)
-    return [
-        {"shape": SHAPES[shape], "size": "large" if large else "small", "color": list(COLOURS)[colour],
-         "material": MATERIALS[int(metal)], "3d_coords": scene.centre[i].tolist(), "rotation": float(degrees[i]),
-         "pixel_coords": pixels[i].tolist()}
-        for i, (shape, large, colour, metal) in enumerate(looks)
-    ]  # fmt: skip
-
-
-def scenes_complete(folder: Path) -> bool:
-    """Whether `folder` holds what `write` writes by default."""
-    try:
-        for split, count in SPLIT_COUNTS.items():
-            scenes = json.loads((folder / "scenes" / f"CLEVR_{split}_scenes.json").read_text())["scenes"]
-            names = {scene["image_filename"] for scene in scenes}
-            if len(names) != count or not names <= set(os.listdir(folder / split)):
-                return False
-    except (OSError, ValueError, KeyError):
-        return False
-    return True

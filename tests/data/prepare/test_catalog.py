@@ -1,37 +1,53 @@
-"""Named data sets: fetched whole or not at all, checked, and every failure says what to do. Nothing here uses a network."""
+"""Named data sets: fetched whole or not at all, checked, and every failure says what to do. No network but loopback."""
 
 import gzip
 import hashlib
+import http.server
 import io
 import os
 import shutil
 import subprocess
 import tarfile
+import threading
+import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from torchvision.datasets import FashionMNIST
+from torchvision.datasets.utils import download_url
 
-from fastjepa.data.prepare import catalog
-from fastjepa.data.prepare.catalog import CIFAR10_CLASSES, FASHION_FOLDER, FASHION_MNIST, data_dir, get_dataset
+from fastjepa.data.prepare import downloads
+from fastjepa.data.prepare.catalog import data_dir, get_dataset
+from fastjepa.data.prepare.downloads import CIFAR10_CLASSES, FASHION_FOLDER, FASHION_MNIST
 from fastjepa.data.sources import open_source
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 
-CONTENT = {name: f"content of {name}".encode() for name in FASHION_MNIST}
+
+def idx(*shape: int) -> bytes:
+    """An idx file of zeros."""
+    return bytes([0, 0, 8, len(shape)]) + np.array(shape, ">i4").tobytes() + bytes(int(np.prod(shape)))
+
+
+COUNTS = {"train": 3, "t10k": 2}
+CONTENT = {n: idx(COUNTS[n.partition("-")[0]], *((28, 28) if "images" in n else ())) for n in FASHION_MNIST}
+PACKED = {name: gzip.compress(content, mtime=0) for name, content in CONTENT.items()}
 
 
 @pytest.fixture(autouse=True)
 def store(tmp_path: Path, monkeypatch) -> Path:
     """An empty data directory, two images a class, and no way to reach anything."""
     monkeypatch.setenv("FASTJEPA_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(catalog, "CIFAR10_PER_CLASS", {"train": 2, "test": 1})
-    monkeypatch.setattr(catalog, "FASHION_MNIST", {n: hashlib.sha256(c).hexdigest() for n, c in CONTENT.items()})
+    monkeypatch.setattr(downloads, "CIFAR10_PER_CLASS", {"train": 2, "test": 1})
+    monkeypatch.setattr(downloads, "FASHION_MNIST", {n: hashlib.sha256(c).hexdigest() for n, c in CONTENT.items()})
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(subprocess, "run", lambda command, **_: pytest.fail(f"ran {command}"))
     monkeypatch.setattr("torchvision.datasets.utils.download_url", offline)
-    monkeypatch.setattr("torchvision.datasets.FashionMNIST", offline)
+    monkeypatch.setattr(FashionMNIST, "mirrors", ["http://127.0.0.1:1/"])  # a port at which nothing listens
+    monkeypatch.setattr(FashionMNIST, "resources", [(f"{n}.gz", hashlib.md5(raw).hexdigest()) for n, raw in PACKED.items()])
     return tmp_path / "data"
 
 
@@ -87,21 +103,65 @@ def test_empty_package_lists_are_updated_by_root_only(root: bool, monkeypatch):
         assert get_dataset("fashion-mnist").is_dir()
         assert commands == ["apt-get download", "apt-get update", "apt-get download", "dpkg -x"]
     else:
-        with pytest.raises(OSError, match="no way to fetch it worked .*Unable to locate package.*no network.*copy its four"):
+        with pytest.raises(OSError, match="worked .*cannot be reached.*Unable to locate package.*copy its four"):
             get_dataset("fashion-mnist")
         assert commands == ["apt-get download"]
 
 
-def test_fashion_mnist_from_torchvision_where_there_is_no_apt(monkeypatch):
-    def download(root: str, download: bool) -> None:
-        raw = Path(root, "FashionMNIST", "raw")
-        raw.mkdir(parents=True)
-        for name, content in CONTENT.items():
-            (raw / f"{name}.gz").write_bytes(gzip.compress(content, compresslevel=1))
+class Mirror(http.server.BaseHTTPRequestHandler):
+    """The authors' server: sound, silent, one that stands still in the middle, or one that sends a page for every file."""
 
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setattr("torchvision.datasets.FashionMNIST", download)
-    assert len(names(get_dataset("fashion-mnist"))) == 4
+    kind = "sound"
+
+    def do_HEAD(self) -> None:
+        if self.kind == "silent":
+            time.sleep(5)
+        self.send_response(200)
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        raw = b"<html>Log in first</html>" if self.kind == "page" else PACKED[self.path[1:].removesuffix(".gz")]
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw[:5])
+        if self.kind == "stands still":
+            time.sleep(5)
+        self.wfile.write(raw[5:])
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+@pytest.fixture
+def mirror(monkeypatch) -> Iterator[type[Mirror]]:
+    """A mirror on loopback in place of the authors'; torchvision is the real one."""
+    handler = type("OneMirror", (Mirror,), {})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads, server.block_on_close = True, False
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        monkeypatch.setattr("torchvision.datasets.utils.download_url", download_url)
+        monkeypatch.setattr(FashionMNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+        yield handler
+        server.shutdown()
+
+
+def test_fashion_mnist_from_its_server_whatever_else_there_is(mirror: type[Mirror], store: Path):
+    path = get_dataset("fashion-mnist")  # apt-get, which the fixture has at hand, would fail the test
+    assert {p.name.removesuffix(".gz"): p.read_bytes() for p in path.iterdir()} == PACKED
+    assert names(store) == ["fashion-mnist"]
+
+
+@pytest.mark.parametrize("kind", ["silent", "stands still", "page"])
+def test_debians_package_where_the_server_is_no_use(mirror: type[Mirror], monkeypatch, capsys, kind: str):
+    mirror.kind = kind
+    commands, before = debian(monkeypatch), time.monotonic()
+    monkeypatch.setattr(downloads, "CONNECT_TIMEOUT", 0.5)
+    monkeypatch.setattr(downloads, "ANSWER_TIMEOUT", 0.5)
+    assert len(names(get_dataset("fashion-mnist"))) == 4 and commands == ["apt-get download", "dpkg -x"]
+    assert time.monotonic() - before < 4
+    shown = capsys.readouterr()
+    assert not shown.out
 
 
 def test_wrong_content_never_becomes_visible(store: Path, monkeypatch):
@@ -109,6 +169,18 @@ def test_wrong_content_never_becomes_visible(store: Path, monkeypatch):
     with pytest.raises(OSError, match="not the published data set"):
         get_dataset("fashion-mnist")
     assert names(store) == []
+
+
+def test_another_process_may_be_first(store: Path, monkeypatch):
+    debian(monkeypatch)
+    whole = get_dataset("fashion-mnist").rename(store / "theirs")
+
+    def late(command: list[str], **_) -> subprocess.CompletedProcess:
+        whole.rename(store / "fashion-mnist")
+        return subprocess.CompletedProcess(command, 100, "", "E: no connection")
+
+    monkeypatch.setattr(subprocess, "run", late)
+    assert len(names(get_dataset("fashion-mnist"))) == 4 and names(store) == ["fashion-mnist"]
 
 
 def test_damaged_files_are_named_and_left_alone(store: Path, monkeypatch):
@@ -166,7 +238,7 @@ def test_incomplete_archive_leaves_nothing(tmp_path: Path, store: Path):
     members = cifar10_members()
     del members["cifar10/train/ship/0001.jpg"]
     message = "a.zip: holds 19 of 20 train and 10 of 10 test images of CIFAR-10; give an archive of"
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         get_dataset("cifar10", archive=write_archive(tmp_path / "a.zip", members))
     assert names(store) == []
 
@@ -210,14 +282,14 @@ def test_offline_cifar10_asks_for_an_archive(store: Path):
 
 
 def test_unknown_name_names_the_nearest():
-    with pytest.raises(ConfigError, match="unknown data set 'cifar-10'; did you mean 'cifar10'"):
+    with pytest.raises(UserError, match="unknown data set 'cifar-10'; did you mean 'cifar10'"):
         get_dataset("cifar-10")
-    with pytest.raises(ConfigError, match="unknown data set 'x'; data sets: fashion-mnist, cifar10"):
+    with pytest.raises(UserError, match="unknown data set 'x'; data sets: fashion-mnist, cifar10"):
         get_dataset("x")
 
 
 def test_archive_for_fashion_mnist_is_refused(tmp_path: Path):
-    with pytest.raises(ConfigError, match="--archive is for cifar10"):
+    with pytest.raises(UserError, match="--archive is for cifar10"):
         get_dataset("fashion-mnist", archive=tmp_path / "a.zip")
 
 

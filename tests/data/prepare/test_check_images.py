@@ -13,10 +13,11 @@ from PIL import Image
 
 from fastjepa.cli.main import main
 from fastjepa.data import decode_pillow
+from fastjepa.data.prepare import check_images as check_images_module
 from fastjepa.data.prepare.check_images import check_images
-from fastjepa.data.prepare.write_shards import write_shards
+from fastjepa.data.prepare.write_shards import ShardRequest, write_shards
 from fastjepa.data.sources import open_source
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from fastjepa.loader.micro_batches import MicroBatches
 from tests.support.batches import settings
 from tests.support.images import save_image
@@ -109,16 +110,16 @@ def test_a_limit_is_judged_before_decoding(tmp_path: Path, monkeypatch):
 
 @pytest.mark.parametrize("limit", [0, -1, float("nan"), 90])
 def test_a_limit_that_a_run_does_not_keep_is_refused(tmp_path: Path, limit: float):
-    with pytest.raises(ConfigError, match=r"at most 89.4785, the megapixels that a run decodes"):
+    with pytest.raises(UserError, match=r"at most 89.4785, the megapixels that a run decodes"):
         check_images(str(tmp_path), max_pixels=limit)
 
 
 def test_the_decoders_limit_is_the_default(tmp_path: Path, monkeypatch):
     save_image(tmp_path / "0.png", seed=1, size=(40, 30))
-    monkeypatch.setattr(decode_pillow, "MAX_PIXELS", 1199)
-    assert [bad.reason for bad in check_images(str(tmp_path)).bad] == ["too large"]
-    monkeypatch.setattr(decode_pillow, "MAX_PIXELS", 1200)
-    assert check_images(str(tmp_path)).bad == []
+    for limit, reasons in ((1199, ["too large"]), (1200, [])):
+        for module in (decode_pillow, check_images_module):
+            monkeypatch.setattr(module, "MAX_PIXELS", limit)
+        assert [bad.reason for bad in check_images(str(tmp_path)).bad] == reasons
 
 
 def test_the_command_prints_writes_and_exits_with_1(planted: Path, tmp_path: Path, monkeypatch, capsys):
@@ -153,7 +154,7 @@ def sharded(tmp_path: Path) -> Path:
     for i in range(12):
         save_image(tmp_path / "in" / f"{i}.png", seed=i)
     out = tmp_path / "out"
-    write_shards(open_source(tmp_path / "in"), out / "train", {"path": "in", "split": "train"}, shard_bytes=20_000)
+    write_shards(open_source(tmp_path / "in"), out / "train", {"path": "in", "split": "train"}, ShardRequest(20_000))
     return out
 
 
@@ -197,6 +198,6 @@ def test_damaged_shards_are_found(sharded: Path, damage: str, said: str, tmp_pat
 def test_a_bad_image_in_a_shard_is_named_by_its_member(tmp_path: Path):
     save_image(tmp_path / "in" / "0.png", seed=1)
     (tmp_path / "in" / "letter.png").write_text("text")
-    write_shards(open_source(tmp_path / "in"), tmp_path / "out", {"path": "in", "split": "train"}, 20_000)
+    write_shards(open_source(tmp_path / "in"), tmp_path / "out", {"path": "in", "split": "train"}, ShardRequest(20_000))
     (bad,) = check_images(str(tmp_path / "out")).bad
     assert bad.path == f"{tmp_path}/out/000000.tar/00000001-letter.png" and bad.reason == "not an image"
