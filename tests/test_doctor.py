@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastjepa.cli.survey import DEEPSPEED_OPS, OPTIONAL_PACKAGES, deepspeed_op_rows, driver_row, precision_row, survey_machine
+from fastjepa.cli import survey
 from fastjepa.cli.main import main
+from fastjepa.cli.survey import DEEPSPEED_OPS, OPTIONAL_PACKAGES, deepspeed_op_rows, driver_row, precision_row, survey_machine
 from fastjepa.config.load import load_config
-from fastjepa.engine import precision
 from fastjepa.engine.precision import settle_dtype
 
 ROOT = Path(__file__).parent.parent
@@ -32,7 +32,7 @@ def test_it_covers_the_machine(found):
 def test_the_dtype_of_auto_is_the_trainers(found, monkeypatch):
     settled = settle_dtype(load_config("study", ["runtime.dtype=auto"]), CPU).runtime.dtype
     assert found["precision"]["auto"][0] == settled
-    monkeypatch.setattr(precision, "has_bf16", lambda device: False)
+    monkeypatch.setattr(survey, "has_bf16", lambda device: False)
     assert precision_row(CPU) == ("auto", "fp32", "this CPU has no bf16 instructions")
 
 
