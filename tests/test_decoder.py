@@ -129,7 +129,8 @@ def test_a_condition_is_the_mean_of_what_the_predictor_says_of_one_block(
     """Given its own image's context alone, whatever else is in the batch."""
     load, load_predictor = Subject.encoder, neighbours.load_predictor
     monkeypatch.setattr(Subject, "encoder", lambda *args: stirred(load(*args)))
-    monkeypatch.setattr(neighbours, "load_predictor", lambda subject: stirred(load_predictor(subject)))
+    for module in ("decoder", "neighbours"):
+        monkeypatch.setattr(f"fastjepa.visualize.{module}.load_predictor", lambda subject: stirred(load_predictor(subject)))
     predict, settings = block_predictor(subject), DecoderSettings(steps=3, batch=4, seed=5)
     found = list(block_conditions(predict, split(place, "train"), settings, 1, "conditions"))
     assert len(found) == 2
