@@ -79,22 +79,23 @@ def arm_results(arms: Iterable[Arm], rows: Iterable[dict[str, Any]]) -> list[Arm
 
 def table_rows(found: list[ArmResult]) -> list[list[str]]:
     """Return the table's body; a group is named in its first row alone."""
-    groups = ["", *(line.arm.group for line in found)]
+    groups = ["", *(result.arm.group for result in found)]
     return [
-        ["" if line.arm.group == before else line.arm.group, line.arm.name, *line.cells()]
-        for before, line in zip(groups, found, strict=False)
+        ["" if result.arm.group == before else result.arm.group, result.arm.name, *result.cells()]
+        for before, result in zip(groups, found, strict=False)
     ]
 
 
 def footnote(study: Any, found: list[ArmResult]) -> str:
     """Return the paragraph that says what the numbers are."""
-    few = f" * fewer than {FEW_SEEDS} seeds: a lead, not a result." if any(len(line.rows) < FEW_SEEDS for line in found) else ""
-    tests = sorted({row["probe"][TABLE_HEAD]["n_test"] for line in found for row in line.rows})
+    few = any(len(result.rows) < FEW_SEEDS for result in found)
+    lead = f" * fewer than {FEW_SEEDS} seeds: a lead, not a result." if few else ""
+    tests = sorted({row["probe"][TABLE_HEAD]["n_test"] for result in found for row in result.rows})
     noise = f", each on {tests[0]:,} test images" if len(tests) == 1 else ""
     return (
         f"Accuracy in %, mean ± standard deviation over seeds{noise}; rank: effective rank of the features; common: what all "
         "tokens share of their energy, layer-normalised as targets are, in %; min: minutes of training steps, on a machine "
-        f"that did other work too.{few} Paper: {study.paper}."
+        f"that did other work too.{lead} Paper: {study.paper}."
     )
 
 
@@ -103,11 +104,11 @@ def group_leads(found: list[ArmResult]) -> list[str]:
 
     The first arm is the base where it changes nothing; it then competes in every group.
     """
-    present = [line for line in found if line.rows]
-    base = [line for line in present[:1] if line.arm == Arm(line.arm.name, line.arm.group, paper=line.arm.paper)]
+    present = [result for result in found if result.rows]
+    base = [result for result in present[:1] if result.arm == Arm(result.arm.name, result.arm.group, paper=result.arm.paper)]
     groups: dict[str, list[ArmResult]] = {}
-    for line in present:
-        groups.setdefault(line.arm.group, []).append(line)
+    for result in present:
+        groups.setdefault(result.arm.group, []).append(result)
     together = {name: members if base[0] in members else base + members for name, members in groups.items()} if base else groups
     return [lead_sentence(name, members) for name, members in together.items() if len(members) > 1]
 
@@ -119,19 +120,19 @@ def lead_sentence(group: str, members: list[ArmResult]) -> str:
     said = f"{group}: {first.arm.name} leads {second.arm.name} by {gap:.1f} points"
     if len(first.rows) < 2:
         return f"{said}, of one seed: nothing can be said of the spread."
-    error = math.sqrt(sum(statistics.variance(line.values(TABLE_HEAD)) / len(line.rows) for line in (first, second)))
+    error = math.sqrt(sum(statistics.variance(result.values(TABLE_HEAD)) / len(result.rows) for result in (first, second)))
     return f"{said}, {'more' if gap > 2 * error else 'not more'} than twice its standard error ({error:.2f})."
 
 
 def ranked_arms(members: Iterable[ArmResult]) -> list[ArmResult]:
     """Return arms by falling mean accuracy."""
-    return sorted(members, key=lambda line: -statistics.fmean(line.values(TABLE_HEAD)))
+    return sorted(members, key=lambda result: -statistics.fmean(result.values(TABLE_HEAD)))
 
 
 def on_shared_seeds(*pair: ArmResult) -> list[ArmResult]:
     """Return two arms with the rows of the seeds that both have; in an unfinished sweep one may have more seeds."""
-    seeds = set.intersection(*({row["seed"] for row in line.rows} for line in pair))
-    return [ArmResult(line.arm, [row for row in line.rows if row["seed"] in seeds]) for line in pair]
+    seeds = set.intersection(*({row["seed"] for row in result.rows} for result in pair))
+    return [ArmResult(result.arm, [row for row in result.rows if row["seed"] in seeds]) for result in pair]
 
 
 def show_study(study: Any, found: list[ArmResult], console: Console) -> None:
@@ -151,7 +152,7 @@ def conclusions(found: list[ArmResult]) -> list[str]:
 
 def law_sentences(found: list[ArmResult]) -> list[str]:
     """Return the sentence on the power law through a study of sizes; none where fewer than four points lie on it."""
-    points = law_points([row for line in found for row in line.rows])
+    points = law_points([row for result in found for row in result.rows])
     return law_in_words(*points) if len(points[0]) > 3 else []
 
 
@@ -169,8 +170,9 @@ def study_plot(study: Any, found: list[ArmResult], files: Iterable[Path]) -> Non
         raise UserError(f"the plot needs matplotlib ({error}); pip install 'fastjepa[studies]'") from error
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "fastjepa"  # the same rows, the same file
-    present = [line for line in found if line.rows]
-    figure = law_figure(present) if any(line.arm.group.startswith("size") for line in present) else dot_figure(study, present)
+    present = [result for result in found if result.rows]
+    sizes = any(result.arm.group.startswith("size") for result in present)
+    figure = law_figure(present) if sizes else dot_figure(study, present)
     for file in files:
         with atomic_path(file) as hidden:
             figure.savefig(hidden, dpi=130, bbox_inches="tight", metadata={"Date": None} if file.suffix == ".svg" else None)
@@ -181,15 +183,15 @@ def dot_figure(study: Any, present: list[ArmResult]) -> Any:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    groups = list(dict.fromkeys(line.arm.group for line in present))
+    groups = list(dict.fromkeys(result.arm.group for result in present))
     figure = Figure(figsize=(8, 1.2 + 0.28 * len(present)))
     axes = figure.subplots()
-    for place, line in enumerate(present):
-        values, colour = line.values(TABLE_HEAD), colormaps["tab10"](groups.index(line.arm.group) % 10)
+    for place, result in enumerate(present):
+        values, colour = result.values(TABLE_HEAD), colormaps["tab10"](groups.index(result.arm.group) % 10)
         axes.plot([min(values), max(values)], [place, place], color=colour, linewidth=1)
         axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.5, markersize=5)
         axes.plot([statistics.fmean(values)], [place], "|", color=colour, markersize=16, markeredgewidth=2)
-    axes.set_yticks(range(len(present)), [f"{line.arm.name} ({len(line.rows)})" for line in present])
+    axes.set_yticks(range(len(present)), [f"{result.arm.name} ({len(result.rows)})" for result in present])
     axes.axvline(statistics.fmean(present[0].values(TABLE_HEAD)), color="#bbb", linewidth=1, zorder=0)
     axes.invert_yaxis()
     axes.grid(axis="x", color="#eee")
@@ -201,7 +203,7 @@ def dot_figure(study: Any, present: list[ArmResult]) -> Any:
 def write_study(study: Any, name: str, found: list[ArmResult], folder: Path) -> list[Path]:
     """Write <name>.json (the rows), .md (the table), .svg and .png into `folder`, and return them; no plot without rows."""
     files = [folder / f"{name}.{suffix}" for suffix in ("json", "md", "svg", "png")]
-    rows = [row for line in found for row in line.rows]
+    rows = [row for result in found for row in result.rows]
     write_atomic(files[0], json.dumps(rows, indent=1) + "\n")
     write_atomic(files[1], study_markdown(study, found) + "\n")
     if rows:

@@ -59,7 +59,7 @@ def law_in_words(labels: list[str], flops: list[float], error: list[float]) -> l
     return [f"Fitted to the arms with all of the data: {formula}; residuals in points, root mean square {root:.1f}: {listed}."]
 
 
-def law_figure(lines: Sequence[Any]) -> Any:
+def law_figure(results: Sequence[Any]) -> Any:
     """Plot error against FLOPs, with the law, and against time of steps: a colour a size, hollow for a tenth of the data."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -68,12 +68,12 @@ def law_figure(lines: Sequence[Any]) -> Any:
     picture = Figure(figsize=(10, 4.2))
     panels = picture.subplots(1, 2, sharey=True)
     colours = dict(zip(SCALING_SIZES, ("C0", "C1", "C2"), strict=True))
-    for line in lines:
-        colour = colours[line.arm.name.partition(",")[0]]
-        error = 100 - statistics.fmean(line.values("linear_bn"))
-        for axes, x in zip(panels, (line.mean("flops") / 1e12, line.mean("seconds") / 60), strict=True):
-            axes.plot(x, error, "o", color=colour, markerfacecolor=colour if line.arm.fraction == 1 else "none")
-    _, flops, error = law_points([row for line in lines for row in line.rows])
+    for result in results:
+        colour = colours[result.arm.name.partition(",")[0]]
+        error = 100 - statistics.fmean(result.values("linear_bn"))
+        for axes, x in zip(panels, (result.mean("flops") / 1e12, result.mean("seconds") / 60), strict=True):
+            axes.plot(x, error, "o", color=colour, markerfacecolor=colour if result.arm.fraction == 1 else "none")
+    _, flops, error = law_points([row for result in results for row in result.rows])
     if len(flops) > 3:
         x = np.geomspace(min(flops), max(flops))
         panels[0].plot(x / 1e12, 100 * scaling_law(x, *fit_law(flops, error)[0]), color="#888", zorder=0)

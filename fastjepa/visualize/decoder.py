@@ -56,7 +56,7 @@ class BlockDecoder(nn.Module):
     """UNet that predicts the velocity of diffusion (Salimans & Ho 2022) from noisy images and a condition."""
 
     def __init__(self, dim: int, channels: int, size: tuple[int, int]):
-        """`dim`: D of the condition; `size`: (H, W), multiples of 4."""
+        """Build the network for conditions of `dim` numbers and images of `size` (H, W), multiples of 4."""
         super().__init__()
         embedded, depth = 4 * DECODER_WIDTHS[0], channels * UNSHUFFLE**2
         self.size, self.channels = size, channels
