@@ -7,19 +7,19 @@ from pathlib import Path
 
 PANELS = {"loss": "loss", "feature_std": "feature spread", "effective_rank": "effective rank", "knn": "k-NN accuracy"}
 COLOURS = ("#1f6fb4", "#d9541e", "#3a923a", "#8c5aa8")
-WIDTH, HEIGHT, GAP = 250, 170, 46  # of a panel, and around it, in pixels
+WIDTH, HEIGHT, GAP = 250, 170, 46  # pixels: a panel's size, and the space around it
 
 Points = list[tuple[float, float]]
 
 
 def points(metrics: Path, reading: str) -> Points:
-    """(step, value) of every line that has the reading as a finite number."""
+    """Return (step, value) of every line of metrics.jsonl that has the reading as a number."""
     entries = [json.loads(line) for line in metrics.read_text().splitlines()]
     return [(entry["step"], entry[reading]) for entry in entries if entry.get(reading) is not None]
 
 
 def panel(left: float, title: str, curves: list[Points]) -> str:
-    """One reading of every run over the steps, from 0 to the largest value."""
+    """Return the SVG of one reading of every run over the steps; both axes go from 0 to the largest value."""
     across = max((x for curve in curves for x, _ in curve), default=1)
     high = max((y for curve in curves for _, y in curve), default=1) or 1
     parts = [f'<g transform="translate({left},{GAP})">',
@@ -35,7 +35,7 @@ def panel(left: float, title: str, curves: list[Points]) -> str:
 
 
 def svg(runs: list[Path]) -> str:
-    """A panel for each of PANELS that a run has, a colour for each of at most four runs, named by file or directory."""
+    """Return an SVG with a panel for each of PANELS that a run has; at most four runs, each with a colour and a name."""
     names = [path.parent.name if path.stem == "metrics" else path.stem for path in runs]
     panels = {title: curves for reading, title in PANELS.items() if any(curves := [points(path, reading) for path in runs])}
     width, height = len(panels) * (WIDTH + GAP) + GAP, HEIGHT + 2 * GAP + 20

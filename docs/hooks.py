@@ -1,4 +1,4 @@
-"""What the pages of the documentation take from the code when they are built: tables of keys, presets, help, a README.
+"""Hook of mkdocs: pages take tables of keys and presets, help texts and other files from the code when they are built.
 
 A page asks with a comment on a line of its own: `<!-- keys: data -->`, `<!-- presets -->`, `<!-- help: eval knn -->` or
 `<!-- file: kernels/README.md -->`.
@@ -23,14 +23,14 @@ REQUEST = re.compile(r"^<!-- (keys|presets|help|file)(?:: ([^>]+?))? -->$", re.M
 
 
 def on_page_markdown(markdown: str, **about: Any) -> str:
-    """Called by mkdocs with each page's source."""
+    """Return a page's source with every request answered; mkdocs calls this with each page."""
     made = {"keys": keys, "presets": presets, "help": help_of, "file": file}
     markdown = OUTSIDE.sub(lambda link: f"`{link[2]}`" if (ROOT / link[2]).exists() else link[0], markdown)
     return REQUEST.sub(lambda asked: made[asked[1]](*filter(None, [asked[2]])), markdown)
 
 
 def keys(section: str) -> str:
-    """A table of a section's keys, from the dataclass that the trainer reads them into."""
+    """Return a table of a section's keys, from the dataclass that the trainer reads them into."""
     cls = typing.get_type_hints(Config)[section]
     hints = typing.get_type_hints(cls)
     rows = [f"| `{field.name}` | {kind(hints[field.name])} | {shown(field.default)} | {meaning(field)} |"
@@ -39,24 +39,27 @@ def keys(section: str) -> str:
 
 
 def kind(hint: Any) -> str:
+    """Return the type of a key's value as the table shows it."""
     if typing.get_origin(hint) is Literal:
         return " or ".join(f"`{value}`" for value in typing.get_args(hint))
     return type_name(hint).replace("[", r"\[")
 
 
 def shown(value: Any) -> str:
+    """Return a default as YAML writes it."""
     plain = list(value) if isinstance(value, tuple) else value
     return f"`{ {None: 'null', True: 'true', False: 'false'}[plain] if plain is None or isinstance(plain, bool) else plain }`"
 
 
 def meaning(field: dataclasses.Field) -> str:
+    """Return a key's sentence, with its range where the sentence does not say it, and what is not supported."""
     check, unsupported = field.metadata["check"], field.metadata["unsupported"]
     bounds = f"; {check[1]}" if check and check[1] not in field.metadata["doc"] else ""
     return f"{field.metadata['doc']}{bounds}{f': {unsupported}' if unsupported else ''}"
 
 
 def presets() -> str:
-    """A table of the configs that come with the package, from the comments they begin with."""
+    """Return a table of the configs that come with the package, from the comments they begin with."""
     rows = []
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         text = path.read_text()
@@ -67,7 +70,7 @@ def presets() -> str:
 
 
 def help_of(command: str) -> str:
-    """What `fastjepa COMMAND --help` prints."""
+    """Return what `fastjepa COMMAND --help` prints, as a block of text."""
     os.environ["COLUMNS"] = "100"
     with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
         main([*command.split(), "--help"])
@@ -75,4 +78,5 @@ def help_of(command: str) -> str:
 
 
 def file(path: str) -> str:
+    """Return the text of a file of the repository."""
     return (ROOT / path).read_text()

@@ -20,8 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastjepa.cli import convert, data, evaluate, main, plan, sweep, visualize
-from fastjepa.cli.main import build_parser
+from fastjepa.cli.main import build_parser, main
 from fastjepa.config.schema import Config
 from fastjepa.data.prepare.catalog import CIFAR10_CLASSES
 from tests.support.images import write_idx
@@ -36,7 +35,6 @@ ONLY_PARSED = {  # how a command begins: why it is only parsed
     "python benchmarks/": "it measures for minutes; tests/test_bench_*.py and tests/test_gpu_hours.py run them small",
     "fastjepa data get": "it fetches or renders; tests/test_catalog.py and tests/test_scenes.py run it",
     "fastjepa sweep": "it trains for hours; tests/test_studies.py runs it small",
-    "fastjepa report runs/demo --serve": "it ends with Ctrl-C alone; tests/test_report.py runs it",
     "fastjepa eval lowlevel": "it needs rendered scenes; tests/test_lowlevel.py runs it",
 }
 # Before the settings of the page, which therefore win.
@@ -186,7 +184,7 @@ def place(tmp_path_factory, request) -> Path:
     shutil.copytree("runs/cifar10", "runs/h14")
     shutil.copyfile("runs/h14/config.yaml", "in1k_vith14_ep300.yaml")
     for name in ("IN1K-vit.h.14-300e.pth.tar", "jepa-ep100.pth.tar"):
-        assert main.main(["convert", "runs/h14", name, "--to", "meta", "--steps-per-epoch", "1"]) == 0
+        assert main(["convert", "runs/h14", name, "--to", "meta", "--steps-per-epoch", "1"]) == 0
     return root
 
 
@@ -207,7 +205,7 @@ def toy(words: list[str], place: Path, output: Path) -> None:
         for old in (Path(words[2]), Path(words[2]).with_suffix(".pt2")):
             shutil.rmtree(old, ignore_errors=True)
             old.unlink(missing_ok=True)
-    assert main.main([*words, *TOY.get(kind, []), *more]) in (None, 0)
+    assert main([*words, *TOY.get(kind, []), *more]) in (None, 0)
 
 
 def kind(command: str) -> str:

@@ -1,4 +1,4 @@
-"""`python -m fastjepa.cli`."""
+"""Entry of `python -m fastjepa.cli`."""
 
 import sys
 

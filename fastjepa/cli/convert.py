@@ -1,4 +1,4 @@
-"""`fastjepa convert`: weights and checkpoints from one format into another."""
+"""The command `fastjepa convert`: weights and checkpoints from one format into another."""
 
 import argparse
 import sys
@@ -22,12 +22,8 @@ run that `fastjepa train --output DST` continues."""
 
 
 def register(commands) -> None:
-    convert_options(
-        add_command(commands, "convert", run_convert, "weights into the formats of others, and back", CONVERT_EXAMPLES)
-    )
-
-
-def convert_options(sub: argparse.ArgumentParser) -> None:
+    """Add `convert` to the list of commands."""
+    sub = add_command(commands, "convert", run_convert, "weights into the formats of others, and back", CONVERT_EXAMPLES)
     sub.add_argument("source", metavar="SRC")
     sub.add_argument("destination", metavar="DST", type=Path, help="a folder, or for meta, onnx and pt2 a file; must not exist")
     formats = ("fastjepa", "meta", "timm", "transformers", "run", "onnx", "pt2")
@@ -44,6 +40,7 @@ def convert_options(sub: argparse.ArgumentParser) -> None:
 
 
 def run_convert(args: argparse.Namespace) -> None:
+    """Write the weights in the other format, and say which encoders they hold and what was left out."""
     from fastjepa.weights.convert import Conversion, convert_weights
 
     config = load_config(args.config) if args.config else None

@@ -1,4 +1,4 @@
-"""`fastjepa data`: get a data set by name, check images, write shards."""
+"""The command `fastjepa data`: get a data set by name, check images, write shards."""
 
 import argparse
 import dataclasses
@@ -33,6 +33,7 @@ Stopped, it continues where it was when it is run again. To train: data.source=/
 
 
 def register(commands) -> None:
+    """Add `data` and its three actions to the list of commands."""
     about = "get a data set by name, check images, write shards"
     data = add_command(commands, "data", None, about, DATA_EXAMPLES["data"])
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -45,12 +46,14 @@ def register(commands) -> None:
 
 
 def get_options(sub: argparse.ArgumentParser) -> None:
+    """Add the options of `data get`."""
     sub.add_argument("name", help="fashion-mnist, cifar10, scenes or scenes-128 (rendered here, 64 or 128 px)")
     sub.add_argument("--archive", type=Path, help="a local archive to unpack instead of a download")
     sub.add_argument("--directory", type=Path, help="where data sets are kept (default: $FASTJEPA_DATA or ~/.cache/fastjepa)")
 
 
 def source_options(sub: argparse.ArgumentParser) -> None:
+    """Add the options that `data check` and `data shard` share: which images, and how many processes read them."""
     sub.add_argument("source", metavar="SRC", help="whatever data.source takes: a directory, shards, a data set's name")
     sub.add_argument("--split", choices=("train", "val", "test"), default="train")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -58,6 +61,7 @@ def source_options(sub: argparse.ArgumentParser) -> None:
 
 
 def check_options(sub: argparse.ArgumentParser) -> None:
+    """Add the options of `data check`."""
     source_options(sub)
     limit = "larger images are bad, by their header alone (default, and at most, what a run decodes: 89.5)"
     sub.add_argument("--max-pixels", type=float, metavar="MEGAPIXELS", help=limit)
@@ -67,6 +71,7 @@ def check_options(sub: argparse.ArgumentParser) -> None:
 
 
 def shard_options(sub: argparse.ArgumentParser) -> None:
+    """Add the options of `data shard`."""
     source_options(sub)
     sub.add_argument("destination", metavar="DST", type=Path, help="directory, one for each split")
     sub.add_argument("--shard-size", type=byte_count, default="256MB", metavar="SIZE", help="about, of each (default 256MB)")
@@ -78,12 +83,14 @@ def shard_options(sub: argparse.ArgumentParser) -> None:
 
 
 def run_get(args: argparse.Namespace) -> None:
+    """Fetch or render a data set, and print the directory it lies in."""
     from fastjepa.data.prepare.catalog import get_dataset
 
     print(get_dataset(args.name, args.directory, args.archive))
 
 
 def run_check(args: argparse.Namespace) -> int:
+    """Read every image once and list the bad ones; return 1 where there are any."""
     from fastjepa.data.prepare.check_images import BadImage, check_images, write_bad_list
 
     def show(bad: BadImage) -> None:
@@ -93,21 +100,29 @@ def run_check(args: argparse.Namespace) -> int:
     report = check_images(args.source, args.split, args.workers, args.max_pixels, show)
     if report.bad:
         write_bad_list(report.bad, args.output)
-    reasons = report.by_reason()
     if args.json:
-        found = dataclasses.asdict(report) | {"by_reason": reasons, "list": str(args.output) if report.bad else None}
+        found = dataclasses.asdict(report) | {
+            "by_reason": report.by_reason(),
+            "list": str(args.output) if report.bad else None,
+        }
         print(json.dumps({"source": args.source, "split": args.split} | found, indent=1))
-        return 1 if report.bad else 0
-    shards = f"{report.shards} shards compared with their manifest, " if report.shards else ""
-    sizes = [f"{width}x{height}" for width, height in filter(None, (report.smallest, report.largest))]
-    print(f"{shards}{report.images} images read{', smallest {}, largest {}'.format(*sizes) if sizes else ''}")
-    print(f"bad: {len(report.bad)}{''.join(f', {count} {reason}' for reason, count in reasons.items())}")
-    if report.bad:
-        print(f"their paths are in {args.output}")
+    else:
+        print_check(report, args.output)
     return 1 if report.bad else 0
 
 
+def print_check(report, bad_list: Path) -> None:
+    """Print the counts of a check in words, and where the paths of the bad files lie."""
+    shards = f"{report.shards} shards compared with their manifest, " if report.shards else ""
+    sizes = [f"{width}x{height}" for width, height in filter(None, (report.smallest, report.largest))]
+    print(f"{shards}{report.images} images read{', smallest {}, largest {}'.format(*sizes) if sizes else ''}")
+    print(f"bad: {len(report.bad)}{''.join(f', {count} {reason}' for reason, count in report.by_reason().items())}")
+    if report.bad:
+        print(f"their paths are in {bad_list}")
+
+
 def run_shard(args: argparse.Namespace) -> None:
+    """Write the images as shards, and print how many, after the names of those that were left out."""
     from fastjepa.data.prepare.catalog import DATASETS
     from fastjepa.data.prepare.write_shards import ShardRequest, write_shards
     from fastjepa.data.sources import open_source

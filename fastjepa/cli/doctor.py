@@ -10,11 +10,13 @@ DOCTOR_EXAMPLES = """example:
 
 
 def register(commands) -> None:
+    """Add `doctor` to the list of commands."""
     about = "what would run on this machine, and what is missing"
     add_command(commands, "doctor", run_doctor, about, DOCTOR_EXAMPLES).add_argument("--json", action="store_true")
 
 
 def run_doctor(args: argparse.Namespace) -> None:
+    """Print the survey of this machine as a table, or as JSON."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

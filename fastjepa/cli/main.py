@@ -1,23 +1,24 @@
-"""The `fastjepa` command: its list of commands, and one sentence for every mistake."""
+"""The program `fastjepa`: its list of commands, and one sentence for every mistake."""
 
 import argparse
 import os
 import sys
 
-from fastjepa.cli import convert, data, doctor, evaluate, masks, plan, report, sweep, train, verify, visualize
+from fastjepa.cli import convert, data, decoder, doctor, evaluate, masks, plan, report, sweep, train, verify, visualize
 from fastjepa.errors import is_out_of_memory, is_users_to_mend, out_of_memory_sentence
 
-# Before torch is imported. By default its CPU threads spin while they wait for each other, and a loader process, or any
-# other, then halts them for whole time slices: steps were measured up to 12 times slower on 2 busy cores.
+# These two must be set before torch is imported. By default its CPU threads spin while they wait for each other, and a loader
+# process, or any other, then halts them for whole time slices: steps were measured up to 12 times slower on 2 busy cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# Each new shape leaves a oneDNN primitive behind, and ragged steps have many: the default, 1024, was seen to hold gigabytes.
+# Each new shape leaves a oneDNN primitive behind, and ragged steps have many shapes: the default, 1024, held gigabytes.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
-COMMANDS = (train, verify, masks, evaluate, data, plan, sweep, convert, visualize, report, doctor)  # as --help lists them
+# In the order of --help. Each adds itself with `register`, and imports what it needs, torch among it, when it is run.
+COMMANDS = (train, verify, masks, evaluate, data, plan, sweep, convert, decoder, visualize, report, doctor)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; bad input gives one sentence and exit code 2 (`--debug` shows the traceback)."""
+    """Run a command and return its exit code; a mistake gives one sentence and 2 (`--debug` shows the traceback)."""
     root = build_parser()
     args, rest = root.parse_known_args(argv)  # overrides may stand between options, which argparse cannot say
     unknown = [word for word in rest if word.startswith("-") or "overrides" not in args]

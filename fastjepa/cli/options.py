@@ -1,4 +1,4 @@
-"""Options that several commands share: a subcommand with its examples, and the types of values."""
+"""Options that several commands share: how a command is added with its examples, and the types of values."""
 
 import argparse
 import re
@@ -6,7 +6,10 @@ from collections.abc import Callable
 
 
 def add_command(commands, name: str, run, about: str, examples: str) -> argparse.ArgumentParser:
-    """A subcommand `name` that calls `run(args)`; `about` is one line of the list of commands, examples end its own help."""
+    """Add a command `name` that calls `run(args)`.
+
+    `about` is its line in the list of commands; `examples` end its own help.
+    """
     shown = {"help": about, "description": about[0].upper() + about[1:] + ".", "epilog": examples}
     sub = commands.add_parser(name, **shown, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -15,6 +18,7 @@ def add_command(commands, name: str, run, about: str, examples: str) -> argparse
 
 
 def positive_int(text: str) -> int:
+    """Read a whole number from 1 on."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
@@ -22,22 +26,24 @@ def positive_int(text: str) -> int:
 
 
 def non_negative_int(text: str) -> int:
+    """Read a whole number from 0 on."""
     return 0 if int(text) == 0 else positive_int(text)
 
 
 def some_of(*names: str) -> Callable[[str], list[str]]:
-    """Some of these names, by commas."""
+    """Return the type of an option that takes some of these names, separated by commas."""
 
-    def chosen(text: str) -> list[str]:
+    def chosen_names(text: str) -> list[str]:
         words = list(dict.fromkeys(text.split(",")))
         if unknown := [word for word in words if word not in names]:
             raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(names)}")
         return words
 
-    return chosen
+    return chosen_names
 
 
 def byte_count(text: str) -> int:
+    """Read a size such as 256MB (256e6 bytes), 512MiB (512 * 2^20) or 1GB."""
     match = re.fullmatch(r"([0-9.]+) ?([KMGT]?)(i?)B?", text, re.IGNORECASE)
     try:
         number, unit, binary = match.groups()

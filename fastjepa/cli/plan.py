@@ -1,4 +1,4 @@
-"""The command `fastjepa plan`: memory a GPU, hours and traffic of a config, as tables or JSON."""
+"""The command `fastjepa plan`: memory of a GPU, hours and traffic of a config, as tables or JSON."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ PLAN_EXAMPLES = """examples:
 
 Every number is an estimate; with --json bytes, FLOPs, hours and seconds. Peaks are dense ones of NVIDIA's data sheets:
 h100 989 TFLOP/s in bf16 and 67 in fp32, a100 312 and 19.5. A tenth of --gpu-memory is kept for what is not counted."""
-# Rows of the memory table, and what they say beside their name.
+# Rows of the memory table: {name: note at the end of the row}.
 MEMORY_ROWS = {
     "parameters": "fp32",
     "gradients": "fp32",
@@ -33,6 +33,7 @@ MEMORY_ROWS = {
 
 
 def register(commands) -> None:
+    """Add `plan` to the list of commands."""
     about = "memory a GPU, hours and traffic of a config, before it runs"
     sub = add_command(commands, "plan", run_plan, about, PLAN_EXAMPLES)
     sub.add_argument("--config", required=True, type=Path, help="YAML file")
@@ -51,18 +52,21 @@ def register(commands) -> None:
 
 
 def positive_float(text: str) -> float:
+    """Read a finite number above 0."""
     if not 0 < float(text) < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} must be a finite number above 0")
     return float(text)
 
 
 def share_of_peak(text: str) -> float:
+    """Read a share in (0, 1]."""
     if not 0 < float(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text} must be in (0, 1]")
     return float(text)
 
 
 def run_plan(args: argparse.Namespace) -> None:
+    """Print memory and hours of the config, or its traffic."""
     from fastjepa.plan.memory import ZERO_STAGES
     from fastjepa.plan.plan import IMAGENET_IMAGES, Cards, plan_run, plan_traffic
 
@@ -82,6 +86,7 @@ def run_plan(args: argparse.Namespace) -> None:
 
 
 def print_plan(found: dict) -> None:
+    """Print what `plan_run` found: a table with a column for each ZeRO stage, the cost, and the recommendation."""
     from rich.console import Console
     from rich.table import Table
 
@@ -92,12 +97,12 @@ def print_plan(found: dict) -> None:
         column.justify = "right"
     for name, note in MEMORY_ROWS.items():
         numbers = (f"{needs[name] / 1e9:.2f}" for needs in stages.values())
-        table.add_row(words(name), *numbers, note, end_section=name.startswith("total"))
+        table.add_row(row_title(name), *numbers, note, end_section=name.startswith("total"))
     fits = f"in {found['usable'] / 1e9:.0f} of {found['gpu_memory'] / 1e9:.0f} GB"
     for end in ("", "_checkpointed"):
-        table.add_row(words("fits" + end), *("yes" if needs["fits" + end] else "no" for needs in stages.values()), fits)
+        table.add_row(row_title("fits" + end), *("yes" if needs["fits" + end] else "no" for needs in stages.values()), fits)
         name = "largest_micro_batch" + end
-        table.add_row(words(name), *(str(needs[name]) for needs in stages.values()), "images")
+        table.add_row(row_title(name), *(str(needs[name]) for needs in stages.values()), "images")
     console.print(table)
 
     peak = f"{found['utilisation']:.0%} of the {found['peak_flops'] / 1e12:g} TFLOP/s of an {found['card']}"
@@ -109,12 +114,13 @@ def print_plan(found: dict) -> None:
     console.print(f"Recommended: {found['why']}", soft_wrap=True)
 
 
-def words(name: str) -> str:
+def row_title(name: str) -> str:
+    """Return the name of a row as it is read."""
     return "EMA" if name == "ema" else name.replace("_", " ")
 
 
 def traffic_table(rows: list[dict]) -> str:
-    """Markdown, so that docs/scaling.md can hold what the command prints."""
+    """Return the traffic as a Markdown table, so that docs/scaling.md can hold what the command prints."""
     units = {"gradients": 1e9, "parameters": 1e9, "target_copy": 1e9, "total": 1e9, "seconds": 1e-3}
     heads = ["GPUs", "ZeRO", "gradients GB", "parameters GB", "target copy GB", "total GB", "ms",
              "binding batch", "images of 2048", "binds", "exposed"]  # fmt: skip

@@ -1,4 +1,4 @@
-"""A survey of this machine: what would run, why the rest would not, and what to install."""
+"""Survey of this machine: what would run, why the rest would not, and what to install."""
 
 import importlib.util
 import platform
@@ -15,7 +15,7 @@ from fastjepa.engine.precision import has_bf16
 from fastjepa.engine.zero import deepspeed_ops
 from fastjepa.loader.loader import choose_decoder
 
-OPTIONAL_PACKAGES = {  # distributions, any of which will do -> what they are for, what installs them
+OPTIONAL_PACKAGES = {  # (distributions, any of which will do): (what needs them, what installs them)
     ("nvidia-dali-cuda130", "nvidia-dali-cuda120"): ("data.loader: dali", "pip install 'fastjepa[dali]'"),
     ("deepspeed",): ("runtime.zero: 1 to 3", "pip install 'fastjepa[deepspeed]'"),
     ("lightly",): ("loss.regularizer", "pip install 'fastjepa[lightly]'"),
@@ -26,7 +26,7 @@ OPTIONAL_PACKAGES = {  # distributions, any of which will do -> what they are fo
     ("fsspec",): ("shards behind https:// and s3://", "pip install 'fastjepa[remote]'"),
     ("onnx",): ("convert --to onnx", "pip install 'fastjepa[onnx]'"),
 }
-DEEPSPEED_OPS = {  # DeepSpeed's compiled parts -> whether a run needs them
+DEEPSPEED_OPS = {  # {a compiled part of DeepSpeed: whether a run needs it}
     "fused_adam": "no run needs it: the optimizer is torch's AdamW",
     "cpu_adam": "no run needs it: an offloaded optimizer is torch's AdamW as well",
     "async_io": "for optimizer states on NVMe, which runtime.zero: 3 can be asked for",
@@ -35,7 +35,7 @@ ATTENTION_WAYS = ("flash", "varlen", "xformers", "short", "sdpa", "matmul")
 
 
 def survey_machine() -> dict[str, list[tuple[str, str, str]]]:
-    """{topic: [(what, state, why)]}."""
+    """Return {topic: [(thing, state, reason)]}."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "versions": version_rows(device),
@@ -49,6 +49,7 @@ def survey_machine() -> dict[str, list[tuple[str, str, str]]]:
 
 
 def version_rows(device: torch.device) -> list[tuple[str, str, str]]:
+    """Return the versions of the packages, the GPU and its driver."""
     triton = "" if fastjepa_kernels.dispatch.ABSENT else fastjepa_kernels.dispatch.triton.__version__
     built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     return [
@@ -62,6 +63,7 @@ def version_rows(device: torch.device) -> list[tuple[str, str, str]]:
 
 
 def gpu_row(device: torch.device) -> tuple[str, str]:
+    """Return (name, count and memory) of the first GPU, or that there is none."""
     if device.type == "cpu":
         return "none", "torch finds none: runs take the CPU"
     about, count = torch.cuda.get_device_properties(0), torch.cuda.device_count()
@@ -69,7 +71,7 @@ def gpu_row(device: torch.device) -> tuple[str, str]:
 
 
 def driver_row(device: torch.device) -> tuple[str, str]:
-    """NVIDIA's driver as nvidia-smi states it, and what to do where torch does not reach a GPU through it."""
+    """Return the version that nvidia-smi states, and what to do where torch does not reach a GPU through that driver."""
     if not shutil.which("nvidia-smi"):
         return "none", "there is no nvidia-smi; where there is a GPU, install NVIDIA's driver"
     asked = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
@@ -82,19 +84,20 @@ def driver_row(device: torch.device) -> tuple[str, str]:
 
 
 def decoder_rows() -> list[tuple[str, str, str]]:
-    """Which decoder makes images of files here."""
+    """Return which decoder would turn files into images, and which are installed."""
     dali = ("yes", "on CPU threads or a GPU") if dali_installed() else ("no", "pip install 'fastjepa[dali]'")
     return [("auto", *choose_decoder("auto", "auto")), ("dali", *dali), ("torch", "yes", "Pillow, in the loader's processes")]
 
 
 def precision_row(device: torch.device) -> tuple[str, str, str]:
-    """What `runtime.dtype: auto` takes here."""
+    """Return the dtype that `runtime.dtype: auto` stands for on this device."""
     if has_bf16(device):
         return "auto", "bf16", "parameters and averages are fp32 all the same"
     return "auto", "fp32", f"this {'GPU' if device.type == 'cuda' else 'CPU'} has no bf16 instructions"
 
 
 def attention_rows(device: torch.device) -> list[tuple[str, str, str]]:
+    """Return what `runtime.attention: auto` would choose for each dtype, then which ways of attention can be used."""
     found = []
     for dtype in (torch.bfloat16, torch.float32):
         way = fastjepa_kernels.attention_way("auto", device, dtype)
@@ -109,10 +112,12 @@ def attention_rows(device: torch.device) -> list[tuple[str, str, str]]:
 
 
 def kernel_rows(device: torch.device) -> list[tuple[str, str, str]]:
+    """Return how each op of fastjepa_kernels would be computed."""
     return [(op, way, why) for op, (way, why) in fastjepa_kernels.plan(device.type).items()]
 
 
 def deepspeed_op_rows(device: torch.device) -> list[tuple[str, str, str]]:
+    """Return which of DeepSpeed's compiled parts can be used, and whether a run needs them."""
     if importlib.util.find_spec("deepspeed") is None:
         return [(op, "no", f"pip install 'fastjepa[deepspeed]'; {need}") for op, need in DEEPSPEED_OPS.items()]
     found = deepspeed_ops(device.type)
@@ -120,6 +125,7 @@ def deepspeed_op_rows(device: torch.device) -> list[tuple[str, str, str]]:
 
 
 def package_rows() -> list[tuple[str, str, str]]:
+    """Return the version of each optional package, or how to install it."""
     found = []
     for names, (purpose, install) in OPTIONAL_PACKAGES.items():
         versions = [metadata.version(name) for name in names if any(metadata.distributions(name=name))]

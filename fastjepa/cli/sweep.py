@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from fastjepa.cli.options import add_command, positive_int
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 
 STUDY_NAMES = ("masking", "small", "scaling", "truncation")
 SWEEP_EXAMPLES = """examples:
@@ -17,11 +17,12 @@ SWEEP_EXAMPLES = """examples:
   fastjepa sweep --study truncation --seeds 1 --budget 20000 meta.depth=2
 
 Stopped at any moment, the same command goes on: arm by arm, and inside an arm from its checkpoint; with --write DIR, what
-the studies' files in DIR hold is not trained again. Settings at the end
-are for all arms, before their own. An arm is trained anew when one of its settings, or the budget, has changed."""
+the studies' files in DIR hold is not trained again. Settings at the end hold for all arms, unless an arm sets the same
+key. An arm is trained anew when one of its settings, or the budget, has changed."""
 
 
 def register(commands) -> None:
+    """Add `sweep` to the list of commands."""
     about = "train and probe the arms of a study, and print them beside the paper's numbers"
     sub = add_command(commands, "sweep", run_sweep, about, SWEEP_EXAMPLES)
     sub.add_argument("--study", required=True, choices=STUDY_NAMES)
@@ -49,24 +50,26 @@ def register(commands) -> None:
 
 
 def arm_names(text: str) -> list[str]:
-    """Of arms, some of which have a comma and a space in them."""
+    """Split names of arms at commas; a comma and a space belong to a name."""
     return re.split(",(?! )", text)
 
 
 def run_sweep(args: argparse.Namespace) -> int:
+    """Train the arms that have no row yet, and print and write the table of the study."""
     from rich.console import Console
 
     from fastjepa.evals.inputs import open_splits
-    from fastjepa.studies.report import fill_page, picture_markdown, show_study, study_lines, study_markdown, write_study
-    from fastjepa.studies.sweep import STUDIES, job_rows, plan_jobs, sweep_jobs
+    from fastjepa.studies.report import arm_results, fill_page, picture_markdown, show_study, study_markdown, write_study
+    from fastjepa.studies.sweep import STUDIES, Sweep, job_rows, plan_jobs, run_jobs
 
     study, console = STUDIES[args.study], Console(width=None if sys.stdout.isatty() else 130)
-    jobs = plan_jobs(args.study, args.output, args.data, args.seeds, args.budget, args.arms, args.overrides)
+    asked = Sweep(args.study, args.output, args.data, args.seeds, args.budget, args.arms, args.overrides)
+    jobs = plan_jobs(asked)
     folder, failed = args.write or args.output, []
     if not args.report:
         open_splits(args.data, None, None, 0)  # refused here, once, rather than by every arm
-        failed = sweep_jobs(jobs, args.jobs or jobs_at_once(), console, folder)
-    found = study_lines(study.named(args.arms), job_rows(jobs, folder))
+        failed = run_jobs(jobs, args.jobs or jobs_at_once(), console, folder)
+    found = arm_results(study.named(args.arms), job_rows(jobs, folder))
     show_study(study, found, console)
     if args.arms is None:  # a part of a table is shown, not kept
         files = write_study(study, args.study, found, folder)
@@ -74,13 +77,14 @@ def run_sweep(args: argparse.Namespace) -> int:
         for page in args.pages:
             fill_page(page, args.study, picture_markdown(files, page) + study_markdown(study, found))
     if failed:
-        raise ConfigError(
+        raise UserError(
             f"{len(failed)} of {len(jobs)} runs failed, {failed[0]} first; log.txt there says why, and the command tries again"
         )
     return 0
 
 
 def jobs_at_once() -> int:
+    """Return how many arms run side by side by default: one on a GPU, else one a core."""
     import torch
 
     return 1 if torch.cuda.is_available() else os.cpu_count() or 1

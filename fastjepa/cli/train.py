@@ -15,11 +15,8 @@ TRAIN_EXAMPLES = """examples:
 
 
 def register(commands) -> None:
+    """Add `train` to the list of commands."""
     sub = add_command(commands, "train", run_train, "pretrain from images to a checkpoint", TRAIN_EXAMPLES)
-    train_options(sub)
-
-
-def train_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--config", required=True, type=Path, help=CONFIG_HELP)
     sub.add_argument("--output", type=Path, help="run directory (default: logging.folder, or runs/<config>-<time>)")
     sub.add_argument("--max-steps", type=positive_int, metavar="N", help="save and stop after N optimizer steps in all")
@@ -34,6 +31,7 @@ def train_options(sub: argparse.ArgumentParser) -> None:
 
 
 def run_train(args: argparse.Namespace) -> None:
+    """Train on this rank; all ranks write into the directory that the first one names."""
     from fastjepa.ranks.collectives import text_of_main
     from fastjepa.ranks.world import join_world
     from fastjepa.train import train

@@ -10,6 +10,7 @@ VERIFY_EXAMPLES = """example:
 
 
 def register(commands) -> None:
+    """Add `verify` to the list of commands."""
     sub = add_command(
         commands, "verify", run_verify, "replay reference trajectories and compare every quantity", VERIFY_EXAMPLES
     )
@@ -18,6 +19,7 @@ def register(commands) -> None:
 
 
 def run_verify(args: argparse.Namespace) -> int:
+    """Print the largest relative error of each quantity; return 1 where one is above its tolerance."""
     from fastjepa.run.verify import errors_pass, tolerance_of, verify_file
 
     results = [

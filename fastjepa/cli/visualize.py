@@ -1,4 +1,4 @@
-"""`fastjepa decoder`: train the diffusion decoder with which `fastjepa visualize` shows what the predictor says."""
+"""The command `fastjepa visualize`: pictures of a checkpoint's masks, features and predictions, and their numbers."""
 
 import argparse
 import json
@@ -6,48 +6,9 @@ import os
 import sys
 from pathlib import Path
 
-from fastjepa.cli.options import add_command, non_negative_int, positive_int, some_of
+from fastjepa.cli.options import add_command, positive_int, some_of
 
-DECODER_EXAMPLES = """examples:
-  fastjepa decoder runs/demo --data fashion-mnist
-  fastjepa decoder runs/cifar10 --data cifar10 --steps 4000 --output decoders/cifar10
-  fastjepa visualize runs/demo --data fashion-mnist --what samples
-
-The checkpoint's networks stay as they are. Stopped at any moment, the same command goes on."""
-
-
-def register_decoder(commands) -> None:
-    sub = add_command(
-        commands, "decoder", run_decoder, "train a diffusion decoder of what the predictor says", DECODER_EXAMPLES
-    )
-    sub.add_argument(
-        "checkpoint", type=Path, help="run directory (its latest checkpoint), a checkpoint, or an official .pth.tar"
-    )
-    sub.add_argument("--data", required=True, help="data set's name, or a directory with train/")
-    sub.add_argument("--output", type=Path, metavar="DIR", help="default: decoder/ in the run directory, or here")
-    sub.add_argument("--steps", type=positive_int, default=1500, help="optimizer steps (default 1500)")
-    sub.add_argument("--batch", type=positive_int, default=64, help="images a step (default 64)")
-    sub.add_argument("--seed", type=non_negative_int, default=0, help="of weights, images, masks and noise (default 0)")
-    sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-
-
-def run_decoder(args: argparse.Namespace) -> None:
-    from fastjepa.evals.inputs import open_subject
-    from fastjepa.visualize.decoder import DecoderSettings, train_decoder
-    from fastjepa.visualize.sheets import open_drawn_split
-
-    subject = open_subject(args.checkpoint, args.device, cache=False)
-    split = open_drawn_split(args.data, "train", None, args.seed)
-    settings = DecoderSettings(args.steps, args.batch, seed=args.seed)
-    print(train_decoder(subject, split, args.output or decoder_home(subject), settings))
-
-
-def decoder_home(subject) -> Path:
-    """Where a decoder lies unless told otherwise."""
-    return (subject.home or Path()) / "decoder"
-
-
-PICTURES = ("masks", "pca", "neighbours", "samples")
+PICTURE_KINDS = ("masks", "pca", "neighbours", "samples")
 VISUALIZE_EXAMPLES = """examples:
   fastjepa visualize runs/demo --data fashion-mnist
   fastjepa visualize runs/cifar10 --data cifar10 --images 6 --what pca,neighbours --output pictures
@@ -61,8 +22,7 @@ prediction, and how near it comes to the hidden block."""
 
 
 def register(commands) -> None:
-    """Add `visualize`, and `decoder`, which trains what its samples are drawn with."""
-    register_decoder(commands)
+    """Add `visualize` to the list of commands."""
     sub = add_command(
         commands, "visualize", run_visualize, "pictures of masks, features and predictions of a checkpoint", VISUALIZE_EXAMPLES
     )
@@ -72,8 +32,8 @@ def register(commands) -> None:
     sub.add_argument("--images", type=positive_int, default=8, metavar="N", help="held-out images to show (default 8)")
     sub.add_argument("--seed", type=int, default=0, help="of images, masks and every other draw (default 0)")
     sub.add_argument("--output", type=Path, metavar="DIR", help="default: pictures/ in the run directory, or here")
-    what = f"of {', '.join(PICTURES)}, by commas (default: those for which the networks are there)"
-    sub.add_argument("--what", type=some_of(*PICTURES), metavar="LIST", help=what)
+    what = f"of {', '.join(PICTURE_KINDS)}, by commas (default: those for which the networks are there)"
+    sub.add_argument("--what", type=some_of(*PICTURE_KINDS), metavar="LIST", help=what)
     sub.add_argument("--k", type=positive_int, default=6, help="nearest blocks to show (default 6)")
     sub.add_argument("--n-train", type=positive_int, default=2000, help="neighbours: training images searched (default 2000)")
     sub.add_argument(
@@ -87,13 +47,16 @@ def register(commands) -> None:
 
 
 def run_visualize(args: argparse.Namespace) -> None:
+    """Draw the pictures, write them and their numbers, and print the names of the files and the numbers."""
     from fastjepa.evals.inputs import open_subject
+    from fastjepa.files import write_atomic
+    from fastjepa.visualize.decoder import decoder_folder
     from fastjepa.visualize.images import save_picture
-    from fastjepa.visualize.sheets import masks_sheet, open_drawn_split, pca_sheet, shown_images
+    from fastjepa.visualize.sheets import drawn_masks_sheet, open_drawn_split, pca_sheet, shown_images
 
     subject = open_subject(args.checkpoint, args.device, cache=False)
     output = args.output or (subject.home or Path()) / "pictures"
-    args.decoder = args.decoder or decoder_home(subject)
+    args.decoder = args.decoder or decoder_folder(subject)
     what = args.what or pictures_possible(args.checkpoint, args.decoder)
     held_out = open_drawn_split(args.data, "test", max(args.images, args.n_test), args.seed)
     shown, result = shown_images(subject, held_out, args.images), {"files": []}
@@ -103,33 +66,29 @@ def run_visualize(args: argparse.Namespace) -> None:
         result["files"].append(str(output / name))
 
     if "masks" in what:
-        keep("masks.png", masks_sheet(subject, shown, args.seed))
+        keep("masks.png", drawn_masks_sheet(subject, shown, args.seed))
     if "pca" in what:
         keep("pca.png", pca_sheet(subject, shown))
-    for name in [name for name in ("neighbours", "samples") if name in what]:
-        found = (
-            neighbours_picture(subject, held_out, args, keep)
-            if name == "neighbours"
-            else samples_picture(subject, held_out, args, keep)
-        )
-        result[name], numbers = found, output / f"{name}.json"
-        numbers.write_text(json.dumps(found, indent=1) + "\n")
-        result["files"].append(str(numbers))
+    for name, draw in (("neighbours", neighbours_picture), ("samples", samples_picture)):
+        if name in what:
+            result[name], numbers = draw(subject, held_out, args, keep), output / f"{name}.json"
+            write_atomic(numbers, json.dumps(result[name], indent=1) + "\n")
+            result["files"].append(str(numbers))
     print(json.dumps(result) if args.json else "\n".join([*result["files"], *numbers_in_words(result)]))
 
 
 def pictures_possible(checkpoint: Path, decoder: Path) -> list[str]:
-    """All that the weights, and a decoder where there is one, can show; what they hold no network for is left out, and said."""
+    """Return the pictures that the weights, and a decoder where there is one, can give; say which are left out, and why."""
     from fastjepa.weights.read import starting_networks
 
     if starting_networks(checkpoint).get("predictor"):
-        return [name for name in PICTURES if name != "samples" or decoder.is_dir()]
+        return [name for name in PICTURE_KINDS if name != "samples" or decoder.is_dir()]
     print(f"{checkpoint}: holds no predictor, so neighbours are left out", file=sys.stderr)
     return ["masks", "pca"]
 
 
 def neighbours_picture(subject, held_out, args: argparse.Namespace, keep) -> dict:
-    """Search and rank, keep the picture, and give the numbers with their origin."""
+    """Search and rank blocks, keep the picture, and return the numbers with their origin."""
     from fastjepa.evals.inputs import provenance
     from fastjepa.evals.scoring import TRAIN_DRAW
     from fastjepa.visualize.neighbours import predict_blocks, search_blocks, summarise_ranks
@@ -144,15 +103,15 @@ def neighbours_picture(subject, held_out, args: argparse.Namespace, keep) -> dic
 
 
 def samples_picture(subject, held_out, args: argparse.Namespace, keep) -> dict:
-    """Draw and measure, keep the picture, and give the numbers with their origin."""
+    """Draw and measure samples, keep the picture, and return the numbers with their origin."""
     from fastjepa.evals.inputs import provenance
     from fastjepa.visualize.decoder import block_predictor, load_decoder
     from fastjepa.visualize.samples import draw_samples, sample_distances, summarise_samples
     from fastjepa.visualize.sheets import samples_sheet
 
-    talk = block_predictor(subject)
-    network, step = load_decoder(args.decoder, talk)
-    drawn = draw_samples(talk, network, held_out, args.seed)
+    predictor = block_predictor(subject)
+    network, step = load_decoder(args.decoder, predictor)
+    drawn = draw_samples(predictor, network, held_out, args.seed)
     keep("samples.png", samples_sheet(subject, drawn, args.images))
     origin = provenance(subject, "target", (held_out, held_out), args.seed) | {"decoder": os.path.relpath(args.decoder)}
     origin["decoder_step"] = step
@@ -160,12 +119,13 @@ def samples_picture(subject, held_out, args: argparse.Namespace, keep) -> dict:
 
 
 def numbers_in_words(result: dict) -> list[str]:
-    """The numbers in words."""
+    """Return the lines that say the numbers of neighbours and of samples, where there are any."""
     return [*(rank_lines(result["neighbours"]) if "neighbours" in result else []),
             *(distance_lines(result["samples"]) if "samples" in result else [])]  # fmt: skip
 
 
 def rank_lines(found: dict) -> list[str]:
+    """Return a line for each way of drawing candidates: the true block's mean rank and recall among them."""
     lines = [f"true block among {found['candidates']} random ones, {found['queries']} images (95 % intervals):"]
     for name in ("anywhere", "same_place"):
         low, high = found[name]["ci95"]
@@ -176,7 +136,7 @@ def rank_lines(found: dict) -> list[str]:
 
 
 def distance_lines(found: dict) -> list[str]:
-    """A line for each thing that the decoder was given: how far its samples are from the hidden block."""
+    """Return a line for each condition that the decoder was given: how far its samples are from the hidden block."""
     lines = [f"samples to the hidden block, {found['samples']} of each of {found['images']} images (95 % intervals):"]
     for name in ("predictor", "shuffled", "untrained"):
         parts = [f"{measure} {mean_in_words(found[measure][name])}" for measure in ("pixels", "features")]
@@ -188,10 +148,12 @@ def distance_lines(found: dict) -> list[str]:
 
 
 def mean_in_words(found: dict) -> str:
+    """Return a mean with its 95 % interval."""
     low, high = found["ci95"]
     return f"{found['mean']:.4f} ({low:.4f} to {high:.4f})"
 
 
 def share_in_words(found: dict) -> str:
+    """Return a share in %, with its 95 % interval and what chance gives."""
     percent = [f"{100 * value:.1f}" for value in (found["share"], *found["ci95"])]
     return f"{percent[0]} % ({percent[1]} to {percent[2]}; chance {100 * found['chance']:g})"

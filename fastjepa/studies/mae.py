@@ -1,8 +1,8 @@
-"""MAE (He et al., 2022) of the same encoder and the same recipe, its decoder and helpers lightly's: the bar for small data.
+"""MAE (He et al., 2022) with the same encoder and recipe, and lightly's decoder: the bar for small data.
 
 75 % of the patches are hidden at random, the encoder sees the rest, and a decoder of the predictor's shape predicts the
 hidden patches' pixels, normalised per patch. There is no class token, as in I-JEPA: features are the mean over patches.
-Learning rate, weight decay, crops and order are those that the config gives I-JEPA.
+Learning rate, weight decay, crops and order of images are those that the config gives I-JEPA.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from fastjepa.data.sources import open_source
 from fastjepa.engine.adamw import apply_schedule, build_adamw
 from fastjepa.engine.precision import autocast_of, settle_dtype
 from fastjepa.engine.schedule import Schedule
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from fastjepa.evals.images import normalise_pixels
 from fastjepa.loader.loader import Loader
 from fastjepa.masks.packed import Packed
@@ -36,11 +36,11 @@ from fastjepa.run.build import apply_process_settings, build_networks
 from fastjepa.run.resume import describe_run, start_directory
 from fastjepa.run.stop import Stop
 
-MASKED_SHARE = 0.75
+MASKED_SHARE = 0.75  # of the patches
 
 
 class MaeDecoder(nn.Module):
-    """Of lightly's parts, as wide and deep as the config's predictor."""
+    """Decoder made of lightly's parts, as wide and deep as the config's predictor."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -54,7 +54,7 @@ class MaeDecoder(nn.Module):
         self.pixels = nn.Linear(meta.pred_emb_dim, config.data.channels * config.mask.patch_size**2)
 
     def forward(self, features: Tensor, keep: Tensor, masked: Tensor) -> Tensor:
-        """features: (B, K, D) of the patches keep (B, K) -> (B, M, p p C) for the patches masked (B, M)."""
+        """Predict pixels (B, M, p p C) of the patches `masked` (B, M) from features (B, K, D) of the patches `keep` (B, K)."""
         _, utils = lightly_modules()
         x = utils.repeat_token(self.decoder.mask_token, (len(features), self.decoder.sequence_length))
         x = self.decoder(utils.set_at_index(x, keep, self.embed(features).type_as(x)))
@@ -62,18 +62,18 @@ class MaeDecoder(nn.Module):
 
 
 def lightly_modules() -> tuple:
-    """(lightly.models.modules, lightly.models.utils)"""
+    """Return (lightly.models.modules, lightly.models.utils); UserError where lightly or timm is not installed."""
     try:
         from lightly.models import modules, utils
     except ImportError as error:
-        raise ConfigError(f"MAE needs lightly and timm ({error}); pip install 'fastjepa[studies]'") from error
+        raise UserError(f"MAE needs lightly and timm ({error}); pip install 'fastjepa[studies]'") from error
     return modules, utils
 
 
 def train_mae(file: Path, folder: Path, steps: int) -> None:
-    """Train an MAE with the config in `file`, as `fastjepa train --output folder --max-steps steps` does I-JEPA; resumes.
+    """Train an MAE with the config in `file`, or resume it, as `fastjepa train --output folder --max-steps steps` does I-JEPA.
 
-    Its checkpoints are read as any: the encoder stands for the target encoder, the decoder for the predictor.
+    Its checkpoints are read as any run's: the encoder stands for the target encoder too, the decoder for the predictor.
     """
     cfg = load_config(file)
     world = join_world(cfg.runtime.device)
@@ -103,7 +103,7 @@ def train_mae(file: Path, folder: Path, steps: int) -> None:
 
 
 def build_mae(cfg: Config, device: torch.device) -> tuple[TrainState, Encoder, MaeDecoder]:
-    """Weights are a function of runtime.seed alone, the encoder's those that I-JEPA starts from."""
+    """Build state, encoder and decoder. Weights are a function of runtime.seed; the encoder starts as I-JEPA's does."""
     encoder = build_networks(cfg, device)[0].encoder
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.runtime.seed)
@@ -113,7 +113,7 @@ def build_mae(cfg: Config, device: torch.device) -> tuple[TrainState, Encoder, M
 
 
 def mae_step(encoder: Encoder, decoder: MaeDecoder, state: TrainState, batches: Iterator[Tensor], cfg: Config) -> Tensor:
-    """One optimizer step on micro-batches of (b, C, H, W) uint8 images; the mean loss."""
+    """Take one optimizer step on micro-batches of (b, C, H, W) uint8 images, and return the mean loss."""
     state.optimizer.zero_grad(set_to_none=True)
     total, pieces = 0.0, cfg.data.batch_size // cfg.micro_batch
     with torch.random.fork_rng(devices=[]):
@@ -129,14 +129,14 @@ def mae_step(encoder: Encoder, decoder: MaeDecoder, state: TrainState, batches: 
 
 
 def random_keep(images: int, cfg: Config, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(b, K) patches that are kept and (b, M) that are hidden, drawn anew for every image."""
+    """Draw for every image the patches that are kept, (b, K), and those that are hidden, (b, M), both int64."""
     rows, columns = cfg.grid
     keep, masked = lightly_modules()[1].random_token_mask((images, rows * columns), MASKED_SHARE, mask_class_token=True)
     return keep.to(device), masked.to(device)
 
 
 def mae_loss(encoder: Encoder, decoder: MaeDecoder, images: Tensor, keep: Tensor, masked: Tensor, cfg: Config) -> Tensor:
-    """Mean square error on the pixels of hidden patches, normalised per patch (MAE, section 3)."""
+    """Return the mean square error on the pixels of hidden patches, normalised per patch (MAE, section 3)."""
     _, utils = lightly_modules()
     seen = encoder(images, visible_sequences(keep, cfg)).view(*keep.shape, -1)
     patches = utils.patchify(normalise_pixels(images, cfg.mean_std), cfg.mask.patch_size)
@@ -145,7 +145,7 @@ def mae_loss(encoder: Encoder, decoder: MaeDecoder, images: Tensor, keep: Tensor
 
 
 def visible_sequences(keep: Tensor, cfg: Config) -> Packed:
-    """(b, K) patches as b sequences of flat rows."""
+    """Return patches (b, K) as b packed sequences of flat rows: patch p of image i is row i * N + p."""
     rows, columns = cfg.grid
     (images, kept), device = keep.shape, keep.device
     flat = keep + torch.arange(images, device=device)[:, None] * (rows * columns)
@@ -154,11 +154,12 @@ def visible_sequences(keep: Tensor, cfg: Config) -> Packed:
 
 
 def mae_flops_per_image(cfg: Config) -> float:
-    """FLOPs of training on one image, as `flops` counts them."""
+    """Return the FLOPs of training on one image, counted as in fastjepa/plan/flops.py."""
     rows, columns = cfg.grid
     tokens, width, dim = rows * columns, cfg.meta.pred_emb_dim, cfg.encoder_shape[0]
     kept = int(tokens * (1 - MASKED_SHARE))
     encoder = count_flops(cfg, kept, 1, 1)
+    # A block's four linear layers have 12 width^2 weights, 2 FLOPs each a token; attention has two N x N x width products.
     blocks = cfg.meta.pred_depth * (24 * tokens * width**2 + 4 * tokens**2 * width)
     pixels = cfg.data.channels * cfg.mask.patch_size**2
     decoder = blocks + 2 * kept * dim * width + 2 * (tokens - kept) * width * pixels

@@ -1,10 +1,11 @@
-"""The paper's ablations of masks, targets and predictor at the scale of CIFAR-10: each arm one change of multi-block.
+"""Study of the paper's ablations of masks, targets and predictor at the scale of CIFAR-10: each arm changes multi-block once.
 
-The strategies once more with targets over the batch, as with the paper's targets hardly anything is learned at this scale.
+The strategies are there once more with targets normalised over the batch, as with the paper's targets hardly anything is
+learned at this scale.
 """
 
 from fastjepa.studies.arm import Arm
-from fastjepa.studies.small import OVER_THE_BATCH
+from fastjepa.studies.small_data import OVER_THE_BATCH
 
 MASKING_PAPER = "1 % linear on ImageNet of a ViT-B/16 after 300 epochs, or what its group says"
 

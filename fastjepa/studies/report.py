@@ -1,4 +1,4 @@
-"""What the rows of a study say: a table as text and Markdown, a plot, and the sentence on who leads and by how much."""
+"""Report of a study from its rows: a table as text and Markdown, a plot, and sentences on which arm leads and by how much."""
 
 import json
 import math
@@ -12,31 +12,33 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from fastjepa.evals.table import PROBE_NAMES
-from fastjepa.files import write_atomic
+from fastjepa.files import atomic_path, write_atomic
 from fastjepa.studies.arm import Arm
 from fastjepa.studies.scaling import law_figure, law_in_words, law_points
 
-FEW_SEEDS = 3  # seeds below which an arm shows a lead, not a result
+FEW_SEEDS = 3  # with fewer seeds an arm shows a lead, not a result
 TABLE_HEAD = "linear_bn"  # the probe that arms are ranked by: its features are conditioned alike
 PROBE_HEADS = ("", "arm", "seeds", *PROBE_NAMES.values(), "rank", "common", "images", "TFLOP", "min", "paper")
 
 
-class StudyLine(NamedTuple):
-    """An arm's rows taken together."""
+class ArmResult(NamedTuple):
+    """Rows of an arm, one a seed, taken together."""
 
     arm: Arm
     rows: list[dict[str, Any]]
 
     def values(self, probe: str) -> list[float]:
-        """Of each seed, in %."""
+        """Return a probe's accuracy with each seed, in %."""
         return [100 * row["probe"][probe]["accuracy"] for row in self.rows]
 
     def mean(self, name: str) -> float:
+        """Return the mean of a number over the seeds."""
         return statistics.fmean(row[name] for row in self.rows)
 
     def cells(self) -> list[str]:
+        """Return the cells of the arm's row in the table, after its name."""
         if not self.rows:
             return ["0", *["" for _ in PROBE_NAMES], "", "", "", "", "", paper_cell(self.arm)]
         rank = statistics.fmean(row["probe"]["effective_rank"] for row in self.rows)
@@ -52,132 +54,144 @@ class StudyLine(NamedTuple):
         ]
 
     def common(self) -> str:
-        """In %, of the rows that have it."""
+        """Return the mean share of energy that all tokens have in common, in %; empty where no row has it."""
         found = [row["shares"]["common"] for row in self.rows if row.get("shares")]
         return f"{100 * statistics.fmean(found):.0f}" if found else ""
 
 
 def paper_cell(arm: Arm) -> str:
+    """Return the paper's number; empty where it has none."""
     return "" if arm.paper is None else f"{arm.paper:.1f}"
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
-    """Mean and, of two or more, their standard deviation."""
+    """Return the mean and, of two values or more, their standard deviation."""
     return f"{statistics.fmean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def study_lines(arms: Iterable[Arm], rows: Iterable[dict[str, Any]]) -> list[StudyLine]:
+def arm_results(arms: Iterable[Arm], rows: Iterable[dict[str, Any]]) -> list[ArmResult]:
+    """Return the rows of each arm together, in the order of the arms; an arm may have none."""
     by_arm: dict[str, list] = {arm.name: [] for arm in arms}
     for row in rows:
         by_arm[row["arm"]].append(row)
-    return [StudyLine(arm, by_arm[arm.name]) for arm in arms]
+    return [ArmResult(arm, by_arm[arm.name]) for arm in arms]
 
 
-def line_cells(found: list[StudyLine]) -> list[list[str]]:
-    """The table's body; a group is named once."""
-    groups = ["", *(line.arm.group for line in found)]
+def table_rows(found: list[ArmResult]) -> list[list[str]]:
+    """Return the table's body; a group is named in its first row alone."""
+    groups = ["", *(result.arm.group for result in found)]
     return [
-        ["" if line.arm.group == before else line.arm.group, line.arm.name, *line.cells()]
-        for before, line in zip(groups, found, strict=False)
+        ["" if result.arm.group == before else result.arm.group, result.arm.name, *result.cells()]
+        for before, result in zip(groups, found, strict=False)
     ]
 
 
-def footnote(study: Any, found: list[StudyLine]) -> str:
-    """What the numbers are."""
-    few = f" * fewer than {FEW_SEEDS} seeds: a lead, not a result." if any(len(line.rows) < FEW_SEEDS for line in found) else ""
-    tests = sorted({row["probe"][TABLE_HEAD]["n_test"] for line in found for row in line.rows})
+def footnote(study: Any, found: list[ArmResult]) -> str:
+    """Return the paragraph that says what the numbers are."""
+    few = any(len(result.rows) < FEW_SEEDS for result in found)
+    lead = f" * fewer than {FEW_SEEDS} seeds: a lead, not a result." if few else ""
+    tests = sorted({row["probe"][TABLE_HEAD]["n_test"] for result in found for row in result.rows})
     noise = f", each on {tests[0]:,} test images" if len(tests) == 1 else ""
     return (
         f"Accuracy in %, mean ± standard deviation over seeds{noise}; rank: effective rank of the features; common: what all "
         "tokens share of their energy, layer-normalised as targets are, in %; min: minutes of training steps, on a machine "
-        f"that did other work too.{few} Paper: {study.paper}."
+        f"that did other work too.{lead} Paper: {study.paper}."
     )
 
 
-def line_verdict(found: list[StudyLine]) -> list[str]:
-    """Of each group that has rows, the base among them, who leads and whether the lead is more than noise."""
-    present = [line for line in found if line.rows]
-    base = [line for line in present[:1] if line.arm == Arm(line.arm.name, line.arm.group, paper=line.arm.paper)]
-    groups: dict[str, list[StudyLine]] = {}
-    for line in present:
-        groups.setdefault(line.arm.group, []).append(line)
+def group_leads(found: list[ArmResult]) -> list[str]:
+    """Return a sentence for each group of two arms or more: which leads, and whether by more than noise.
+
+    The first arm is the base where it changes nothing; it then competes in every group.
+    """
+    present = [result for result in found if result.rows]
+    base = [result for result in present[:1] if result.arm == Arm(result.arm.name, result.arm.group, paper=result.arm.paper)]
+    groups: dict[str, list[ArmResult]] = {}
+    for result in present:
+        groups.setdefault(result.arm.group, []).append(result)
     together = {name: members if base[0] in members else base + members for name, members in groups.items()} if base else groups
-    return [lead_over_base(name, members) for name, members in together.items() if len(members) > 1]
+    return [lead_sentence(name, members) for name, members in together.items() if len(members) > 1]
 
 
-def lead_over_base(group: str, members: list[StudyLine]) -> str:
-    """The first two of a group, compared on the seeds that both have: a seed moves all arms alike."""
-    first, second = ranked_lines(shared_settings(*ranked_lines(members)[:2]))
+def lead_sentence(group: str, members: list[ArmResult]) -> str:
+    """Compare the first two arms of a group on the seeds that both have: a seed moves all arms alike."""
+    first, second = ranked_arms(on_shared_seeds(*ranked_arms(members)[:2]))
     gap = statistics.fmean(first.values(TABLE_HEAD)) - statistics.fmean(second.values(TABLE_HEAD))
     said = f"{group}: {first.arm.name} leads {second.arm.name} by {gap:.1f} points"
     if len(first.rows) < 2:
         return f"{said}, of one seed: nothing can be said of the spread."
-    error = math.sqrt(sum(statistics.variance(line.values(TABLE_HEAD)) / len(line.rows) for line in (first, second)))
+    error = math.sqrt(sum(statistics.variance(result.values(TABLE_HEAD)) / len(result.rows) for result in (first, second)))
     return f"{said}, {'more' if gap > 2 * error else 'not more'} than twice its standard error ({error:.2f})."
 
 
-def ranked_lines(members: Iterable[StudyLine]) -> list[StudyLine]:
-    return sorted(members, key=lambda line: -statistics.fmean(line.values(TABLE_HEAD)))
+def ranked_arms(members: Iterable[ArmResult]) -> list[ArmResult]:
+    """Return arms by falling mean accuracy."""
+    return sorted(members, key=lambda result: -statistics.fmean(result.values(TABLE_HEAD)))
 
 
-def shared_settings(*pair: StudyLine) -> list[StudyLine]:
-    """Two lines with the rows of the seeds that both have; a sweep runs every arm's first seed first."""
-    seeds = set.intersection(*({row["seed"] for row in line.rows} for line in pair))
-    return [StudyLine(line.arm, [row for row in line.rows if row["seed"] in seeds]) for line in pair]
+def on_shared_seeds(*pair: ArmResult) -> list[ArmResult]:
+    """Return two arms with the rows of the seeds that both have; in an unfinished sweep one may have more seeds."""
+    seeds = set.intersection(*({row["seed"] for row in result.rows} for result in pair))
+    return [ArmResult(result.arm, [row for row in result.rows if row["seed"] in seeds]) for result in pair]
 
 
-def show_study(study: Any, found: list[StudyLine], console: Console) -> None:
+def show_study(study: Any, found: list[ArmResult], console: Console) -> None:
+    """Print the table and the sentences."""
     table = Table(*PROBE_HEADS, title=study.title, caption=footnote(study, found), box=None)
-    for row in line_cells(found):
+    for row in table_rows(found):
         table.add_row(*row)
     console.print(table)
     for sentence in conclusions(found):
         console.print(sentence, highlight=False)
 
 
-def conclusions(found: list[StudyLine]) -> list[str]:
-    return [*line_verdict(found), *fitted_curve(found)]
+def conclusions(found: list[ArmResult]) -> list[str]:
+    """Return the sentences below the table."""
+    return [*group_leads(found), *law_sentences(found)]
 
 
-def fitted_curve(found: list[StudyLine]) -> list[str]:
-    """The power law through a study of sizes, with its residuals."""
-    points = law_points([row for line in found for row in line.rows])
+def law_sentences(found: list[ArmResult]) -> list[str]:
+    """Return the sentence on the power law through a study of sizes; none where fewer than four points lie on it."""
+    points = law_points([row for result in found for row in result.rows])
     return law_in_words(*points) if len(points[0]) > 3 else []
 
 
-def study_markdown(study: Any, found: list[StudyLine]) -> str:
-    """The table, what its numbers are, and the sentences."""
-    body = ["| " + " | ".join(row) + " |" for row in (PROBE_HEADS, ["---"] * len(PROBE_HEADS), *line_cells(found))]
+def study_markdown(study: Any, found: list[ArmResult]) -> str:
+    """Return the table, the paragraph on its numbers, and the sentences, as Markdown."""
+    body = ["| " + " | ".join(row) + " |" for row in (PROBE_HEADS, ["---"] * len(PROBE_HEADS), *table_rows(found))]
     return "\n".join([*body, "", footnote(study, found), "", *(f"- {sentence}" for sentence in conclusions(found))])
 
 
-def study_plot(study: Any, found: list[StudyLine], files: Iterable[Path]) -> None:
-    """Every seed a dot and every arm's mean a bar; or, of sizes, error against FLOPs and hours."""
+def study_plot(study: Any, found: list[ArmResult], files: Iterable[Path]) -> None:
+    """Write the plot: every seed a dot and every arm's mean a bar; for a study of sizes, error against FLOPs and time."""
     try:
         import matplotlib
     except ImportError as error:
-        raise ConfigError(f"the plot needs matplotlib ({error}); pip install 'fastjepa[studies]'") from error
+        raise UserError(f"the plot needs matplotlib ({error}); pip install 'fastjepa[studies]'") from error
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "fastjepa"  # the same rows, the same file
-    present = [line for line in found if line.rows]
-    figure = law_figure(present) if any(line.arm.group.startswith("size") for line in present) else line_dots(study, present)
+    present = [result for result in found if result.rows]
+    sizes = any(result.arm.group.startswith("size") for result in present)
+    figure = law_figure(present) if sizes else dot_figure(study, present)
     for file in files:
-        figure.savefig(file, dpi=130, bbox_inches="tight", metadata={"Date": None} if file.suffix == ".svg" else None)
+        with atomic_path(file) as hidden:
+            figure.savefig(hidden, dpi=130, bbox_inches="tight", metadata={"Date": None} if file.suffix == ".svg" else None)
 
 
-def line_dots(study: Any, present: list[StudyLine]) -> Any:
+def dot_figure(study: Any, present: list[ArmResult]) -> Any:
+    """Draw a row for each arm: its seeds, their span and their mean, a colour a group."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    groups = list(dict.fromkeys(line.arm.group for line in present))
+    groups = list(dict.fromkeys(result.arm.group for result in present))
     figure = Figure(figsize=(8, 1.2 + 0.28 * len(present)))
     axes = figure.subplots()
-    for place, line in enumerate(present):
-        values, colour = line.values(TABLE_HEAD), colormaps["tab10"](groups.index(line.arm.group) % 10)
+    for place, result in enumerate(present):
+        values, colour = result.values(TABLE_HEAD), colormaps["tab10"](groups.index(result.arm.group) % 10)
         axes.plot([min(values), max(values)], [place, place], color=colour, linewidth=1)
         axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.5, markersize=5)
         axes.plot([statistics.fmean(values)], [place], "|", color=colour, markersize=16, markeredgewidth=2)
-    axes.set_yticks(range(len(present)), [f"{line.arm.name} ({len(line.rows)})" for line in present])
+    axes.set_yticks(range(len(present)), [f"{result.arm.name} ({len(result.rows)})" for result in present])
     axes.axvline(statistics.fmean(present[0].values(TABLE_HEAD)), color="#bbb", linewidth=1, zorder=0)
     axes.invert_yaxis()
     axes.grid(axis="x", color="#eee")
@@ -186,28 +200,28 @@ def line_dots(study: Any, present: list[StudyLine]) -> Any:
     return figure
 
 
-def write_study(study: Any, name: str, found: list[StudyLine], folder: Path) -> list[Path]:
-    """<name>.json (the rows), .md (the table), .svg and .png in `folder`."""
+def write_study(study: Any, name: str, found: list[ArmResult], folder: Path) -> list[Path]:
+    """Write <name>.json (the rows), .md (the table), .svg and .png into `folder`, and return them; no plot without rows."""
     files = [folder / f"{name}.{suffix}" for suffix in ("json", "md", "svg", "png")]
-    rows = [row for line in found for row in line.rows]
-    write_atomic(files[0], (json.dumps(rows, indent=1) + "\n").encode())
-    write_atomic(files[1], (study_markdown(study, found) + "\n").encode())
+    rows = [row for result in found for row in result.rows]
+    write_atomic(files[0], json.dumps(rows, indent=1) + "\n")
+    write_atomic(files[1], study_markdown(study, found) + "\n")
     if rows:
         study_plot(study, found, files[2:])
     return files if rows else files[:2]
 
 
 def picture_markdown(files: Iterable[Path], page: Path) -> str:
-    """A link from the page to the plot among the files, where there is one."""
+    """Return the Markdown that shows the plot among the files on a page; empty where there is none."""
     return "".join(f"![{file.stem}]({os.path.relpath(file, page.parent)})\n\n" for file in files if file.suffix == ".svg")
 
 
 def fill_page(page: Path, name: str, text: str) -> None:
-    """Put `text` into the block of a page between `<!-- study: name -->` and `<!-- end -->`."""
+    """Put `text` between the lines `<!-- study: name -->` and `<!-- end -->` of a page; UserError where it has none."""
     block = re.compile(rf"(<!-- study: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
     old = page.read_text()
     if not block.search(old):
-        raise ConfigError(
+        raise UserError(
             f"{page}: has no block `<!-- study: {name} -->` ... `<!-- end -->`; add these two lines where the table belongs"
         )
-    write_atomic(page, block.sub(lambda found: f"{found[1]}{text}\n{found[2]}", old).encode())
+    write_atomic(page, block.sub(lambda found: f"{found[1]}{text}\n{found[2]}", old))

@@ -1,6 +1,6 @@
-"""Accuracy against FLOPs and hours over model size, share of the data and epochs, with the power law through it.
+"""Study of accuracy against FLOPs and hours over model size, share of the data and epochs, with the power law through it.
 
-Targets are normalised over the batch, which of all single changes learns most on small data: what is asked is how that scales.
+Targets are normalised over the batch, which of all single changes learns most on small data: the study asks how that scales.
 """
 
 import statistics
@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from fastjepa.studies.arm import Arm
-from fastjepa.studies.small import OVER_THE_BATCH
+from fastjepa.studies.small_data import OVER_THE_BATCH
 
 SCALING_PAPER = "none at this scale"
 
@@ -28,30 +28,30 @@ SCALING_ARMS = tuple(
 
 
 def scaling_law(flops: np.ndarray, floor: float, scale: float, exponent: float) -> np.ndarray:
-    """Error, a share, after `flops`: a power of them above a floor."""
+    """Return the error as a share after `flops`: a power of them above a floor."""
     return floor + scale * (flops / 1e12) ** -exponent
 
 
 def fit_law(flops: Sequence[float], error: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """(floor, scale, exponent) of the least squares through the points, and the residuals, in the order given."""
+    """Fit by least squares; return (floor, scale, exponent) and the residuals, in the order of the points."""
     try:
         from scipy.optimize import curve_fit
     except ImportError as missing:
-        raise ConfigError(f"the fitted curve needs scipy ({missing}); pip install 'fastjepa[studies]'") from missing
+        raise UserError(f"the fitted curve needs scipy ({missing}); pip install 'fastjepa[studies]'") from missing
     x, y = np.asarray(flops, float), np.asarray(error, float)
     found, _ = curve_fit(scaling_law, x, y, p0=(0.5 * y.min(), 0.5, 0.2), bounds=((0, 0, 0), (1, np.inf, 5)), max_nfev=20_000)
     return found, y - scaling_law(x, *found)
 
 
 def law_points(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[float], list[float]]:
-    """(labels, FLOPs, error as a share) of the rows that saw all of the data; those of other studies are left out."""
+    """Return (labels, FLOPs, errors as shares) of this study's rows that saw all of the data."""
     taken = [row for row in rows if row["study"] == "scaling" and row["fraction"] == 1]
     return ([f"{row['arm']}, seed {row['seed']}" for row in taken], [row["flops"] for row in taken],
             [1 - row["probe"]["linear_bn"]["accuracy"] for row in taken])  # fmt: skip
 
 
 def law_in_words(labels: list[str], flops: list[float], error: list[float]) -> list[str]:
-    """The law and how far each point is from it."""
+    """Return the sentence that says the law and how far each point is from it."""
     (floor, scale, exponent), residuals = fit_law(flops, error)
     formula = f"error = {floor:.3f} + {scale:.3f} (FLOPs / 1e12)^-{exponent:.3f}"
     listed = "; ".join(f"{label} {100 * rest:+.1f}" for label, rest in zip(labels, residuals, strict=True))
@@ -59,8 +59,8 @@ def law_in_words(labels: list[str], flops: list[float], error: list[float]) -> l
     return [f"Fitted to the arms with all of the data: {formula}; residuals in points, root mean square {root:.1f}: {listed}."]
 
 
-def law_figure(lines: Sequence[Any]) -> Any:
-    """Error against FLOPs, with the law, and against time of steps: a colour a size, hollow where data is scarce."""
+def law_figure(results: Sequence[Any]) -> Any:
+    """Plot error against FLOPs, with the law, and against time of steps: a colour a size, hollow for a tenth of the data."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
@@ -68,12 +68,12 @@ def law_figure(lines: Sequence[Any]) -> Any:
     picture = Figure(figsize=(10, 4.2))
     panels = picture.subplots(1, 2, sharey=True)
     colours = dict(zip(SCALING_SIZES, ("C0", "C1", "C2"), strict=True))
-    for line in lines:
-        colour = colours[line.arm.name.partition(",")[0]]
-        error = 100 - statistics.fmean(line.values("linear_bn"))
-        for axes, x in zip(panels, (line.mean("flops") / 1e12, line.mean("seconds") / 60), strict=True):
-            axes.plot(x, error, "o", color=colour, markerfacecolor=colour if line.arm.fraction == 1 else "none")
-    _, flops, error = law_points([row for line in lines for row in line.rows])
+    for result in results:
+        colour = colours[result.arm.name.partition(",")[0]]
+        error = 100 - statistics.fmean(result.values("linear_bn"))
+        for axes, x in zip(panels, (result.mean("flops") / 1e12, result.mean("seconds") / 60), strict=True):
+            axes.plot(x, error, "o", color=colour, markerfacecolor=colour if result.arm.fraction == 1 else "none")
+    _, flops, error = law_points([row for result in results for row in result.rows])
     if len(flops) > 3:
         x = np.geomspace(min(flops), max(flops))
         panels[0].plot(x / 1e12, 100 * scaling_law(x, *fit_law(flops, error)[0]), color="#888", zorder=0)

@@ -1,4 +1,4 @@
-"""Studies: which arms there are, and running them side by side, each a process that goes on where it was stopped."""
+"""Sweeps: the studies with their arms, and running the arms side by side, each a process that goes on where it was stopped."""
 
 import concurrent.futures
 import hashlib
@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,31 +17,34 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastjepa.config.load import load_config
 from fastjepa.config.schema import Config
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from fastjepa.files import write_atomic
 from fastjepa.plan.flops import flops_per_image
-from fastjepa.studies.arm import JOB_FILE, PROBED_INPUT, ROW_FILE, Arm, departures_from_default
+from fastjepa.studies.arm import JOB_FILE, PROBED_INPUT, ROW_FILE, Arm
 from fastjepa.studies.masking import MASKING_ARMS, MASKING_PAPER
 from fastjepa.studies.scaling import SCALING_ARMS, SCALING_PAPER
-from fastjepa.studies.small import SMALL_ARMS, SMALL_PAPER
+from fastjepa.studies.small_data import SMALL_ARMS, SMALL_PAPER
 from fastjepa.studies.truncation import TRUNCATION_ARMS, TRUNCATION_PAPER
 
 BASE_CONFIG = "study"  # the config that every arm starts from
+MEANINGFUL_SECTIONS = ("data", "mask", "meta", "optimization", "loss")  # sections of a config that say what is trained
 
 
 class Study(NamedTuple):
+    """Arms to compare, and how much each may train."""
+
     title: str
     arms: tuple[Arm, ...]
-    paper: str  # what its column is
+    paper: str  # what the paper's column holds
     budget: int = 100_000  # images an arm sees
     equal: Literal["images", "flops"] = "images"  # flops: as many images as cost what the budget costs the base
 
     def named(self, names: Iterable[str] | None) -> tuple[Arm, ...]:
-        """The arms of these names, in the study's order; all when None."""
+        """Return the arms of these names, in the study's order; all when None. UserError for an unknown name."""
         wanted = None if names is None else list(names)
         unknown = set(wanted or ()) - {arm.name for arm in self.arms}
         if unknown:
-            raise ConfigError(
+            raise UserError(
                 f"--arms {sorted(unknown)[0]!r}: no arm of this study; choose of: {', '.join(a.name for a in self.arms)}"
             )
         return tuple(arm for arm in self.arms if wanted is None or arm.name in wanted)
@@ -54,55 +58,83 @@ STUDIES = {
 }
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """Request to train and probe arms of a study."""
+
+    study: str  # a name in STUDIES
+    output: Path  # folder of the arms' folders
+    data: str
+    seeds: int = 3
+    budget: int | None = None  # images an arm sees; None: the study's
+    arms: Sequence[str] | None = None  # names; None: all
+    overrides: Sequence[str] = ()  # section.key=value, for every arm
+
+
 class ArmJob(NamedTuple):
-    """An arm with a seed: all that its row depends on, and where it runs."""
+    """Job of an arm with a seed: all that its row depends on, and where it runs."""
 
     folder: Path
     asked: dict[str, Any]
 
     @property
     def row(self) -> Path:
+        """The file of the job's row, which is there when the job has ended."""
         return self.folder / ROW_FILE
 
     @property
     def label(self) -> str:
+        """The job's name for people."""
         return f"{self.asked['arm']}, seed {self.asked['seed']}"
 
 
-def plan_jobs(name: str, output: Path, data: str, seeds: int, budget: int | None = None, arms: Iterable[str] | None = None,
-         overrides: Iterable[str] = ()) -> list[ArmJob]:  # fmt: skip
-    """Every arm with every seed, all arms with one seed before the next, so that a sweep that is stopped early says something.
+def plan_jobs(sweep: Sweep) -> list[ArmJob]:
+    """Return a job for every arm with every seed.
 
-    The name of a job's folder holds a hash of what is trained: with another override or budget it is another folder, and
-    the same run in two studies is one.
+    All arms with one seed come before the next seed, so that a sweep that is stopped early can already be read.
     """
-    study = STUDIES[name]
-    budget = budget or study.budget
+    study = STUDIES[sweep.study]
+    budget = sweep.budget or study.budget
     jobs = []
-    for seed in range(seeds):
-        asked = (f"data.source={data}", *overrides, f"runtime.seed={seed}")  # a seed's masks have FLOPs of their own
-        base = flops_per_image(load_config(BASE_CONFIG, asked)) if study.equal == "flops" else 0.0
-        for arm in study.named(arms):
-            config = load_config(BASE_CONFIG, (*asked, *arm.overrides))
+    for seed in range(sweep.seeds):
+        shared = (f"data.source={sweep.data}", *sweep.overrides, f"runtime.seed={seed}")
+        # A seed draws masks of its own, and so has FLOPs of its own.
+        base = flops_per_image(load_config(BASE_CONFIG, shared)) if study.equal == "flops" else 0.0
+        for arm in study.named(sweep.arms):
+            config = load_config(BASE_CONFIG, (*shared, *arm.overrides))
             share = base / flops_per_image(config) if base else 1.0
             images = round(budget * arm.length * share) if PROBED_INPUT[arm.method] == "target" else 0
-            jobs.append(arm_job(name, arm, seed, config, data, images, output))
+            jobs.append(arm_job(sweep, arm, seed, images, config))
     return jobs
 
 
-def arm_job(study: str, arm: Arm, seed: int, config: Config, data: str, images: int, output: Path) -> ArmJob:
-    asked = {"study": study, "arm": arm.name, "group": arm.group, "seed": seed, "method": arm.method, "paper": arm.paper,
-             "data": data, "fraction": arm.fraction, "images": images, "overrides": list(arm.overrides)}  # fmt: skip
-    told = {key: asked[key] for key in ("seed", "method", "data", "fraction", "images")} | {
+def arm_job(sweep: Sweep, arm: Arm, seed: int, images: int, config: Config) -> ArmJob:
+    """Return the job of an arm with a seed that trains on `images` images.
+
+    The name of its folder holds a hash of what is trained: with another override or budget it is another folder, and the
+    same run in two studies is one.
+    """
+    asked = {"study": sweep.study, "arm": arm.name, "group": arm.group, "seed": seed, "method": arm.method, "paper": arm.paper,
+             "data": sweep.data, "fraction": arm.fraction, "images": images, "overrides": list(arm.overrides)}  # fmt: skip
+    hashed = {key: asked[key] for key in ("seed", "method", "data", "fraction", "images")} | {
         "config": departures_from_default(config)
     }
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
-    folder = output / "runs" / f"{digest}-seed{seed}"
+    digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:12]
+    folder = sweep.output / "runs" / f"{digest}-seed{seed}"
     return ArmJob(folder, asked | {"hash": digest, "config": config.to_dict()})
 
 
+def departures_from_default(config: Config) -> dict[str, dict[str, Any]]:
+    """Return the settings that say what is trained and differ from the defaults, by section.
+
+    Defaults are left out so that a key that is added later changes no hash.
+    """
+    default, given = Config().to_dict(), config.to_dict()
+    return {name: {k: v for k, v in given[name].items() if v != default[name][k]} for name in MEANINGFUL_SECTIONS}
+
+
 def job_rows(jobs: Iterable[ArmJob], kept: Path | None = None) -> list[dict[str, Any]]:
-    """The rows of these jobs that exist, in their folders or in the folder `kept` of reports, under these arms' names."""
+    """Return the rows of these jobs that exist in their folders or in the folder `kept`, under these arms' names."""
     found, stored = [], stored_rows(kept)
     for job in jobs:
         row = json.loads(job.row.read_text()) if job.row.is_file() else stored.get(job.asked["hash"])
@@ -111,13 +143,13 @@ def job_rows(jobs: Iterable[ArmJob], kept: Path | None = None) -> list[dict[str,
 
 
 def stored_rows(kept: Path | None) -> dict[str, dict[str, Any]]:
-    """The rows that reports have written to a folder, by the hash of what was trained: studies share arms."""
+    """Return {hash of what was trained: row} of the rows that reports have written to a folder: studies share arms."""
     files = [kept / f"{name}.json" for name in STUDIES] if kept else []
     return {row["hash"]: row for file in files if file.is_file() for row in json.loads(file.read_text())}
 
 
-def sweep_jobs(jobs: list[ArmJob], side_by_side: int, console: Console, kept: Path | None = None) -> list[str]:
-    """Run the jobs that have no row yet, in their folders or in `kept`; returns the labels of those that failed."""
+def run_jobs(jobs: list[ArmJob], side_by_side: int, console: Console, kept: Path | None = None) -> list[str]:
+    """Run the jobs that have no row yet, in their folders or in `kept`; return the labels of those that failed."""
     stored, failed = stored_rows(kept), []
     waiting = [job for job in jobs if not (job.row.is_file() or job.asked["hash"] in stored)]
     with jobs_progress(console) as bar, RunningJobs() as children:
@@ -138,12 +170,13 @@ def sweep_jobs(jobs: list[ArmJob], side_by_side: int, console: Console, kept: Pa
 
 
 def jobs_progress(console: Console) -> Progress:
+    """Return the bar that counts jobs; it is hidden where no terminal shows it."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
 class RunningJobs:
-    """The processes of the arms. SIGTERM to this one is passed on as Ctrl-C is: they save a checkpoint and end."""
+    """Processes of the arms. SIGTERM to this process is passed on as Ctrl-C is: they save a checkpoint and end."""
 
     def __enter__(self) -> "RunningJobs":
         self.running: set[subprocess.Popen] = set()
@@ -154,8 +187,9 @@ class RunningJobs:
         signal.signal(signal.SIGTERM, self._before)
 
     def run(self, job: ArmJob) -> int:
+        """Run a job to its end in a process of its own, and return its exit code."""
         job.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(job.folder / JOB_FILE, (json.dumps(job.asked, indent=1) + "\n").encode())
+        write_atomic(job.folder / JOB_FILE, json.dumps(job.asked, indent=1) + "\n")
         environment = {"OMP_NUM_THREADS": "1"} | os.environ
         command = [sys.executable, "-m", "fastjepa.studies.worker", str(job.folder)]
         with open(job.folder / "log.txt", "a") as log:
@@ -166,12 +200,13 @@ class RunningJobs:
         return code
 
     def stop(self) -> None:
+        """Send SIGTERM to every process that runs."""
         for child in list(self.running):
             child.terminate()
 
 
 def row_in_words(job: ArmJob, code: int) -> str:
-    """A line about a job that has ended."""
+    """Return a line about a job that has ended."""
     if not job.row.is_file():
         lines = (job.folder / "log.txt").read_text().splitlines() or ["it wrote nothing"]
         return f"{job.label}: failed with exit code {code}: {lines[-1]} ({job.folder / 'log.txt'})"

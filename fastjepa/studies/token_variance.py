@@ -1,7 +1,7 @@
-"""What token features are made of: the parts of their energy that images share, that places share, and the rest.
+"""Parts of the energy of token features: the part that all tokens share, that a place has, that an image has, and the rest.
 
-A predictor meets most of a target that all tokens have in common, or that is a function of the place alone, without a look
-at the context; that share says how much of the loss is no lesson.
+A predictor meets a target that all tokens have in common, or that is a function of the place alone, without a look at the
+context. The share of these two parts says how much of the loss teaches nothing.
 """
 
 import torch
@@ -11,13 +11,15 @@ from torch import Tensor
 from fastjepa.evals.images import EvalImages, normalise_pixels
 from fastjepa.evals.inputs import Split, Subject, Which
 
-VARIANCE_IMAGES, VARIANCE_BATCH = 1000, 250
+VARIANCE_IMAGES, VARIANCE_BATCH = 1000, 250  # images that count, and images of one forward pass
 
 
 def variance_shares(tokens: Tensor) -> dict[str, float]:
-    """Of (B, N, D) features, normalised over D as the loss has them: shares of their mean square, which add up to 1.
+    """Return the shares of the mean square of (B, N, D) features, layer-normalised as in the loss; they add up to 1.
 
-    common: of the mean over images and places; position, image: of what a place, an image adds to it; local: of the rest.
+    common: the mean over images and places. position, image: what a place, an image adds to it. local: the rest.
+    The four parts are orthogonal, so their squares add up: where one image has the numbers 3 and 1 at two places, common is
+    2 and position +1 and -1, with shares of 4 / 5 and 1 / 5.
     """
     tokens = F.layer_norm(tokens.double(), tokens.shape[2:])
     common, place, image = tokens.mean(dim=(0, 1)), tokens.mean(dim=0), tokens.mean(dim=1)
@@ -29,7 +31,7 @@ def variance_shares(tokens: Tensor) -> dict[str, float]:
 
 @torch.inference_mode()
 def token_variance(subject: Subject, which: Which, split: Split) -> dict[str, float]:
-    """The shares of an encoder's features of the split's first IMAGES images, whole."""
+    """Return the shares of an encoder's features of the split's first VARIANCE_IMAGES images, seen whole."""
     encoder, config = subject.encoder(which).to(subject.device), subject.config
     stream = EvalImages(split.source, subject.size, config.data.channels, split.rows[:VARIANCE_IMAGES])
     blocks = (

@@ -1,10 +1,10 @@
-"""What cutting contexts to the shortest of a group costs or gives, at equal FLOPs: fewer tokens buy more images.
+"""Study of what cutting contexts to the shortest of a group costs or gives, at equal FLOPs: fewer tokens buy more images.
 
 Targets are normalised over the batch, as without that nothing much is learned at this scale, cut or not.
 """
 
 from fastjepa.studies.arm import Arm
-from fastjepa.studies.small import OVER_THE_BATCH
+from fastjepa.studies.small_data import OVER_THE_BATCH
 
 TRUNCATION_PAPER = "none: nobody has published this"
 

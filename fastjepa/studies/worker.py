@@ -1,7 +1,7 @@
-"""One arm of a study with one seed, in a process of its own: train, probe, write the row.
+"""Worker of a sweep: one arm with one seed, in a process of its own, trained and probed, and its row written.
 
 `python -m fastjepa.studies.worker FOLDER` works in the folder, which is the run's directory too. Stopped at any moment, it goes
-on from its checkpoint when it is run again; two processes never work at one arm. The row is there whole or not at all.
+on from its checkpoint when it is run again. Two processes never work at one arm. The row is there whole or not at all.
 """
 
 import dataclasses
@@ -27,23 +27,24 @@ from fastjepa.evals.inputs import open_splits, open_subject
 from fastjepa.evals.table import probe_features
 from fastjepa.files import write_atomic
 from fastjepa.plan.flops import flops_per_image
-from fastjepa.studies.arm import ARM_CONFIG, JOB_FILE, PROBED_INPUT, ROW_FILE, departures_from_default
+from fastjepa.studies.arm import ARM_CONFIG, JOB_FILE, PROBED_INPUT, ROW_FILE
 from fastjepa.studies.mae import mae_flops_per_image, train_mae
 from fastjepa.studies.subset import subset_of
+from fastjepa.studies.sweep import departures_from_default
 from fastjepa.studies.token_variance import token_variance
 from fastjepa.train import train
 
-WARMUP_SHARE = 0.1  # share of the steps
+WARMUP_SHARE = 0.1  # of the steps
 PROBE_TRAIN_IMAGES = 20000  # images a probe learns from, as in `fastjepa eval table`
 
 
 def main(folder: Path) -> int:
-    """Exit code 0 when the row is there, 130 when a signal has stopped the arm, 2 for an error, its message printed."""
+    """Return 0 when the row is there, 130 when a signal has stopped the arm, 2 after printing the message of an error."""
     try:
         with locked_folder(folder):
             if not (folder / ROW_FILE).is_file():
                 row = run_arm(json.loads((folder / JOB_FILE).read_text()), folder)
-                write_atomic(folder / ROW_FILE, (json.dumps(row, indent=1) + "\n").encode())
+                write_atomic(folder / ROW_FILE, json.dumps(row, indent=1) + "\n")
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -56,17 +57,17 @@ def main(folder: Path) -> int:
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Wait for another process that works in `folder`; its end, even by SIGKILL, lets go."""
+    """Wait until no other process works in `folder`; the end of a process, even by SIGKILL, frees it."""
     with open(folder / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def run_arm(job: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The row of a job; KeyboardInterrupt where a signal has stopped its training."""
+    """Train and probe, and return the row of a job; KeyboardInterrupt where a signal has stopped the training."""
     data = subset_of(job["data"], job["fraction"], folder)
     config, steps = scheduled_config(config_from_dict(job["config"]), data, job["images"])
-    (folder / ARM_CONFIG).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+    write_atomic(folder / ARM_CONFIG, yaml.safe_dump(config.to_dict(), sort_keys=False))
     trained = {"images": 0, "seconds": 0.0, "flops": 0.0}
     if PROBED_INPUT[job["method"]] == "target":
         (train_mae if job["method"] == "mae" else train_ijepa)(folder / ARM_CONFIG, folder, steps)
@@ -79,17 +80,18 @@ def run_arm(job: dict[str, Any], folder: Path) -> dict[str, Any]:
             "flops": images * training_flops(config, job["method"]),
         }
     else:
-        (folder / "config.yaml").write_text((folder / ARM_CONFIG).read_text())
+        write_atomic(folder / "config.yaml", (folder / ARM_CONFIG).read_text())
     kept = {name: value for name, value in job.items() if name != "config"}
     return kept | trained | {"changed": departures_from_default(config)} | evaluate_arm(job, folder) | {"made_by": made_by()}
 
 
 def scheduled_config(config: Config, data: str, images: int) -> tuple[Config, int]:
-    """The config whose schedules end after `images` images of `data`, and its steps."""
+    """Return the config whose schedules end after `images` images of `data`, and its steps."""
     batch = config.data.batch_size
     an_epoch, steps = len(open_source(data)) // batch, max(1, images // batch)
     epochs = math.ceil(steps / an_epoch)
-    scale = steps / (epochs * an_epoch)  # the last epoch may end beyond the last step: schedules are compressed
+    # The last epoch may end beyond the last step, so schedules are compressed: 25 steps of 10 an epoch are 3 epochs at 25 / 30.
+    scale = steps / (epochs * an_epoch)
     changed = {
         "data": {"source": data},
         "optimization": {"epochs": epochs, "warmup": WARMUP_SHARE * steps / an_epoch, "ipe_scale": scale},
@@ -100,25 +102,29 @@ def scheduled_config(config: Config, data: str, images: int) -> tuple[Config, in
 
 
 def train_ijepa(config: Path, folder: Path, steps: int) -> None:
-    """Train with the trainer itself, which resumes."""
+    """Train with the trainer itself, which resumes where it was stopped."""
     train(load_config(config), folder, steps)
 
 
 def training_flops(config: Config, method: str) -> float:
-    """FLOPs of training on an image."""
+    """Return the FLOPs of training on one image."""
     return mae_flops_per_image(config) if method == "mae" else flops_per_image(config)
 
 
 def logged_rate(folder: Path) -> float:
-    """Images per second of a run's steps, by its log, however often it was stopped."""
+    """Return the images per second of a run's steps, by its log, however often it was stopped."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] - before for before, line in zip([0, *(line["step"] for line in lines)], lines, strict=False)]
     return sum(steps) / sum(count / line["images_per_s"] for count, line in zip(steps, lines, strict=True))
 
 
 def evaluate_arm(job: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Of the encoder that the method evaluates: k-NN, linear and BN + linear with their defaults, and the effective rank of
-    its pooled features (`probe`); what its tokens are made of (`shares`), None of pixels."""
+    """Evaluate the encoder that the method trained, or its stand-in.
+
+    Returns:
+        `probe`: k-NN, linear and BN + linear with their defaults, and the effective rank of the pooled features;
+        `shares`: the parts of the tokens' energy, None for pixels.
+    """
     splits, which = open_splits(job["data"], PROBE_TRAIN_IMAGES, None, job["seed"]), PROBED_INPUT[job["method"]]
     subject = open_subject(folder, cache=False)
     pair = subject.features(which, splits, seed=job["seed"])
@@ -127,7 +133,7 @@ def evaluate_arm(job: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def made_by() -> dict[str, Any]:
-    """Versions, and the commit where fastjepa lies in its repository."""
+    """Return versions and the machine, with the commit where fastjepa lies in its repository."""
     import platform
 
     import torch

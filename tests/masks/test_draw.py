@@ -15,7 +15,6 @@ from fastjepa.config.schema import Config, MaskConfig
 from fastjepa.errors import ConfigError, UserError
 from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.layouts import CHOICE_LANE, CONTEXT_LANE, TARGET_LANE, Ranges, Slots, _block_size, _contexts, smallest_block
-from fastjepa.masks.statistics import GAP_PIXELS, HIDDEN_GREY, masks_picture
 from fastjepa.rng import MASK_STREAM, ORDER_STREAM, generator
 from tests.support.drawing import GRID, boxes, check, draw, lengths, settings, statistics
 from tests.support.places import CONFIGS
@@ -349,24 +348,6 @@ def test_presets_draw_at_their_batch_without_a_warning(path: Path):
 def test_slots_outside_the_batch_are_refused(start: int, stop: int, total: int):
     with pytest.raises(UserError, match="not within a global batch of 8"):
         draw_masks(OFFICIAL, GRID, 0, 0, range(start, stop), total)
-
-
-def test_picture_shows_visible_patches_and_greys_the_rest():
-    images = generator(0, ORDER_STREAM, 0).integers(0, 100, (3, 48, 64, 3), dtype=np.uint8)  # darker than grey
-    context, target = draw(settings(grid=(12, 16), num_enc_masks=2).mask, 3, grid=(12, 16))
-    sheet = masks_picture(images, context, target, patch_size=4)
-    gap = GAP_PIXELS
-    assert sheet.dtype == np.uint8 and sheet.shape == (3 * (48 + gap) - gap, 7 * (64 + gap) - gap, 3)
-    shown = np.concatenate([np.ones((3, 1, 192), bool), context, target], axis=1).reshape(3, 7, 12, 16)
-    for i in range(3):
-        for column in range(7):
-            tile = sheet[i * (48 + gap) :, column * (64 + gap) :][:48, :64]
-            visible = np.kron(shown[i, column], np.ones((4, 4))).astype(bool)
-            assert np.array_equal(tile[visible], images[i][visible])
-            assert (tile[~visible] == HIDDEN_GREY).all()
-    assert (sheet[48 : 48 + gap] == 255).all() and (sheet[:, 64 : 64 + gap] == 255).all()
-    with pytest.raises(UserError, match="192 patches do not fit images of 48x64"):
-        masks_picture(images, context, target, patch_size=8)
 
 
 def test_drawing_2048_images_takes_milliseconds():

@@ -1,20 +1,19 @@
-"""The report's page as a browser draws it: charts, tables, colours, phones, print, keyboard, screen readers, renewal."""
+"""The report's page as a browser draws it: charts, tables, colours, phones, print, keyboard, screen readers."""
 
 import json
 import re
 import shutil
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from fastjepa.report.page import png_uri, write_page
-from fastjepa.report.run_directory import TABLE_LINES
-from fastjepa.report.watch import Server
+from fastjepa.report.charts import TABLE_LINES
+from fastjepa.report.page import write_page
+from fastjepa.report.pictures import png_bytes
 from tests.support.reports import write_run
 
 pytestmark = pytest.mark.xdist_group("page")  # one browser serves all
@@ -49,7 +48,7 @@ def runs(tmp_path_factory) -> list[Path]:
         {"data": "own", "n_train": 6, "n_test": 9, "rows": ROWS, "verdict": ["It learned."]}))  # fmt: skip
     (second / "pictures").mkdir()
     for name in ("masks", "pca", "samples"):
-        (second / "pictures" / f"{name}.png").write_bytes(png_uri(Image.new("RGB", (900, 300), "teal")))
+        (second / "pictures" / f"{name}.png").write_bytes(png_bytes(np.full((300, 900, 3), (0, 128, 128), np.uint8)))
     return [first, second]
 
 
@@ -59,12 +58,13 @@ def opened(browser: Browser, runs: list[Path], tmp_path: Path):
     write_page(runs, tmp_path / "report.html")
     said, contexts = [], []
 
-    def open_page(url: str = (tmp_path / "report.html").as_uri(), **settings) -> Page:
+    def open_page(**settings) -> Page:
+        url = (tmp_path / "report.html").as_uri()
         contexts.append(browser.new_context(**settings))
         page = contexts[-1].new_page()
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: request.url.startswith(("file:", "data:", url)) or said.append(request.url))
+        page.on("request", lambda request: request.url.startswith(("file:", "data:")) or said.append(request.url))
         page.goto(url)
         return page
 
@@ -202,24 +202,3 @@ def test_without_javascript_the_tables_remain(opened):
     page = opened(java_script_enabled=False)
     assert "The curves are drawn by JavaScript, which is off" in page.locator("main").inner_text()
     assert page.locator("#chart-loss tbody tr").count() == min(TABLE_LINES, len(STEPS))
-
-
-def test_a_served_page_renews_itself_where_it_is_read(opened, runs, tmp_path):
-    """What is open stays open, the focus stays, and the scroll position."""
-    run = tmp_path / "first"
-    shutil.copytree(runs[0], run)
-    with Server([run], "127.0.0.1", 0) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        page = opened(server.address, viewport={"width": 400, "height": 500})
-        page.locator("#chart-effective_rank summary").click()
-        page.wait_for_timeout(300)
-        before = page.evaluate("scrollY")
-        assert before > 0 and numbers(page, "loss") == [len(STEPS)]
-        with (run / "metrics.jsonl").open("a") as file:
-            file.write('{"step": 105, "loss": 0.5, "effective_rank": 1.0}\n{"step": 110, "lo')
-        expect(page.locator("#summary ~ div")).to_contain_text("step 105", timeout=20_000)
-        assert numbers(page, "loss") == [len(STEPS) + 1]
-        assert page.locator("#chart-effective_rank table").is_visible()
-        assert page.evaluate("document.activeElement.parentNode.id") == "chart-effective_rank-table"
-        assert page.evaluate("scrollY") == before
-        server.shutdown()

@@ -1,13 +1,8 @@
 """The report of a run: what it reads, what it says, what it says of what is missing; the page itself: test_report_page."""
 
-import http.client
 import json
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -16,19 +11,12 @@ from hypothesis import strategies as st
 
 from fastjepa.cli.main import main
 from fastjepa.config.schema import Config
-from fastjepa.errors import ConfigError
-from fastjepa.report.page import paper_row, probe_results, render_page, setting_rows, write_page
-from fastjepa.report.run_directory import (
-    TABLE_LINES,
-    read_lines,
-    read_recorded_run,
-    reading_charts,
-    readings_table,
-    thinned_points,
-)
-from fastjepa.report.watch import Server
+from fastjepa.errors import UserError
+from fastjepa.report.charts import TABLE_LINES, reading_charts, readings_table, thinned_points
+from fastjepa.report.evaluations import evaluation_tables, paper_row
+from fastjepa.report.page import render_page, setting_rows, write_page
+from fastjepa.report.recorded_run import read_metrics, read_recorded_run
 from tests.support.images import write_idx_pairs
-from tests.support.places import ROOT
 from tests.support.reports import write_run
 
 pytestmark = pytest.mark.xdist_group("report")  # one run serves all
@@ -82,7 +70,7 @@ def test_the_table_of_a_chart_has_the_latest_value_up_to_each_step():
 def test_a_line_being_written_is_no_line_and_a_damaged_one_is_counted(tmp_path: Path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo\n[3]\n{"loss": 1}\n{"step": 5, "loss": 1.0}\n{"step": 6, "loss"')
-    entries, torn = read_lines(file)
+    entries, torn = read_metrics(file)
     assert ([entry["step"] for entry in entries], torn) == ([1, 5], 3)
 
 
@@ -184,7 +172,7 @@ def test_the_papers_numbers_stand_beside(tmp_path: Path):
     row = {"encoder": "target", "data": "/data/cifar100", "knn": result, "linear": result, "linear_bn": result,
            "paper": {"I-JEPA H/14": 87.5}}  # fmt: skip
     (run / "transfer.json").write_text(json.dumps({"rows": [row, row | {"data": "own", "paper": None}]}))
-    (made,) = probe_results(read_recorded_run(run))
+    (made,) = evaluation_tables(read_recorded_run(run))
     assert made["head"][-1] == "I-JEPA H/14 (paper)"
     assert [[cell["text"] for cell in cells] for _, cells in made["rows"]] == [["50.0 ± 10.0"] * 3 + [p] for p in ("87.5", "–")]
     assert paper_row("/data/CIFAR-100")["MAE H/14"] == 77.3 and paper_row("fashion-mnist") == {}
@@ -196,7 +184,6 @@ def test_mistakes_are_one_sentence(tmp_path: Path, capsys):
     for arguments, sentence in (
         ([tmp_path / "none"], "no run directory"),
         ([run], "odd.json: not as `fastjepa eval` writes it"),
-        ([run, "--serve", "--host", "256.0.0.1"], "cannot listen on 256.0.0.1:0"),
         ([run, "--output", tmp_path], "is a directory; pass --output FILE.html"),
     ):
         assert main(["report", *map(str, arguments)]) == 2
@@ -209,40 +196,6 @@ def test_a_page_that_cannot_be_made_leaves_the_old_one(tmp_path: Path):
     write_page([run], run / "report.html", pictures=False)
     before = (run / "report.html").read_text()
     (run / "run.json").write_text("{")
-    with pytest.raises(ConfigError, match="run.json: not JSON"):
+    with pytest.raises(UserError, match="run.json: not JSON"):
         write_page([run], run / "report.html", pictures=False)
     assert (run / "report.html").read_text() == before
-
-
-def ask(server: Server, path: str = "/", **headers: str) -> tuple[int, str | None, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
-    connection.request("GET", path, headers={name.replace("_", "-"): value for name, value in headers.items()})
-    answer = connection.getresponse()
-    return answer.status, answer.getheader("ETag"), answer.read().decode()
-
-
-def test_a_served_page_is_made_anew_when_its_run_goes_on(tmp_path: Path):
-    run = write_run(tmp_path / "run", [{"step": 1, "loss": 1.0}])
-    with Server([run], "127.0.0.1", 0, pictures=False) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        status, tag, page = ask(server)
-        assert status == 200 and "step 1 of" in page and "connect-src 'self'" in page
-        assert ask(server, If_None_Match=tag)[0] in (304, 200)  # 200 in a new minute
-        with (run / "metrics.jsonl").open("a") as file:
-            file.write('{"step": 2, "loss": 0.5}\n')
-        status, newer, page = ask(server, If_None_Match=tag)
-        assert status == 200 and newer != tag and "step 2 of" in page
-        assert ask(server, "/run.json")[0] == 404 and ask(server, "/../../etc/passwd")[0] == 404
-        assert ask(server, Host="evil.example:80")[0] == 421  # a name that was made to lead here
-        (run / "run.json").write_text("{")
-        assert ask(server)[0] == 503 and "not JSON" in ask(server)[2]
-        server.shutdown()
-
-
-def test_serving_says_where_and_ends_cleanly(tmp_path: Path):
-    run = write_run(tmp_path / "run", [{"step": 1, "loss": 1.0}])
-    command = [sys.executable, "-m", "fastjepa.cli", "report", str(run), "--serve", "--no-pictures"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
-        assert re.match(r"http://127\.0\.0\.1:\d+/ ", server.stdout.readline())
-        server.send_signal(signal.SIGINT)
-        assert (server.wait(timeout=60), server.stderr.read()) == (0, "ended\n")

@@ -10,23 +10,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from fastjepa.studies.arm import Arm
 from fastjepa.studies.report import (
-    StudyLine,
+    ArmResult,
+    arm_results,
     fill_page,
-    fitted_curve,
     footnote,
-    line_cells,
-    line_verdict,
+    group_leads,
+    law_sentences,
     picture_markdown,
     show_study,
-    study_lines,
     study_markdown,
+    table_rows,
     write_study,
 )
 from fastjepa.studies.scaling import fit_law, scaling_law
-from fastjepa.studies.sweep import STUDIES, Study, job_rows, plan_jobs
+from fastjepa.studies.sweep import STUDIES, Study, Sweep, job_rows, plan_jobs
 
 ARMS = (Arm("one", "pair", (), 54.2), Arm("two", "pair", ("x.y=1",), 17.6), Arm("three", "alone"), Arm("none yet", "alone"))
 STUDY = Study("A study", ARMS, "what the paper has")
@@ -44,12 +44,12 @@ ROWS = [row("one", 0, 40.0), row("one", 1, 41.0), row("one", 2, 42.0), row("two"
 
 
 @pytest.fixture
-def found() -> list[StudyLine]:
-    return study_lines(ARMS, ROWS)
+def found() -> list[ArmResult]:
+    return arm_results(ARMS, ROWS)
 
 
 def test_a_line_says_mean_spread_seeds_cost_and_the_papers_number(found):
-    one, two, three, none = line_cells(found)
+    one, two, three, none = table_rows(found)
     assert one == ["pair", "one", "3", "41.0 ± 1.0", "41.0 ± 1.0", "41.0 ± 1.0", "7.2", "86", "100,000", "8.4", "6.5", "54.2"]
     assert two[:4] == ["", "two", "2 *", "39.2 ± 0.4"] and two[-1] == "17.6"
     assert three[:4] == ["alone", "three", "1 *", "35.0"]
@@ -57,7 +57,7 @@ def test_a_line_says_mean_spread_seeds_cost_and_the_papers_number(found):
 
 
 def test_pixels_have_no_tokens_to_share_anything():
-    (line,) = study_lines(ARMS[:1], [row("one", 0, 40.0, shares=None)])
+    (line,) = arm_results(ARMS[:1], [row("one", 0, 40.0, shares=None)])
     assert line.common() == ""
 
 
@@ -71,38 +71,38 @@ def test_what_the_numbers_are_is_said(found):
 @pytest.mark.parametrize("gap, words", [(5.0, "more than twice"), (0.4, "not more than twice")])
 def test_the_leader_is_named_and_whether_the_lead_is_more_than_noise(gap: float, words: str):
     rows = [row(arm, seed, 40 + seed + (gap if arm == "two" else 0)) for arm in ("one", "two") for seed in range(3)]
-    (sentence,) = line_verdict(study_lines(ARMS, rows))
+    (sentence,) = group_leads(arm_results(ARMS, rows))
     assert sentence == f"pair: two leads one by {gap:.1f} points, {words} its standard error (0.82)."
 
 
 def test_a_group_is_compared_with_the_base_too():
     rows = [row(arm, seed, value + seed) for arm, value in (("one", 50), ("three", 30), ("none yet", 40)) for seed in range(2)]
-    (sentence,) = line_verdict(study_lines(ARMS, rows))
+    (sentence,) = group_leads(arm_results(ARMS, rows))
     assert sentence.startswith("alone: one leads none yet by 10.0 points")
 
 
 def test_of_one_seed_nothing_is_claimed():
-    (sentence,) = line_verdict(study_lines(ARMS, [row("one", 0, 40.0), row("two", 0, 10.0)]))
+    (sentence,) = group_leads(arm_results(ARMS, [row("one", 0, 40.0), row("two", 0, 10.0)]))
     assert "by 30.0 points, of one seed: nothing can be said" in sentence
 
 
 def test_a_lead_is_of_the_seeds_that_both_have():
     """The base's first seed was a lucky one; against its mean the other would lead."""
     rows = [row("one", seed, value) for seed, value in enumerate((40.0, 35.0, 36.0))] + [row("two", 0, 39.0)]
-    (sentence,) = line_verdict(study_lines(ARMS, rows))
+    (sentence,) = group_leads(arm_results(ARMS, rows))
     assert sentence.startswith("pair: one leads two by 1.0 points, of one seed")
 
 
 def test_the_standard_error_is_that_of_a_difference_of_means():
     first, second = [40.0, 41.0, 43.0], [30.0, 32.0, 33.0]
     rows = [row("one", i, v) for i, v in enumerate(first)] + [row("two", i, v) for i, v in enumerate(second)]
-    (sentence,) = line_verdict(study_lines(ARMS, rows))
+    (sentence,) = group_leads(arm_results(ARMS, rows))
     expected = np.sqrt(np.var(first, ddof=1) / 3 + np.var(second, ddof=1) / 3)
     assert f"({expected:.2f})" in sentence
 
 
 def test_rows_of_other_settings_are_not_reported(tmp_path):
-    jobs = plan_jobs("small", tmp_path, "cifar10", 1, 1000, ["base"])
+    jobs = plan_jobs(Sweep("small", tmp_path, "cifar10", 1, 1000, ["base"]))
     stale = row("base", 0, 10.0, hash="of another budget")
     (tmp_path / "small.json").write_text(json.dumps([stale]))
     assert job_rows(jobs, tmp_path) == []
@@ -136,7 +136,7 @@ def test_what_is_written_is_all_of_it_and_the_same_each_time(found, tmp_path):
 
 
 def test_without_rows_there_is_no_picture(tmp_path):
-    assert [file.name for file in write_study(STUDY, "s", study_lines(ARMS, []), tmp_path)] == ["s.json", "s.md"]
+    assert [file.name for file in write_study(STUDY, "s", arm_results(ARMS, []), tmp_path)] == ["s.json", "s.md"]
 
 
 def test_a_block_of_a_page_becomes_the_table_and_nothing_else_changes(tmp_path):
@@ -147,7 +147,7 @@ def test_a_block_of_a_page_becomes_the_table_and_nothing_else_changes(tmp_path):
         assert page.read_text() == (
             f"before\n<!-- study: s -->\n{text}\n<!-- end -->\nbetween\n<!-- study: t -->\n<!-- end -->\n"
         )
-    with pytest.raises(ConfigError, match="has no block `<!-- study: u -->`"):
+    with pytest.raises(UserError, match="has no block `<!-- study: u -->`"):
         fill_page(page, "u", "text")
 
 
@@ -171,8 +171,8 @@ def test_the_scaling_report_prints_the_law_and_every_residual(tmp_path):
         flops = 1e12 * 2**number
         error = 100 * scaling_law(flops, 0.3, 0.4, 0.3)
         rows.append(row(each.name, 0, 100 - error, study="scaling", fraction=each.fraction, flops=flops))
-    found = study_lines(study.arms, rows)
-    (sentence,) = fitted_curve(found)
+    found = arm_results(study.arms, rows)
+    (sentence,) = law_sentences(found)
     assert re.search(r"error = 0\.\d+ \+ 0\.\d+ \(FLOPs / 1e12\)\^-0\.\d+", sentence)
     assert sentence.count("seed 0") == sum(each.fraction == 1 for each in study.arms)
     files = write_study(study, "scaling", found, tmp_path)

@@ -20,13 +20,22 @@ from fastjepa.cli import main as main_module
 from fastjepa.cli.sweep import arm_names
 from fastjepa.config.load import config_from_dict, load_config
 from fastjepa.engine.schedule import Schedule
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from fastjepa.masks.check import check_masks
 from fastjepa.masks.draw import draw_masks
 from fastjepa.studies import worker
-from fastjepa.studies.arm import ARM_CONFIG, JOB_FILE, Arm, departures_from_default
+from fastjepa.studies.arm import ARM_CONFIG, JOB_FILE, Arm
 from fastjepa.studies.subset import subset_of
-from fastjepa.studies.sweep import BASE_CONFIG, STUDIES, ArmJob, job_rows, plan_jobs, sweep_jobs
+from fastjepa.studies.sweep import (
+    BASE_CONFIG,
+    STUDIES,
+    ArmJob,
+    Sweep,
+    departures_from_default,
+    job_rows,
+    plan_jobs,
+    run_jobs,
+)
 from fastjepa.studies.token_variance import variance_shares
 from fastjepa.studies.worker import main, scheduled_config, train_ijepa
 from tests.support.images import write_idx
@@ -49,7 +58,7 @@ def data(tmp_path_factory) -> str:
 
 
 def planned(data: str, output: Path, *arms: str, budget: int = 32, seeds: int = 1, more: tuple[str, ...] = ()):
-    return plan_jobs("small", output, data, seeds, budget, arms, [*TINY, *more])
+    return plan_jobs(Sweep("small", output, data, seeds, budget, arms, [*TINY, *more]))
 
 
 def work(job: ArmJob) -> dict:
@@ -111,7 +120,7 @@ def test_another_setting_is_another_run_and_the_same_is_the_same(data, tmp_path)
 
 
 def test_the_same_run_in_two_studies_is_done_once(tmp_path):
-    first, second = (plan_jobs(name, tmp_path, "cifar10", 1, 1000, [arm])[0] for name, arm in
+    first, second = (plan_jobs(Sweep(name, tmp_path, "cifar10", 1, 1000, [arm]))[0] for name, arm in
                      (("masking", "multi-block"), ("small", "base")))  # fmt: skip
     assert first.folder == second.folder
     first.folder.mkdir(parents=True)
@@ -133,7 +142,7 @@ def test_a_batch_smaller_than_its_group_is_cut_as_the_first_part_of_one():
 
 
 def test_equal_flops_buy_more_images_of_shorter_contexts(tmp_path):
-    jobs = plan_jobs("truncation", tmp_path, "cifar10", 2, 100_000)
+    jobs = plan_jobs(Sweep("truncation", tmp_path, "cifar10", 2, 100_000))
     for seed in range(2):
         images = {job.asked["arm"]: job.asked["images"] for job in jobs if job.asked["seed"] == seed}
         assert images["none"] == 100_000 < images["batch_min of 16"] < images["batch_min of 128"] < images["batch_min of 2048"]
@@ -162,7 +171,7 @@ def test_an_arm_whose_row_is_among_the_kept_ones_is_not_run(data, tmp_path):
     """As where docs/studies was committed and the runs' folders are gone; it may be another study's row."""
     jobs = planned(data, tmp_path / "new", "raw pixels", "random encoder")
     (tmp_path / "masking.json").write_text(json.dumps([work(job) for job in planned(data, tmp_path / "old", "random encoder")]))
-    assert sweep_jobs(jobs, 1, Console(), tmp_path) == []
+    assert run_jobs(jobs, 1, Console(), tmp_path) == []
     assert [job.row.is_file() for job in jobs] == [True, False]
     assert [row["arm"] for row in job_rows(jobs, tmp_path)] == ["raw pixels", "random encoder"]
 
@@ -230,7 +239,7 @@ def test_a_fraction_is_a_folder_of_links(tmp_path):
 
 
 def test_a_fraction_of_idx_files_is_refused(data, tmp_path):
-    with pytest.raises(ConfigError, match="image files alone"):
+    with pytest.raises(UserError, match="image files alone"):
         subset_of(data, 0.5, tmp_path)
 
 
@@ -257,7 +266,7 @@ def test_a_sweep_that_is_killed_does_only_what_is_missing(data, tmp_path):
     """SIGKILL to the sweep and to its arms, in the middle of one of them."""
     words = command(data, tmp_path, "base,random encoder", 1600)
     first = subprocess.Popen(words, start_new_session=True, stdout=subprocess.DEVNULL)
-    base, random = plan_jobs("small", tmp_path, data, 1, 1600, ["base", "random encoder"], TINY)
+    base, random = plan_jobs(Sweep("small", tmp_path, data, 1, 1600, ["base", "random encoder"], TINY))
     wait_for(lambda: random.row.is_file() and list((base.folder / "checkpoints").glob("jepa-*")) and not base.row.is_file())
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
@@ -273,7 +282,7 @@ def test_a_sweep_that_is_killed_does_only_what_is_missing(data, tmp_path):
 def test_sigterm_reaches_the_arms_which_save_and_go_on_later(data, tmp_path):
     words = command(data, tmp_path, "base", 100_000)
     first = subprocess.Popen(words, stdout=subprocess.DEVNULL)
-    (base,) = plan_jobs("small", tmp_path, data, 1, 100_000, ["base"], TINY)
+    (base,) = plan_jobs(Sweep("small", tmp_path, data, 1, 100_000, ["base"], TINY))
     wait_for(lambda: list((base.folder / "checkpoints").glob("jepa-*")))
     first.terminate()
     assert first.wait(60) == 130
@@ -282,7 +291,7 @@ def test_sigterm_reaches_the_arms_which_save_and_go_on_later(data, tmp_path):
 
 @pytest.mark.slow
 def test_an_arm_that_fails_is_named_and_the_others_go_on(data, tmp_path):
-    (base, _) = plan_jobs("small", tmp_path, data, 1, 32, ["base", "random encoder"], TINY)
+    (base, _) = plan_jobs(Sweep("small", tmp_path, data, 1, 32, ["base", "random encoder"], TINY))
     (base.folder / ARM_CONFIG).mkdir(parents=True)  # in the way
     done = subprocess.run(command(data, tmp_path, "base,random encoder", 32), capture_output=True, text=True, timeout=280)
     assert done.returncode == 2 and "1 of 2 runs failed, base, seed 0 first" in done.stderr

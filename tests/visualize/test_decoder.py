@@ -31,13 +31,13 @@ from fastjepa.visualize.decoder import (
     block_predictor,
     decoder_lr,
     decoder_step,
-    fresh_state,
-    keep_decoder,
+    drawn_size,
+    initial_state,
     load_decoder,
+    mean_and_deviation,
     read_decoder,
-    reduced_loss,
-    small_images,
-    standardise_conditions,
+    reduced_images,
+    save_decoder,
 )
 from fastjepa.visualize.neighbours import draw_query_masks
 from fastjepa.visualize.samples import (
@@ -46,9 +46,9 @@ from fastjepa.visualize.samples import (
     DrawnSamples,
     bootstrap_interval,
     draw_samples,
-    mean_within,
-    other_conditions,
-    restated_conditions,
+    other_images,
+    pixels_of_block,
+    rescaled_conditions,
     sample_decoder,
     sample_distances,
     summarise_samples,
@@ -119,10 +119,10 @@ def test_conditions_are_standardised():
     """Numbers that are large, or far from zero, weigh no more than others."""
     condition = torch.randn(200, 3) * torch.tensor([1.0, 1000.0, 1e-3]) + torch.tensor([0.0, 50.0, -7.0])
     decoder, plain, x, times = untrained(3), untrained(3), torch.randn(1, 1, 8, 8), torch.tensor([500])
-    decoder.mean, decoder.std = mean, std = standardise_conditions(condition)
+    decoder.mean, decoder.std = mean, std = mean_and_deviation(condition)
     torch.testing.assert_close(decoder(x, times, condition[:1]), plain(x, times, (condition[:1] - mean) / std))
     for never_varies in (torch.zeros(4, 3), torch.ones(1, 3)):
-        assert standardise_conditions(never_varies)[1].min() > 0  # or what is divided by it would not be finite
+        assert mean_and_deviation(never_varies)[1].min() > 0  # or what is divided by it would not be finite
 
 
 def test_a_condition_is_the_mean_of_what_the_predictor_says_of_one_block(
@@ -131,9 +131,10 @@ def test_a_condition_is_the_mean_of_what_the_predictor_says_of_one_block(
     """Given its own image's context alone, whatever else is in the batch."""
     load, load_predictor = Subject.encoder, neighbours.load_predictor
     monkeypatch.setattr(Subject, "encoder", lambda *args: stirred(load(*args)))
-    monkeypatch.setattr(neighbours, "load_predictor", lambda subject: stirred(load_predictor(subject)))
-    talk, settings = block_predictor(subject), DecoderSettings(steps=3, batch=4, seed=5)
-    found = list(block_conditions(talk, split(place, "train"), settings, 1, "conditions"))
+    for module in ("decoder", "neighbours"):
+        monkeypatch.setattr(f"fastjepa.visualize.{module}.load_predictor", lambda subject: stirred(load_predictor(subject)))
+    predict, settings = block_predictor(subject), DecoderSettings(steps=3, batch=4, seed=5)
+    found = list(block_conditions(predict, split(place, "train"), settings, 1, "conditions"))
     assert len(found) == 2
     networks = Jepa(subject.encoder("context"), neighbours.load_predictor(subject)).eval()
     for number, (images, condition) in enumerate(found, 1):
@@ -147,9 +148,11 @@ def test_a_condition_is_the_mean_of_what_the_predictor_says_of_one_block(
 
 
 def test_every_image_is_seen_once_an_epoch_in_an_order_of_its_own(place: Path, subject: Subject):
-    talk, settings = block_predictor(subject), DecoderSettings(steps=10, batch=4)
+    predict, settings = block_predictor(subject), DecoderSettings(steps=10, batch=4)
     seen = [
-        image.sum().item() for images, _ in block_conditions(talk, split(place, "train"), settings, 0, "") for image in images
+        image.sum().item()
+        for images, _ in block_conditions(predict, split(place, "train"), settings, 0, "")
+        for image in images
     ]
     assert sorted(seen[:20]) == sorted(seen[20:]) and len(set(seen)) == 20 and seen[:20] != seen[20:]
 
@@ -157,7 +160,7 @@ def test_every_image_is_seen_once_an_epoch_in_an_order_of_its_own(place: Path, s
 def test_it_learns_what_the_condition_says_and_draws_it():
     """Two conditions, a black picture and a white one."""
     settings = DecoderSettings(steps=60, batch=16, lr=3e-3)
-    state = fresh_state(dataclasses.asdict(settings) | {"dim": 1, "channels": 1, "size": [8, 8]}, torch.device("cpu"))
+    state = initial_state(dataclasses.asdict(settings) | {"dim": 1, "channels": 1, "size": [8, 8]}, torch.device("cpu"))
     says = torch.tensor([-1.0, 1.0]).repeat(8)[:, None]
     images = (says > 0).to(torch.uint8).mul(255)[..., None, None].expand(-1, 1, 8, 8)
     losses = [float(decoder_step(state, settings, images, says)) for _ in range(settings.steps)]
@@ -181,7 +184,7 @@ def test_samples_are_functions_of_the_seed_and_the_images_place_alone():
     "size, expected", [((28, 28), (28, 28)), ((224, 224), (32, 32)), ((224, 160), (32, 24)), ((14, 14), (16, 16))]
 )
 def test_images_are_drawn_small(size: tuple[int, int], expected: tuple[int, int]):
-    assert small_images(size) == expected
+    assert drawn_size(size) == expected
 
 
 def test_the_learning_rate_rises_and_falls_with_the_step():
@@ -192,10 +195,12 @@ def test_the_learning_rate_rises_and_falls_with_the_step():
 
 def test_a_state_has_one_file(tmp_path: Path):
     """Byte for byte: safetensors shuffles the entries of a header's metadata."""
-    state = fresh_state(dataclasses.asdict(DecoderSettings()) | {"dim": 1, "channels": 1, "size": [8, 8]}, torch.device("cpu"))
+    state = initial_state(
+        dataclasses.asdict(DecoderSettings()) | {"dim": 1, "channels": 1, "size": [8, 8]}, torch.device("cpu")
+    )
     files = [tmp_path / str(i) for i in range(12)]
     for file in files:
-        keep_decoder(file, state)
+        save_decoder(file, state)
     assert len({file.read_bytes() for file in files}) == 1
 
 
@@ -250,15 +255,15 @@ def planted(subject: Subject, place: Path, drawn) -> DrawnSamples:
     shown = EvalImages(split(place, "test").source, subject.size, 3)
     images = torch.cat(list(shown.batches(6)))
     _, target = draw_query_masks(subject, 6, 0)
-    truth = reduced_loss(images, (32, 32))
-    inside = mean_within(target[:, 0], subject.config.grid, truth.shape[2:])
+    truth = reduced_images(images, (32, 32))
+    inside = pixels_of_block(target[:, 0], subject.config.grid, truth.shape[2:])
     made = {name: drawn(name, truth, inside[:, None])[:, None].expand(-1, SAMPLE_SEEDS, -1, -1, -1) for name in CONDITION_NAMES}
     return DrawnSamples(images, target[:, 0], target[:, 0], truth, made)
 
 
 def test_a_perfect_decoder_has_no_distance_and_others_some(place: Path, subject: Subject):
     """Told of another image, a perfect decoder draws that one."""
-    other = torch.from_numpy(other_conditions(6, 0))
+    other = torch.from_numpy(other_images(6, 0))
     draw = {"predictor": lambda x: x, "shuffled": lambda x: x[other], "untrained": lambda x: x * 0 + 0.5}
     found = sample_distances(subject, planted(subject, place, lambda name, truth, inside: draw[name](truth)))
     for measure in ("pixels", "features"):
@@ -301,18 +306,18 @@ def test_features_are_of_the_whole_drawn_image_and_compared_on_the_block_alone(p
 def test_what_the_decoder_is_given(place: Path, subject: Subject, monkeypatch: pytest.MonkeyPatch):
     """The same masks and contexts each time: the own image, another image, and another predictor."""
     monkeypatch.setattr(samples, "sample_decoder", lambda decoder, condition, seed, about: condition)
-    talk, test = block_predictor(subject), split(place, "test")
-    decoder, _ = load_decoder(place / "run/decoder", talk)
-    found = draw_samples(talk, decoder, test, seed=4)
+    predict, test = block_predictor(subject), split(place, "test")
+    decoder, _ = load_decoder(place / "run/decoder", predict)
+    found = draw_samples(predict, decoder, test, seed=4)
     context, block = (masks[:, 0] for masks in draw_query_masks(subject, 6, 4))
     assert np.array_equal(found.context, context) and np.array_equal(found.block, block)
-    own, others = talk(found.images, context, block), found.images[torch.from_numpy(other_conditions(6, 4))]
+    own, others = predict(found.images, context, block), found.images[torch.from_numpy(other_images(6, 4))]
     assert torch.equal(found.drawn["predictor"], own)
-    assert torch.equal(found.drawn["shuffled"], talk(others, context, block))
+    assert torch.equal(found.drawn["shuffled"], predict(others, context, block))
     start = build_pair(subject.config)[0].predictor.eval().requires_grad_(False)
-    plain = dataclasses.replace(talk, predictor=start)(found.images, context, block)
-    torch.testing.assert_close(found.drawn["untrained"], restated_conditions(plain, decoder))
-    assert not torch.allclose(found.drawn["untrained"], restated_conditions(own, decoder), atol=1e-3)
+    plain = dataclasses.replace(predict, predictor=start)(found.images, context, block)
+    torch.testing.assert_close(found.drawn["untrained"], rescaled_conditions(plain, decoder))
+    assert not torch.allclose(found.drawn["untrained"], rescaled_conditions(own, decoder), atol=1e-3)
 
 
 def test_averaged_weights_draw(place: Path, subject: Subject):
@@ -329,11 +334,11 @@ def test_a_pixel_is_in_the_patch_that_holds_its_middle(rows: int, cols: int, pat
     block = np.random.default_rng(seed).random((2, rows * cols)) < 0.5
     size = torch.Size((rows * patch, cols * patch))
     expected = block.reshape(2, rows, cols).repeat(patch, axis=1).repeat(patch, axis=2)
-    assert np.array_equal(mean_within(block, (rows, cols), size).numpy(), expected)
+    assert np.array_equal(pixels_of_block(block, (rows, cols), size).numpy(), expected)
 
 
 def test_patches_need_not_be_whole_pixels():
-    inside = mean_within(np.array([[True, False, False]]), (1, 3), torch.Size((1, 4)))
+    inside = pixels_of_block(np.array([[True, False, False]]), (1, 3), torch.Size((1, 4)))
     assert inside[0, 0].tolist() == [
         True,
         False,
@@ -344,14 +349,14 @@ def test_patches_need_not_be_whole_pixels():
 
 @given(st.integers(2, 40), st.integers(0, 2**20))
 def test_the_other_image_is_never_the_own_and_each_is_taken_once(count: int, seed: int):
-    other = other_conditions(count, seed)
+    other = other_images(count, seed)
     assert sorted(other) == list(range(count)) and (other != np.arange(count)).all()
 
 
 def test_an_untrained_predictors_conditions_are_of_the_scale_that_the_decoder_knows():
     decoder, condition = untrained(), torch.randn(50, 5) * 1e-3 + 4
     decoder.mean, decoder.std = torch.arange(5.0), torch.arange(1.0, 6.0)
-    found = restated_conditions(condition, decoder)
+    found = rescaled_conditions(condition, decoder)
     torch.testing.assert_close(found.mean(dim=0), decoder.mean, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(found.std(dim=0, correction=0), decoder.std, rtol=1e-3, atol=1e-3)
 

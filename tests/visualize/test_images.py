@@ -10,20 +10,19 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.decomposition import PCA
 
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from fastjepa.visualize.images import (
     HIDDEN_COLOUR,
     OUTLINE_COLOUR,
     captioned,
     hidden_patches,
+    masks_sheet,
     outlined_block,
-    pca_picture,
     picture_sheet,
-    principal_components,
     save_picture,
-    to_uint8,
     zoomed,
 )
+from fastjepa.visualize.pca import pca_picture, principal_components, to_uint8
 
 WHITE, RED, BLUE = (255, 255, 255), (255, 0, 0), (0, 0, 255)
 
@@ -91,17 +90,15 @@ def test_masked_patches_are_grey_and_have_no_say():
 
 
 def test_features_of_another_grid_are_refused():
-    with pytest.raises(ConfigError, match="24 patches do not fill a grid of 5x5"):
+    with pytest.raises(UserError, match="24 patches do not fill a grid of 5x5"):
         pca_picture(features(), (5, 5), (10, 10))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_normalised_batch_comes_back(channels: int):
+def test_a_batch_of_floats_comes_back(channels: int):
     pixels = torch.arange(2 * channels * 20 * 3).reshape(2, channels, 20, 3).to(torch.uint8)
-    mean, std = (0.4, 0.5, 0.6)[:channels], (0.2, 0.3, 0.1)[:channels]
-    normal = (pixels / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     expected = pixels.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy()
-    assert np.array_equal(to_uint8(normal, (mean, std)), expected)
+    assert np.array_equal(to_uint8(pixels / 255), expected)
     assert np.array_equal(to_uint8(pixels), expected)
     assert to_uint8(torch.full((1, 1, 1, 1), 9.0)).max() == 255  # clipped, not wrapped
 
@@ -129,6 +126,25 @@ def test_what_is_hidden_is_grey():
     drawn = hidden_patches(flat(4, 4), shown)
     assert np.array_equal((drawn == RED).all(axis=2), shown.repeat(2, axis=0).repeat(2, axis=1))
     assert np.all(drawn[0, 3] == HIDDEN_COLOUR)
+
+
+def test_a_sheet_of_masks_shows_visible_patches_and_greys_the_rest():
+    draw = np.random.default_rng(0)
+    images = draw.integers(0, 100, (3, 48, 64, 3), np.uint8)  # darker than grey
+    context, target = draw.random((3, 2, 192)) < 0.5, draw.random((3, 4, 192)) < 0.5
+    sheet = masks_sheet(images, context, target, grid=(12, 16))
+    assert sheet.dtype == np.uint8 and sheet.shape[1] >= 7 * 64 + 6 * 4
+    top, gap = sheet.shape[0] - (3 * 48 + 2 * 4), 4  # below the headings
+    lefts = np.flatnonzero(np.diff(np.pad((sheet[top:] != 255).any(axis=(0, 2)).astype(int), 1)) == 1)
+    shown = np.concatenate([np.ones((3, 1, 192), bool), context, target], axis=1).reshape(3, 7, 12, 16)
+    assert top > 0 and len(lefts) == 7
+    for i in range(3):
+        for column, left in enumerate(lefts):
+            tile = sheet[top + i * (48 + gap) :, left:][:48, :64]
+            visible = np.kron(shown[i, column], np.ones((4, 4))).astype(bool)
+            assert np.array_equal(tile[visible], images[i][visible]) and (tile[~visible] == HIDDEN_COLOUR).all()
+    with pytest.raises(UserError, match="192 patches do not fill a grid of 6x8"):
+        masks_sheet(images, context, target, grid=(6, 8))
 
 
 def test_a_sheet_puts_each_image_at_its_cell():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastjepa.cli.main import main
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from fastjepa.evals.images import EvalImages, normalise_pixels
 from fastjepa.evals.inputs import Split, Subject, open_subject
 from fastjepa.loss.jepa_loss import jepa_loss
@@ -23,10 +23,11 @@ from fastjepa.masks.pack import pack
 from fastjepa.model.jepa import Jepa
 from fastjepa.visualize import neighbours
 from fastjepa.visualize.neighbours import (
-    Found,
+    BankDistances,
+    Neighbours,
     Queries,
-    _found,
     block_distances,
+    nearest_blocks,
     normalised_rows,
     patch_rows,
     predict_blocks,
@@ -172,7 +173,7 @@ def test_an_image_is_no_neighbour_and_no_rival_of_its_own(place: Path, subject: 
     found = search_blocks(subject, perfect(subject, test), test, test, k=5, seed=0)
     assert all(i not in row for i, row in enumerate(found.row.tolist()))
     assert found.candidates == 5 and all(ranks.tolist() == [1.0] * 6 for ranks in found.rank.values())
-    with pytest.raises(ConfigError, match="6 neighbours of 5 other images cannot be had; lower --k"):
+    with pytest.raises(UserError, match="6 neighbours of 5 other images cannot be had; lower --k"):
         search_blocks(subject, perfect(subject, test), test, test, k=6, seed=0)
 
 
@@ -185,7 +186,7 @@ def test_ranks_are_against_all_other_places_or_the_same_one(place: Path, subject
         apart = torch.rand(20, len(places), generator=torch.Generator().manual_seed(i)) + 1
         apart[:, own] = 0  # at this place all others are nearer than the true one
         one = dataclasses.replace(queries, true=torch.full((6,), 0.5), block=queries.block[i : i + 1])
-        found = _found(one, [apart], np.zeros((1, 20), bool), (places,), (own,), 3, 20, i)
+        found = nearest_blocks(one, BankDistances([apart], np.zeros((1, 20), bool), (places,), (own,)), 3, 20, i)
         same.append(found.rank["same_place"].item())
         anywhere.append(found.rank["anywhere"].item())
     assert same == [21.0] * 6 and max(anywhere) < 5
@@ -199,7 +200,7 @@ def test_a_rank_counts_what_is_nearer_and_half_of_the_ties(others: list[float], 
 def test_a_prediction_that_knows_nothing_ranks_as_chance_says():
     ranks = torch.arange(1, 101).repeat(40).double()
     found = summarise_ranks(
-        Found(torch.empty(0), torch.empty(0), np.empty(0), {"anywhere": ranks, "same_place": ranks * 0 + 1}, 99)
+        Neighbours(torch.empty(0), torch.empty(0), np.empty(0), {"anywhere": ranks, "same_place": ranks * 0 + 1}, 99)
     )
     blind, sure = found["anywhere"], found["same_place"]
     assert found["candidates"] == 99 and blind["chance"] == 50.5 and blind["ci95"][0] < 50.5 < blind["ci95"][1]

@@ -32,53 +32,8 @@ function plot({ title, form, curves }, runs, width) {
   return svg;
 }
 
-/* Puts a newer page in this one's place: what is open stays open, the focus and the scroll position stay where they are. */
-function renew(text) {
-  const next = new DOMParser().parseFromString(text, "text/html"), page = document.getElementById("page");
-  const open = [...page.querySelectorAll("details[open]")].map((each) => each.id), { scrollX, scrollY } = window;
-  const focused = path(document.activeElement, page);
-  document.title = next.title;
-  page.replaceChildren(...next.getElementById("page").childNodes);
-  for (const id of open) document.getElementById(id)?.setAttribute("open", "");
-  draw();
-  focused && page.querySelector(focused)?.focus({ preventScroll: true });
-  scrollTo({ left: scrollX, top: scrollY, behavior: "instant" });
-}
-
-/* A selector of what has the focus: links by where they lead, the rest by what holds them. */
-function path(element, page) {
-  if (!page.contains(element)) return null;
-  if (element.hash) return `a[href="${element.getAttribute("href")}"]`;
-  return element.matches("summary") ? `#${CSS.escape(element.parentNode.id)} > summary` : `[aria-label="${CSS.escape(element.ariaLabel ?? "")}"]`;
-}
-
-async function watch(every = 2000) {
-  let tag = null;
-  for (;;) {
-    try {
-      const answer = await fetch(location.pathname, { cache: "no-store", headers: tag ? { "If-None-Match": tag } : {} });
-      if (answer.ok) {
-        const text = await answer.text();
-        if (tag) renew(text);
-        tag = answer.headers.get("ETag");
-      }
-      if (answer.ok || answer.status === 304) say("renewed as the run goes on");
-      else say(await answer.text());
-    } catch {
-      say("its server has ended: this is the last page it sent");
-    }
-    await new Promise((done) => setTimeout(done, every));
-  }
-}
-
-function say(words) {
-  const live = document.getElementById("live");
-  if (live.textContent !== words) live.textContent = words;
-}
-
 draw();
 let width = innerWidth;
 addEventListener("resize", () => innerWidth !== width && ((width = innerWidth), draw()));
 addEventListener("beforeprint", () => draw(PRINTED));
 addEventListener("afterprint", () => draw());
-if ("live" in document.body.dataset) watch();

@@ -1,6 +1,6 @@
-"""Why I-JEPA learns little on small data, and what helps: each arm one change of the base, beside MAE and two floors.
+"""Study of why I-JEPA learns little on small data, and what helps: each arm changes the base once, beside MAE and two floors.
 
-The arms of `together` are several changes at once, drawn up after the first seed of the others.
+The arms of `together` are several changes at once, chosen after the first seed of the others.
 """
 
 from fastjepa.studies.arm import Arm
