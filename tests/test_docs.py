@@ -6,6 +6,8 @@ at all, and why.
 
 import dataclasses
 import functools
+import importlib
+import pkgutil
 import re
 import shlex
 import shutil
@@ -76,12 +78,10 @@ def inline_commands() -> list[str]:
 
 def examples() -> list[str]:
     """Those that end the help of a command."""
-    texts = [text for module in (main, data, evaluate) for text in module.EXAMPLES.values()]
-    lines = [
-        line
-        for text in (*texts, *(m.EXAMPLES for m in (convert, visualize, plan, sweep, visualize)))
-        for line in text.splitlines()
-    ]
+    modules = [importlib.import_module(f"fastjepa.cli.{module.name}") for module in pkgutil.iter_modules(cli.__path__)]
+    found = [value for module in modules for name, value in vars(module).items() if name.endswith("_EXAMPLES")]
+    texts = [text for value in found for text in (value.values() if isinstance(value, dict) else [value])]
+    lines = [line for text in texts for line in text.splitlines()]
     shown = [line.strip() for line in lines if re.match("  (fastjepa|torchrun|deepspeed|python) ", line)]
     return list(dict.fromkeys(command for line in shown for command in line.split(" && ") if not command.endswith("--help")))
 
