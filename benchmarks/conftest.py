@@ -1,4 +1,4 @@
-"""`make bench`: what pytest-benchmark's file says of the machine; the benches' options are in ops/conftest.py."""
+"""`make bench`: the facts of the machine in the file of pytest-benchmark; the benches' options are in ops/conftest.py."""
 
 from typing import Any
 
@@ -6,4 +6,4 @@ import results
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
-    machine_info["measured_on"] = results.machine() | {"versions": results.versions()}
+    machine_info["measured_on"] = results.machine_facts() | {"versions": results.package_versions()}

@@ -1,73 +1,161 @@
-"""How many images a second come, by source, loader and worker processes: `python benchmarks/data.py --workers 0,1,2`.
+"""Images a second by source, loader and worker processes: `python benchmarks/data.py --workers 0,1,2`.
 
-Ours (`data.loader: torch` and `dali`), torchvision's ImageFolder + RandomResizedCrop + DataLoader, and webdataset's own
-loader on the same shards take turns in one process. Each turn opens a loader, takes what it made ahead and then counts
-for `--seconds`: what is counted was decoded in that time. Files are in the page cache after the first round, so no disk
-is measured. All hand over uint8 batches on the device; ours also draw their masks, which the others have not.
+Our loader (`data.loader: torch` and `dali`), torchvision's ImageFolder + RandomResizedCrop + DataLoader, and webdataset's
+own loader on the same shards take turns in one process. Each turn opens a loader, takes what it made ahead and then counts
+for `--seconds`, so that what is counted was decoded in that time. Files are in the page cache after the first round: no
+disk is measured. All hand over uint8 batches on the device; ours also draws its masks, which the others have not.
+How long a training step waits for its batches is in `python benchmarks/step.py --breakdown`.
 """
 
 import argparse
 import contextlib
 import functools
 import itertools
-import json
-import os
-import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from importlib.metadata import version
+from dataclasses import replace
 from importlib.util import find_spec
-from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import timing
 import torch
-from loaders import OURS, RIVALS, Contender, Sets, open_batches, prepare, set_for
-from options import config_of, numbers
-from PIL import Image, ImageOps
+from options import config_of, int_list, make_parser, run_script
+from photographs import SIZE, photographs
 from timing import Spread
 from torch import Tensor
-from torchvision.transforms.v2.functional import hflip, pil_to_tensor, resized_crop
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import Compose, PILToTensor, RandomResizedCrop
 
-from fastjepa.cli.options import some_of
-from fastjepa.config.schema import MODELS, Config
-from fastjepa.data.decode_dali import dali_installed, require_dali
-from fastjepa.data.sources import open_source
-from fastjepa.engine.average import Average
-from fastjepa.engine.plain import PlainEngine
-from fastjepa.engine.schedule import Schedule
-from fastjepa.errors import UserError
-from fastjepa.loader.batch import Batch
+from fastjepa.cli.options import positive_int, some_of
+from fastjepa.config.schema import Config
+from fastjepa.data.decode_dali import dali_installed
+from fastjepa.data.decode_pillow import MAX_PIXELS
+from fastjepa.data.prepare.check_images import MEGA, judge_image
+from fastjepa.data.prepare.write_shards import write_shards
+from fastjepa.data.sources import IdxPair, open_source
+from fastjepa.data.tar_shards import ENDINGS
+from fastjepa.errors import ConfigError
 from fastjepa.loader.loader import Loader
-from fastjepa.loader.micro_batches import EncodedBatches
-from fastjepa.ranks.world import World, join_world
-from fastjepa.run.build import apply_process_settings, build_networks
-from fastjepa.run.step import take_step
+from fastjepa.ranks.world import join_world
+from fastjepa.run.build import apply_process_settings
 
-VERSIONS = "torch", "torchvision", "pillow"
-FAR = 8  # of 255: a difference that can be seen
-LEAST_STEPS = 4  # that a turn under the training step measures
 EXAMPLES = """examples:
   python benchmarks/data.py --data /data/imagenet/train --workers 0,1,2
-  python benchmarks/data.py --under-step --batch 16 --workers 1 --loaders torch,dali
-  python benchmarks/data.py --difference --data /data/imagenet/train --images 1000
   python benchmarks/data.py --device cuda --workers 8,16 --batch 128 data.decode_threads=8 --json"""
 
 
-# Each is called with the number of a round and keeps its reading of it
+class Contender(NamedTuple):
+    source: str  # folder or shards
+    loader: str
+    workers: int
+
+    def __str__(self) -> str:
+        return f"{self.loader}, {self.source}, {self.workers} workers"
 
 
-class Rate:
-    """images/s; `turn` batches, one of each worker, are the smallest piece that is counted."""
+class Sets(NamedTuple):
+    """The same images as files and as shards."""
+
+    folder: Path
+    shards: Path
+    about: dict  # origin, number and mean size of the images, for the result
+
+
+def prepare_sets(data: str | None, images: int, shards: int, scratch: Path) -> Sets:
+    """Copy `images` readable ones of a source, evenly spaced, or make as many here; and write `shards` tars of the same."""
+    sets = Sets(scratch / "folder", scratch / "shards", {})
+    (sets.folder / "all").mkdir(parents=True)
+    named = spaced_images(data, images) if data else (("made.jpg", raw) for raw in photographs(images))
+    for number, (name, raw) in enumerate(named):
+        suffix = Path(name).suffix.lower()
+        (sets.folder / "all" / f"{number:06d}{suffix if suffix in ENDINGS else '.jpg'}").write_bytes(raw)
+    source = open_source(sets.folder)
+    total = sum(path.stat().st_size for path in sets.folder.rglob("*.*"))
+    write_shards(source, sets.shards, {"path": data or "made", "split": "train"}, -(-total // shards))
+    origin = data or f"made here: {SIZE[0]}x{SIZE[1]} JPEGs of waves, edges and grain"
+    sets.about.update(origin=origin, images=len(source), mean_bytes=round(total / len(source)))
+    return sets
+
+
+def spaced_images(where: str, images: int) -> Iterator[tuple[str, bytes]]:
+    source = open_source(where)
+    if isinstance(source, IdxPair):
+        raise ConfigError(f"--data {where}: idx files need no decoding; give image files, shards or Parquet files")
+    for i in np.linspace(0, len(source) - 1, min(images, len(source))).astype(int).tolist():
+        if isinstance(judge_image(source, i, MAX_PIXELS / MEGA), tuple):  # torchvision stops at a bad file
+            yield source.name(i), source.read(i)
+
+
+# Each loader is a context that gives endless (B, C, H, W) uint8 batches on the device, and leaves no process behind
+@contextlib.contextmanager
+def our_batches(one: Contender, config: Config, sets: Sets, device: torch.device) -> Iterator[Iterator[Tensor]]:
+    source = sets.folder if one.source == "folder" else sets.shards
+    config = replace(config, data=replace(config.data, source=str(source), loader=one.loader, num_workers=one.workers))
+    with Loader(config, open_source(config.data), 0, 1, 0, device) as loader:
+        yield (batch.images for step in itertools.count() for batch in loader.micro_batches(step))
+
+
+@contextlib.contextmanager
+def torchvision_batches(one: Contender, config: Config, sets: Sets, device: torch.device) -> Iterator[Iterator[Tensor]]:
+    dataset = ImageFolder(str(sets.folder), random_crops(config))
+    order = BatchSampler(RandomSampler(dataset, num_samples=2**40), config.micro_batch, drop_last=True)
+    with torch_loader(dataset, one, config, device, batch_sampler=order) as batches:
+        yield (images.to(device, non_blocking=True) for images, _ in batches)
+
+
+@contextlib.contextmanager
+def webdataset_batches(one: Contender, config: Config, sets: Sets, device: torch.device) -> Iterator[Iterator[Tensor]]:
+    from webdataset import WebDataset
+
+    shards = sorted(map(str, sets.shards.glob("*.tar")))
+    samples = WebDataset(shards, shardshuffle=len(shards), seed=0).shuffle(100).decode("pil")
+    fields = ";".join(ending.removeprefix(".") for ending in sorted(ENDINGS))
+    dataset = samples.to_tuple(fields).map_tuple(random_crops(config)).batched(config.micro_batch, partial=False).repeat()
+    with torch_loader(dataset, one, config, device, batch_size=None) as batches:
+        yield (images.to(device, non_blocking=True) for (images,) in batches)
+
+
+def random_crops(config: Config) -> Compose:
+    return Compose([RandomResizedCrop(config.image_size, scale=config.data.crop_scale), PILToTensor()])
+
+
+@contextlib.contextmanager
+def torch_loader(dataset, one: Contender, config: Config, device: torch.device, **batching) -> Iterator[Iterator]:
+    """Open torch's own DataLoader, with the settings of ours."""
+    ahead = config.data.prefetch if one.workers else None
+    pinned = device.type == "cuda" and config.data.pin_mem
+    batches = iter(DataLoader(dataset, num_workers=one.workers, prefetch_factor=ahead, pin_memory=pinned, **batching))
+    try:
+        yield batches
+    finally:
+        getattr(batches, "_shutdown_workers", int)()  # the next turn must find the machine as this one found it
+
+
+LOADERS = {  # name: how it is opened, and the sources that it reads
+    "torch": (our_batches, ("folder", "shards")),
+    "dali": (our_batches, ("folder", "shards")),
+    "torchvision": (torchvision_batches, ("folder",)),
+    "webdataset": (webdataset_batches, ("shards",)),
+}
+
+
+def missing_package(loader: str) -> bool:
+    return {"dali": not dali_installed(), "webdataset": find_spec("webdataset") is None}.get(loader, False)
+
+
+class LoaderRate:
+    """Images a second of a loader; call it with the number of a round, whose reading it keeps."""
 
     def __init__(
         self, opened: Callable[[], AbstractContextManager], turn: int, ahead: int, seconds: float, device: torch.device
     ):
+        """Count by `turn` batches, one of each worker; `ahead` of them are made before they are asked for."""
         self.opened, self.turn, self.ahead, self.seconds, self.device = opened, turn, ahead, seconds, device
         self.readings: dict[int, float] = {}
 
@@ -83,256 +171,62 @@ class Rate:
             self.readings[number] = images / (time.perf_counter() - start)
 
 
-class Turn(NamedTuple):
-    """One turn of a training step: means over its steps, in seconds."""
-
-    step: float
-    waited: float  # of it, for batches
-
-
-class UnderStep:
-    """How long a training step waited for its batches; one step at a time, so that every wait is one of the device.
-
-    A run does not wait for the device after each step, and hides on a GPU what is shown here: this is an upper bound.
-    """
-
-    def __init__(self, step: Callable[[Iterable], object], opened: Callable, seconds: float, device: torch.device):
-        self.step, self.opened, self.seconds, self.device = step, opened, seconds, device
-        self.readings: dict[int, Turn] = {}
-
-    def __call__(self, number: int) -> None:
-        with self.opened() as steps:
-            self.step(next(steps))
-            timing.synchronize(self.device)
-            waits, start = [], time.perf_counter()
-            for taken in itertools.count(1):
-                self.step(waited(next(steps), waits))
-                timing.synchronize(self.device)
-                elapsed = time.perf_counter() - start
-                if taken >= LEAST_STEPS and elapsed >= self.seconds:
-                    break
-            self.readings[number] = Turn(elapsed / taken, sum(waits) / taken)
-
-
-def waited(batches: Iterable, waits: list[float]) -> Iterator:
-    """The batches, and in `waits` the seconds until each was there."""
-    batches = iter(batches)
-    while True:
-        start = time.perf_counter()
-        batch = next(batches, None)
-        waits.append(time.perf_counter() - start)
-        if batch is None:
-            return
-        yield batch
-
-
-class Training:
-    """The trainer's own step."""
-
-    def __init__(self, config: Config, device: torch.device):
-        self.config = config
-        self.jepa, self.target_encoder = build_networks(config, device)
-        self.engine = PlainEngine(self.jepa, micro_batches=config.data.batch_size // config.micro_batch)
-        self.average = Average(self.target_encoder, self.jepa.encoder)
-        self.now = Schedule(config.optimization, steps_per_epoch=1000)(0)
-
-    def __call__(self, batches: Iterable[Batch]) -> None:
-        take_step(self.engine, self.average, batches, self.now, self.config)
-
-
-@contextlib.contextmanager
-def steps_of(one: Contender, config: Config, sets: Sets, device: torch.device) -> Iterator[Iterator[Iterable[Batch]]]:
-    config = set_for(one, config, sets)
-    with Loader(config, open_source(config.data), World(0, 0, 1, device), 0) as loader:
-        yield (loader.micro_batches(step) for step in itertools.count())
-
-
-def contenders(options: argparse.Namespace) -> tuple[list[Contender], list[dict[str, str]]]:
-    """Those asked for that can run here, and why the others cannot."""
-    asked = [Contender(source, loader, workers) for workers in options.workers for source in options.sources
-             for loader in options.loaders if RIVALS.get(loader, source) == source]  # fmt: skip
-    absent = [name for name, there in (("dali", dali_installed()), ("webdataset", find_spec("webdataset"))) if not there]
-    missing = [{"what": str(one), "reason": f"{one.loader} is not installed"} for one in asked if one.loader in absent]
-    return [one for one in asked if one.loader not in absent], missing
-
-
-def alone(entrants: Sequence[Contender], config: Config, sets: Sets, options: argparse.Namespace, device) -> list[dict]:
-    def rate(one: Contender) -> Rate:
-        opened = functools.partial(open_batches, one, config, sets, device)
-        return Rate(opened, max(1, one.workers), config.data.prefetch, options.seconds, device)
-
-    runs = {one: rate(one) for one in entrants}
+def measure_loaders(
+    entrants: list[Contender], config: Config, sets: Sets, options: argparse.Namespace, device: torch.device
+) -> list[dict]:
+    """Return a row for every contender; those beside torchvision's loader with as many workers have a ratio to it."""
+    runs = {}
+    for one in entrants:
+        opened = functools.partial(LOADERS[one.loader][0], one, config, sets, device)
+        runs[one] = LoaderRate(opened, max(1, one.workers), config.data.prefetch, options.seconds, device)
     timing.interleave(runs, options.rounds, device)
     rates = {one: [run.readings[number] for number in range(options.rounds)] for one, run in runs.items()}
-    found = []
+    rows = []
     for one in entrants:
-        result = one._asdict() | {"images_per_s": Spread.of(rates[one])._asdict()}
+        row = one._asdict() | {"images_per_s": Spread.of(rates[one])._asdict()}
         rival = Contender("folder", "torchvision", one.workers)
         if rival in rates and one != rival:
             seconds = [[1 / rate for rate in rates[each]] for each in (one, rival)]
-            result["ratio_to_torchvision"] = timing.ratio(*seconds)._asdict()
-        found.append(result)
-    return found
+            row["ratio_to_torchvision"] = timing.paired_ratio(*seconds)._asdict()
+        rows.append(row)
+    return rows
 
 
-def under_step(entrants: Sequence[Contender], config: Config, sets: Sets, options: argparse.Namespace, device) -> list[dict]:
-    """Of our loaders; beside them the same step on batches that are already there."""
-    entrants = [one for one in entrants if one.loader in OURS]
-    if not entrants:
-        raise UserError("--under-step: only our loaders feed a training step; give --loaders torch, dali or both")
-    training = Training(config, device)
-    with steps_of(Contender(entrants[0].source, "torch", 0), config, sets, device) as steps:
-        held = [list(batches) for batches in itertools.islice(steps, LEAST_STEPS)]
-    opened = {one: lambda one=one: steps_of(one, config, sets, device) for one in entrants}
-    opened["none"] = lambda: contextlib.nullcontext(itertools.cycle(held))
-    runs = {one: UnderStep(training, how, options.seconds, device) for one, how in opened.items()}
-    timing.interleave(runs, options.rounds, device)
-    turns = {one: [run.readings[number] for number in range(options.rounds)] for one, run in runs.items()}
-    without = [turn.step for turn in turns["none"]]
-    return [one._asdict() | {
-        "dtype": config.runtime.dtype,
-        "step_ms": Spread.of([1000 * turn.step for turn in turns[one]])._asdict(),
-        "waited_ms": Spread.of([1000 * turn.waited for turn in turns[one]])._asdict(),
-        "waited_share": Spread.of([turn.waited / turn.step for turn in turns[one]])._asdict(),
-        "times_the_step_without": timing.ratio(without, [turn.step for turn in turns[one]])._asdict(),
-    } for one in entrants]  # fmt: skip
-
-
-def difference(config: Config, sets: Sets, device: torch.device) -> dict[str, float]:
-    """DALI against Pillow and torchvision's `resized_crop` on the same boxes, over one epoch."""
-    require_dali()
-    config = set_for(Contender("folder", "dali", 0), config, sets)
-    source, total, far, values = open_source(config.data), 0, 0, 0
-    boxed, per_step = EncodedBatches(config, source, 0, 1), config.data.batch_size // config.micro_batch
-    with Loader(config, source, World(0, 0, 1, device), 0) as loader:
-        for step in range(loader.steps_per_epoch):
-            for micro, batch in enumerate(loader.micro_batches(step)):
-                theirs = [seen(*view, config) for view in zip(*boxed[step * per_step + micro].images.arrays(), strict=True)]
-                off = (batch.images.cpu().int() - torch.stack(theirs).int()).abs()
-                total, far, values = total + int(off.sum()), far + int((off > FAR).sum()), values + off.numel()
-    views = loader.steps_per_epoch * config.data.batch_size
-    return {"views": views, "mean_of_255": total / values, "share_past_8": far / values}
-
-
-def seen(file: np.ndarray, start: np.ndarray, shape: np.ndarray, flip: int, config: Config) -> Tensor:
-    """(C, H, W) uint8, as torchvision shows a box of a file."""
-    image = ImageOps.exif_transpose(Image.open(BytesIO(file))).convert("L" if config.data.channels == 1 else "RGB")
-    (left, top), (width, height) = start.tolist(), shape.tolist()
-    view = resized_crop(pil_to_tensor(image), top, left, height, width, list(config.image_size), antialias=True)
-    return hflip(view) if flip else view
-
-
-def measure(options: argparse.Namespace) -> dict:
-    """The result, with the keys that `--json` prints."""
+def measure_asked(options: argparse.Namespace) -> dict:
     config = to_config(options)
     device = join_world(config.runtime.device).device
     apply_process_settings(config)
-    entrants, missing = contenders(options)
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    about = {"machine": machine, "device": device.type, "cores": len(os.sched_getaffinity(0)), "rounds": options.rounds,
-             "seconds": options.seconds, "batch": config.micro_batch, "size": config.image_size,
-             "threads": torch.get_num_threads(), "versions": {name: version(name) for name in VERSIONS}}  # fmt: skip
+    asked = [Contender(source, loader, workers) for workers in options.workers for source in options.sources
+             for loader in options.loaders if source in LOADERS[loader][1]]  # fmt: skip
+    gaps = [{"what": str(one), "reason": f"{one.loader} is not installed"} for one in asked if missing_package(one.loader)]
+    entrants = [one for one in asked if not missing_package(one.loader)]
     with tempfile.TemporaryDirectory(prefix="fastjepa-bench-") as scratch:
-        sets = prepare(options.data, options.images, 2 * max(2, *options.workers), Path(scratch))
+        sets = prepare_sets(options.data, options.images, 2 * max(2, *options.workers), Path(scratch))
         if sets.about["images"] < config.data.batch_size:
-            raise UserError(f"--images: {sets.about['images']} images are fewer than a batch of {config.data.batch_size}")
-        result = {**about, "data": sets.about, "not_measured": missing}
-        for name, part in (("alone", alone), ("under_step", under_step)):
-            if getattr(options, name):
-                result[name] = part(entrants, config, sets, options, device)
-        if options.difference:
-            result["difference"] = difference(config, sets, device)
-    return result
+            raise ConfigError(f"--images: {sets.about['images']} images are fewer than a batch of {config.data.batch_size}")
+        rows = measure_loaders(entrants, config, sets, options, device)
+    return {"rows": rows, "not_measured": gaps, "data": sets.about}
 
 
-def report(result: dict) -> Iterator[str]:
-    """The lines that are printed without `--json`."""
-    data, size = result["data"], " x ".join(map(str, result["size"]))
-    yield f"{data['images']} images of {data['mean_bytes'] / 1000:.0f} kB ({data['origin']}) to {size}, batch {result['batch']}"
-    where = f"{result['machine']}, {result['cores']} cores, {result['device']}"
-    yield f"{where}; {result['rounds']} rounds of {result['seconds']:g} s, median (p20 to p80)"
-    for one in result.get("alone", ()):
-        yield f"{title(one)}: {spread(one['images_per_s'], '.0f')} images/s" + (
-            f", {spread(one['ratio_to_torchvision'], '.2f')} times torchvision's" if "ratio_to_torchvision" in one else ""
-        )
-    for one in result.get("under_step", ()):
-        yield f"{title(one)}, under a step: waited {spread(one['waited_share'], '.2%')} of the time"
-        yield f"  {spread(one['waited_ms'], '.2f')} ms of a step of {spread(one['step_ms'], '.0f')} ms, which is "
-        yield f"  {spread(one['times_the_step_without'], '.2f')} times that of a step whose batches are there already"
-    if "difference" in result:
-        yield "DALI and torchvision differ by {mean_of_255:.3f}/255 on average over {views} views, {share_past_8:.4%} of the " \
-              "values by more than 8/255".format(**result["difference"])  # fmt: skip
-    for one in result["not_measured"]:
-        yield f"{one['what']}: not measured: {one['reason']}"
-
-
-def title(one: dict) -> str:
-    return str(Contender(one["source"], one["loader"], one["workers"]))
-
-
-def spread(found: dict[str, float], form: str) -> str:
-    return f"{found['median']:{form}} ({found['p20']:{form}} to {found['p80']:{form}})"
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Time our loaders, torchvision's and webdataset's on the same images, in turns.",
-        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--alone", action="store_true", help="images/s of the loaders by themselves (what is done by default)")
-    parser.add_argument("--under-step", action="store_true", help="how long a training step waits for our loaders")
-    parser.add_argument("--difference", action="store_true", help="how far DALI's pixels are from torchvision's, same boxes")
-    parser.add_argument(
-        "--data", metavar="DIR", help="whatever data.source takes (default: JPEGs made in a temporary directory)"
-    )
-    parser.add_argument("--images", type=int, default=512, help="taken of it, evenly spaced, and copied (default 512)")
-    parser.add_argument("--workers", type=numbers, default="0,1,2", metavar="N,...", help="loader processes (default 0,1,2)")
+def parse_options(argv: list[str] | None) -> argparse.Namespace:
+    about = "Time our loaders, torchvision's and webdataset's on the same images, in turns."
+    parser = make_parser(about, EXAMPLES, device="auto", batch=32, size=224, rounds=5)
+    parser.add_argument("--data", metavar="DIR", help="whatever data.source takes (default: JPEGs made here)")
+    parser.add_argument("--images", type=positive_int, default=512, help="taken of it, evenly spaced, and copied (default 512)")
+    parser.add_argument("--workers", type=int_list, default="0,1,2", metavar="N,...", help="loader processes (default 0,1,2)")
     parser.add_argument("--sources", type=some_of("folder", "shards"), default="folder,shards", metavar="NAME,...")
-    loaders = ",".join([*OURS, *RIVALS])
-    parser.add_argument(
-        "--loaders", type=some_of(*OURS, *RIVALS), default=loaders, metavar="NAME,...", help=f"default {loaders}"
-    )
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--batch", type=int, default=32, help="images a batch (default 32)")
-    parser.add_argument("--size", type=int, default=224, help="side of a view in pixels (default 224)")
-    parser.add_argument(
-        "--model", default="vit_small", choices=tuple(MODELS), metavar="NAME", help="of the step: vit_small, ..."
-    )
-    parser.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="of the step")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default 5)")
+    names = ",".join(LOADERS)
+    parser.add_argument("--loaders", type=some_of(*LOADERS), default=names, metavar="NAME,...", help=f"default {names}")
     parser.add_argument("--seconds", type=float, default=3, help="counted in each turn (default 3)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any further key of the config")
-    options = parser.parse_intermixed_args(argv)
-    options.alone |= not (options.under_step or options.difference)
-    return options
+    return parser.parse_intermixed_args(argv)
 
 
 def to_config(options: argparse.Namespace) -> Config:
-    keys = {
-        "runtime.device": options.device,
-        "runtime.dtype": options.dtype,
-        "meta.model_name": options.model,
-        "data.batch_size": options.batch,
-        "mask.truncate_group": options.batch,
-        "data.crop_size": options.size,
-    }
-    return config_of(keys, options.overrides)
+    return config_of(options, mask__truncate_group=options.batch)
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = parse(argv)
-    try:
-        for option in ("images", "batch", "rounds", "seconds"):
-            if getattr(options, option) <= 0:
-                raise UserError(f"--{option} {getattr(options, option)}: give a number above 0")
-        with contextlib.redirect_stdout(sys.stderr):
-            result = measure(options)
-    except UserError as error:
-        print(f"benchmarks/data.py: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(result) if options.json else "\n".join(report(result)))
-    return 0
+    return run_script("data.py", parse_options(argv), measure_asked)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Faults against real runs of two sharded ranks: what was tried, how often the run came back exactly, and at what cost.
+"""Faults against real runs of two sharded ranks: how often each was tried, how often the run came back exactly, at what cost.
 
     python benchmarks/faults.py [--times 10] [--seed 0] [--zero 1] [--json] [FAULT[=TIMES] ...]
 
-One small run is broken again and again, each time going on by `--resume auto` from what the last fault has left. It counts
-as recovered when the sentence and exit code of the ranks that were left are as documented, every checkpoint there verifies
-and none that was complete before is gone, and when the next start goes on from the newest of them with the losses of a run
-that was never interrupted, to the last bit. The ranks are processes that this one forks, so that torch is imported once.
+One small run is broken again and again, and each time it goes on by `--resume auto` from what the last fault has left. It
+has recovered when the sentence and exit code of the ranks that were left are the documented ones, every checkpoint verifies
+and none that was complete is gone, and the next start goes on from the newest of them with the losses of a run that was
+never interrupted, to the last bit. The ranks are forks of this process, so that torch is imported once.
 """
 
 import argparse
@@ -30,10 +30,9 @@ os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}  # before torch 
 
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 (here, so that no rank spends seconds on what it imports)
 import numpy as np
+import results
 import yaml
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 
 from fastjepa import train
 from fastjepa.checkpoint import shard_files
@@ -44,7 +43,7 @@ from fastjepa.loader.micro_batches import MicroBatches
 from fastjepa.ranks.heartbeat import RANK_LOST
 
 STEPS, EVERY, TIMEOUT = 60, 2, 4.0  # steps in all, steps between checkpoints, seconds without progress
-NEARLY = STEPS - 14  # from where on a run starts anew, so that the next fault still meets it
+NEARLY = STEPS - 14  # from this step on a run starts anew, so that the next fault still meets it
 CONFIG = {
     "data": {"batch_size": 4, "crop_size": 32, "num_workers": 1},
     "mask": {"patch_size": 4, "min_keep": 4, "truncate_group": 4},
@@ -54,11 +53,11 @@ CONFIG = {
     "runtime": {"dtype": "fp32", "device": "cpu", "threads": 1, "timeout": TIMEOUT},
 }
 
-Break = Callable[[], None]  # what a rank does to itself before it trains
+Break = Callable[[], None]  # is done to a rank before it trains
 
 
-class Ended(NamedTuple):
-    """How a start of the run ended, by rank."""
+class StartEnd(NamedTuple):
+    """The end of a start of the run, by rank."""
 
     codes: list[int]  # minus the signal that killed it
     said: list[str]  # standard output and error
@@ -68,34 +67,34 @@ class Ended(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What one fault has left."""
+    """The state of the run after one fault."""
 
     lost: int  # steps that had been taken and have to be taken again
     found: Path  # the newest complete checkpoint
-    wrong: list[str]  # what was not as documented; empty where the run recovered
+    wrong: list[str]  # differences from what is documented; empty where the run recovered
 
 
-class Run:
+class BrokenRun:
     """One run of two ranks in `output`, started again and again; its steps' losses must be those of `expected`."""
 
     def __init__(self, scratch: Path, output: Path, zero: int, expected: list[float] | None = None):
         self.scratch, self.output, self.zero, self.expected = scratch, output, zero, expected
         self.checkpoints, self.last = output / "checkpoints", None
 
-    def start(self, breaks: Sequence[Break | None] = (None, None), until: int = STEPS) -> Ended:
-        """Train from the newest checkpoint to step `until` on forked processes, and see that it goes on as it should."""
+    def start(self, breaks: Sequence[Break | None] = (None, None), until: int = STEPS) -> StartEnd:
+        """Train from the newest checkpoint to step `until` on forked ranks, and check that they go on as they should."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         logs = [self.scratch / f"rank{rank}.log" for rank in range(len(breaks))]
         ranks = [self._fork(rank, len(breaks), port, logs[rank], what, until) for rank, what in enumerate(breaks)]
-        ended = Ended(_wait(ranks), [log.read_text() for log in logs])
+        ended = StartEnd(_wait(ranks), [log.read_text() for log in logs])
         if self.last:
             self.last.wrong.extend(self._went_on(ended))
         self.last = None
         return ended
 
-    def _went_on(self, ended: Ended) -> list[str]:
+    def _went_on(self, ended: StartEnd) -> list[str]:
         losses = [entry["loss"] for entry in self.entries()]
         wrong = [] if f"resuming from {self.last.found}\n" in ended.said[0] else [f"not from {self.last.found}: {ended.said}"]
         differ = [step for step, pair in enumerate(zip(losses, self.expected, strict=False), 1) if len(set(pair)) > 1]
@@ -131,7 +130,7 @@ class Run:
         return complete_checkpoints(self.checkpoints)
 
     def settle(self) -> list[Path]:
-        """Two complete checkpoints to break, trained for where they are not there; a run that is nearly over starts anew."""
+        """Return at least two complete checkpoints, trained for if need be; a run that is nearly over starts anew."""
         complete = self.complete()
         taken = step_of(complete[-1]) if complete else 0
         if taken > NEARLY:
@@ -145,8 +144,8 @@ class Run:
     def go_on(self, steps: int) -> None:
         self.start(until=step_of(self.complete()[-1]) + steps)
 
-    def left(self, before: list[Path], ended: Ended, told: dict[int, tuple[int, str]]) -> Outcome:
-        """What a fault has left; `told` gives the exit code and a part of the one sentence of each rank that tells of it."""
+    def left(self, before: list[Path], ended: StartEnd, told: dict[int, tuple[int, str]]) -> Outcome:
+        """Return the outcome; `told` has the exit code and a part of the one sentence of each rank that tells of the fault."""
         wrong = []
         for rank, (code, part) in told.items():
             said = ended.sentences(rank)
@@ -170,7 +169,7 @@ class Run:
 
 
 def _wait(processes: list[int], limit: float = 120.0) -> list[int]:
-    """Exit codes. What stands stopped when the others have ended is killed, as a launcher would."""
+    """Return exit codes; a process that stands stopped when the others have ended is killed, as a launcher would."""
     codes: dict[int, int] = {}
     end = time.monotonic() + limit
     while len(codes) < len(processes):
@@ -209,49 +208,45 @@ def at_call(moment: int, places: Sequence[tuple[Any, str]], action: Callable[[],
         setattr(owner, name, hook(getattr(owner, name)))
 
 
-def only(victim: int, what: Break) -> list[Break | None]:
-    return [what if rank == victim else None for rank in range(2)]
-
-
 def signal_self(number: int) -> Break:
     return lambda: os.kill(os.getpid(), number)
 
 
-def kill_mid_step(run: Run, random: Random) -> Outcome:
-    """kill -9 of a rank somewhere in one of its next steps."""
-    before, victim, moment, after = run.settle(), random.randrange(2), random.randint(1, 5), random.random() < 0.5
-    what = lambda: at_call(moment, [(train, "jepa_loss")], signal_self(signal.SIGKILL), after)  # noqa: E731
-    return run.left(before, run.start(only(victim, what)), {1 - victim: (RANK_LOST, f"rank {victim} (process ")})
+LOSS, WRITES = [(train, "jepa_loss")], [(os, "fsync"), (os, "replace"), (shard_files, "save_file")]  # owners, their functions
+TWO_SAVES = range(1, 1 + 2 * 14)  # calls; rank 1 has 8 a save, and makes up for it in later saves
 
 
-WRITES = [(os, "fsync"), (os, "replace"), (shard_files, "save_file")]
-
-
-def kill_in_save(run: Run, random: Random) -> Outcome:
-    """kill -9 of a rank at a write, fsync or rename of one of its next two saves."""
+def break_rank(run: BrokenRun, random: Random, places: list, action: Break, moments: range, both: bool = False) -> Outcome:
+    """Have one rank do `action` at one of the `moments`-th calls of `places`; the other rank, or both, must name it."""
     before, victim, after = run.settle(), random.randrange(2), random.random() < 0.5
-    moment = random.randint(1, 2 * (8, 14)[victim == 0])  # how many there are
-    what = lambda: at_call(moment, WRITES, signal_self(signal.SIGKILL), after)  # noqa: E731
-    return run.left(before, run.start(only(victim, what)), {1 - victim: (RANK_LOST, f"rank {victim} (process ")})
+    moment, breaks = random.choice(moments), [None, None]
+    breaks[victim] = lambda: at_call(moment, places, action, after)
+    told = (0, 1) if both else (1 - victim,)
+    return run.left(before, run.start(breaks), dict.fromkeys(told, (RANK_LOST, f"rank {victim} (process ")))
 
 
-def stopped(run: Run, random: Random) -> Outcome:
-    """A rank that does nothing any more (SIGSTOP), not even beat."""
-    before, victim, moment = run.settle(), random.randrange(2), random.randint(1, 5)
-    what = lambda: at_call(moment, [(train, "jepa_loss")], signal_self(signal.SIGSTOP))  # noqa: E731
-    return run.left(before, run.start(only(victim, what)), {1 - victim: (RANK_LOST, f"rank {victim} (process ")})
+def kill_mid_step(run: BrokenRun, random: Random) -> Outcome:
+    """Kill a rank (kill -9) somewhere in one of its next steps."""
+    return break_rank(run, random, LOSS, signal_self(signal.SIGKILL), range(1, 6))
 
 
-def data_hangs(run: Run, random: Random) -> Outcome:
-    """A rank whose data do not come, as from a file server that no longer answers: both ranks name it."""
-    before, victim, moment = run.settle(), random.randrange(2), random.randint(4, 6)
-    what = lambda: at_call(moment, [(MicroBatches, "__getitem__")], lambda: time.sleep(30))  # noqa: E731
-    named = RANK_LOST, f"rank {victim} (process "
-    return run.left(before, run.start(only(victim, what)), {0: named, 1: named})
+def kill_in_save(run: BrokenRun, random: Random) -> Outcome:
+    """Kill a rank (kill -9) at a write, fsync or rename of one of its next saves."""
+    return break_rank(run, random, WRITES, signal_self(signal.SIGKILL), TWO_SAVES)
 
 
-def disk_full(run: Run, random: Random) -> Outcome:
-    """A disk that fills up during a save: every rank says so, in the same words."""
+def stop_rank(run: BrokenRun, random: Random) -> Outcome:
+    """Stop a rank (SIGSTOP): it does nothing any more, and does not even beat."""
+    return break_rank(run, random, LOSS, signal_self(signal.SIGSTOP), range(1, 6))
+
+
+def hang_data(run: BrokenRun, random: Random) -> Outcome:
+    """Let the data of a rank not come, as from a file server that no longer answers: both ranks name it."""
+    return break_rank(run, random, [(MicroBatches, "__getitem__")], lambda: time.sleep(30), range(4, 7), both=True)
+
+
+def fill_disk(run: BrokenRun, random: Random) -> Outcome:
+    """Fill the disk up during a save: every rank says so, in the same words."""
     before = run.settle()
     size = sum(file.stat().st_size for file in before[-1].iterdir())
     room = random.randint(1 << 15, size * 3 // 4)
@@ -271,15 +266,15 @@ def disk_full(run: Run, random: Random) -> Outcome:
     return outcome
 
 
-def truncated(run: Run, random: Random) -> Outcome:
-    """A shard that has lost its end is seen without being read: the run goes on from the checkpoint before."""
+def truncate_shard(run: BrokenRun, random: Random) -> Outcome:
+    """Cut the end off a shard: this is seen without reading it, and the run goes on from the checkpoint before."""
     shard = random.choice(sorted(run.settle()[-1].glob("*.safetensors")))
     os.truncate(shard, random.randrange(shard.stat().st_size))
     return run.outcome([] if run.complete()[-1] != shard.parent else [f"{shard} passes for complete"])
 
 
-def flipped(run: Run, random: Random) -> Outcome:
-    """A shard with one wrong bit is refused by every rank and named; without its checkpoint the run goes on."""
+def flip_bit(run: BrokenRun, random: Random) -> Outcome:
+    """Flip a bit of a shard: every rank refuses it and names it; without its checkpoint the run goes on."""
     shard = random.choice(sorted(run.settle()[-1].glob("*.safetensors")))
     data = bytearray(shard.read_bytes())
     data[random.randrange(len(data))] ^= 1 << random.randrange(8)
@@ -289,13 +284,13 @@ def flipped(run: Run, random: Random) -> Outcome:
     return run.left(run.complete(), ended, {rank: (2, f"{shard}: damaged") for rank in (0, 1)})
 
 
-FAULTS = {"kill-mid-step": kill_mid_step, "kill-in-save": kill_in_save, "stopped": stopped, "data-hangs": data_hangs,
-          "disk-full": disk_full, "truncated": truncated, "flipped": flipped}  # fmt: skip
+FAULTS = {"kill-mid-step": kill_mid_step, "kill-in-save": kill_in_save, "stopped": stop_rank, "data-hangs": hang_data,
+          "disk-full": fill_disk, "truncated": truncate_shard, "flipped": flip_bit}  # fmt: skip
 
 
 @contextlib.contextmanager
 def small_disk(scratch: Path) -> Iterator[Path]:
-    """A directory on a tmpfs of its own, or on `scratch` where this user may not mount one."""
+    """Yield a directory on a tmpfs of its own, or `scratch` where this user may not mount one."""
     scratch.mkdir()
     mount = f"mount -t tmpfs -o size=16m tmpfs {scratch} && echo mounted && exec sleep 3600"
     holder = subprocess.Popen(["unshare", "-rm", "sh", "-c", mount], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -307,25 +302,23 @@ def small_disk(scratch: Path) -> Iterator[Path]:
         holder.communicate()
 
 
-def measure(name: str, scratch: Path, zero: int, times: int, seed: int, expected: list[float]) -> dict[str, Any]:
-    """A row of the table."""
-    began, random, outcomes = time.monotonic(), Random(f"{seed} {name}"), []
-    disk = small_disk(scratch / name) if name == "disk-full" else contextlib.nullcontext(scratch / name)
-    with disk as output:
-        run = Run(scratch, output, zero, expected)
-        for _ in range(times):
-            outcomes.append(FAULTS[name](run, random))
+def try_fault(name: str, times: int, run_of: Callable[[Path], BrokenRun], scratch: Path, seed: int) -> dict[str, Any]:
+    """Try one fault and return its row of the table."""
+    began, random = time.monotonic(), Random(f"{seed} {name}")
+    with small_disk(scratch / name) if name == "disk-full" else contextlib.nullcontext(scratch / name) as output:
+        run = run_of(output)
+        outcomes = [FAULTS[name](run, random) for _ in range(times)]
         run.go_on(EVERY)
         leftovers = [path.name for path in run.checkpoints.glob(".*")]
-        way = {"disk": "tmpfs" if output.is_relative_to("/proc") else "file size limit"} if name == "disk-full" else {}
     wrong = [problem for outcome in outcomes for problem in outcome.wrong] + [f"left behind: {name}" for name in leftovers]
-    row = {"fault": name, "tried": times, "recovered": sum(not outcome.wrong for outcome in outcomes)}
-    row |= {"steps_lost": [outcome.lost for outcome in outcomes], "seconds": time.monotonic() - began, "wrong": wrong}
-    return row | way
+    lost, seconds = [outcome.lost for outcome in outcomes], time.monotonic() - began
+    row = {"fault": name, "tried": times, "recovered": sum(not outcome.wrong for outcome in outcomes), "steps_lost": lost}
+    disk = "tmpfs" if output.is_relative_to("/proc") else "file size limit"
+    return row | {"seconds": seconds, "wrong": wrong} | ({"disk": disk} if name == "disk-full" else {})
 
 
-def prepare(scratch: Path) -> None:
-    """40 images and the config: five steps an epoch."""
+def write_inputs(scratch: Path) -> None:
+    """Write 40 images, which are five steps an epoch, and the config."""
     (scratch / "images").mkdir()
     generator = np.random.default_rng(0)
     for number in range(40):
@@ -335,35 +328,36 @@ def prepare(scratch: Path) -> None:
     (scratch / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"data": data}))
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    shown = Table("fault", "tried", "recovered", "steps lost, mean", "most", "s each", box=None)
-    for row in rows:
-        lost = row["steps_lost"]
-        shown.add_row(row["fault"], str(row["tried"]), str(row["recovered"]), f"{sum(lost) / len(lost):.1f}", str(max(lost)),
-                      f"{row['seconds'] / row['tried']:.1f}")  # fmt: skip
-    return shown
+def asked_times(words: Sequence[str], times: int) -> dict[str, int]:
+    """Read `FAULT` and `FAULT=TIMES`; ValueError for a fault that there is not."""
+    asked = {name: int(count or times) for name, _, count in (word.partition("=") for word in words or FAULTS)}
+    if unknown := asked.keys() - FAULTS.keys():
+        raise ValueError(f"no such fault: {', '.join(unknown)}; there are {', '.join(FAULTS)}")
+    return asked
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("faults", nargs="*", metavar="FAULT[=TIMES]", help=", ".join(FAULTS))
     parser.add_argument("--times", type=int, default=10, help="how often each is tried unless it says so (default 10)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and ranks (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="decides moments and ranks (default 0)")
     parser.add_argument("--zero", type=int, default=1, choices=(1, 2, 3), help="runtime.zero (default 1)")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     args = parser.parse_args()
-    asked = {name: int(times or args.times) for name, _, times in (word.partition("=") for word in args.faults or FAULTS)}
-    if unknown := asked.keys() - FAULTS.keys():
-        parser.error(f"no such fault: {', '.join(unknown)}; there are {', '.join(FAULTS)}")
+    try:
+        asked = asked_times(args.faults, args.times)
+    except ValueError as error:
+        parser.error(str(error))
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
-        prepare(scratch)
-        whole = Run(scratch, scratch / "whole", args.zero)
+        write_inputs(scratch)
+        whole = BrokenRun(scratch, scratch / "whole", args.zero)
         if any(whole.start().codes):
             raise SystemExit((scratch / "rank0.log").read_text())
         expected = [entry["loss"] for entry in whole.entries()]
-        rows = [measure(name, scratch, args.zero, times, args.seed, expected) for name, times in asked.items()]
-    print(json.dumps(rows)) if args.json else Console().print(table(rows))
+        run_of = lambda output: BrokenRun(scratch, output, args.zero, expected)  # noqa: E731
+        rows = [try_fault(name, times, run_of, scratch, args.seed) for name, times in asked.items()]
+    print(json.dumps(rows) if args.json else "\n".join(results.rows_table(rows)))
     for problem in [problem for row in rows for problem in row["wrong"]]:
         print(problem, file=sys.stderr)
     return 1 if any(row["wrong"] for row in rows) else 0

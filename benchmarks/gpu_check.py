@@ -1,18 +1,16 @@
-"""Everything about the kernels that only a card can tell: `make gpu-check PYTHON=python3`, in under 10 minutes.
+"""All checks and measurements of the kernels that need a card: `make gpu-check PYTHON=python3`, in under 10 minutes.
 
-The ops' tests run natively, then each op whole under torch.compile and from a replayed CUDA graph, then compute-sanitizer
-where it is installed. Then come whole training steps with the official cut and packed, JPEGs decoded by what is installed of
-DALI and torchvision, the ops' benches, the loaders, and I-JEPA beside MAE and iBOT. No speed is reported by a run whose tests
-fail. The result is a JSON file, also printed as tables: versions, commit, every measurement, and what was not measured and
-why. It needs torch, triton, pytest, pytest-benchmark and timm, no installation and no network; what needs more is not measured
-without it. `--dry-run` does the same at toy size on a CPU, in Triton's interpreter.
+The tests of the ops run natively, then each op whole under torch.compile and from a replayed CUDA graph, then under
+compute-sanitizer where it is installed. Then come whole training steps with the official cut and packed, the benches of the
+ops, the loaders, and I-JEPA beside MAE and iBOT. No speed is reported by a run whose tests fail. The result is a JSON file,
+also printed as tables: versions, commit, every measurement, and the reason for each that is missing. It needs torch, triton,
+pytest, pytest-benchmark and timm, no installation and no network; a measurement that needs more is left out without it.
+`--dry-run` does the same at toy size on a CPU, in Triton's interpreter.
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -20,38 +18,38 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import results
 
 ROOT = Path(__file__).resolve().parent.parent
-DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
-PACKAGES = ("torch", "triton", "pytest", "pytest-benchmark", "timm", "flash-attn", "xformers", "torchvision", *DALI)
-MARKERS = "markers=gpu: needs a CUDA device\n    slow: takes more than about five seconds"
-PLAIN = ("-c", os.devnull, "--rootdir", str(ROOT), "-p", "no:cacheprovider", "-q", "--tb=short", "-o", MARKERS)
-KEPT = 4000  # characters of a step's output
+MARKERS = "markers=gpu: needs a CUDA device\n    slow: takes more than about five seconds\n    long: takes minutes"
+PYTEST = (sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", str(ROOT), "-p", "no:cacheprovider", "-q",
+          "--tb=short", "-o", MARKERS)  # fmt: skip
+KEPT = 4000  # characters of the output of a step
 REFUSED = 2  # exit code of a benchmark that says why it cannot run
 MASKS = {"parity": "batch_min", "packed": "none"}  # contexts cut as the official code does, or whole
-STEPS = {  # model: images a step, and what else the published recipe has
+STEPS = {  # model: images a step, and the further keys of the published recipe
     "vit_small": ("128",),
     "vit_base": ("128",),
-    "vit_large": ("128", "--pred-depth", "12"),
-    "vit_huge": ("128", "--pred-depth", "12", "mask.patch_size=14"),
+    "vit_large": ("128", "meta.pred_depth=12"),
+    "vit_huge": ("128", "meta.pred_depth=12", "mask.patch_size=14"),
 }
-TINY = ("--device", "cpu", "--dtype", "fp32", "--size", "64", "--batch", "2", "mask.patch_size=8", "mask.min_keep=0")
-TOY_STEP = ("--model", "vit_tiny", *TINY, "--rounds", "2", "--threads", "1", "meta.depth=2", "--pred-depth", "1")
-TOY_HOURS = ("--models", "vit_tiny", *TINY, "--rounds", "2", "--threads", "1", "--methods", "ijepa")
+TINY = ("--device", "cpu", "--size", "64", "--batch", "2", "mask.patch_size=8", "mask.min_keep=0", "runtime.threads=1")
+TOY_STEP = ("--model", "vit_tiny", *TINY, "--dtype", "fp32", "--rounds", "2", "meta.depth=2", "meta.pred_depth=1")
+TOY_HOURS = ("--models", "vit_tiny", *TINY, "--dtype", "fp32", "--rounds", "2", "--methods", "ijepa")
 TOY_DATA = (*TINY, "--images", "8", "--rounds", "1", "--seconds", "0.1", "--workers", "0", "--sources", "folder")
+HOURS = ("--device", "cuda", "--models", "vit_base")
+VARIANTS = ("packed,same", "compile,graph,fp8")  # columns of gpu_hours.py that take turns
 
 
-class Run:
+class CheckRun:
     """The steps so far, and the time that is left for those to come."""
 
     def __init__(self, dry: bool, seconds: float):
         self.dry, self.end = dry, time.monotonic() + seconds
-        self.steps, self.measurements, self.not_measured = {}, [], []
+        self.steps, self.rows, self.not_measured = {}, [], []
         self.environment = os.environ | {"PYTHONPATH": f"{ROOT / 'kernels'}{os.pathsep}{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"}
         if dry:
             self.environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -60,40 +58,43 @@ class Run:
     def passed(self) -> bool:
         return all(step["passed"] for step in self.steps.values())
 
-    def step(self, name: str, *command: str, **environment: str) -> bool:
+    def step(self, name: str, *command: str, may_refuse: bool = False, **environment: str) -> str:
+        """Run a command, keep whether it passed, its seconds and the end of its output, and return its standard output.
+
+        A command that may refuse, and does or lacks a package, is no failure but not measured; neither is one whose time
+        is over before it begins.
+        """
+        if time.monotonic() > self.end:
+            self.skip(name, "the time was over")
+            return ""
         print(f"== {name}", flush=True)
-        begun = time.monotonic()
+        begun, left = time.monotonic(), max(self.end - time.monotonic(), 1)
         try:
-            done = self.call(*command, stderr=subprocess.STDOUT, **environment)
-            passed, output = done.returncode == 0, done.stdout
+            done = subprocess.run(command, cwd=ROOT, env=self.environment | environment, timeout=left, capture_output=True,
+                                  text=True, errors="replace")  # fmt: skip
+            passed, out, told = done.returncode == 0, done.stdout, done.stdout + done.stderr
+            last = (done.stderr.strip().splitlines() or [""])[-1]
+            if may_refuse and (done.returncode == REFUSED or last.startswith("ModuleNotFoundError")):
+                self.skip(name, last)
+                return ""
         except subprocess.TimeoutExpired as error:
-            passed, output = False, f"{(error.stdout or b'').decode(errors='replace')}\nout of time after {error.timeout:.0f} s"
-        self.steps[name] = {"passed": passed, "seconds": round(time.monotonic() - begun, 1), "output": output[-KEPT:]}
-        print(output[-KEPT:] if not passed else output.strip().rpartition("\n")[2], flush=True)
-        return passed
+            passed, out, told = False, "", f"{(error.stdout or b'').decode(errors='replace')}\nout of time after {left:.0f} s"
+        self.steps[name] = {"passed": passed, "seconds": round(time.monotonic() - begun, 1), "output": told[-KEPT:]}
+        print(told.strip().rpartition("\n")[2] if passed else told[-KEPT:], flush=True)
+        return out if passed else ""
 
-    def call(self, *command: str, stderr: int = subprocess.PIPE, **environment: str) -> subprocess.CompletedProcess:
-        """TimeoutExpired past the end of the run."""
-        left = max(self.end - time.monotonic(), 1)
-        return subprocess.run(command, cwd=ROOT, env=self.environment | environment, timeout=left, stdout=subprocess.PIPE,
-                              stderr=stderr, text=True, errors="replace")  # fmt: skip
-
-    def over(self, what: str) -> bool:
-        """Whether the time was up before `what` could begin, which is then not measured."""
-        if time.monotonic() < self.end:
-            return False
-        self.skip(what, "the time was over")
-        return True
+    def keep(self, rows: list[dict], gaps: list[dict]) -> None:
+        self.rows += rows
+        self.not_measured += gaps
 
     def skip(self, what: str, reason: str) -> None:
         print(f"== {what}: not measured: {reason}", flush=True)
         self.not_measured.append({"what": what, "reason": reason})
 
 
-def check(run: Run) -> None:
-    pytest = (sys.executable, "-m", "pytest", *PLAIN)
+def check_and_measure(run: CheckRun) -> None:
     chosen = ("-k", "registered or says or wants") if run.dry else ()  # CI runs the others by themselves
-    run.step("tests", *pytest, "--confcutdir", "tests/ops", "-m", "not gpu" if run.dry else "", *chosen, "tests/ops")
+    run.step("tests", *PYTEST, "--confcutdir", "tests/ops", "-m", "not gpu" if run.dry else "", *chosen, "tests/ops")
     run.step("paths", sys.executable, __file__, "--paths")
     if sanitizer := shutil.which("compute-sanitizer"):
         command = (sanitizer, "--error-exitcode", "1", sys.executable, __file__, "--paths", "--plain")
@@ -103,86 +104,37 @@ def check(run: Run) -> None:
     if not run.passed:
         run.skip("benches", "a check failed, and no speed is reported by a run whose checks fail")
         return
-    for model, arguments in STEPS.items():
+    for model, arguments in list(STEPS.items())[: 1 if run.dry else None]:
+        full = ("--device", "cuda", "--dtype", "bf16", "--rounds", "8", "--model", model, "--batch", *arguments)
         for masks, cut in MASKS.items():
-            benchmark(run, "step", {"masks": masks}, *step_arguments(run.dry, model, arguments), "--truncate", cut)
-        if run.dry:
-            break
-    decode(run)
+            run_benchmark(run, "step", {"masks": masks}, *(TOY_STEP if run.dry else full), f"mask.truncate={cut}")
     for bench in sorted((ROOT / "benchmarks" / "ops").glob("bench_*.py")):
-        measure(run, bench, *pytest)
-    benchmark(run, "data", {}, *(TOY_DATA if run.dry else ("--device", "cuda", "--workers", "8", "--batch", "128")))
-    hours = TOY_HOURS if run.dry else ("--device", "cuda", "--models", "vit_base")
-    benchmark(run, "gpu_hours", {}, *hours, "--columns", "packed,same")
+        run_bench(run, bench)
+    run_benchmark(run, "data", {}, *(TOY_DATA if run.dry else ("--device", "cuda", "--workers", "8", "--batch", "128")))
+    for columns in VARIANTS[: 1 if run.dry else None]:
+        run_benchmark(run, "gpu_hours", {}, *(TOY_HOURS if run.dry else HOURS), "--columns", columns)
 
 
-def step_arguments(dry: bool, model: str, arguments: tuple[str, ...]) -> tuple[str, ...]:
-    if dry:
-        return TOY_STEP
-    return ("--device", "cuda", "--dtype", "bf16", "--rounds", "8", "--model", model, "--batch", *arguments)
+def run_benchmark(run: CheckRun, name: str, about: dict[str, str], *arguments: str) -> None:
+    """Keep the rows of benchmarks/<name>.py."""
+    script, what = str(ROOT / "benchmarks" / f"{name}.py"), " ".join([name, *about.values(), *arguments])
+    if out := run.step(what, sys.executable, script, *arguments, "--json", may_refuse=True):
+        rows, gaps = results.rows_and_gaps(json.loads(out.strip().rpartition("\n")[2]))
+        run.keep([{"part": name, **about, **row} for row in rows], gaps)
 
 
-def benchmark(run: Run, name: str, about: dict[str, str], *arguments: str) -> None:
-    """The rows of benchmarks/<name>.py; where it refuses, or lacks a package, why it is not measured."""
-    what, script = " ".join([name, *about.values(), *arguments]), str(ROOT / "benchmarks" / f"{name}.py")
-    if run.over(what):
-        return
-    print(f"== {what}", flush=True)
-    begun = time.monotonic()
-    try:
-        done = run.call(sys.executable, script, *arguments, "--json")
-    except subprocess.TimeoutExpired:
-        run.skip(what, "the time was over before it ended")
-        return
-    last = (done.stderr.strip().splitlines() or [""])[-1]
-    if done.returncode == REFUSED or last.startswith("ModuleNotFoundError"):
-        run.skip(what, last)
-        return
-    passed = done.returncode == 0
-    run.steps[what] = {"passed": passed, "seconds": round(time.monotonic() - begun, 1), "output": done.stderr[-KEPT:]}
-    if not passed:
-        print(done.stderr[-KEPT:], flush=True)
-        return
-    found = json.loads(done.stdout.strip().rpartition("\n")[2])
-    run.measurements += [{"part": name, **about, **row} for row in results.rows_of(found)]
-    run.not_measured += found.get("not_measured", [])
-
-
-def decode(run: Run) -> None:
-    if run.over("decode"):
-        return
+def run_bench(run: CheckRun, bench: Path) -> None:
+    """Keep the results of one file of benches, which pytest-benchmark writes."""
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "decode.json"
-        toy = ("--toy",) if run.dry else ()
-        run.step("decode", sys.executable, str(ROOT / "benchmarks" / "decode.py"), "--output", str(file), *toy)
-        found = json.loads(file.read_text()) if file.is_file() else None
-    if found is None:
-        run.skip("decode", "it ended without results")
-        return
-    run.measurements += found["measurements"]
-    run.not_measured += found["not_measured"]
+        file, toy = Path(folder) / "bench.json", ("--toy",) if run.dry else ()
+        outside = str(bench.parent.parent)
+        run.step(bench.stem, *PYTEST, str(bench), "--confcutdir", outside, f"--benchmark-json={file}", *toy)
+        if file.is_file() and file.stat().st_size:
+            run.keep(*results.rows_and_gaps(json.loads(file.read_text())))
 
 
-def measure(run: Run, bench: Path, *pytest: str) -> None:
-    if run.over(bench.stem):
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "bench.json"
-        toy = ("--toy",) if run.dry else ()
-        run.step(bench.stem, *pytest, str(bench), "--confcutdir", str(bench.parent), f"--benchmark-json={file}", *toy)
-        found = json.loads(file.read_text())["benchmarks"] if file.is_file() and file.stat().st_size else []
-    if not found:
-        run.skip(bench.stem, "it ended without results")
-    for result in found:
-        info = result["extra_info"] | {"case": result["param"]}
-        if reason := info.pop("not_measured", ""):
-            run.not_measured.append({"what": f"{bench.stem} {info['case']}", "reason": reason})
-        elif "median_s" in info:
-            run.measurements.append(info)
-
-
-def paths(plain: bool) -> None:
-    """Every op and its gradient, called plainly, under torch.compile as one graph, and replayed from a CUDA graph: equal."""
+def check_paths(plain: bool) -> None:
+    """Insist that every op and its gradient are the same plainly, under torch.compile as one graph, and from a CUDA graph."""
     import torch
 
     import fastjepa_kernels
@@ -211,7 +163,7 @@ def outcome(case: Any, how: Callable) -> list:
 
 
 def called(case: Any, call: Callable | None = None) -> list:
-    """The op's result and its gradients."""
+    """Return the result of the op and its gradients."""
     import torch
 
     out = (call or case.call)()
@@ -229,7 +181,7 @@ def whole_graph(case: Any) -> list:
 
 
 def replayed(case: Any) -> list:
-    """Captured after a call to warm up, whose changes to the inputs are undone; then replayed once."""
+    """Replay a CUDA graph once, captured after a call to warm up; changes of the inputs are undone before."""
     import torch
 
     inputs = [tensor.detach() for tensor in (*case.reads, *case.writes)]
@@ -249,65 +201,48 @@ def replayed(case: Any) -> list:
     return out
 
 
-def tables(report: dict[str, Any]) -> str:
-    """All that was measured, a table a part."""
-    parts = results.parts_of(report | {"name": "gpu-check"})
-    return "\n\n".join("\n".join([f"== {one['name']}", *results.rows_table(results.measured(one["rows"]))]) for one in parts)
+def result_tables(report: dict[str, Any]) -> str:
+    """Return all measurements, a table a part."""
+    parts = [(one["name"], results.measured_rows(one["rows"])) for one in results.parts_of(report)]
+    return "\n\n".join("\n".join([f"== {name}", *results.rows_table(rows)]) for name, rows in parts)
 
 
-def card() -> str:
+def card_name() -> str:
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-
-
-def birth_certificate(dry: bool) -> dict[str, Any]:
-    import torch
-
-    git = ("git", "-c", "safe.directory=*", "-C", str(ROOT))
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
-    versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return {
-        "card": "cpu" if dry else card(), "date": datetime.now().astimezone().isoformat(timespec="seconds"), "dry_run": dry,
-        "command": " ".join(["python", "benchmarks/gpu_check.py", *sys.argv[1:]]),
-        "commit": commit.stdout.strip() or "unknown", "changed_files": len(changed.stdout.splitlines()), "versions": versions,
-    }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on a CPU; writes nothing without --output")
     parser.add_argument("--output", type=Path, help="file to write (default benchmarks/results/<card>-<date>.json)")
-    parser.add_argument("--minutes", type=float, default=10, help="what is not done by then is not measured (default 10)")
+    parser.add_argument("--minutes", type=float, default=10, help="a measurement is left out after that (default 10)")
     parser.add_argument("--paths", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.paths:
-        paths(asked.plain)
+        check_paths(asked.plain)
         return
-    if not asked.dry_run and card() == "cpu":
+    if not asked.dry_run and card_name() == "cpu":
         sys.exit("gpu-check: there is no CUDA device here; --dry-run tries everything on a CPU")
-    run = Run(asked.dry_run, 60 * asked.minutes)
-    check(run)
-    report = birth_certificate(asked.dry_run) | {"passed": run.passed, "steps": run.steps}
-    report |= {"measurements": run.measurements, "not_measured": run.not_measured}
-    slug = re.sub(r"\W+", "-", report["card"].lower()).strip("-")
-    file = asked.output or ROOT / "benchmarks" / "results" / f"{slug}-{report['date'][:10]}.json"
+    run = CheckRun(asked.dry_run, 60 * asked.minutes)
+    check_and_measure(run)
+    about = results.certificate(["python", "benchmarks/gpu_check.py", *sys.argv[1:]])
+    card = "cpu" if asked.dry_run else card_name()
+    name = f"{re.sub(r'[^a-z0-9]+', '-', card.lower()).strip('-')}-{about['date'][:10]}"
+    report = {"name": name, **about, "card": card, "dry_run": asked.dry_run, "passed": run.passed, "steps": run.steps}
+    report |= {"rows": run.rows, "not_measured": run.not_measured}
+    file = asked.output or results.RESULTS / f"{name}.json"
     if asked.output or not asked.dry_run:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(report, indent=1) + "\n")
         print(f"== {file}")
     failed = [name for name, step in run.steps.items() if not step["passed"]]
-    print(tables(report))
-    print(f"== {len(run.measurements)} measurements, {len(run.not_measured)} not measured")
+    print(result_tables(report))
+    print(f"== {len(run.rows)} measurements, {len(run.not_measured)} not measured")
     if failed:
-        sys.exit(f"gpu-check: failed: {', '.join(failed)}; what each said is above")
+        sys.exit(f"gpu-check: failed: {', '.join(failed)}; the output of each is above")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,19 @@
-"""How the cost of a run grows, beside how the maths grow: `python benchmarks/growth.py --along batch,tokens`.
+"""The growth of the cost of a run, beside that of the maths: `python benchmarks/growth.py --along batch,tokens`.
 
-Each cost is measured at several values, in turns, and a line is fitted through the logarithms of the least of each value's
-times, as what disturbs a measurement only adds to it: its slope is the exponent. The
-maths are the FLOPs of `fastjepa.flops` (on ranks: those that a core has to do), the bytes of `fastjepa.memory`, and for what
-the host does the number of things done. What grows faster than they do, beyond TOLERANCE and the error of the fit, is flagged.
-The tolerance is what a sort of 1,000 or more things adds, and a cache that no longer holds what a smaller value needs.
+Each cost is measured at several values, in turns. A line is fitted through the logarithms of the least time of each value,
+as a disturbance only adds to a time, and its slope is the exponent. The maths are the FLOPs of `fastjepa.flops` (on ranks:
+those that a core has to do), the bytes of `fastjepa.memory`, and for the work of the host the number of things done. What
+grows faster than the maths, beyond TOLERANCE and the error of the fit, is flagged. The tolerance is what a sort of 1,000 or
+more things adds, or a cache that is too small for the larger values.
 """
 
 import argparse
-import contextlib
-import json
 import os
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,17 +22,17 @@ import sharded
 import step
 import timing
 import torch
-from options import config_of, numbers
-from rich.console import Console
+from options import config_of, int_list, make_parser, run_script
 from rich.progress import track
+from work import TrainerStep, Work, prepare_device
 
 from fastjepa.checkpoint.save import save_checkpoint
 from fastjepa.checkpoint.state import TrainState
 from fastjepa.cli.options import some_of
-from fastjepa.config.schema import MODELS, Config
+from fastjepa.config.schema import Config
 from fastjepa.data.sources import ImageFolder
 from fastjepa.data.tar_shards import scan_tar
-from fastjepa.errors import ConfigError, UserError
+from fastjepa.errors import ConfigError
 from fastjepa.loader.micro_batches import MicroBatches
 from fastjepa.masks.check import check_masks
 from fastjepa.masks.draw import draw_masks
@@ -44,6 +42,7 @@ from fastjepa.plan.memory import FP32_BYTES, activation_bytes, buffer_bytes, net
 TOLERANCE, CONFIDENCE = 0.15, 0.975
 LEAST = 3  # values, so that the fit has an error
 HEAD = 32  # width of an attention head along `width`
+INDICES = 32  # of an epoch's order, for each image of --images
 EXAMPLES = """examples:
   python benchmarks/growth.py --along batch,tokens,width,depth --threads 1
   python benchmarks/growth.py --along ranks --ranks 1,2,4 --threads 1
@@ -52,66 +51,63 @@ EXAMPLES = """examples:
 
 
 class Point(NamedTuple):
-    """One value of a cost. Bytes are measured and those of the maths, where memory or a file grows too."""
+    """One value of a cost; it has bytes too where memory or a file grows."""
 
     value: float
     run: Callable[[int], object]  # is timed, and called with the number of a round
-    work: float  # what time should be proportional to
-    nbytes: Callable[[], int] | None = None
-    counted: float = 0.0
+    work: float  # the quantity that time should be proportional to
+    nbytes: Callable[[], int] | None = None  # measures the bytes
+    counted: float = 0.0  # bytes by the maths
 
 
-class Fit(NamedTuple):
-    exponent: float
-    stderr: float
+@dataclass(frozen=True)
+class Place:
+    """The things that the points of a cost are made of."""
+
+    config: Config
+    device: torch.device
+    scratch: Path  # an empty folder
 
 
-def fit(values: Sequence[float], costs: Sequence[float]) -> Fit:
-    """The exponent of cost ~ value ** exponent, by least squares on logarithms, and its standard error."""
+def fit_exponent(values: Sequence[float], costs: Sequence[float]) -> tuple[float, float]:
+    """Fit the exponent of cost ~ value ** exponent, by least squares on logarithms, and its standard error."""
     x, y = (np.log(them) - np.log(them).mean() for them in (values, costs))
     slope = (x @ y) / (x @ x)
     scatter = y - slope * x
-    return Fit(float(slope), float(np.sqrt(scatter @ scatter / (len(x) - 2) / (x @ x))))
+    return float(slope), float(np.sqrt(scatter @ scatter / (len(x) - 2) / (x @ x)))
 
 
-def student(freedom: int) -> float:
-    """How many standard errors from a fit with so many degrees of freedom CONFIDENCE of all fits lie."""
+def growth_row(
+    cost: str, quantity: str, against: str, values: Sequence[float], measured: Sequence[float], maths: Sequence[float]
+) -> dict:
+    """Return the exponents of the measured cost, of the maths, and of their ratio: the excess of the first."""
     try:
         from scipy.stats import t
     except ImportError as error:
         raise ConfigError("the fits need scipy; pip install 'fastjepa[bench]'") from error
-    return float(t.ppf(CONFIDENCE, freedom))
-
-
-def row(
-    cost: str, quantity: str, against: str, values: Sequence[float], measured: Sequence[float], maths: Sequence[float]
-) -> dict:
-    """The fits of what was measured, of the maths, and of their ratio, which says how much faster than the maths it grows."""
-    found, excess = fit(values, measured), fit(values, np.divide(measured, maths))
-    margin = student(len(values) - 2) * excess.stderr
+    (exponent, stderr), (counted, _) = fit_exponent(values, measured), fit_exponent(values, maths)
+    excess, excess_stderr = fit_exponent(values, np.divide(measured, maths))
+    margin = t.ppf(CONFIDENCE, len(values) - 2) * excess_stderr
     return {
         "cost": cost, "quantity": quantity, "against": against, "values": list(values), "measured": list(measured),
-        **found._asdict(), "of_the_maths": fit(values, maths).exponent, "excess": excess.exponent,
-        "excess_stderr": excess.stderr, "too_fast": excess.exponent > max(TOLERANCE, margin),
+        "exponent": exponent, "stderr": stderr, "of_the_maths": counted, "excess": excess, "excess_stderr": excess_stderr,
+        "too_fast": bool(excess > max(TOLERANCE, margin)),
     }  # fmt: skip
 
 
-def grown(cost: str, against: str, points: Sequence[Point], rounds: int, device: torch.device) -> Iterator[dict]:
-    """A row of time in ms, and one of bytes where points have them."""
+def time_points(cost: str, against: str, points: Sequence[Point], rounds: int, device: torch.device) -> Iterator[dict]:
+    """Yield a row of milliseconds, and one of bytes where the points have them."""
     values = [point.value for point in points]
     seconds = timing.interleave({i: point.run for i, point in enumerate(points)}, rounds, device)
     milliseconds = [1000 * min(taken) for taken in seconds.values()]
-    yield row(cost, "ms", against, values, milliseconds, [point.work for point in points])
+    yield growth_row(cost, "ms", against, values, milliseconds, [point.work for point in points])
     if points[0].nbytes:
         held = [point.nbytes() for point in points]
-        yield row(cost, "bytes", against, values, held, [point.counted for point in points])
-
-
-# A step
+        yield growth_row(cost, "bytes", against, values, held, [point.counted for point in points])
 
 
 def along(config: Config, axis: str, value: int) -> tuple[float, Config]:
-    """The config with another batch, image size, width or depth, and what the cost is fitted against."""
+    """Return the value that the cost is fitted against, and the config with another batch, image size, width or depth."""
     if axis == "batch":
         mask = replace(config.mask, truncate_group=value)
         return value, replace(config, data=replace(config.data, batch_size=value), mask=mask)
@@ -124,15 +120,15 @@ def along(config: Config, axis: str, value: int) -> tuple[float, Config]:
 
 def step_point(config: Config, axis: str, value: int, device: torch.device) -> Point:
     value, config = along(config, axis, value)
-    check_masks(config.mask, config.grid, config.runtime.seed, config.data.batch_size)
-    works = [step.Work.draw(config, device, number) for number in range(step.DISTINCT)]
-    run = step.Ours(config, device, works)
+    check_masks(config, config.data.batch_size)
+    works = [Work.draw(config, device, number) for number in range(step.DISTINCT)]
+    run = step.OurStep(config, device, works)
     return Point(value, run, config.data.batch_size * float(np.mean(run.flops)),
-                 lambda: timing.in_fresh_process(step.peak, config, "ours", None), step_bytes(config))  # fmt: skip
+                 lambda: timing.in_fresh_process(step.peak_of_contender, config, "ours", None), step_bytes(config))  # fmt: skip
 
 
 def step_bytes(config: Config) -> int:
-    """What a step on one device holds at its peak, as `fastjepa.memory` counts it."""
+    """Return the bytes that a step on one device holds at its peak, as `fastjepa.memory` counts them."""
     size, rows = network_sizes(config), row_counts(config, config.micro_batch)
     held = activation_bytes(config, rows)
     parts = state_bytes(size, config.runtime.dtype, 1, 0) | buffer_bytes(size, config.runtime.dtype, 0)
@@ -140,197 +136,136 @@ def step_bytes(config: Config) -> int:
 
 
 def on_ranks(config: Config, counts: Sequence[int], rounds: int, device: torch.device) -> Iterator[dict]:
-    """The same batch on every rank, with DDP: time should not grow until ranks share cores, nor the state of a rank at all."""
+    """Yield rows of DDP with one batch a rank: time grows where ranks share cores, and the state of a rank does not."""
     cores = torch.cuda.device_count() if device.type == "cuda" else len(os.sched_getaffinity(0)) // torch.get_num_threads()
     starts = {count: [] for count in counts}
     for _ in range(rounds):
         for count in counts:
             whole = replace(config, data=replace(config.data, batch_size=count * config.data.batch_size))
-            starts[count].append(sharded.start(whole, 0, count))
+            starts[count].append(sharded.start_ranks(whole, 0, count))
     times = [min(ms for one in starts[count] for ms in one["ms"]) for count in counts]
-    yield row("step", "ms", "ranks", counts, times, [max(1.0, count / max(1, cores)) for count in counts])
+    yield growth_row("step", "ms", "ranks", counts, times, [max(1.0, count / max(1, cores)) for count in counts])
     held = [starts[count][0]["state_bytes"] for count in counts]
-    yield row("state", "bytes", "ranks", counts, held, [1.0 for _ in counts])
+    yield growth_row("state", "bytes", "ranks", counts, held, [1.0 for _ in counts])
 
 
-# The host
+def mask_point(place: Place, batch: int) -> Point:
+    config = place.config
+    return Point(batch, lambda n: draw_masks(config.mask, config.grid, config.runtime.seed, n, 0, batch, batch), batch)
 
 
-def mask_points(config: Config, batches: Sequence[int]) -> Iterator[Point]:
-    for batch in batches:
-
-        def draw(number: int, batch: int = batch) -> None:
-            draw_masks(config.mask, config.grid, config.runtime.seed, number, range(batch), batch)
-
-        yield Point(batch, draw, batch)
+def packing_point(place: Place, batch: int) -> Point:
+    config = place.config
+    drawn = draw_masks(config.mask, config.grid, config.runtime.seed, 0, 0, batch, batch)
+    return Point(batch, lambda number: pack(*drawn), batch)
 
 
-def packing_points(config: Config, batches: Sequence[int]) -> Iterator[Point]:
-    for batch in batches:
-        drawn = draw_masks(config.mask, config.grid, config.runtime.seed, 0, range(batch), batch)
-        yield Point(batch, lambda number, drawn=drawn: pack(*drawn), batch)
+def checkpoint_point(place: Place, depth: int) -> Point:
+    """Save checkpoints, against the numbers that one has to hold: weights, two moments and the average."""
+    _, config = along(place.config, "depth", depth)
+    run, root, size = TrainerStep(config, place.device), place.scratch / f"checkpoint-{depth}", network_sizes(config)
+    run.take(batch.to(place.device) for batch in Work.draw(config, place.device, 0).packed(config))
+    networks = {"encoder": run.jepa.encoder, "predictor": run.jepa.predictor, "target_encoder": run.target_encoder}
+    state = TrainState(0, networks, run.engine.optimizer)
+
+    def save_next(number: int) -> None:
+        state.step += 1
+        save_checkpoint(root, state, keep_last=1)
+
+    numbers = 3 * size.trained + size.encoder
+    written = lambda: sum(path.stat().st_size for path in root.rglob("*") if path.is_file())  # noqa: E731
+    return Point(numbers, save_next, numbers, written, FP32_BYTES * numbers)
 
 
-def checkpoint_points(config: Config, depths: Sequence[int], folder: Path, device: torch.device) -> Iterator[Point]:
-    """Against the numbers that a checkpoint has to hold: weights, two moments and the average."""
-    for depth in depths:
-        _, deeper = along(config, "depth", depth)
-        run = step.Ours(deeper, device, [step.Work.draw(deeper, device, 0)])
-        run(0)
-        parts = {"encoder": run.jepa.encoder, "predictor": run.jepa.predictor, "target_encoder": run.target_encoder}
-        state, root = TrainState(0, parts, run.engine.optimizer), folder / str(depth)
-
-        def save(number: int, state: TrainState = state, root: Path = root) -> None:
-            state.step += 1
-            save_checkpoint(root, state, keep_last=1)
-
-        size = network_sizes(deeper)
-        numbers = 3 * size.trained + size.encoder
-        yield Point(numbers, save, numbers, lambda root=root: size_of(root), FP32_BYTES * numbers)
+def folder_point(place: Place, images: int) -> Point:
+    """Open a folder: its images are found, sorted and labelled; there are 1,000 in a class, as in ImageNet."""
+    root = place.scratch / f"folder-{images}"
+    for number in range(images):
+        path = root / f"{number // 1000:04d}" / f"{number:07d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return Point(images, lambda number: ImageFolder(root), images)
 
 
-def size_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def shard_point(place: Place, images: int) -> Point:
+    """Open a tar that has no index file: its headers are read."""
+    path = place.scratch / f"{images}.tar"
+    with tarfile.open(path, "w") as tar:
+        for number in range(images):
+            tar.addfile(tarfile.TarInfo(f"{number:07d}.jpg"))
+    return Point(images, lambda number: scan_tar(path), images)
 
 
-def folder_points(images: Sequence[int], scratch: Path) -> Iterator[Point]:
-    """Start-up on a folder: images are found, sorted and labelled. In folders of 1,000, as ImageNet's are."""
-    for count in images:
-        root = scratch / f"folder-{count}"
-        for number in range(count):
-            path = root / f"{number // 1000:04d}" / f"{number:07d}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-        yield Point(count, lambda number, root=root: ImageFolder(root), count)
+def order_point(place: Place, images: int) -> Point:
+    """Take the first sample of a new epoch: its permutation is drawn."""
+    count = INDICES * images
+    return Point(count, lambda number: MicroBatches(place.config, range(count), 0, 1).samples(0, 0, 1), count)
 
 
-def shard_points(images: Sequence[int], scratch: Path) -> Iterator[Point]:
-    """Start-up on a tar that has no index file: its headers are read."""
-    for count in images:
-        path = scratch / f"{count}.tar"
-        with tarfile.open(path, "w") as tar:
-            for number in range(count):
-                tar.addfile(tarfile.TarInfo(f"{number:07d}.jpg"))
-        yield Point(count, lambda number, path=path: scan_tar(path), count)
+STEP_AXES = {"batch": "batch", "tokens": "size", "width": "width", "depth": "depth"}  # and the option with their values
+HOST_COSTS = {  # name: title, the quantity it grows with, the option with its values, how a point is made
+    "masks": ("drawing masks", "images", "drawn", mask_point),
+    "packing": ("packing", "images", "drawn", packing_point),
+    "checkpoint": ("checkpoint", "numbers in it", "depth", checkpoint_point),
+    "folder": ("finding files", "images", "images", folder_point),
+    "shards": ("reading a tar's index", "images", "images", shard_point),
+    "order": ("order of an epoch", "images", "images", order_point),
+}
+COSTS = (*STEP_AXES, "ranks", *HOST_COSTS)
 
 
-def order_points(config: Config, images: Sequence[int]) -> Iterator[Point]:
-    """The first sample of a new epoch: its permutation is drawn."""
-    for count in images:
-        count *= 32  # of indices, not of files
-        yield Point(count, lambda number, count=count: MicroBatches(config, range(count), 0, 1).samples(0, 0, 1), count)
-
-
-COSTS = ("batch", "tokens", "width", "depth", "ranks", "masks", "packing", "checkpoint", "folder", "shards", "order")
-
-
-def measure(options: argparse.Namespace) -> list[dict]:
-    """The rows, as `--json` prints them."""
+def measure_asked(options: argparse.Namespace) -> list[dict]:
     config = to_config(options)
-    device = step.start(config)
+    device = prepare_device(config, config.data.batch_size)
     about = {"model": config.meta.model_name, "dtype": config.runtime.dtype, "rounds": options.rounds}
-    named = track(options.along, "measuring", console=Console(stderr=True), disable=not sys.stderr.isatty())
     with tempfile.TemporaryDirectory(prefix="fastjepa-bench-") as scratch:
-        return [found | about for name in named for found in costs(name, config, options, device, Path(scratch))]
+        place, named = Place(config, device, Path(scratch)), track(options.along, "measuring", disable=not sys.stderr.isatty())
+        return [row | about for name in named for row in cost_rows(name, place, options)]
 
 
-def costs(name: str, config: Config, options: argparse.Namespace, device: torch.device, scratch: Path) -> Iterable[dict]:
+def cost_rows(name: str, place: Place, options: argparse.Namespace) -> Iterator[dict]:
     if name == "ranks":
-        return on_ranks(config, options.ranks, options.rounds, device)
-    if name in ("batch", "tokens", "width", "depth"):
-        values = options.size if name == "tokens" else getattr(options, name)
-        points = [step_point(config, name, value, device) for value in values]
-        return grown("step", name, points, options.rounds, device)
-    host = {
-        "masks": ("drawing masks", "images", lambda: mask_points(config, options.drawn)),
-        "packing": ("packing", "images", lambda: packing_points(config, options.drawn)),
-        "checkpoint": ("checkpoint", "numbers in it", lambda: checkpoint_points(config, options.depth, scratch, device)),
-        "folder": ("finding files", "images", lambda: folder_points(options.images, scratch)),
-        "shards": ("reading a tar's index", "images", lambda: shard_points(options.images, scratch)),
-        "order": ("order of an epoch", "images", lambda: order_points(config, options.images)),
-    }
-    cost, against, points = host[name]
-    return grown(cost, against, list(points()), options.rounds, torch.device("cpu"))
+        return on_ranks(place.config, options.ranks, options.rounds, place.device)
+    if name in STEP_AXES:
+        points = [step_point(place.config, name, value, place.device) for value in getattr(options, STEP_AXES[name])]
+        return time_points("step", name, points, options.rounds, place.device)
+    title, against, option, point = HOST_COSTS[name]
+    points = [point(place, value) for value in getattr(options, option)]
+    return time_points(title, against, points, options.rounds, torch.device("cpu"))
 
 
-def report(rows: Iterable[dict]) -> Iterator[str]:
-    """The lines that are printed without `--json`."""
-    yield "cost                   of     against        from to            exponent        the maths'  above it"
-    for one in rows:
-        values = f"{one['values'][0]:g} to {one['values'][-1]:g}"
-        yield (
-            f"{one['cost']:<23}{one['quantity']:<7}{one['against']:<15}{values:<18}"
-            f"{one['exponent']:6.2f} +- {one['stderr']:.2f}{one['of_the_maths']:12.2f}"
-            f"{one['excess']:+9.2f} +- {one['excess_stderr']:.2f}"
-            + ("  GROWS FASTER THAN THE MATHS" if one["too_fast"] else "")
-        )
+VALUES = {"batch": "4,8,16,32", "size": "128,192,256,320", "width": "96,192,384,768", "depth": "3,6,12,24", "ranks": "1,2,4",
+          "drawn": "64,128,256,512,1024,2048", "images": "1000,2000,4000,8000,16000,32000"}  # fmt: skip
+MEANINGS = {"batch": "images a step", "size": "pixels, along tokens", "drawn": "images whose masks are drawn",
+            "images": "images of a data set"}  # fmt: skip
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Fit how time and memory grow, and flag what grows faster than the maths.",
-        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument(
-        "--along", type=some_of(*COSTS), default=list(COSTS), metavar="NAME,...", help=f"default {','.join(COSTS)}"
-    )
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--model", default="vit_tiny", choices=tuple(MODELS), metavar="NAME", help="where it does not grow")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16"))
-    parser.add_argument(
-        "--batch", type=rising, default="4,8,16,32", metavar="N,...", help="images a step (default %(default)s)"
-    )
-    parser.add_argument("--size", type=rising, default="128,192,256,320", metavar="N,...", help="pixels (default %(default)s)")
-    parser.add_argument("--width", type=rising, default="96,192,384,768", metavar="N,...", help="default %(default)s")
-    parser.add_argument("--depth", type=rising, default="3,6,12,24", metavar="N,...", help="default %(default)s")
-    parser.add_argument("--ranks", type=rising, default="1,2,4", metavar="N,...", help="default %(default)s")
-    parser.add_argument(
-        "--drawn", type=rising, default="64,128,256,512,1024,2048", metavar="N,...", help="images whose masks are drawn"
-    )
-    parser.add_argument(
-        "--images", type=rising, default="1000,2000,4000,8000,16000,32000", metavar="N,...", help="of a data set"
-    )
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each value (default 5)")
-    parser.add_argument("--json", action="store_true", help="print rows as JSON")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any further key of the config")
+def parse_options(argv: list[str] | None) -> argparse.Namespace:
+    about = "Fit how time and memory grow, and flag what grows faster than the maths."
+    parser = make_parser(about, EXAMPLES, device="auto", model="vit_tiny", dtype="auto", threads=None, rounds=5)
+    names = ",".join(COSTS)
+    parser.add_argument("--along", type=some_of(*COSTS), default=list(COSTS), metavar="NAME,...", help=f"default {names}")
+    for name, values in VALUES.items():
+        said = f"{MEANINGS.get(name, name)} (default %(default)s)"
+        parser.add_argument(f"--{name}", type=rising_values, default=values, metavar="N,...", help=said)
     return parser.parse_intermixed_args(argv)
 
 
-def rising(text: str) -> list[int]:
-    found = sorted(set(numbers(text)))
+def rising_values(text: str) -> list[int]:
+    found = sorted(set(int_list(text)))
     if len(found) < LEAST or found[0] < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: a fit needs at least {LEAST} different numbers above 0")
     return found
 
 
 def to_config(options: argparse.Namespace) -> Config:
-    """What stays as it is: 8 images of 128 pixels, unless the overrides say otherwise."""
-    keys = {
-        "runtime.device": options.device,
-        "runtime.dtype": options.dtype,
-        "meta.model_name": options.model,
-        "data.batch_size": 8,
-        "data.crop_size": 128,
-        "mask.truncate_group": 8,
-        "mask.min_keep": 4,
-        "runtime.threads": options.threads,
-    }
-    return config_of(keys, options.overrides)
+    """Return the config of what does not grow: 8 images of 128 pixels, unless the overrides say otherwise."""
+    still = argparse.Namespace(**{name: value for name, value in vars(options).items() if name not in ("batch", "size")})
+    return config_of(still, data__batch_size=8, data__crop_size=128, mask__truncate_group=8, mask__min_keep=4)
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = parse(argv)
-    try:
-        if options.rounds < 1:
-            raise ConfigError(f"--rounds {options.rounds}: time at least one round")
-        with contextlib.redirect_stdout(sys.stderr):
-            rows = measure(options)
-    except (UserError, OSError) as error:
-        print(f"benchmarks/growth.py: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(rows) if options.json else "\n".join(report(rows)))
-    return 0
+    return run_script("growth.py", parse_options(argv), measure_asked)
 
 
 if __name__ == "__main__":

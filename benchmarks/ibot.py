@@ -1,23 +1,22 @@
-"""iBOT (Zhou et al., 2022) of lightly's and timm's parts, with its multi-crop: 2 views of 224 and 10 of 96 pixels an image.
+"""iBOT (Zhou et al., 2022) from lightly's and timm's parts with multi-crop: 2 views of 224 and 10 of 96 pixels an image.
 
 A teacher, the average of the student, sees both large views; the student sees them masked, and the small ones whole. One
 head serves class and patch tokens, with 8192 prototypes (the settings of the published ViT-S/16).
 """
 
-import contextlib
 import random
-from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 import vit
 from torch import Tensor, nn
+from work import synthetic_images
 
 from fastjepa.config.schema import Config
 
 GLOBAL, LOCAL, LOCAL_PATCHES = 2, 10, 6  # views an image, and the side of a small one in patches: 96 pixels
 HIDDEN, BOTTLENECK, PROTOTYPES = 2048, 256, 8192
-DROP_PATH, TEACHER_TEMPERATURE, CLIP = 0.1, 0.07, 3.0
+DROP_PATH, TEACHER_TEMPERATURE = 0.1, 0.07
 
 
 class Views(NamedTuple):
@@ -30,10 +29,9 @@ class Views(NamedTuple):
 class Network(nn.Module):
     """A ViT and the head that its class and masked patch tokens share."""
 
-    def __init__(self, config: Config, norm_last_layer: bool, whole: bool):
+    def __init__(self, config: Config, norm_last_layer: bool):
         super().__init__()
-        modules, _ = vit.parts()
-        self.whole = whole
+        modules, _ = vit.import_libraries()
         self.encoder = vit.backbone(config, views=True)
         dim = config.encoder_shape[0]
         self.head = modules.DINOProjectionHead(dim, HIDDEN, BOTTLENECK, PROTOTYPES, norm_last_layer=norm_last_layer)
@@ -43,22 +41,18 @@ class Network(nn.Module):
         x = self.encoder(images, mask=mask)
         if rows is None:
             return self.head(x[:, 0]), None
-        if self.whole:
-            logits = self.head(x)
-            return logits[:, 0], logits.flatten(0, 1)[rows]
         return self.head(x[:, 0]), self.head(x.flatten(0, 1)[rows])
 
 
 class Ibot(nn.Module):
-    """Call it with a batch of `draw` for the outputs that `loss` compares."""
+    """iBOT; call it with a batch of `draw` for the outputs that `loss` compares."""
 
-    def __init__(self, config: Config, device: torch.device, whole: bool = False):
-        """`whole` gives every token of the large views to the head, masked or not, as the official code does."""
+    def __init__(self, config: Config, device: torch.device):
         super().__init__()
         from lightly.loss import DINOLoss, IBOTPatchLoss
         from lightly.models import utils
 
-        self.student, self.teacher = Network(config, False, whole), Network(config, True, whole).requires_grad_(False)
+        self.student, self.teacher = Network(config, False), Network(config, True).requires_grad_(False)
         self.teacher.load_state_dict(self.student.state_dict())
         utils.update_drop_path_rate(self.student.encoder.vit, DROP_PATH, mode="linear")
         self.networks = self.student, self.teacher
@@ -70,15 +64,20 @@ class Ibot(nn.Module):
 
     @staticmethod
     def draw(config: Config, device: torch.device, number: int) -> Views:
-        """Half of the large views masked in blocks, 10 to 50 % of each; views are images of their own: nothing is learned."""
+        """Draw views, half of the large ones masked in blocks of 10 to 50 %.
+
+        Every view is an image of its own, as nothing is to be learned from them.
+        """
         from lightly.models import utils
 
         count, side = config.data.batch_size, LOCAL_PATCHES * config.mask.patch_size
-        images = vit.images(config, number, GLOBAL * count)
-        with seeded(config.runtime.seed + number):
-            blocks = utils.random_block_mask((len(images), *config.grid))  # (2 B, rows, columns)
+        images = synthetic_images(config, number, GLOBAL * count)
+        state = random.getstate()
+        random.seed(config.runtime.seed + number)  # lightly draws block masks by Python's own random numbers
+        blocks = utils.random_block_mask((len(images), *config.grid))  # (2 B, rows, columns)
+        random.setstate(state)
         mask = torch.cat((torch.zeros(len(images), 1, dtype=torch.bool), blocks.flatten(1)), dim=1)
-        drawn = Views(images, vit.images(config, number, LOCAL * count, side), mask, mask.flatten().nonzero().flatten())
+        drawn = Views(images, synthetic_images(config, number, LOCAL * count, side), mask, mask.flatten().nonzero().flatten())
         return Views(*(tensor.to(device) for tensor in drawn))
 
     def forward(self, images: Tensor, local: Tensor, mask: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
@@ -92,34 +91,3 @@ class Ibot(nn.Module):
         between = self.class_loss(list(teacher.float().chunk(GLOBAL)), list(student.float().chunk(GLOBAL + LOCAL)))
         within = self.patch_loss(teacher_patches.float(), student_patches.float(), mask[:, 1:].unflatten(1, self.grid))
         return between + within
-
-    @staticmethod
-    def handle(gradients: Iterable[Tensor]) -> None:
-        """What the official loop does with gradients: each is clipped by itself, after its norm was read."""
-        for gradient in gradients:
-            if (excess := CLIP / (gradient.norm().item() + 1e-6)) < 1:
-                gradient.mul_(excess)
-
-    @staticmethod
-    def flops(config: Config, batch: Views, whole: bool = False) -> float:
-        """FLOPs per image of a training step."""
-        dim, depth, _, mlp_ratio = config.encoder_shape
-        patches, small = batch.mask.shape[1] - 1, LOCAL_PATCHES**2
-        large = vit.blocks(depth, dim, mlp_ratio, GLOBAL, 1 + patches)
-        local = vit.blocks(depth, dim, mlp_ratio, LOCAL, 1 + small)
-        masked = GLOBAL * patches if whole else len(batch.rows) / config.data.batch_size
-        head = [vit.linear(tokens, dim, HIDDEN) + vit.linear(tokens, HIDDEN, HIDDEN) + vit.linear(tokens, HIDDEN, BOTTLENECK)
-                + vit.linear(tokens, BOTTLENECK, PROTOTYPES) for tokens in (GLOBAL + masked, LOCAL)]  # fmt: skip
-        embed = 3 * vit.embedding(config, GLOBAL * patches) + 2 * vit.embedding(config, LOCAL * small)
-        return embed + (1 + 3) * (large + head[0]) + 3 * (local + head[1])
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Python's own random numbers, which lightly's block masks are drawn from, and its state afterwards as it was."""
-    state = random.getstate()
-    random.seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(state)

@@ -3,14 +3,12 @@
 The parameter names are those of `fastjepa.model`, so that weights go from one to the other.
 """
 
-from collections.abc import Iterable
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 import vit
-from step import Work
 from torch import Tensor, nn
+from work import Work
 
 from fastjepa.config.schema import Config
 from fastjepa.masks.draw import draw_masks
@@ -21,17 +19,17 @@ GROUP = 128  # the official batch of a GPU: that many images share a cut, howeve
 TRIED = 64
 
 
-def work(config: Config, device: torch.device, number: int) -> Work:
-    """A batch whose contexts are cut to the shortest of GROUP images (more, where the batch has more)."""
-    batch = config.data.batch_size
-    total = -(-batch // GROUP) * GROUP
-    drawn = draw_masks(config.mask, config.grid, config.runtime.seed, number, range(batch), total)
-    return Work(vit.images(config, number, batch).to(device), *drawn)
+def draw_work(config: Config, device: torch.device, number: int) -> Work:
+    """Draw a batch whose contexts are cut to the shortest of GROUP images (more, where the batch has more)."""
+    return Work.draw(config, device, number, group=-(-config.data.batch_size // GROUP) * GROUP)
 
 
-def typical(config: Config, count: int) -> list[int]:
-    """Numbers of the `count` batches, among the first TRIED, whose FLOPs are nearest the mean of all: masks differ in size."""
-    drawn = [draw_masks(config.mask, config.grid, config.runtime.seed, n, range(1), GROUP) for n in range(TRIED)]
+def typical_batches(config: Config, count: int) -> list[int]:
+    """Return the numbers of the `count` batches, among the first TRIED, whose FLOPs are nearest the mean of them all.
+
+    Masks differ in size from step to step, and so do the FLOPs.
+    """
+    drawn = [draw_masks(config.mask, config.grid, config.runtime.seed, n, 0, 1, GROUP) for n in range(TRIED)]
     cost = np.array([official_flops(config, *(mask.sum(axis=2).mean() for mask in pair)).total for pair in drawn])
     return np.argsort(np.abs(cost - cost.mean()), kind="stable")[:count].tolist()
 
@@ -41,7 +39,7 @@ class Predictor(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        _, vision_transformer = vit.parts()
+        _, vision_transformer = vit.import_libraries()
         dim, _, heads, _ = config.encoder_shape
         width, heads = config.meta.pred_emb_dim, config.meta.pred_num_heads or heads
         self.predictor_embed = nn.Linear(dim, width)
@@ -66,10 +64,9 @@ class Predictor(nn.Module):
 
 
 class IJepa(nn.Module):
-    """Call it with a batch of `draw` for the outputs that `loss` compares."""
+    """I-JEPA; call it with a batch of `draw` for the outputs that `loss` compares."""
 
-    def __init__(self, config: Config, device: torch.device, whole: bool = False):
-        """`whole` changes nothing here: every token is finished anyway."""
+    def __init__(self, config: Config, device: torch.device):
         super().__init__()
         positions = sincos_positions(config.encoder_shape[0], config.grid)
         self.encoder = vit.backbone(config, class_token=False, positions=positions)
@@ -83,8 +80,8 @@ class IJepa(nn.Module):
 
     @staticmethod
     def draw(config: Config, device: torch.device, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, C, H, W) images, (B, L) context and (R, B, K) target patches, both in raster order."""
-        drawn = work(config, device, number)
+        """Return (B, C, H, W) images, (B, L) context and (R, B, K) target patches, both in raster order."""
+        drawn = draw_work(config, device, number)
         (context,), blocks = drawn.indices(drawn.context_mask), drawn.indices(drawn.target_mask)
         return drawn.images, context, torch.stack(blocks)
 
@@ -97,15 +94,3 @@ class IJepa(nn.Module):
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         return F.smooth_l1_loss(prediction.float(), target)
-
-    @staticmethod
-    def handle(gradients: Iterable[Tensor]) -> None:
-        """What the official loop does with gradients: it reads the norm of each, for its log."""
-        for gradient in gradients:
-            gradient.norm().item()
-
-    @staticmethod
-    def flops(config: Config, batch: tuple[Tensor, Tensor, Tensor], whole: bool = False) -> float:
-        """FLOPs per image of a training step."""
-        _, context, blocks = batch
-        return official_flops(config, context.shape[1], blocks.shape[2]).total

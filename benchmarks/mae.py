@@ -1,21 +1,21 @@
-"""MAE (He et al., 2022) of lightly's and timm's parts: 75 % of the patches masked, an 8 x 512 decoder, normalised pixels."""
+"""MAE (He et al., 2022) made of lightly's and timm's parts: 75 % of patches masked, an 8 x 512 decoder, normalised pixels."""
 
 import torch
 import torch.nn.functional as F
 import vit
 from torch import Tensor, nn
+from work import synthetic_images
 
 from fastjepa.config.schema import Config
 from fastjepa.model.vit import sincos_positions
 
-MASKED, WIDTH, DEPTH, HEADS = 0.75, 512, 8, 16  # of the paper, for every encoder
+MASKED, WIDTH, DEPTH, HEADS = 0.75, 512, 8, 16  # the decoder of the paper, for every encoder
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: Config, whole: bool):
+    def __init__(self, config: Config):
         super().__init__()
-        modules, _ = vit.parts()
-        self.whole = whole
+        modules, _ = vit.import_libraries()
         self.embed = nn.Linear(config.encoder_shape[0], WIDTH)
         rows, columns = config.grid
         self.decoder = modules.MaskedVisionTransformerDecoderTIMM(rows * columns, WIDTH, DEPTH, HEADS)
@@ -27,34 +27,30 @@ class Decoder(nn.Module):
 
         x = utils.repeat_token(self.decoder.mask_token, (len(features), self.decoder.sequence_length))
         x = self.decoder(utils.set_at_index(x, keep, self.embed(features).type_as(x)))
-        if self.whole:
-            return utils.get_at_index(self.pixels(x), masked)
         return self.pixels(utils.get_at_index(x, masked))
 
 
 class Mae(nn.Module):
-    """Call it with a batch of `draw` for the outputs that `loss` compares."""
+    """MAE; call it with a batch of `draw` for the outputs that `loss` compares."""
 
     averaged = None  # nothing follows the weights
-    handle = None  # and the official loop leaves the gradients alone
 
-    def __init__(self, config: Config, device: torch.device, whole: bool = False):
-        """`whole` predicts the pixels of all patches and drops those that were seen, as the official code does."""
+    def __init__(self, config: Config, device: torch.device):
         super().__init__()
         self.patch = config.mask.patch_size
         positions = sincos_positions(config.encoder_shape[0], config.grid)
         self.encoder = vit.backbone(config, positions=F.pad(positions, (0, 0, 1, 0)))
-        self.predictor = Decoder(config, whole)
+        self.predictor = Decoder(config)
         self.networks = self.encoder, self.predictor
         self.encoder.mask_token.requires_grad_(False)  # lightly's, which nothing here uses
         self.to(device)
 
     @staticmethod
     def draw(config: Config, device: torch.device, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, C, H, W) images, (B, 1 + K) tokens kept, the class token first, and (B, M) tokens masked."""
+        """Return (B, C, H, W) images, (B, 1 + K) tokens kept, the class token first, and (B, M) tokens masked."""
         from lightly.models import utils
 
-        images, (rows, columns) = vit.images(config, number, config.data.batch_size), config.grid
+        images, (rows, columns) = synthetic_images(config, number, config.data.batch_size), config.grid
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.runtime.seed + number)
             keep, masked = utils.random_token_mask((len(images), 1 + rows * columns), mask_ratio=MASKED)
@@ -69,15 +65,3 @@ class Mae(nn.Module):
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         return F.mse_loss(prediction.float(), target)
-
-    @staticmethod
-    def flops(config: Config, batch: tuple[Tensor, Tensor, Tensor], whole: bool = False) -> float:
-        """FLOPs per image of a training step."""
-        images, keep, masked = batch
-        dim, depth, _, mlp_ratio = config.encoder_shape
-        kept, predicted = keep.shape[1], masked.shape[1]
-        tokens = kept + predicted
-        encoder = vit.blocks(depth, dim, mlp_ratio, 1, kept)
-        decoder = vit.linear(kept, dim, WIDTH) + vit.blocks(DEPTH, WIDTH, 4.0, 1, tokens)
-        pixels = vit.linear(tokens if whole else predicted, WIDTH, config.data.channels * config.mask.patch_size**2)
-        return 2 * vit.embedding(config, tokens - 1) + 3 * (encoder + decoder + pixels)

@@ -1,7 +1,7 @@
-"""One protocol for every benchmark: interleaved repeats, medians with p20 and p80, ratios paired within a round.
+"""The timing protocol of every benchmark: interleaved rounds, medians with p20 and p80, ratios paired within a round.
 
-Machines drift and neighbours come and go; what is measured side by side in the same round suffers alike, so a ratio
-is the median of the rounds' ratios, never a ratio of two medians taken apart.
+A machine drifts, and neighbours come and go. What is measured side by side in one round suffers alike, so a ratio is the
+median of the ratios of the rounds, never the ratio of two medians.
 """
 
 import multiprocessing
@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from fastjepa.errors import ConfigError
 
 SQUARE = {"cpu": 2048, "cuda": 8192}  # side of the large square product
-COPIED = {"cpu": 256 << 20, "cuda": 1 << 30}
+COPIED = {"cpu": 256 << 20, "cuda": 1 << 30}  # bytes, more than any cache holds
+WAIT_CYCLES = 2_000_000  # about a millisecond of a card, in which the host launches a whole call
+REPEATS = 3  # of each product and copy, of which the fastest counts
 
 
 class Spread(NamedTuple):
@@ -38,13 +39,13 @@ class Spread(NamedTuple):
 
 
 def interleave(
-    runs: Mapping[str, Callable[[int], object]], rounds: int, device: torch.device, warmup: int = 1, steps: int = 1
-) -> dict[str, list[float]]:
-    """Seconds a step of every run in every round.
+    runs: Mapping[Any, Callable[[int], object]], rounds: int, device: torch.device, warmup: int = 1, steps: int = 1
+) -> dict[Any, list[float]]:
+    """Return the seconds a step of every run in every round.
 
-    In a round each run takes `steps` steps in a row, called with their numbers, which go on from round to round; warm-up
-    rounds have the first numbers too and are not kept. Every other round goes backwards, so that no run always follows
-    the same neighbour.
+    In a round each run takes `steps` steps in a row. They are called with their numbers, which go on from round to round;
+    the rounds to warm up have the first numbers too and are not kept. Every other round goes backwards, so that no run
+    always follows the same neighbour.
     """
     seconds = {name: [] for name in runs}
     for number in [*range(warmup), *range(rounds)]:
@@ -58,12 +59,31 @@ def interleave(
     return {name: taken[warmup:] for name, taken in seconds.items()}
 
 
-def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
-    """How many times as fast ours is: theirs / ours within each round, both in seconds."""
+def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
+    """Say how many times as fast ours is: theirs / ours within each round, both in seconds."""
     return Spread.of([b / a for a, b in zip(ours, theirs, strict=True)])
 
 
-class Clock:
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Time one call: by the clock on a CPU, by events on a card.
+
+    The events are queued behind a short wait, so that a card never waits for the host unless the call needs longer than
+    that wait to launch its kernels.
+    """
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(WAIT_CYCLES)
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
+
+
+class PhaseClock:
     """Splits a step into phases: `mark(name)` ends the phase `name`; nothing waits for the device until `read`."""
 
     def __init__(self, device: torch.device):
@@ -78,7 +98,7 @@ class Clock:
         self.marks.append((name, now))
 
     def read(self) -> dict[str, float]:
-        """Milliseconds a phase, summed over marks of the same name."""
+        """Return the milliseconds of each phase, summed over marks of the same name."""
         synchronize(self.device)
         taken = defaultdict(float)
         for (_, start), (name, end) in zip(self.marks, self.marks[1:], strict=False):
@@ -87,62 +107,42 @@ class Clock:
 
 
 class Ceiling:
-    """The best matrix-product rate of a round, in FLOP/s, over shapes (rows, in, out); call it as a run of `interleave`.
+    """The best rate of matrix products in a round, in FLOP/s; call it as a run of `interleave`.
 
-    Of each shape the three products of a linear layer's training count (output, input gradient, weight gradient), so
-    that no memory layout the networks use is left out.
+    Each shape (rows, in, out) is a linear layer. All three products of its training are timed (output, gradient of the
+    input, gradient of the weight), so that every memory layout of the networks is tried.
     """
 
-    def __init__(self, shapes: Iterable[tuple[int, int, int]], dtype: torch.dtype, device: torch.device, repeats: int = 3):
-        self.device, self.repeats, self.rates = device, repeats, {}
-        self.operands = [self._operands(shape, dtype) for shape in shapes]
-
-    def _operands(self, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        rows, width_in, width_out = shape
-        sizes = (rows, width_in), (width_out, width_in), (rows, width_out)
-        return tuple(torch.randn(size, device=self.device).to(dtype) for size in sizes)
+    def __init__(self, shapes: Iterable[tuple[int, int, int]], dtype: torch.dtype, device: torch.device):
+        self.device, self.rates = device, {}
+        sizes = [((rows, k), (n, k), (rows, n)) for rows, k, n in shapes]
+        self.operands = [[torch.randn(size, device=device).to(dtype) for size in three] for three in sizes]
 
     @torch.inference_mode()
     def __call__(self, number: int) -> None:
-        self.rates[number] = max(self._rate(*operands) for operands in self.operands)
+        self.rates[number] = max(2 * x.shape[0] * w.numel() / self._fastest(x, w, dy) for x, w, dy in self.operands)
 
-    def _rate(self, x: Tensor, weight: Tensor, gradient: Tensor) -> float:
-        flops = 2 * x.shape[0] * weight.numel()
-        products = (lambda: F.linear(x, weight)), (lambda: gradient @ weight), (lambda: gradient.T @ x)
-        return max(flops / self._seconds(product) for product in products)
-
-    def _seconds(self, product: Callable[[], Tensor]) -> float:
-        taken = []
-        for _ in range(self.repeats):
-            synchronize(self.device)
-            start = time.perf_counter()
-            product()
-            synchronize(self.device)
-            taken.append(time.perf_counter() - start)
-        return min(taken)
+    def _fastest(self, x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor) -> float:
+        products = (lambda: F.linear(x, w)), (lambda: dy @ w), (lambda: dy.T @ x)
+        return min(seconds_of(product, self.device) for product in products for _ in range(REPEATS))
 
 
-def copy_rate(device: torch.device, repeats: int = 5) -> float:
-    """Bytes a second, read and written, of copying COPIED bytes, which no cache holds; the best of the repeats."""
+def copy_rate(device: torch.device) -> float:
+    """Return the bytes a second, read and written, of copying more than any cache holds."""
     source = torch.ones(COPIED[device.type], dtype=torch.uint8, device=device)
-    target, taken = torch.empty_like(source), []
-    for _ in range(1 + repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        target.copy_(source)
-        synchronize(device)
-        taken.append(time.perf_counter() - start)
+    target = torch.empty_like(source)
+    taken = [seconds_of(lambda: target.copy_(source), device) for _ in range(1 + REPEATS)]
     return 2 * len(source) / min(taken[1:])
 
 
-def square(device: torch.device) -> tuple[int, int, int]:
+def square_product(device: torch.device) -> tuple[int, int, int]:
     return (SQUARE[device.type],) * 3
 
 
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args) in a process of its own, which has allocated nothing yet; both must pickle.
+    """Return function(*args) of a new process, which has allocated nothing yet; both must pickle.
 
-    ConfigError when that process dies (a multiprocessing.Pool would wait for it for ever).
+    ConfigError where that process dies (a multiprocessing.Pool would wait for it for ever).
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
@@ -152,9 +152,9 @@ def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def peak_bytes(build: Callable[[], Callable[[int], object]], device: torch.device, rounds: int = 2) -> int:
-    """Peak memory of building something and calling it with 0, 1, ...; run it in a fresh process.
+    """Return the peak memory of building a run and calling it with 0, 1, ...; do this in a fresh process.
 
-    On a CPU the growth of the resident set (Linux), on CUDA the most that torch held at once.
+    On a CPU it is the growth of the resident set (Linux), on CUDA the most that torch held at once.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -167,16 +167,15 @@ def peak_bytes(build: Callable[[], Callable[[int], object]], device: torch.devic
 
 
 def resident_bytes(field: str) -> int:
-    """VmRSS (now) or VmHWM (the most so far) of this process.
+    """Return VmRSS (now) or VmHWM (the most so far) of this process.
 
-    Not getrusage: its ru_maxrss starts at the size of the process that started this one.
+    The maximum of getrusage would not do: it starts at the size of the process that started this one.
     """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError as error:
         raise ConfigError("peak memory on a CPU is read from /proc/self/status; run this on Linux") from error
-    kilobytes = next(line.split()[1] for line in lines if line.startswith(field + ":"))
-    return 1024 * int(kilobytes)
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(field + ":")))
 
 
 def synchronize(device: torch.device) -> None:

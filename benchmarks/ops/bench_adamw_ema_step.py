@@ -1,9 +1,8 @@
 """adamw_ema_step_: AdamW and the moving average over ViT-H/14 (ViT-B/16 on a CPU): fp32 weights, moments and averages."""
 
-import pytest
 import torch
 from bench_ema_update import MOMENTUM, vit_shapes
-from protocol import Load, Provider, Setting, compiled, nbytes
+from protocol import Inputs, Provider, Setting, compiled, nbytes
 
 from fastjepa_kernels.adamw_ema_step import adamw_ema_step_, adamw_ema_step_ref, adamw_ema_table
 
@@ -11,7 +10,7 @@ LR, BETAS, EPS, WEIGHT_DECAY = 1e-3, (0.9, 0.999), 1e-8, 0.05
 
 
 def torch_optimizer(**options: bool):
-    """torch.optim.AdamW over copies of the loop's tensors, then its lerp of the averages."""
+    """Return what prepares torch.optim.AdamW over one set of the tensors."""
 
     def prepare(args: tuple) -> tuple:
         params, grads, targets = (args[place] for place in (0, 1, 7))
@@ -43,7 +42,7 @@ PROVIDERS = {
 }
 
 
-def load(setting: Setting) -> Load:
+def make_inputs(setting: Setting) -> Inputs:
     shapes = setting.pick(cuda=vit_shapes(1280, 32, 5120, 14), cpu=vit_shapes(768, 12, 3072), toy=vit_shapes(32, 1, 64))
     params, grads, moments, squares, targets = (
         [setting.randn(*shape, dtype=torch.float32) for shape in shapes] for _ in range(5)
@@ -54,9 +53,8 @@ def load(setting: Setting) -> Load:
     table = adamw_ema_table(params, grads, moments, squares, groups, targets)
     moved = nbytes(*grads, *(2 * (params + moments + squares + targets)))
     args = (params, grads, moments, squares, steps, hyper, groups, targets, MOMENTUM, (), None, table)
-    return Load(args, forward=moved, size=moved)
+    return Inputs(args, forward=moved, size=moved)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_adamw_ema_step(provider: str, bench):
-    bench(PROVIDERS[provider], load, "forward")
+def test_adamw_ema_step(bench):
+    bench(make_inputs, "forward")

@@ -1,8 +1,7 @@
 """ema_update_: every parameter of ViT-H/14 (ViT-B/16 on a CPU), fp32 averages of fp32 weights."""
 
-import pytest
 import torch
-from protocol import Load, Provider, Setting, compiled, missing, nbytes
+from protocol import Inputs, Provider, Setting, compiled, missing, nbytes
 from torch import Tensor
 
 from fastjepa_kernels.ema_update import ema_table, ema_update_, ema_update_ref
@@ -11,13 +10,13 @@ MOMENTUM = 0.996
 
 
 def vit_shapes(width: int, depth: int, hidden: int, patch: int = 16) -> list[tuple[int, ...]]:
-    """The parameters of a ViT: a few large matrices and many small vectors."""
+    """Return the shapes of a ViT's parameters: a few large matrices and many small vectors."""
     block = [(width,)] * 6 + [(3 * width, width), (3 * width,), (width, width), (hidden, width), (hidden,), (width, hidden)]
     return [(width, 3, patch, patch), (width,), *(block * depth), (width,), (width,)]
 
 
 def for_loop(targets: list[Tensor], sources: list[Tensor], table) -> None:
-    """The official code's way."""
+    """Average as the official code does."""
     for target, source in zip(targets, sources, strict=True):
         target.mul_(MOMENTUM).add_((1 - MOMENTUM) * source)
 
@@ -27,7 +26,7 @@ def foreach_lerp(targets: list[Tensor], sources: list[Tensor], table) -> None:
 
 
 def with_timm(args: tuple) -> tuple:
-    """The same tensors, in the modules that timm's class wants."""
+    """Put the same tensors into the modules that timm's class wants."""
     from timm.utils import ModelEmaV3
 
     targets, sources, _ = args
@@ -45,13 +44,12 @@ PROVIDERS = {
 }
 
 
-def load(setting: Setting) -> Load:
+def make_inputs(setting: Setting) -> Inputs:
     shapes = setting.pick(cuda=vit_shapes(1280, 32, 5120, 14), cpu=vit_shapes(768, 12, 3072), toy=vit_shapes(32, 1, 64))
     targets, sources = ([setting.randn(*shape, dtype=torch.float32) for shape in shapes] for _ in range(2))
     moved = nbytes(*targets, *targets, *sources)
-    return Load((targets, sources, ema_table(targets, sources)), forward=moved, size=moved)
+    return Inputs((targets, sources, ema_table(targets, sources)), forward=moved, size=moved)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_ema_update(provider: str, bench):
-    bench(PROVIDERS[provider], load, "forward")
+def test_ema_update(bench):
+    bench(make_inputs, "forward")

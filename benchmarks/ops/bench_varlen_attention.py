@@ -1,8 +1,7 @@
 """varlen_attention: the context encoder's attention at ViT-H/14: heads of 80, contexts of 70 to 150 patches."""
 
-import pytest
 from attention import RIVALS, packed
-from protocol import DIRECTIONS, Load, Setting, compiled
+from protocol import Inputs, Setting, compiled
 
 from fastjepa_kernels.varlen_attention import varlen_attention, varlen_attention_ref
 
@@ -14,11 +13,9 @@ PROVIDERS = {
 }
 
 
-def load(setting: Setting) -> Load:
+def make_inputs(setting: Setting) -> Inputs:
     return packed(setting, *setting.pick(cuda=(128, 70, 150, 16, 80), cpu=(32, 70, 150, 12, 64), toy=(2, 5, 9, 2, 16)))
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_varlen_attention(provider: str, direction: str, bench):
-    bench(PROVIDERS[provider], load, direction)
+def test_varlen_attention(direction: str, bench):
+    bench(make_inputs, direction)

@@ -20,6 +20,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.setting = protocol.Setting(torch.device(config.getoption("--device")), config.getoption("--toy"))
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Call the bench of an op for each of its providers, and where it asks for a direction in both."""
+    if "bench" in metafunc.fixturenames:
+        metafunc.parametrize("provider", metafunc.module.PROVIDERS)
+    if "direction" in metafunc.fixturenames:
+        metafunc.parametrize("direction", protocol.DIRECTIONS)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         group = f"{item.path.stem.removeprefix('bench_')} {item.callspec.params.get('direction', 'forward')}"
@@ -27,10 +35,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture
-def bench(benchmark, request: pytest.FixtureRequest) -> Callable[..., None]:
-    """bench(provider, make, direction), the provider named by the test's own parameter."""
-    module = request.path.stem.removeprefix("bench_")
-    benchmark.extra_info.update(op=module, provider=request.node.callspec.params["provider"])
+def bench(provider: str, benchmark, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Return bench(make_inputs, direction), which times the provider that the test is called for."""
+    benchmark.extra_info.update(op=request.path.stem.removeprefix("bench_"), provider=provider)
     fastjepa_kernels.use("triton" if dispatch.INTERPRETED else "auto")  # the interpreter is chosen to see the kernels run
-    yield partial(protocol.measure, benchmark, request.config.setting)
+    yield partial(protocol.measure_provider, benchmark, request.config.setting, request.module.PROVIDERS[provider])
     fastjepa_kernels.use("auto")

@@ -1,36 +1,33 @@
-"""How an op is timed: each provider in turn, on inputs that no cache holds, beside what the machine can do at best.
+"""The way an op is timed: each provider in turn, on inputs that no cache holds, beside the measured rates of the machine.
 
-On a card a round is timed by events around the call, queued behind a short wait, so that the card never waits for the host
-unless the call launches for longer than that; on a CPU by the clock. Inputs are rotated through enough copies to pass twice
-the last cache. Bytes and FLOPs are the least the op needs, the same for every provider: a rate says how long it took.
+Rounds are timed by `timing.seconds_of`. Inputs are rotated through enough copies to pass twice the last cache. Bytes and
+FLOPs are the least that the op needs, the same for every provider, so that a rate says how long a provider took.
 """
 
 import functools
 import importlib.util
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from timing import Ceiling, Spread, copy_rate, seconds_of, square_product
 from torch import Tensor
 
 DIRECTIONS = ("forward", "forward+backward")
 ROUNDS = {"cuda": (50, 5), "cpu": (15, 2), "toy": (3, 1)}  # timed, to warm up
-WAIT_CYCLES = 2_000_000  # about a millisecond: what a call may need to launch everything
-SQUARE = {"cuda": 8192, "cpu": 1024, "toy": 128}  # side of the product whose rate is the ceiling
 MOST_COPIES = 64
+ATTENTION_BACKWARD = 2.5  # times the FLOPs of the forward: the scores are computed again
 
 
-class Load(NamedTuple):
-    """One set of inputs and what the op has to do with it."""
+class Inputs(NamedTuple):
+    """One set of inputs and the work that the op has to do on it."""
 
     args: tuple
     leaves: Sequence[Tensor] = ()  # get gradients
     forward: int = 0  # bytes read and written
     backward: int = 0
-    flops: int = 0  # forward; the backward counts 2.5 times that for attention, which recomputes the scores
+    flops: int = 0  # of the forward, where the op is bound by them
     size: int = 0  # bytes of one set, where they are not those of args
 
 
@@ -47,6 +44,11 @@ def compiled(call: Callable[..., Any]) -> Provider:
     return Provider(call, compiles=True)
 
 
+def beside_ours(ours: Callable, reference: Callable, rivals: dict[str, Provider | Callable]) -> dict[str, Provider | Callable]:
+    """Return the providers of an op: its definition eager and compiled, the rivals, and ours."""
+    return {"eager": reference, "compiled": compiled(reference), **rivals, "ours": ours}
+
+
 def missing(module: str) -> str:
     return "" if importlib.util.find_spec(module) else f"{module} is not installed"
 
@@ -55,8 +57,8 @@ def nbytes(*tensors: Tensor | None) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
-class Clock:
-    """The timer pytest-benchmark reads: it stands still but for the calls that `run` times."""
+class CallClock:
+    """The timer that pytest-benchmark reads: it stands still but for the calls that `run` times."""
 
     def __init__(self):
         self.now = 0.0
@@ -65,27 +67,16 @@ class Clock:
         return self.now
 
     def run(self, call: Callable[[], Any], device: torch.device) -> float:
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(WAIT_CYCLES)
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            taken = start.elapsed_time(end) / 1000
-        else:
-            begun = time.perf_counter()
-            call()
-            taken = time.perf_counter() - begun
+        taken = seconds_of(call, device)
         self.now += taken
         return taken
 
 
 class Setting:
-    """Where a run measures, and its ceilings, measured once in the same process."""
+    """The device and the sizes of a run, and the rates of the machine, measured once in the same process."""
 
     def __init__(self, device: torch.device, toy: bool):
-        self.device, self.toy, self.clock = device, toy, Clock()
+        self.device, self.toy, self.clock = device, toy, CallClock()
         self.scale = "toy" if toy else device.type
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.generator = torch.Generator(device).manual_seed(0)
@@ -97,7 +88,7 @@ class Setting:
         return torch.randn(shape, generator=self.generator, device=self.device).to(dtype or self.dtype)
 
     def some(self, total: int, count: int) -> Tensor:
-        """(count,) int32: distinct rows among `total`, rising, as masks name them."""
+        """Return (count,) int32: distinct rows among `total`, rising, as masks name them."""
         chosen = torch.randperm(total, generator=self.generator, device=self.device)[:count]
         return chosen.sort().values.int()
 
@@ -113,55 +104,57 @@ class Setting:
 
     @functools.cached_property
     def copy_rate(self) -> float:
-        """Bytes a second, read and written, of copying what no cache holds."""
-        source = torch.ones(1 << 18 if self.toy else max(2 * self.cache_bytes, 256 << 20) // 4, device=self.device)
-        target = torch.empty_like(source)
-        return 2 * nbytes(source) / self._median(lambda: target.copy_(source))
+        return copy_rate(self.device)
 
     @functools.cached_property
     def gemm_rate(self) -> float:
-        side = SQUARE[self.scale]
-        a, b = self.randn(side, side), self.randn(side, side)
-        return 2 * side**3 / self._median(lambda: a @ b)
-
-    def _median(self, call: Callable[[], Any]) -> float:
-        rounds, warmup = ROUNDS[self.scale]
-        return statistics.median([self.clock.run(call, self.device) for _ in range(warmup + rounds)][warmup:])
+        ceiling = Ceiling([(128, 128, 128) if self.toy else square_product(self.device)], self.dtype, self.device)
+        ceiling(0)
+        return ceiling.rates[0]
 
 
-def measure(
-    benchmark, setting: Setting, provider: Provider | Callable, make: Callable[[Setting], Load], direction: str
+def record_skip(benchmark, setting: Setting, reason: str) -> None:
+    """Keep the reason why a case is not measured; pytest-benchmark wants a round all the same."""
+    benchmark.extra_info.update(device=str(setting.device), toy=setting.toy, not_measured=reason)
+    benchmark.pedantic(lambda: None)
+
+
+def record_rounds(benchmark, setting: Setting, run: Callable[[int], object]) -> float:
+    """Warm `run` up, time its rounds and keep median, p20 and p80 in extra_info; return the median in seconds."""
+    rounds, warmup = ROUNDS[setting.scale]
+    for number in range(warmup):
+        run(number)
+    seconds, numbers = [], iter(range(rounds))
+    call = lambda number: seconds.append(setting.clock.run(lambda: run(number), setting.device))  # noqa: E731
+    benchmark.pedantic(call, setup=lambda: ((next(numbers),), {}), rounds=rounds)
+    spread = Spread.of(seconds)
+    benchmark.extra_info.update(device=str(setting.device), toy=setting.toy, rounds=rounds, median_s=spread.median,
+                                p20_s=spread.p20, p80_s=spread.p80)  # fmt: skip
+    return spread.median
+
+
+def measure_provider(
+    benchmark, setting: Setting, provider: Provider | Callable, make: Callable[[Setting], Inputs], direction: str
 ) -> None:
-    """Times one provider; everything but pytest-benchmark's own statistics goes into extra_info."""
+    """Time one provider; everything but pytest-benchmark's own statistics goes into extra_info."""
     provider = provider if isinstance(provider, Provider) else Provider(provider)
-    benchmark.extra_info.update(direction=direction, device=str(setting.device), toy=setting.toy)
-    first = make(setting)
-    absent = provider.absent
-    if provider.cuda_only and setting.device.type != "cuda":
-        absent = "it runs on CUDA alone"
+    benchmark.extra_info["direction"] = direction
+    absent = "it runs on CUDA alone" if provider.cuda_only and setting.device.type != "cuda" else provider.absent
     if absent:
-        benchmark.extra_info["not_measured"] = absent
-        benchmark.pedantic(lambda: None)
+        record_skip(benchmark, setting, absent)
         return
+    first = make(setting)
     size = first.size or nbytes(*(arg for arg in first.args if isinstance(arg, Tensor)))
-    loads = [first, *(make(setting) for _ in range(setting.copies(size) - 1))]
+    every = [first, *(make(setting) for _ in range(setting.copies(size) - 1))]
     call = provider.call
     if provider.compiles:  # toy runs look at the tracing alone: lowering it takes a compiler half a minute
         torch._dynamo.reset()
         call = torch.compile(call, fullgraph=provider.whole, dynamic=False, backend="aot_eager" if setting.toy else "inductor")
-    steps = [_step(call, provider.prepare(load.args), load.leaves, direction) for load in loads]
-    rounds, warmup = ROUNDS[setting.scale]
-    for number in range(warmup):
-        steps[number % len(steps)]()
-    benchmark.extra_info["peak_bytes"] = _peak(steps[0], setting.device)
-    turn = iter(range(rounds))
-    seconds = []
-    benchmark.pedantic(
-        lambda step: seconds.append(setting.clock.run(step, setting.device)),
-        setup=lambda: ((steps[next(turn) % len(steps)],), {}),
-        rounds=rounds,
-    )
-    benchmark.extra_info |= _rates(setting, first, direction, seconds) | {"copies": len(loads)}
+    steps = [_step(call, provider.prepare(one.args), one.leaves, direction) for one in every]
+    steps[0]()
+    benchmark.extra_info.update(peak_bytes=_peak(steps[0], setting.device), copies=len(every))
+    median = record_rounds(benchmark, setting, lambda number: steps[number % len(steps)]())
+    benchmark.extra_info.update(_rates(setting, first, direction != "forward", median))
 
 
 def _step(call: Callable, args: tuple, leaves: Sequence[Tensor], direction: str) -> Callable[[], Any]:
@@ -175,15 +168,11 @@ def _step(call: Callable, args: tuple, leaves: Sequence[Tensor], direction: str)
     for leaf in leaves:
         leaf.requires_grad_()
     dout = torch.ones_like(call(*args))
-
-    def both():
-        torch.autograd.grad(call(*args), leaves, dout)
-
-    return both
+    return lambda: torch.autograd.grad(call(*args), leaves, dout)
 
 
 def _peak(step: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes that a call takes beyond its inputs; a CPU does not say."""
+    """Return the bytes that a call takes beyond its inputs; a CPU does not say."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize()
@@ -194,17 +183,9 @@ def _peak(step: Callable[[], Any], device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _rates(setting: Setting, load: Load, direction: str, seconds: list[float]) -> dict[str, float]:
-    both = direction != "forward"
-    spread = statistics.quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else seconds * 4
-    median = statistics.median(seconds)
-    rates = {"median_s": median, "p20_s": spread[0], "p80_s": spread[-1], "rounds": len(seconds)}
-    if load.flops:
-        rate = load.flops * (3.5 if both else 1) / median
-        return rates | {
-            "tflop_s": rate / 1e12,
-            "share_of_gemm": rate / setting.gemm_rate,
-            "gemm_tflop_s": setting.gemm_rate / 1e12,
-        }
-    rate = (load.forward + both * load.backward) / median
-    return rates | {"gb_s": rate / 1e9, "share_of_copy": rate / setting.copy_rate, "copy_gb_s": setting.copy_rate / 1e9}
+def _rates(setting: Setting, inputs: Inputs, both: bool, seconds: float) -> dict[str, float]:
+    if inputs.flops:
+        rate, best = inputs.flops * (1 + both * ATTENTION_BACKWARD) / seconds, setting.gemm_rate
+        return {"tflop_s": rate / 1e12, "share_of_gemm": rate / best, "gemm_tflop_s": best / 1e12}
+    rate, best = (inputs.forward + both * inputs.backward) / seconds, setting.copy_rate
+    return {"gb_s": rate / 1e9, "share_of_copy": rate / best, "copy_gb_s": best / 1e9}

@@ -3,11 +3,13 @@
 import contextlib
 import itertools
 import json
-import sys
+import math
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import data
 import numpy as np
 import pytest
 import torch
@@ -16,14 +18,8 @@ from PIL import Image
 from fastjepa.data.sources import open_source
 from tests.support.images import write_idx_pairs
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))  # as `python benchmarks/data.py` has it
-
-import data  # noqa: E402  (only importable from here on)
-import loaders  # noqa: E402
-
 CPU = torch.device("cpu")
-TOY = ["--device=cpu", "--size=32", "--batch=4", "--model=vit_tiny", "--rounds=1", "--seconds=0.05", "mask.patch_size=4"]
+TOY = ["--device=cpu", "--size=32", "--batch=4", "--rounds=1", "--seconds=0.05", "mask.patch_size=4"]
 TOY += ["mask.min_keep=2", "meta.depth=1", "meta.pred_depth=1", "meta.pred_emb_dim=48", "runtime.threads=1"]
 
 
@@ -44,44 +40,16 @@ def run(capsys, *arguments: object) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def test_loaders_by_themselves(folder: Path, capsys):
-    found = run(capsys, "--data", folder, "--workers=1", "--rounds=2")
-    assert {"machine", "device", "cores", "rounds", "seconds", "batch", "size", "threads", "versions"} <= found.keys()
+def test_loaders_take_turns(folder: Path, capsys):
+    found = run(capsys, "--data", folder, "--workers=0", "--rounds=2")
     assert found["data"]["origin"] == str(folder) and found["data"]["images"] == 16  # the bad one is left out
-    named = [(one["loader"], one["source"], one["workers"]) for one in found["alone"]]
+    named = [(one["loader"], one["source"], one["workers"]) for one in found["rows"]]
     pairs = [(loader, source) for source in ("folder", "shards") for loader in ("torch", "dali")]
-    assert sorted(named) == sorted((*pair, 1) for pair in [*pairs, ("torchvision", "folder"), ("webdataset", "shards")])
-    for one in found["alone"]:
+    assert sorted(named) == sorted((*pair, 0) for pair in [*pairs, ("torchvision", "folder"), ("webdataset", "shards")])
+    for one in found["rows"]:
         assert 0 < one["images_per_s"]["p20"] <= one["images_per_s"]["median"] <= one["images_per_s"]["p80"]
         assert ("ratio_to_torchvision" in one) == (one["loader"] != "torchvision")
-    assert found["not_measured"] == [] and not found.keys() & {"under_step", "difference"}
-
-
-def test_a_step_beside_our_loaders(folder: Path, capsys):
-    found = run(capsys, "--data", folder, "--under-step", "--workers=1", "--sources=folder")
-    assert [one["loader"] for one in found["under_step"]] == ["torch", "dali"] and "alone" not in found
-    for one in found["under_step"]:
-        assert 0 < one["waited_ms"]["median"] < one["step_ms"]["median"]
-        assert 0 < one["waited_share"]["median"] < 1 and one["times_the_step_without"]["median"] > 0
-
-
-def test_difference_of_the_decoders(folder: Path, capsys):
-    found = run(capsys, "--data", folder, "--difference", "data.use_horizontal_flip=true")["difference"]
-    assert found["views"] == 16 and 0 < found["mean_of_255"] < 0.5 and found["share_past_8"] <= 0.001
-
-
-def test_the_text_says_the_same(folder: Path, capsys):
-    asked = ["--alone", "--under-step", "--difference", "--data", str(folder), "--workers=0", "--sources=folder"]
-    assert data.main([*TOY, *asked, "--loaders=dali,torchvision"]) == 0
-    lines = capsys.readouterr().out
-    for said in ("dali, folder, 0 workers: ", "times torchvision's", "under a step: waited", "differ by", "16 images of"):
-        assert said in lines
-
-
-def test_help_has_examples(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        data.main(["--help"])
-    assert "--under-step --batch 16" in capsys.readouterr().out
+    assert found["not_measured"] == []
 
 
 @contextlib.contextmanager
@@ -92,43 +60,25 @@ def every(milliseconds: float, size: int = 8) -> Iterator[Iterator[torch.Tensor]
 
 def test_images_are_counted_and_what_was_made_ahead_is_not():
     """At most 8 images in 10 ms, and fewer on a busy machine: the 112 in hand would add 700 a second."""
-    rate = data.Rate(lambda: every(10), turn=2, ahead=3, seconds=0.15, device=CPU)
+    rate = data.LoaderRate(lambda: every(10), turn=2, ahead=3, seconds=0.15, device=CPU)
     rate(0)
     assert 400 < rate.readings[0] <= 800
-
-
-def test_the_wait_is_that_for_batches_alone():
-    def step(batches) -> None:
-        assert [len(batch) for batch in batches] == [8, 8]
-        time.sleep(0.06)
-
-    @contextlib.contextmanager
-    def opened():
-        with every(20) as batches:
-            for _ in range(14):
-                next(batches)
-            yield (itertools.islice(batches, 2) for _ in itertools.count())
-
-    turn = data.UnderStep(step, opened, 0.1, CPU)
-    turn(3)
-    assert 0.04 <= turn.readings[3].waited < 0.08  # two batches a step; what took longer was a busy machine
-    assert turn.readings[3].step >= 0.1 and turn.readings[3].step - turn.readings[3].waited >= 0.06
 
 
 @pytest.mark.parametrize(
     "loader, source", [("torch", "folder"), ("dali", "shards"), ("torchvision", "folder"), ("webdataset", "shards")]
 )
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_every_loader_goes_on_past_the_end_of_the_images(folder: Path, tmp_path: Path, loader: str, source: str, workers: int):
-    sets = loaders.prepare(str(folder), 100, 4, tmp_path / "scratch")
-    config = data.to_config(data.parse(TOY))
-    with loaders.open_batches(loaders.Contender(source, loader, workers), config, sets, CPU) as batches:
+    sets = data.prepare_sets(str(folder), 100, 4, tmp_path / "scratch")
+    config = data.to_config(data.parse_options(TOY))
+    with data.LOADERS[loader][0](data.Contender(source, loader, workers), config, sets, CPU) as batches:
         for images in itertools.islice(batches, 13):
             assert images.shape == (4, 3, 32, 32) and images.dtype == torch.uint8 and images.any()
 
 
 def test_files_and_shards_hold_the_same_images(folder: Path, tmp_path: Path):
-    sets = loaders.prepare(str(folder), 5, 4, tmp_path / "scratch")
+    sets = data.prepare_sets(str(folder), 5, 4, tmp_path / "scratch")
     files, shards = open_source(sets.folder), open_source(sets.shards)
     assert len(list(sets.shards.glob("*.tar"))) >= 2
     assert sorted(files.read(i) for i in range(len(files))) == sorted(shards.read(i) for i in range(len(shards)))
@@ -137,7 +87,7 @@ def test_files_and_shards_hold_the_same_images(folder: Path, tmp_path: Path):
 
 
 def test_images_made_here_are_like_photographs(tmp_path: Path):
-    sets = loaders.prepare(None, 3, 2, tmp_path)
+    sets = data.prepare_sets(None, 3, 2, tmp_path)
     assert "made here: 500x375 JPEGs" in sets.about["origin"] and 80_000 < sets.about["mean_bytes"] < 140_000
     with Image.open(open_source(sets.folder).name(0)) as image:
         assert (image.format, image.size) == ("JPEG", (500, 375))
@@ -147,12 +97,10 @@ def test_what_is_not_installed_is_not_measured(folder: Path, capsys, monkeypatch
     monkeypatch.setattr(data, "find_spec", lambda name: None)
     found = run(capsys, "--data", folder, "--workers=0", "--loaders=torch,webdataset", "--sources=shards")
     assert found["not_measured"] == [{"what": "webdataset, shards, 0 workers", "reason": "webdataset is not installed"}]
-    assert [one["loader"] for one in found["alone"]] == ["torch"]
+    assert [one["loader"] for one in found["rows"]] == ["torch"]
 
 
 @pytest.mark.parametrize("arguments, says", [
-    (["--rounds=0"], "--rounds 0: give a number above 0"),
-    (["--under-step", "--loaders=torchvision"], "only our loaders feed a training step"),
     (["--batch=32"], "16 images are fewer than a batch of 32"),
     (["data.prefetch=0"], "prefetch"),
 ])  # fmt: skip
@@ -162,7 +110,9 @@ def test_what_cannot_be_measured_is_refused(folder: Path, capsys, arguments: lis
 
 
 def test_pixels_are_no_work_for_a_decoder(tmp_path: Path, capsys):
-    write_idx_pairs(tmp_path)
+    for kind, shape in (("images-idx3", (2, 28, 28)), ("labels-idx1", (2,))):
+        head = struct.pack(f">BBBB{len(shape)}I", 0, 0, 8, len(shape), *shape)
+        (tmp_path / f"train-{kind}-ubyte").write_bytes(head + bytes(math.prod(shape)))
     assert data.main([*TOY, "--data", str(tmp_path)]) == 2
     assert "idx files need no decoding" in capsys.readouterr().err
 

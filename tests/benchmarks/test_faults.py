@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TIMES = {"kill-mid-step": 2, "kill-in-save": 10, "stopped": 1, "data-hangs": 1, "disk-full": 1, "truncated": 1, "flipped": 1}
 EVERY = 2  # steps between checkpoints there
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def rows() -> dict[str, dict]:
     """{fault: its row of the table}; one process tries them all, for it takes seconds to import what ranks need."""
     command = [sys.executable, "benchmarks/faults.py", "--json", *(f"{fault}={times}" for fault, times in TIMES.items())]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=580)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1700)
     assert done.stdout.startswith("["), done.stdout + done.stderr
     return {row["fault"]: row for row in json.loads(done.stdout)}
 
@@ -37,13 +37,6 @@ def test_a_run_comes_back_exactly(rows, fault):
 def test_the_disk_that_filled_up_was_a_small_one_or_says_that_it_was_not(rows):
     """A tmpfs in a mount namespace of its own; where a container forbids that, a limit on the size of files stands in."""
     assert rows["disk-full"]["disk"] in ("tmpfs", "file size limit")
-
-
-def test_the_table(rows, capsys):
-    with capsys.disabled():
-        print()
-        for row in rows.values():
-            print(f"{row['fault']:14} tried {row['tried']:2}  recovered {row['recovered']:2}  steps lost {row['steps_lost']}")
 
 
 def test_a_fault_that_is_not_one_is_refused():

@@ -1,0 +1,92 @@
+"""`make gpu-check` tried without a card: all of it at toy size, so that none of it is found broken on one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gpu_check
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+OPS = {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks" / "ops").glob("bench_*.py")}
+
+
+def test_no_speed_is_reported_by_a_run_whose_checks_fail(monkeypatch: pytest.MonkeyPatch):
+    run, ran = gpu_check.CheckRun(dry=True, seconds=60), []
+
+    def step(name: str, *command: str, **environment: str) -> str:
+        ran.append(name)
+        run.steps[name] = {"passed": name != "paths", "seconds": 0, "output": ""}
+        return ""
+
+    monkeypatch.setattr(run, "step", step)
+    gpu_check.check_and_measure(run)
+    assert ran in (["tests", "paths"], ["tests", "paths", "compute-sanitizer"]) and not run.rows
+    assert any(entry["what"] == "benches" and "no speed" in entry["reason"] for entry in run.not_measured)
+
+
+def test_a_step_that_takes_too_long_fails_and_the_rest_is_not_measured(tmp_path: Path):
+    run = gpu_check.CheckRun(dry=True, seconds=0.5)
+    assert not run.step("slow", sys.executable, "-c", "import time; time.sleep(30)")
+    assert "out of time" in run.steps["slow"]["output"] and not run.passed
+    gpu_check.run_bench(run, tmp_path / "bench_any.py")
+    assert run.not_measured == [{"what": "bench_any", "reason": "the time was over"}]
+
+
+@pytest.mark.parametrize(
+    ("script", "passed", "reason"),
+    [
+        ("import lightlier", True, "ModuleNotFoundError: No module named 'lightlier'"),
+        ("import sys; sys.exit(print('benchmarks/x.py: no', file=sys.stderr) or 2)", True, "benchmarks/x.py: no"),
+        ("print(1 / 0)", False, None),
+        ("print('noise'); print('[{\"ms\": 1.5}]')", True, None),
+    ],
+)
+def test_what_cannot_run_here_is_a_gap_and_any_other_error_a_failure(script, passed, reason, tmp_path, monkeypatch):
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "gpu_hours.py").write_text(script)
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    run = gpu_check.CheckRun(dry=True, seconds=60)
+    gpu_check.run_benchmark(run, "gpu_hours", {"masks": "parity"})
+    assert run.passed == passed
+    assert run.rows == ([{"part": "gpu_hours", "masks": "parity", "ms": 1.5}] if "noise" in script else [])
+    assert [one["reason"] for one in run.not_measured] == ([reason] if reason else [])
+
+
+def test_what_was_measured_is_printed_a_table_a_part():
+    rows = [{"part": "step", "masks": "parity", "ms": 2.0}, {"op": "ema_update", "ms": 0.5}, {"part": "step", "ms": 3.0}]
+    shown = gpu_check.result_tables({"name": "h100", "rows": rows, "not_measured": []})
+    assert shown.index("h100: step") < shown.index("h100: ema_update")
+    assert "| parity | 2 |" in shown and "| ema_update | 0.5 |" in shown
+
+
+def test_without_a_card_it_says_so():
+    done = subprocess.run(
+        [sys.executable, "benchmarks/gpu_check.py"], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": "kernels:."},
+    )  # fmt: skip
+    assert done.returncode == 1 and "--dry-run" in done.stderr
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)  # two minutes of work, on machines that do other things too
+def test_all_of_it_runs_dry(tmp_path: Path):
+    file = tmp_path / "result.json"
+    command = ["make", "gpu-check", f"PYTHON={sys.executable}", f"ARGS=--dry-run --minutes 25 --output {file}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    report = json.loads(file.read_text())
+    assert report["passed"] and report["dry_run"] and report["card"] == "cpu"
+    assert {"torch", "triton", "python"} <= report["versions"].keys()
+    parts = {(row.get("part"), row.get("masks")) for row in report["rows"]}
+    assert parts == {(None, None), ("step", "parity"), ("step", "packed"), ("data", None), ("gpu_hours", None)}
+    ops = [row for row in report["rows"] if "part" not in row]
+    for op in OPS:
+        mine = [row for row in ops if row["op"] == op]
+        assert {"eager", "compiled", "ours"} <= {row["provider"] for row in mine}
+        assert all(row["ms"]["p20"] <= row["ms"]["median"] <= row["ms"]["p80"] and row["n"] > 1 for row in mine)
+        assert all("share_of_copy" in row or "share_of_gemm" in row for row in mine)
+    assert all(entry["what"] and entry["reason"] for entry in report["not_measured"])
+    assert any("flash-attn" in entry["what"] for entry in report["not_measured"])
