@@ -3,7 +3,7 @@
 A part ends where the next one begins, so the parts add up to the step. Hooks on the networks and on gradients mark the
 beginnings. The gradients of the predictions and of the context features divide the backward: they are ready when the
 backward of the loss and that of the predictor are done. On CUDA the times are those of the device, and nothing waits within
-a step. The FLOPs of a part (`fastjepa.flops`) stand beside the measured rate of matrix products.
+a step. The FLOPs of a part (`fastjepa.plan.flops`) stand beside the measured rate of matrix products.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ from work import TrainerStep, mlp_shapes
 
 from fastjepa.config.schema import Config
 from fastjepa.data.sources import open_source
-from fastjepa.engine.precision import compute_dtype
+from fastjepa.engine.precision import COMPUTE_DTYPES
 from fastjepa.errors import ConfigError
 from fastjepa.loader.batch import Batch
 from fastjepa.loader.loader import Loader
 from fastjepa.plan.flops import flops_of_packed
-from fastjepa.ranks.world import join_world
+from fastjepa.ranks.world import World, join_world
 
 WAIT, REST = "data wait", "remainder"  # the remainder is Python between the parts
 NETWORK_PARTS = ("target forward", "context forward", "context backward", "predictor forward", "predictor backward")
@@ -113,13 +113,13 @@ def measure_parts(config: Config, rounds: int, trace: Path | None = None) -> lis
     device, packed = join_world(config.runtime.device).device, []
     with (
         with_images(config) as config,
-        Loader(config, open_source(config.data), 0, 1, 0, device) as loader,
+        Loader(config, open_source(config.data), World(0, 0, 1, device), 0) as loader,
         PartMarks(TrainerStep(config, device)) as marks,
     ):
         steps = (marks.take(kept(loader.micro_batches(number), packed)) for number in range(2**40))
         for _ in range(WARMUP):
             next(steps)
-        ceiling = Ceiling([*mlp_shapes(config), timing.square_product(device)], compute_dtype(config), device)
+        ceiling = Ceiling([*mlp_shapes(config), timing.square_product(device)], COMPUTE_DTYPES[config.runtime.dtype], device)
         ceiling(0)
         packed.clear()
         timing.synchronize(device)

@@ -42,7 +42,7 @@ from fastjepa.data.sources import IdxPair, open_source
 from fastjepa.data.tar_shards import ENDINGS
 from fastjepa.errors import ConfigError
 from fastjepa.loader.loader import Loader
-from fastjepa.ranks.world import join_world
+from fastjepa.ranks.world import World, join_world
 from fastjepa.run.build import apply_process_settings
 
 EXAMPLES = """examples:
@@ -97,7 +97,7 @@ def spaced_images(where: str, images: int) -> Iterator[tuple[str, bytes]]:
 def our_batches(one: Contender, config: Config, sets: Sets, device: torch.device) -> Iterator[Iterator[Tensor]]:
     source = sets.folder if one.source == "folder" else sets.shards
     config = replace(config, data=replace(config.data, source=str(source), loader=one.loader, num_workers=one.workers))
-    with Loader(config, open_source(config.data), 0, 1, 0, device) as loader:
+    with Loader(config, open_source(config.data), World(0, 0, 1, device), 0) as loader:
         yield (batch.images for step in itertools.count() for batch in loader.micro_batches(step))
 
 

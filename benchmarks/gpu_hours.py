@@ -32,7 +32,7 @@ from work import mlp_shapes, prepare_device
 from fastjepa.cli.options import positive_int, some_of
 from fastjepa.config.load import config_from_dict
 from fastjepa.config.schema import MODELS, Config
-from fastjepa.engine.precision import compute_dtype
+from fastjepa.engine.precision import COMPUTE_DTYPES
 from fastjepa.errors import ConfigError
 from fastjepa.model.vit import choose_attention
 from fastjepa.plan.plan import CARD_PEAKS, IMAGENET_IMAGES
@@ -140,7 +140,7 @@ def groups_of_turns(rows: Sequence[Row], device: torch.device) -> list[list[Row]
 
 def take_turns(group: list[Row], known: dict[str, Config], options: argparse.Namespace, device: torch.device) -> list[dict]:
     """Time rounds of some steps of every row, and of the matrix products that are the ceiling of all."""
-    dtype = compute_dtype(next(iter(known.values())))
+    dtype = COMPUTE_DTYPES[next(iter(known.values())).runtime.dtype]
     rounds, steps = options.rounds, options.steps
     count = min(rounds * steps, DISTINCT)
     try:
@@ -200,7 +200,7 @@ def measured_row(row: Row, rounds: Rounds, config: Config, device: torch.device)
     speed = Spread.of([batch / s for s in rounds.seconds])
     shares = Spread.of([batch * f / s / rate for f, s, rate in zip(*rounds, strict=True)])
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    sheet, dtype = datasheet_flops(name, config.runtime.dtype), compute_dtype(config)
+    sheet, dtype = datasheet_flops(name, config.runtime.dtype), COMPUTE_DTYPES[config.runtime.dtype]
     chosen = row.column in (*OURS, "same")
     way = choose_attention(config.runtime.attention, device, dtype) if chosen else "materialised"
     return {

@@ -120,7 +120,7 @@ def along(config: Config, axis: str, value: int) -> tuple[float, Config]:
 
 def step_point(config: Config, axis: str, value: int, device: torch.device) -> Point:
     value, config = along(config, axis, value)
-    check_masks(config, config.data.batch_size)
+    check_masks(config.mask, config.grid, config.runtime.seed, config.data.batch_size)
     works = [Work.draw(config, device, number) for number in range(step.DISTINCT)]
     run = step.OurStep(config, device, works)
     return Point(value, run, config.data.batch_size * float(np.mean(run.flops)),
@@ -151,12 +151,12 @@ def on_ranks(config: Config, counts: Sequence[int], rounds: int, device: torch.d
 
 def mask_point(place: Place, batch: int) -> Point:
     config = place.config
-    return Point(batch, lambda n: draw_masks(config.mask, config.grid, config.runtime.seed, n, 0, batch, batch), batch)
+    return Point(batch, lambda n: draw_masks(config.mask, config.grid, config.runtime.seed, n, range(batch), batch), batch)
 
 
 def packing_point(place: Place, batch: int) -> Point:
     config = place.config
-    drawn = draw_masks(config.mask, config.grid, config.runtime.seed, 0, 0, batch, batch)
+    drawn = draw_masks(config.mask, config.grid, config.runtime.seed, 0, range(batch), batch)
     return Point(batch, lambda number: pack(*drawn), batch)
 
 

@@ -29,7 +29,7 @@ def typical_batches(config: Config, count: int) -> list[int]:
 
     Masks differ in size from step to step, and so do the FLOPs.
     """
-    drawn = [draw_masks(config.mask, config.grid, config.runtime.seed, n, 0, 1, GROUP) for n in range(TRIED)]
+    drawn = [draw_masks(config.mask, config.grid, config.runtime.seed, n, range(1), GROUP) for n in range(TRIED)]
     cost = np.array([official_flops(config, *(mask.sum(axis=2).mean() for mask in pair)).total for pair in drawn])
     return np.argsort(np.abs(cost - cost.mean()), kind="stable")[:count].tolist()
 

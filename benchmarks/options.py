@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -56,7 +57,8 @@ def config_of(options: argparse.Namespace, **keys: Any) -> Config:
     asked = {KEYS[name]: value for name, value in vars(options).items() if name in KEYS and value is not None}
     asked |= {name.replace("__", "."): value for name, value in keys.items() if value is not None}
     config = load_config(os.devnull, [*(f"{key}={value}" for key, value in asked.items()), *options.overrides])
-    return settle_dtype(config, join_world(config.runtime.device).device)
+    dtype = settle_dtype(config.runtime.dtype, join_world(config.runtime.device).device)
+    return dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, dtype=dtype))
 
 
 def run_script(script: str, options: argparse.Namespace, measure: Callable[[argparse.Namespace], Any]) -> int:

@@ -25,8 +25,8 @@ from fastjepa.engine.zero import ZeroEngine
 from fastjepa.errors import ConfigError
 from fastjepa.ranks.collectives import barrier, gather_objects
 from fastjepa.ranks.world import join_world, leave_world
-from fastjepa.run.build import apply_process_settings, build_average, build_networks
-from fastjepa.run.step import take_step
+from fastjepa.run.build import apply_process_settings, build_networks
+from fastjepa.run.step import Step
 
 STEPS, WARMUP = 3, 1  # of each start
 
@@ -89,14 +89,15 @@ def measure_rank(config: Config) -> dict | None:
     world = join_world(config.runtime.device)
     apply_process_settings(config)
     jepa, target_encoder = build_networks(config, world.device)
-    running = build_engine(jepa, config, world)
-    average = TimedAverage(build_average(running, target_encoder, config)[0], world.device)
+    running = build_engine(jepa, config, world, config.runtime.zero)
+    average = TimedAverage(running.follow(target_encoder), world.device)
     batches = [batch.to(world.device) for batch in Work.draw(config, world.device, world.rank).packed(config)]
+    take_step = Step(running, average, config)
     now, ms = Schedule(config.optimization, STEPS_PER_EPOCH)(0), []
     for _ in range(WARMUP + STEPS):
         barrier()
         start = time.perf_counter()
-        take_step(running, average, batches, now, config)
+        take_step(batches, now)
         timing.synchronize(world.device)
         ms.append(1000 * (time.perf_counter() - start))
     resident = timing.resident_bytes("VmHWM") if world.device.type == "cpu" else torch.cuda.max_memory_allocated()

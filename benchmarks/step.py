@@ -23,7 +23,7 @@ from torch import Tensor
 from work import TrainerStep, Work, mlp_shapes, prepare_device
 
 from fastjepa.config.schema import Config
-from fastjepa.engine.precision import compute_dtype
+from fastjepa.engine.precision import COMPUTE_DTYPES
 from fastjepa.errors import ConfigError
 from fastjepa.plan.flops import official_flops
 
@@ -93,7 +93,7 @@ def measure_step(config: Config, rounds: int, directory: str | None = None) -> l
     runs = {name: build_contender(name, config, device, works, directory) for name in names}
     if directory:
         runs["theirs"].official.start_from(runs["ours"].jepa)
-    ceiling = Ceiling([*mlp_shapes(config), timing.square_product(device)], compute_dtype(config), device)
+    ceiling = Ceiling([*mlp_shapes(config), timing.square_product(device)], COMPUTE_DTYPES[config.runtime.dtype], device)
     seconds = timing.interleave({"ceiling": ceiling, **runs}, rounds, device, warmup=len(works))
     rates = [ceiling.rates[number] for number in range(rounds)]
     rows = [contender_row(run, seconds[name], rates, config, peaks[name]) for name, run in runs.items()]

@@ -16,7 +16,7 @@ from work import STEPS_PER_EPOCH
 from fastjepa.config.schema import Config
 from fastjepa.engine.average import Average
 from fastjepa.engine.plain import PlainEngine
-from fastjepa.engine.precision import autocast_of, compute_dtype
+from fastjepa.engine.precision import COMPUTE_DTYPES, autocast_of
 from fastjepa.engine.schedule import Schedule
 from fastjepa.errors import ConfigError
 from fastjepa.model.vit import choose_attention
@@ -89,7 +89,9 @@ class MethodStep:
         self.method = method(config, device)
         self.now = Schedule(config.optimization, STEPS_PER_EPOCH)(0)
         self.parameters = [p for p in self.method.parameters() if p.requires_grad]
-        if choose_attention(config.runtime.attention, device, compute_dtype(config)) == "matmul":  # bf16 on a CPU
+        if (
+            choose_attention(config.runtime.attention, device, COMPUTE_DTYPES[config.runtime.dtype]) == "matmul"
+        ):  # bf16 on a CPU
             materialise(self.method.networks)
         if config.runtime.compile:
             for network in self.method.networks:
@@ -107,6 +109,6 @@ class MethodStep:
         return loss.detach()
 
     def loss(self, number: int) -> Tensor:
-        with autocast_of(self.config, self.device):
+        with autocast_of(self.config.runtime.dtype, self.device):
             outputs = self.method(*self.batches[number % len(self.batches)])
         return self.method.loss(*outputs)

@@ -8,18 +8,19 @@ import torch
 from torch import Tensor
 
 from fastjepa.config.schema import Config
-from fastjepa.engine.average import Average
 from fastjepa.engine.plain import PlainEngine
 from fastjepa.engine.schedule import Schedule
 from fastjepa.loader.batch import Batch
+from fastjepa.loss.regularizers import build_regularizer
 from fastjepa.masks.check import check_masks
 from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.pack import pack
+from fastjepa.masks.packings import packing_of
 from fastjepa.masks.padding import padding_budget
 from fastjepa.plan.flops import flops_of_packed
 from fastjepa.ranks.world import join_world
-from fastjepa.run.build import apply_process_settings, build_networks, build_regularizer
-from fastjepa.run.step import micro_step, take_step
+from fastjepa.run.build import apply_process_settings, build_networks, build_runs
+from fastjepa.run.step import Step
 
 STEPS_PER_EPOCH = 1000  # of the schedules here; only their pace depends on it
 
@@ -36,7 +37,7 @@ class Work:
     def draw(cls, config: Config, device: torch.device, number: int, group: int | None = None) -> "Work":
         """Draw the batch of a step; its contexts are cut to the shortest of `group` images (default: of the batch)."""
         batch, seed = config.data.batch_size, config.runtime.seed
-        drawn = draw_masks(config.mask, config.grid, seed, number, 0, batch, group or batch)
+        drawn = draw_masks(config.mask, config.grid, seed, number, range(batch), group or batch)
         return cls(synthetic_images(config, number, batch).to(device), *drawn)
 
     def packed(self, config: Config, pad: bool = True) -> list[Batch]:
@@ -47,12 +48,12 @@ class Work:
         for start in range(0, images, config.micro_batch):
             part = slice(start, start + config.micro_batch)
             drawn = self.context_mask[part], self.target_mask[part]
-            rows = pack(*drawn, images, config.joint, room, config.separate)
+            rows = pack(*drawn, images, packing_of(config.meta.predictor, config.loss.target), room)
             found.append(Batch(self.images[part], *rows, bad=()))
         return found
 
     def flops_per_image(self, config: Config) -> float:
-        """Return the FLOPs of this package's step on the batch, without padding, by `fastjepa.flops`."""
+        """Return the FLOPs of this package's step on the batch, without padding, by `fastjepa.plan.flops`."""
         parts = [flops_of_packed(config, b.context, b.target, b.blocks) for b in self.packed(config, pad=False)]
         return float(np.mean([part.total for part in parts]))
 
@@ -72,14 +73,14 @@ class TrainerStep:
         self.jepa, self.target_encoder = build_networks(config, device)
         pieces, static = config.data.batch_size // config.micro_batch, config.runtime.cuda_graph
         self.engine = PlainEngine(self.jepa, micro_batches=pieces, static_gradients=static)
-        self.average = Average(self.target_encoder, self.jepa.encoder)
-        self.spread = build_regularizer(config, join_world(config.runtime.device))
-        self.micro = micro_step(self.engine, self.average, config, spread=self.spread)
+        self.average = self.engine.follow(self.target_encoder)
+        regularizer = build_regularizer(config.loss, config.runtime.seed, pieces, join_world(config.runtime.device))
+        self.step = Step(self.engine, self.average, config, regularizer, build_runs(config, self.engine))
         self.now = Schedule(config.optimization, STEPS_PER_EPOCH)(0)
 
     def take(self, batches: Iterable[Batch]) -> Tensor:
         """Take one optimizer step over its micro-batches; return the loss, on the device."""
-        return take_step(self.engine, self.average, batches, self.now, self.config, self.spread, self.micro).loss
+        return self.step(batches, self.now)[0].loss
 
 
 def synthetic_images(config: Config, number: int, count: int, side: int | None = None) -> Tensor:
@@ -92,7 +93,7 @@ def synthetic_images(config: Config, number: int, count: int, side: int | None =
 def prepare_device(config: Config, group: int) -> torch.device:
     """Check that masks can be drawn for `group` images, apply the settings of the process, and return the device."""
     device = join_world(config.runtime.device).device
-    check_masks(config, group)
+    check_masks(config.mask, config.grid, config.runtime.seed, group)
     apply_process_settings(config)
     torch.manual_seed(config.runtime.seed)
     return device

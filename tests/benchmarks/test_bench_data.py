@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 
 from fastjepa.data.sources import open_source
-from tests.support.images import write_idx_pairs
 
 CPU = torch.device("cpu")
 TOY = ["--device=cpu", "--size=32", "--batch=4", "--rounds=1", "--seconds=0.05", "mask.patch_size=4"]

@@ -89,7 +89,10 @@ def test_ijepa_on_timm_is_our_ijepa():
 
 def test_contexts_are_cut_as_the_official_batch_of_a_gpu_is():
     config = config_of()
-    small, whole = ijepa.draw_work(config, CPU, 3), draw_masks(config.mask, config.grid, config.runtime.seed, 3, 0, 128, 128)
+    small, whole = (
+        ijepa.draw_work(config, CPU, 3),
+        draw_masks(config.mask, config.grid, config.runtime.seed, 3, range(128), 128),
+    )
     assert (small.context_mask == whole[0][:2]).all() and (small.target_mask == whole[1][:2]).all()
     assert len(ijepa.draw_work(config_of("--batch=130"), CPU, 0).images) == 130
 
@@ -360,9 +363,11 @@ def test_columns_of_ours_are_the_keys_they_say():
             gpu_hours.Row("ijepa", "vit_base", column), gpu_hours.to_config(options_of("meta.embed_dim=768"), "vit_base")
         )
         assert ours.runtime.compile == (column in ("compile", "fp8")) and ours.runtime.cuda_graph == (column == "graph")
-        assert ours.joint == (column == "joint") and ours.mask.num_enc_masks == (4 if column == "views4" else 1)
+        assert (ours.meta.predictor == "joint") == (column == "joint") and ours.mask.num_enc_masks == (
+            4 if column == "views4" else 1
+        )
         assert ours.runtime.target_fp8 == (column == "fp8")
-    assert not (base.joint or base.runtime.compile)
+    assert base.meta.predictor == "per_block" and not base.runtime.compile
 
 
 def test_what_cannot_run_here_is_not_measured_for_a_reason(no_peaks):
