@@ -27,6 +27,7 @@ from fastjepa.masks.packed import Blocks, Packed
 from fastjepa.plan.flops import flops_of_packed
 from fastjepa.plan.memory import (
     FP32_BYTES,
+    BlockRows,
     RowCounts,
     activation_bytes,
     block_bytes,
@@ -97,7 +98,9 @@ def activations(config: Config, rows: RowCounts, images: int) -> tuple[int, int,
     """Bytes that the blocks of target network, context encoder and predictor hold between their products."""
     (dim, depth, heads, mlp_ratio), e = config.encoder_shape, compute_width(config.runtime.dtype)
     every = images * int(np.prod(config.grid))
-    whole, last = (block_bytes(dim, heads, mlp_ratio, every, every, finished, e) for finished in (every, rows.target))
+    whole, last = (
+        block_bytes(dim, heads, mlp_ratio, BlockRows(every, every, finished), e) for finished in (every, rows.target)
+    )
     held = [inside for _, inside in blocks_bytes(config, rows)]
     return (depth - 1) * whole + last, sum(held[:depth]), sum(held[depth:])
 
