@@ -62,8 +62,8 @@ PREDICTOR_DEPTHS = {"vit_large": 12, "vit_huge": 12, "vit_giant": 16}  # else 6
 DISTINCT = 2  # batches that the rounds take turns with
 BATCH = {"cpu": 8, "cuda": 128}
 FORMULA = (
-    f"hours = epochs x {IMAGENET_IMAGES} images / (images/s) / 3600, on one such device; hours a point = hours / published top-1; "
-    "the objective `another` is not the paper's: images/s compare, accuracy does not"
+    f"hours = epochs x {IMAGENET_IMAGES} images / (images/s) / 3600, on one such device; "
+    "hours a point = hours / published top-1; the objective `another` is not the paper's: images/s compare, accuracy does not"
 )
 EXAMPLES = """examples:
   python benchmarks/gpu_hours.py --device cuda --models vit_huge --methods ijepa,mae
@@ -233,7 +233,7 @@ def projected(row: Row, images_per_s: float) -> dict:
 
 
 def datasheet_flops(name: str, dtype: str) -> float | None:
-    """Return the dense FLOP/s of a card's data sheet; None for a CPU and for cards that `fastjepa.plan` does not know."""
+    """Return the dense FLOP/s of a card's data sheet; None for a CPU and for cards that `fastjepa.plan.plan` does not know."""
     alike = {"h100": "h100", "h200": "h100", "a100": "a100"}  # an H200 computes as an H100 does
     return next((CARD_PEAKS[card][dtype] for word, card in alike.items() if word in name.lower()), None)
 

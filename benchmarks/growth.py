@@ -1,8 +1,8 @@
 """The growth of the cost of a run, beside that of the maths: `python benchmarks/growth.py --along batch,tokens`.
 
 Each cost is measured at several values, in turns. A line is fitted through the logarithms of the least time of each value,
-as a disturbance only adds to a time, and its slope is the exponent. The maths are the FLOPs of `fastjepa.flops` (on ranks:
-those that a core has to do), the bytes of `fastjepa.memory`, and for the work of the host the number of things done. What
+as a disturbance only adds to a time, and its slope is the exponent. The maths are the FLOPs of `fastjepa.plan.flops` (on ranks:
+those that a core has to do), the bytes of `fastjepa.plan.memory`, and for the work of the host the number of things done. What
 grows faster than the maths, beyond TOLERANCE and the error of the fit, is flagged. The tolerance is what a sort of 1,000 or
 more things adds, or a cache that is too small for the larger values.
 """
@@ -128,7 +128,7 @@ def step_point(config: Config, axis: str, value: int, device: torch.device) -> P
 
 
 def step_bytes(config: Config) -> int:
-    """Return the bytes that a step on one device holds at its peak, as `fastjepa.memory` counts them."""
+    """Return the bytes that a step on one device holds at its peak, as `fastjepa.plan.memory` counts them."""
     size, rows = network_sizes(config), row_counts(config, config.micro_batch)
     held = activation_bytes(config, rows)
     parts = state_bytes(size, config.runtime.dtype, 1, 0) | buffer_bytes(size, config.runtime.dtype, 0)

@@ -22,6 +22,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastjepa import cli
 from fastjepa.cli.main import build_parser, main
 from fastjepa.config.schema import Config
 from fastjepa.data.prepare.catalog import CIFAR10_CLASSES

@@ -1,4 +1,4 @@
-"""What the keys of a config must agree on: checks that span keys."""
+"""Checks that span the keys of a config."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -8,12 +8,20 @@ from fastjepa.config.schema import Config
 from fastjepa.errors import ConfigError
 
 FP8_WIDTH = 768  # the narrowest encoder for runtime.target_fp8
-# What masks of one context, which is all that is no target, do not read.
+# Keys that mean nothing to the other strategies: these have one context, which is all that is no target.
 MULTIBLOCK = ("num_enc_masks", "num_pred_masks", "enc_mask_scale", "pred_mask_scale", "allow_overlap")
 
 
-def check_config(config: "Config", raw: Mapping[str, Any], where: str) -> "Config":
-    """The config with the official use_bfloat16 folded into runtime.dtype; ConfigError where keys do not go together."""
+def check_config(config: Config, raw: Mapping[str, Any], where: str) -> Config:
+    """Return the config, the official use_bfloat16 folded into runtime.dtype.
+
+    Args:
+        raw: the sections as they were given, which tell a key that was set from a default.
+        where: the origin of the config, for messages.
+
+    Raises:
+        ConfigError: keys that do not go together.
+    """
     data, mask, meta, runtime = config.data, config.mask, config.meta, config.runtime
 
     def require(holds: bool, message: str) -> None:
@@ -50,8 +58,8 @@ def check_config(config: "Config", raw: Mapping[str, Any], where: str) -> "Confi
     return config
 
 
-def _check_objective(config: "Config", require: Callable[[bool, str], None]) -> None:
-    """What masks, target and loss do not do together."""
+def _check_objective(config: Config, require: Callable[[bool, str], None]) -> None:
+    """Refuse masks, targets and losses that do not go together."""
     mask, loss, runtime = config.mask, config.loss, config.runtime
     unread = {"multiblock": (), "block": MULTIBLOCK}.get(mask.strategy, (*MULTIBLOCK, "aspect_ratio"))
     for name in unread:

@@ -1,4 +1,4 @@
-"""What a config is made of: keys with a type, a range and a sentence, and the strict reading of their values."""
+"""Keys of a config, with a type, a range and a sentence each, and the strict reading of their values."""
 
 import dataclasses
 import difflib
@@ -12,6 +12,8 @@ from fastjepa.errors import ConfigError
 
 
 class ValueCheck(NamedTuple):
+    """A condition that a key's value must meet, and the words for it."""
+
     holds: Callable[[Any], bool]
     words: str  # after "must be"
     names: Collection[str] = ()  # among which a misspelt value is looked up
@@ -27,16 +29,17 @@ is_momentum_range = ValueCheck(lambda v: 0 <= v[0] <= 1 and 0 <= v[1] <= 1, "two
 
 
 def is_one_of(names: Collection[str]) -> ValueCheck:
+    """Return the check that a value is one of some names."""
     return ValueCheck(lambda v: v in names, "one of " + ", ".join(names), names)
 
 
 def config_key(default: Any, doc: str, check: ValueCheck | None = None, unsupported: str = "") -> Any:
-    """A config field; `unsupported` is the sentence raised when the value differs from the default."""
+    """Return a config field; `unsupported` is the sentence raised when the value differs from the default."""
     return dataclasses.field(default=default, metadata={"doc": doc, "check": check, "unsupported": unsupported})
 
 
 def read_section(cls: type, section: str, values: Mapping[str, Any], where: str) -> Any:
-    """A section of the config, built and checked key by key."""
+    """Build a section of the config and check it key by key; ConfigError names the first key that is wrong."""
     hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
     built = {}
     for name, value in values.items():
@@ -54,7 +57,7 @@ def read_section(cls: type, section: str, values: Mapping[str, Any], where: str)
 
 
 def coerce_value(hint: Any, value: Any, label: str) -> Any:
-    """`value` as the annotated type; YAML reads 1e-3 as a string and (1, 2) as a list."""
+    """Return `value` as the annotated type, or raise ConfigError; YAML reads 1e-3 as a string and (1, 2) as a list."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         for option in typing.get_args(hint):
             try:
@@ -86,6 +89,7 @@ def coerce_value(hint: Any, value: Any, label: str) -> Any:
 
 
 def type_name(hint: Any) -> str:
+    """Return a type in plain words: "a whole number or null", "[text, text]"."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(type_name(option) for option in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
@@ -96,5 +100,6 @@ def type_name(hint: Any) -> str:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return the end of a message on an unknown name: the closest of `names`, or all of them."""
     close = difflib.get_close_matches(str(name), list(names), n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(names)}"

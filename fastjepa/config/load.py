@@ -44,7 +44,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def find_config(path: Path) -> Path:
-    """`path` itself, or the packaged config of that name where there is no such file."""
+    """Return `path` itself, or the packaged config of that name where there is no such file."""
     named = PACKAGED / f"{path}.yaml"
     return named if len(path.parts) == 1 and named.is_file() and not path.is_file() else path
 
@@ -78,6 +78,7 @@ def _sections() -> dict[str, type]:
 
 
 def _override(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Return the sections with overrides applied in their order, "data.batch_size=64" for one."""
     raw = {name: dict(section) if isinstance(section, Mapping) else section for name, section in raw.items()}
     for text in overrides:
         path, equals, value = text.partition("=")
@@ -85,7 +86,7 @@ def _override(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
         if not (equals and dot and section and name):
             raise ConfigError(f"override {text!r}: write section.key=value")
         if not isinstance(raw.get(section) or {}, Mapping):
-            continue  # from_dict refuses the section
+            continue  # config_from_dict refuses the section
         try:
             raw[section] = {**(raw.get(section) or {}), name: yaml.safe_load(value)}
         except yaml.YAMLError as error:

@@ -1,4 +1,4 @@
-"""The configuration: YAML -> frozen dataclasses, strict about every key, type and range.
+"""Sections and keys of a config: YAML -> frozen dataclasses, strict about every key, type and range.
 
 The sections `data`, `mask`, `meta`, `optimization` and `logging` carry the official I-JEPA keys under their
 official names, so the official YAML files load unmodified; `loss` and `runtime` are this project's own.
@@ -36,6 +36,8 @@ MODELS = {
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Images, their crops, and how they are loaded."""
+
     source: str | None = config_key(
         None, "a directory, or a data set's name (fashion-mnist, cifar10); replaces root_path + image_folder"
     )
@@ -73,6 +75,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class MaskConfig:
+    """Patches, target blocks and contexts."""
+
     patch_size: int = config_key(16, "side of a patch in pixels", is_positive)
     num_enc_masks: int = config_key(1, "multiblock: context masks per image (K)", is_positive)
     num_pred_masks: int = config_key(4, "multiblock: target blocks per image (R)", is_positive)
@@ -102,12 +106,14 @@ class MaskConfig:
 
     @property
     def target_blocks(self) -> int:
-        """Target blocks of an image (R)."""
+        """Return the number of target blocks of an image (R)."""
         return {"multiblock": self.num_pred_masks, "rasterized": 3}.get(self.strategy, 1)
 
 
 @dataclass(frozen=True)
 class MetaConfig:
+    """The networks."""
+
     model_name: str = config_key("vit_base", "one of " + ", ".join(MODELS), is_one_of(MODELS))
     embed_dim: int | None = config_key(None, "encoder width in place of model_name's", is_positive)
     depth: int | None = config_key(None, "encoder blocks in place of model_name's", is_positive)
@@ -130,6 +136,8 @@ class MetaConfig:
 
 @dataclass(frozen=True)
 class OptimizationConfig:
+    """The length of the run, and the schedules of learning rate, weight decay and average."""
+
     epochs: int = config_key(300, "passes over the data", is_positive)
     warmup: float = config_key(40, "epochs of linear warm-up", is_not_negative)
     start_lr: float = config_key(2e-4, "learning rate at step 0", is_not_negative)
@@ -146,6 +154,8 @@ class OptimizationConfig:
 
 @dataclass(frozen=True)
 class LoggingConfig:
+    """Lines, readings and checkpoints of a run."""
+
     folder: str | None = config_key(None, "official: the output directory when --output is not given")
     write_tag: str = config_key("jepa", "official: prefix of checkpoint names")
     every: int = config_key(10, "steps between logged lines", is_positive)
@@ -166,6 +176,8 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
+    """The objective: target, distance and regularizer."""
+
     kind: Literal["smooth_l1", "l2"] = config_key("smooth_l1", "smooth_l1 (the official code, beta 1) or l2 (the paper)")
     target: Literal["output", "input", "pixels"] = config_key(
         "output",
@@ -186,6 +198,8 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
+    """The computation of a run: seed, dtype, devices, sharding and kernels."""
+
     seed: int = config_key(
         0, "seed of initial weights, masks, order and crops", ValueCheck(lambda v: 0 <= v < 2**64, "in [0, 2**64)")
     )
@@ -233,6 +247,8 @@ class RuntimeConfig:
 
 @dataclass(frozen=True)
 class Config:
+    """The whole configuration of a run, in seven sections of keys."""
+
     data: DataConfig = DataConfig()
     mask: MaskConfig = MaskConfig()
     meta: MetaConfig = MetaConfig()
@@ -243,41 +259,42 @@ class Config:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) of a training image in pixels."""
+        """Return (height, width) of a training image in pixels."""
         size = self.data.crop_size
         return (size, size) if isinstance(size, int) else size
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(rows, columns) of patches."""
+        """Return (rows, columns) of patches."""
         height, width = self.image_size
         return height // self.mask.patch_size, width // self.mask.patch_size
 
     @property
     def encoder_shape(self) -> tuple[int, int, int, float]:
-        """(embed_dim, depth, num_heads, mlp_ratio), the overrides in `meta` applied."""
+        """Return the encoder's (embed_dim, depth, num_heads, mlp_ratio), the overrides in `meta` applied."""
         dim, depth, heads, mlp_ratio = MODELS[self.meta.model_name]
         return self.meta.embed_dim or dim, self.meta.depth or depth, self.meta.num_heads or heads, mlp_ratio
 
     @property
     def micro_batch(self) -> int:
+        """Return the images of a forward on one rank."""
         return self.runtime.micro_batch or self.data.batch_size
 
     @property
     def target_dim(self) -> int:
-        """Width of a target: features, or the values of a patch."""
+        """Return the width of a target: features, or the values of a patch."""
         pixels = self.data.channels * self.mask.patch_size**2
         return pixels if self.loss.target == "pixels" else self.encoder_shape[0]
 
     @property
     def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Per-channel (mean, std) on [0, 1]; ImageNet's, or their average for one channel, unless given."""
+        """Return per-channel (mean, std) on [0, 1]; ImageNet's, or their average for one channel, unless given."""
         grey = self.data.channels == 1
         mean = self.data.mean or ((0.449,) if grey else (0.485, 0.456, 0.406))
         std = self.data.std or ((0.226,) if grey else (0.229, 0.224, 0.225))
         return mean, std
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dictionaries and lists, as YAML and JSON write them; `from_dict` reads them back."""
+        """Return plain dictionaries and lists, as YAML and JSON write them; `config_from_dict` reads them back."""
         return {name: {k: list(v) if isinstance(v, tuple) else v for k, v in section.items()}
                 for name, section in dataclasses.asdict(self).items()}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Closed-form FLOPs of one training step, per image: what `model.py` computes, and what the official code does.
+"""Closed-form FLOPs of one training step, per image: those of `fastjepa.model`, and those of the official code.
 
 A multiply-add is 2 FLOPs and only matrix products count: linear layers, the patch embedding and attention's two
 products; a backward pass costs twice its forward, except that images need no gradient. Recomputation (activation
@@ -32,12 +32,13 @@ class Flops:
 
     @property
     def total(self) -> float:
+        """Return the sum of all parts."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """The lengths of a micro-batch's sequences, as arrays."""
+    """Lengths of a micro-batch's sequences, as arrays."""
 
     images: int
     context: np.ndarray  # (K*b,) patches of each context
@@ -52,7 +53,7 @@ def count_flops(
     target_union: float,
     images: int | None = None,
 ) -> Flops:
-    """FLOPs per image of this package's step, for masks of equal (or mean) lengths; exact when they are equal.
+    """Count the FLOPs per image of this package's step, for masks of equal (or mean) lengths; exact when they are equal.
 
     A joint predictor's only block is the union. For FLOPs a view divide by mask.num_enc_masks: all contexts of an image
     share its target pass.
@@ -73,9 +74,9 @@ def count_flops(
 
 
 def flops_of_packed(config: Config, context: Packed, target: Packed, blocks: Blocks) -> Flops:
-    """FLOPs per image of this package's step on one packed micro-batch, exact for sequences of any lengths.
+    """Count the FLOPs per image of this package's step on one packed micro-batch, exact for sequences of any lengths.
 
-    Reads the tensors of `packing.pack`; hand them over before they move to a device, or this waits for it.
+    Reads the tensors of `pack`; hand them over before they move to a device, or this waits for it.
     """
     lengths = _lengths(target)
     images = len(lengths) // _packing(config).target_sequences(config.mask.target_blocks)
@@ -84,7 +85,7 @@ def flops_of_packed(config: Config, context: Packed, target: Packed, blocks: Blo
 
 
 def flops_per_image(config: Config, total: int | None = None, steps: int = 16) -> float:
-    """FLOPs per image of a run: the mean over the first micro-batch of `steps` steps, with the masks it will draw.
+    """Count the FLOPs per image of a run: the mean over the first micro-batch of `steps` steps, with the masks it will draw.
 
     `total` is the number of images in a global batch, which decides who shares a cut (default: one rank's).
     """
@@ -96,14 +97,14 @@ def flops_per_image(config: Config, total: int | None = None, steps: int = 16) -
 
 
 def encoder_flops(config: Config) -> float:
-    """FLOPs of the target encoder on one whole image, as evaluations run it, whatever the run's targets are."""
+    """Count the FLOPs of the target encoder on one whole image, as evaluations run it, whatever the run's targets are."""
     tokens = np.array([_token_counts(config)])
     dim, depth, _, mlp_ratio = config.encoder_shape
     return _embed_flops(config, tokens.sum()) + depth * _block_flops(dim, mlp_ratio, tokens, tokens)
 
 
 def official_flops(config: Config, context_tokens: float, target_block_tokens: float) -> Flops:
-    """FLOPs per image of the official code's step: all patches embedded, every block finished for every row.
+    """Count the FLOPs per image of the official code's step: all patches embedded, every block finished for every row.
 
     Its sequences are equal by construction: all contexts have `context_tokens` patches, all blocks `target_block_tokens`.
     """
@@ -119,7 +120,7 @@ def official_flops(config: Config, context_tokens: float, target_block_tokens: f
 
 
 def _flops_of_rows(config: Config, rows: _Rows, wanted: np.ndarray) -> Flops:
-    """`wanted`: rows that the target network finishes, of each image, or of each block where it sees blocks alone."""
+    """Count by rows; `wanted` rows are finished by the target network, of each image, or of each block it sees alone."""
     dim, depth, _, mlp_ratio = config.encoder_shape
     context = depth * _block_flops(dim, mlp_ratio, rows.context, rows.context)
     target = _target_flops(config, _packing(config).target_tokens(wanted, _token_counts(config)), wanted)
@@ -129,7 +130,7 @@ def _flops_of_rows(config: Config, rows: _Rows, wanted: np.ndarray) -> Flops:
 
 
 def _target_flops(config: Config, tokens: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
-    """The target network's embedding and blocks, over sequences of `tokens` patches; nothing where pixels are predicted."""
+    """Count the target network's embedding and blocks over sequences of `tokens` patches; none where pixels are predicted."""
     if not TARGETS[config.loss.target].runs_network:
         return 0.0, 0.0
     dim, depth, _, mlp_ratio = config.encoder_shape
@@ -138,7 +139,7 @@ def _target_flops(config: Config, tokens: np.ndarray, wanted: np.ndarray) -> tup
 
 
 def _predictor_flops(config: Config, rows: _Rows) -> float:
-    """The first block projects a table of distinct rows, the last one finishes the queries alone; one block does both."""
+    """Count the predictor: its first block projects a table of distinct rows, its last one finishes the queries alone."""
     dim, narrow, depth = config.encoder_shape[0], config.meta.pred_emb_dim, config.meta.pred_depth
     seen, queries, sequences = rows.context.sum(), rows.queries, rows.sequences
     ends = _linear_flops(seen, dim, narrow) + _linear_flops(
@@ -153,13 +154,16 @@ def _predictor_flops(config: Config, rows: _Rows) -> float:
 
 
 def _block_flops(dim: int, mlp_ratio: float, keys: np.ndarray, queries: np.ndarray) -> float:
-    """A transformer block over sequences of `keys` rows that finishes `queries` rows of each."""
+    """Count a transformer block over sequences of `keys` rows that finishes `queries` rows of each."""
     qkv = 2 * _linear_flops(keys.sum(), dim, dim) + _linear_flops(queries.sum(), dim, dim)
     return qkv + _mix_flops(dim, mlp_ratio, keys, queries)
 
 
 def _mix_flops(dim: int, mlp_ratio: float, keys: np.ndarray, queries: np.ndarray) -> float:
-    """A block without its query, key and value projections: q k^T, attention times v, proj, mlp."""
+    """Count a block without its query, key and value projections: q k^T, attention times v, proj, mlp.
+
+    Two sequences of 10 and 20 rows, of which 3 and 4 are finished, have 10 * 3 + 20 * 4 = 110 pairs of key and query.
+    """
     attention = 2 * 2.0 * float(keys @ queries) * dim
     return attention + _linear_flops(queries.sum(), dim, dim) + 2 * _linear_flops(queries.sum(), dim, round(dim * mlp_ratio))
 
@@ -173,7 +177,7 @@ def _embed_flops(config: Config, rows: float) -> float:
 
 
 def _qkv_split_flops(images: int, target_embed: float, target: float, embed: float, context: float, predictor: float) -> Flops:
-    """Per image, from the forward FLOPs of a micro-batch; the embedding's backward is its weight gradient alone."""
+    """Return FLOPs per image from a micro-batch's forward; the embedding's backward is its weight gradient alone."""
     forward = (target_embed + target, embed + context, embed + 2 * context, predictor, 2 * predictor)
     return Flops(*(float(part) / images for part in forward))
 

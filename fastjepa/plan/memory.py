@@ -1,10 +1,11 @@
-"""Closed-form memory of a training step, per GPU: what the engine holds between steps, and what autograd saves in one.
+"""Closed-form memory of a training step on one rank: tensors that the engine holds between steps, and that autograd saves.
 
 Bytes of tensors. Not counted: the CUDA context, allocator rounding, the batch itself, workspaces, the short-lived tensors
 of the target network's forward, of a backward and of an optimizer step, and the regularizer.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,14 +30,15 @@ class NetworkSizes:
     """Elements of the trained networks' parameters."""
 
     trained: int  # encoder and predictor
-    encoder: int  # of the encoder, which the target network averages
-    matrices: int  # those of the encoder that the target network takes in runtime.dtype; norms and biases stay fp32
+    encoder: int  # the encoder alone, which the target network averages
+    matrices: int  # the encoder's matrices, which the target network takes in runtime.dtype; norms and biases stay fp32
     linear: int  # weights of linear layers: autograd keeps their bf16 copies from the forward to the backward
-    small: int  # in tensors of at most SMALL elements
-    groups: tuple[tuple[int, ...], ...]  # of each tensor, by the groups of optim.adamw: DeepSpeed shards each group
+    small: int  # in tensors of at most SMALL_PARAMETER elements
+    groups: tuple[tuple[int, ...], ...]  # of each tensor, by the groups of `build_adamw`: DeepSpeed shards each group
 
 
 def network_sizes(config: Config) -> NetworkSizes:
+    """Count the parameters of a config's networks, without making them."""
     (dim, depth, _, mlp_ratio), narrow = config.encoder_shape, config.meta.pred_emb_dim
     patch = config.data.channels * config.mask.patch_size**2 * dim
     encoder, vectors = _layers([patch], [dim], dim, depth, round(dim * mlp_ratio))
@@ -56,14 +58,14 @@ def network_sizes(config: Config) -> NetworkSizes:
 
 
 def _layers(first: list[int], bias: list[int], dim: int, depth: int, hidden: int) -> tuple[list[int], list[int]]:
-    """Elements of the tensors of a network of `depth` blocks and a last norm: of its matrices, and of its 1-d parameters."""
+    """Return the elements of each matrix, and of each 1-d parameter, of a network of `depth` blocks and a last norm."""
     matrices = [3 * dim * dim, dim * dim, dim * hidden, hidden * dim]  # qkv, proj, fc1, fc2
     vectors = [dim, dim, 3 * dim, dim, dim, dim, hidden, dim]  # norm1, the biases of qkv and proj, norm2, those of the mlp
     return first + depth * matrices, bias + depth * vectors + [dim, dim]
 
 
 def state_bytes(size: NetworkSizes, dtype: str, gpus: int, stage: int) -> dict[str, int]:
-    """Bytes each rank holds for the model, by part; shards are counted without their padding.
+    """Return the bytes each rank holds for the model, by part; shards are counted without their padding.
 
     All parameters are fp32, with bf16 compute too. The EMA's shards are held in fp32. They are sent in the dtype of the
     target network's copy, from their place in it; but at stage 3, which cuts every tensor by itself, from beside it: a bf16
@@ -83,7 +85,7 @@ def state_bytes(size: NetworkSizes, dtype: str, gpus: int, stage: int) -> dict[s
     doubled = FP32_BYTES * (size.encoder if dtype == "fp32" else size.encoder - size.matrices) if inside else 0
     return {
         "parameters": whole if stage < 3 else sharded + (FP32_BYTES * size.small if gpus > 1 else 0),
-        "gradients": whole if stage < 2 else FP32_BYTES * touched_bytes(size, gpus) if stage == 2 else sharded,
+        "gradients": whole if stage < 2 else FP32_BYTES * touched_elements(size, gpus) if stage == 2 else sharded,
         "moments": 2 * (whole if stage < 1 else sharded),
         "master_weights": 0 if stage < 1 else sharded,
         "ema": FP32_BYTES * size.encoder if stage < 1 else (FP32_BYTES * size.encoder + (0 if inside else narrow)) // gpus,
@@ -91,8 +93,12 @@ def state_bytes(size: NetworkSizes, dtype: str, gpus: int, stage: int) -> dict[s
     }
 
 
-def touched_bytes(size: NetworkSizes, gpus: int) -> int:
-    """Elements of the tensors that a rank's shards reach into, on the rank where they are most."""
+def touched_elements(size: NetworkSizes, gpus: int) -> int:
+    """Return the elements of the tensors that a rank's shards reach into, on the rank where they are most.
+
+    A group of tensors of 6, 3 and 3 elements is cut for 2 ranks into elements 0 to 5 and 6 to 11: rank 0 reaches into the
+    first tensor alone (6), rank 1 into the others (6). Tensors of 4, 5 and 3 are 9 (4 + 5) on rank 0 and 8 (5 + 3) on rank 1.
+    """
     per_rank = np.zeros(gpus, dtype=np.int64)
     for group in size.groups:
         ends, shard = np.cumsum(group), -(-sum(group) // gpus)
@@ -102,7 +108,7 @@ def touched_bytes(size: NetworkSizes, gpus: int) -> int:
 
 
 def buffer_bytes(size: NetworkSizes, dtype: str, stage: int) -> dict[str, int]:
-    """Bytes each rank holds inside a step beside its states and activations.
+    """Return the bytes each rank holds inside a step beside its states and activations.
 
     `autocast_copies`: the bf16 weights of linear layers, which the backward reads again. `communication_buffers`: the
     bucket that gradients are reduced from (DDP's hold the gradients themselves) and, at stage 3, the gathered parameters
@@ -121,22 +127,27 @@ def tensor_bytes(size: NetworkSizes, dtype: str, gpus: int, stage: int) -> dict[
 
 
 def live_parameters(size: NetworkSizes) -> int:
-    """Elements that ZeRO-3 has gathered at the end of the forward: a layer is used again after twice what follows it."""
+    """Return the elements that ZeRO-3 has gathered at the end of the forward.
+
+    A layer is used again after twice what follows it, forward and backward, so those stay whole that are followed by less
+    than half of REUSE_DISTANCE.
+    """
     return min(size.trained - size.small, REUSE_DISTANCE // 2)
 
 
 def copied_bytes(size: NetworkSizes, dtype: str) -> int:
-    """Bytes of the target network's whole copy."""
+    """Return the bytes of the target network's whole copy."""
     return compute_width(dtype) * size.matrices + FP32_BYTES * (size.encoder - size.matrices)
 
 
 def compute_width(dtype: str) -> int:
+    """Return the bytes of a number in runtime.dtype, fp32 or bf16."""
     return {"fp32": FP32_BYTES, "bf16": 2}[dtype]
 
 
 @dataclass(frozen=True)
 class RowCounts:
-    """The packed rows of one micro-batch."""
+    """Counts of the packed rows of one micro-batch."""
 
     context: int  # of all contexts
     target: int  # that the target network finishes
@@ -145,13 +156,14 @@ class RowCounts:
 
     @classmethod
     def of(cls, context: Packed, target: Packed, blocks: Blocks) -> "RowCounts":
+        """Count the rows of what `pack` returned."""
         return cls(len(context.idx), len(target.idx), len(blocks.sequences.idx), len(blocks.queries.idx))
 
 
 def row_counts(config: Config, micro_batch: int, gpus: int = 1, steps: int = 4) -> RowCounts:
-    """The most rows a micro-batch has in the first `steps` steps, each count by itself; masks are drawn as a run draws them.
+    """Return the most rows a micro-batch has in the first `steps` steps, each count by itself, with the run's own masks.
 
-    With runtime.cuda_graph those of its budget, which the graph holds; what runs beside it needs as much again, at times.
+    With runtime.cuda_graph they are those of its budget, which the graph holds; a micro-batch beside it needs as much again.
     """
     total = config.data.batch_size * gpus
     if config.runtime.cuda_graph:
@@ -168,7 +180,7 @@ def row_counts(config: Config, micro_batch: int, gpus: int = 1, steps: int = 4) 
 
 @dataclass(frozen=True)
 class ActivationBytes:
-    """Bytes, summed over layers."""
+    """Bytes of a micro-batch's activations, summed over layers."""
 
     saved: int  # by autograd, from the forward to the backward
     checkpointed: int  # the same with runtime.checkpoint_activations: what is kept, and one block at a time made anew
@@ -180,7 +192,7 @@ class ActivationBytes:
 
 
 def activation_bytes(config: Config, count: RowCounts) -> ActivationBytes:
-    """What the trained networks save for their backward, with attention that keeps its scores on chip.
+    """Count what the trained networks save for their backward, with attention that keeps its scores on chip.
 
     Such attention (flash, varlen, xformers, short; sdpa where sequences have one length) saves q, k, v, its output and
     a logsumexp for each row and head. The way `matmul` saves scores too, `sdpa` padding for ragged sequences. The residual
@@ -201,30 +213,38 @@ def activation_bytes(config: Config, count: RowCounts) -> ActivationBytes:
 
 
 def blocks_bytes(config: Config, count: RowCounts) -> list[tuple[int, int]]:
-    """(bytes of its input, bytes it saves, its input among them) of every block of the two networks."""
+    """Return (bytes of its input, bytes it saves, its input among them) of every block of the two networks."""
     (dim, depth, heads, mlp_ratio), e = config.encoder_shape, compute_width(config.runtime.dtype)
     narrow, pred_depth, pred_heads = config.meta.pred_emb_dim, config.meta.pred_depth, config.meta.pred_num_heads or heads
     tokens = int(np.prod(config.grid))
     table, sequences, queries = count.context + tokens, count.sequences, count.queries
     encoder = (
         count.context * dim * FP32_BYTES,
-        block_bytes(dim, heads, mlp_ratio, count.context, count.context, count.context, e),
+        block_bytes(dim, heads, mlp_ratio, BlockRows(count.context, count.context, count.context), e),
     )
     found = [encoder] * depth
     for i in range(pred_depth):
         read = table if i == 0 else sequences
-        finished = queries if i == pred_depth - 1 else sequences
-        found.append((read * narrow * FP32_BYTES, block_bytes(narrow, pred_heads, 4.0, read, sequences, finished, e)))
+        rows = BlockRows(read, sequences, queries if i == pred_depth - 1 else sequences)
+        found.append((read * narrow * FP32_BYTES, block_bytes(narrow, pred_heads, 4.0, rows, e)))
     return found
 
 
-def block_bytes(dim: int, heads: int, mlp_ratio: float, read: int, keys: int, queries: int, e: int) -> int:
-    """Bytes saved by a block that reads `read` rows, attends over `keys` rows and finishes `queries` of them.
+class BlockRows(NamedTuple):
+    """Rows of a transformer block: those it reads, attends over (keys) and finishes (queries)."""
+
+    read: int
+    keys: int
+    queries: int
+
+
+def block_bytes(dim: int, heads: int, mlp_ratio: float, rows: BlockRows, e: int) -> int:
+    """Return the bytes that a block saves; `e` bytes are a number in runtime.dtype.
 
     Where it reads distinct rows (the predictor's first block), q, k and v are gathered in one tensor after the projection;
     where it reads its keys and finishes fewer, the rows to query are gathered before.
     """
-    hidden = round(dim * mlp_ratio)
+    (read, keys, queries), hidden = rows, round(dim * mlp_ratio)
     qkv = 3 * keys * dim * e
     if queries < keys:
         qkv = qkv + queries * dim * e if read != keys else 2 * keys * dim * e + 2 * queries * dim * e
@@ -234,5 +254,5 @@ def block_bytes(dim: int, heads: int, mlp_ratio: float, read: int, keys: int, qu
 
 
 def _norm_bytes(rows: int, dim: int) -> int:
-    """A layer norm saves its input, a mean and a deviation, in fp32."""
+    """Return the bytes that a layer norm saves: its input, a mean and a deviation, in fp32."""
     return rows * (dim + 2) * FP32_BYTES

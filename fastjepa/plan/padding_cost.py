@@ -10,13 +10,13 @@ from fastjepa.plan.flops import flops_of_packed
 
 
 def draws_over_budget(config: Config, total: int) -> int:
-    """How many of DRAWS micro-batches do not fit."""
+    """Return how many of BUDGET_DRAWS micro-batches do not fit."""
     found = padding_budget(config, total)
     return sum(not found.holds(PackedSize(*size)) for size in drawn_sizes(config, total, config.micro_batch).tolist())
 
 
 def padding_share(config: Config, total: int, steps: int = 16) -> float:
-    """FLOPs that the padding adds, as a share of those of the same micro-batches without."""
+    """Return the FLOPs that the padding adds, as a share of those of the same micro-batches without."""
     mask, seed = config.mask, config.runtime.seed
     pairs = [draw_masks(mask, config.grid, seed, step, range(config.micro_batch), total) for step in range(steps)]
     packing = packing_of(config.meta.predictor, config.loss.target)
@@ -26,7 +26,7 @@ def padding_share(config: Config, total: int, steps: int = 16) -> float:
 
 
 def padding_note(config: Config, total: int) -> str:
-    """What to tell the user: the budget, how often it is too small, and what it costs."""
+    """Return the sentence for the user: the budget, how often it is too small, and what it costs."""
     size, dummies = padding_budget(config, total)
     return (
         f"token budget of a micro-batch: {size.context} context rows, {size.target} target rows, {size.queries} queries, "

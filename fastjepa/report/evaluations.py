@@ -5,7 +5,7 @@ from typing import Any
 
 from fastjepa.errors import UserError
 from fastjepa.evals.published import PAPER_COLUMNS, PUBLISHED, published_for
-from fastjepa.evals.table import PROBE_NAMES, PROBES, in_percent
+from fastjepa.evals.table import PROBE_NAMES, in_percent
 from fastjepa.report.recorded_run import RecordedRun
 
 Cell = dict[str, Any]  # {"text": words, "share": length of the bar behind them in [0, 1], or None}
@@ -75,7 +75,7 @@ def table_beside_paper(title: str, head: list[str], rows: list[Row], said: list[
 
 def probe_cells(row: dict[str, Any]) -> list[Cell]:
     """Return the accuracies of the three probes."""
-    return [accuracy_cell(row[probe]) for probe in PROBES]
+    return [accuracy_cell(row[probe]) for probe in PROBE_NAMES]
 
 
 def accuracy_cell(result: dict[str, Any]) -> Cell:

@@ -16,7 +16,7 @@ from fastjepa.config.schema import Config
 from fastjepa.engine.average import Average
 from fastjepa.engine.plain import PlainEngine
 from fastjepa.engine.schedule import Schedule
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from fastjepa.loader.batch import Batch
 from fastjepa.loss.jepa_loss import jepa_loss
 from fastjepa.masks.pack import pack
@@ -28,7 +28,11 @@ VERIFY_TOLERANCE, FINAL_TOLERANCE = 1e-5, 1e-4
 
 
 class ReferenceFile:
-    """A reference file: metadata as `Config`, tensors by key."""
+    """A reference file: its metadata as a `Config`, its tensors by key.
+
+    Raises:
+        UserError: a file that is none.
+    """
 
     def __init__(self, path: str | Path):
         try:
@@ -37,19 +41,20 @@ class ReferenceFile:
             self.tensors = {name: file.get_tensor(name) for name in self.keys}
             blocks = sum(name.startswith("step0.target_idx.") for name in self.keys)
             self.config = reference_config(self.meta, blocks)
-        except ConfigError:
+        except UserError:
             raise
         except Exception as error:
-            raise ConfigError(f"{path}: not a reference file ({error}); see tests/reference for the format") from error
+            raise UserError(f"{path}: not a reference file ({error}); see tests/reference for the format") from error
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
     def below(self, prefix: str) -> dict[str, Tensor]:
+        """Return the tensors whose keys begin with a prefix, without it."""
         return {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
 
     def masks(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """(B, K, N) context and (B, R, N) target masks of a step."""
+        """Return the context masks (B, K, N) and the target masks (B, R, N) of a step."""
         tokens = int(np.prod(self.config.grid))
         return tuple(
             np.stack([to_mask(self[f"step{step}.{kind}_idx.{i}"], tokens) for i in range(count)], axis=1)
@@ -58,10 +63,11 @@ class ReferenceFile:
 
 
 def reference_config(meta: dict[str, str], blocks: int) -> Config:
+    """Return the config of a reference file with so many target blocks, from its metadata."""
     number = {name: int(meta[name]) for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "batch", "epochs",
               "predictor_embed_dim", "predictor_depth", "num_enc_masks", "warmup_steps", "ipe")}  # fmt: skip
     if float(meta.get("mlp_ratio", 4)) != 4.0:
-        raise ConfigError(f"reference files of mlp_ratio 4 are understood, not {meta['mlp_ratio']}")
+        raise UserError(f"reference files of mlp_ratio 4 are understood, not {meta['mlp_ratio']}")
     return config_from_dict(
         {
             "data": {"crop_size": number["img_size"], "batch_size": number["batch"]},
@@ -85,19 +91,20 @@ def reference_config(meta: dict[str, str], blocks: int) -> Config:
 
 
 def to_mask(idx: Tensor, tokens: int) -> np.ndarray:
-    """(B, K) patch indices -> (B, N) bool."""
+    """Turn patch indices (B, K) into masks (B, N) bool: of 5 tokens [[0, 3]] is [[True, False, False, True, False]]."""
     mask = np.zeros((len(idx), tokens), dtype=bool)
     np.put_along_axis(mask, idx.numpy(), True, axis=1)
     return mask
 
 
 def reference_batch(images: Tensor, context_mask: np.ndarray, target_mask: np.ndarray) -> Batch:
+    """Pack masks (B, K, N) and (B, R, N) as the trainer does."""
     context, target, blocks = pack(context_mask, target_mask)
     return Batch(images, context, target, blocks, bad=())
 
 
 def verify_file(path: str | Path) -> dict[str, float]:
-    """Largest error per quantity: max|a - b| / max|b|, the worst of its tensors; `passes` judges them."""
+    """Return the error of each quantity: max|a - b| / max|b|, the worst of its tensors; `errors_pass` judges them."""
     reference = ReferenceFile(path)
     errors = first_step_errors(reference)
     errors |= trajectory_errors(reference)
@@ -107,15 +114,17 @@ def verify_file(path: str | Path) -> dict[str, float]:
 
 
 def tolerance_of(quantity: str) -> float:
+    """Return the largest error that passes; weights after all steps have added up the rounding of each."""
     return FINAL_TOLERANCE if quantity == "final_weights" else VERIFY_TOLERANCE
 
 
 def errors_pass(errors: dict[str, float]) -> bool:
+    """Return whether every quantity is within its tolerance."""
     return all(error <= tolerance_of(name) for name, error in errors.items())
 
 
 def restored_networks(reference: ReferenceFile) -> tuple[PlainEngine, Encoder]:
-    """An engine and a target encoder that hold the reference's initial weights."""
+    """Return an engine and a target encoder that hold the reference's initial weights."""
     jepa, target_encoder = build_pair(reference.config)
     for network, name in zip((jepa.encoder, jepa.predictor, target_encoder), NETWORKS, strict=True):
         network.load_state_dict(reference.below(f"init.{name}."))
@@ -123,6 +132,7 @@ def restored_networks(reference: ReferenceFile) -> tuple[PlainEngine, Encoder]:
 
 
 def first_step_errors(reference: ReferenceFile) -> dict[str, float]:
+    """Return the errors of every intermediate result of the first step."""
     engine, target_encoder = restored_networks(reference)
     batch = reference_batch(reference["step0.images"], *reference.masks(0))
     with torch.no_grad():
@@ -145,7 +155,7 @@ def first_step_errors(reference: ReferenceFile) -> dict[str, float]:
 
 
 def trajectory_errors(reference: ReferenceFile) -> dict[str, float]:
-    """Every step of the file with the trainer's step."""
+    """Return the errors of losses, schedule and final weights after every step of the file, taken as the trainer does."""
     engine, target_encoder = restored_networks(reference)
     average = Average(target_encoder, engine.jepa.encoder)
     schedule = Schedule(reference.config.optimization, int(reference.meta["ipe"]))
@@ -168,7 +178,7 @@ def trajectory_errors(reference: ReferenceFile) -> dict[str, float]:
 
 
 def variable_length_errors(reference: ReferenceFile) -> dict[str, float]:
-    """Every image keeps its own context length."""
+    """Return the errors of a step in which every image keeps its own context length."""
     engine, target_encoder = restored_networks(reference)
     tokens = int(np.prod(reference.config.grid))
     lengths = reference["varlen.context_len"].tolist()
@@ -187,12 +197,13 @@ def variable_length_errors(reference: ReferenceFile) -> dict[str, float]:
 
 
 def gradient_error(engine: PlainEngine, expected: dict[str, Tensor]) -> float:
+    """Return the largest error among the gradients of the trained networks."""
     ours = {name: parameter.grad for name, parameter in engine.jepa.named_parameters()}
     return max(relative_error(ours[name], value) for name, value in expected.items())
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """max|a - b| / max|b|, NaN counted as infinite."""
+    """Return max|a - b| / max|b|, NaN counted as infinite."""
     ours, theirs = ours.detach().double().reshape(-1), theirs.double().reshape(-1)
     worst = ((ours - theirs).abs().max() / theirs.abs().max()).item()
     return worst if worst == worst else float("inf")

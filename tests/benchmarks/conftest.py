@@ -13,7 +13,7 @@ import official  # noqa: E402  (only importable from here on)
 import official_stand_in  # noqa: E402
 import timing  # noqa: E402
 
-from fastjepa.config.schema import MODELS
+from fastjepa.config.schema import MODELS  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -76,7 +76,7 @@ def test_two_ranks_gather_in_rank_order_and_average():
 
 
 def meet_nobody() -> None:
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(UserError) as refused:
         join_world("cpu", timeout=1)
     said = str(refused.value)
     assert "rank 0 of 2" in said and "127.0.0.1" in said and "\n" not in said, said
