@@ -78,7 +78,7 @@ def inline_commands() -> list[str]:
 
 
 def examples() -> list[str]:
-    """Those that end the help of a command."""
+    """Return the examples that end the help of a command."""
     modules = [importlib.import_module(f"fastjepa.cli.{module.name}") for module in pkgutil.iter_modules(cli.__path__)]
     found = [value for module in modules for name, value in vars(module).items() if name.endswith("_EXAMPLES")]
     texts = [text for value in found for text in (value.values() if isinstance(value, dict) else [value])]
@@ -127,7 +127,7 @@ def accepted(words: list[str]) -> None:
 
 @pytest.mark.parametrize("command", commands())
 def test_a_command_is_accepted(command: str):
-    """By its parser, and everything of this repository that it reads is there."""
+    """The parser of a command accepts its words, and everything of this repository that it reads is there."""
     subprocess.run(["bash", "-n", "-c", command], check=True)
     words = shlex.split(command)
     read = [word for before, word in zip(["", *words], words, strict=False) if before not in ("--write", "--output")]
@@ -262,7 +262,7 @@ def test_a_block_of_python_runs(code: str, place: Path):
 
 
 def test_the_kernels_page_is_tested_elsewhere():
-    """Its Python is that of kernels/README.md: tests/test_conversions.py."""
+    """The Python of the page is that of kernels/README.md: tests/test_conversions.py."""
     assert "<!-- file: kernels/README.md -->" in (ROOT / "docs/kernels.md").read_text()
 
 

@@ -77,7 +77,7 @@ def places(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture
 def sentence(places, tmp_path, monkeypatch, capsys):
-    """What a command that must be refused says: its one sentence, with the places' names for their paths."""
+    """Return what a command that must be refused says: its one sentence, with the places' names for their paths."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FASTJEPA_DATA", str(tmp_path / "data"))
     names = places | {"OUT": str(tmp_path / "OUT")}

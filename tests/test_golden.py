@@ -1,4 +1,5 @@
-"""What the trainer computes, writes and offers, against the values in `tests/reference/`, which an earlier commit gave.
+"""Golden values: what the trainer computes, writes and offers, against the values in `tests/reference/`, which an earlier
+commit gave.
 
 `tests/reference/record_golden.py` runs the trainer and writes what it sees; this file compares. Three kinds of value:
 

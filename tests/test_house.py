@@ -32,7 +32,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 @cache
 def files(suffix: str = "") -> tuple[Path, ...]:
-    """What git tracks or would add, relative to the root."""
+    """Return what git tracks or would add, relative to the root."""
     listed = subprocess.run(
         ["git", "-c", "safe.directory=*", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, capture_output=True, text=True, check=True,

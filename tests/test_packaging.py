@@ -1,4 +1,4 @@
-"""What is released: both distributions build, install outside the repository and train there; its files agree on versions."""
+"""The release: both distributions build, install outside the repository and train there; its files agree on versions."""
 
 import re
 import shutil
@@ -33,7 +33,7 @@ def run(*command: object, cwd: Path, **variables: str) -> str:
 
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory) -> Path:
-    """What `make dist` writes, made from a copy of what is under version control: a build leaves files behind."""
+    """Make what `make dist` writes, made from a copy of what is under version control: a build leaves files behind."""
     root = tmp_path_factory.mktemp("source")
     for path in files():
         (root / path).parent.mkdir(parents=True, exist_ok=True)

@@ -26,12 +26,12 @@ class Jepa(nn.Module):
 
 def build_pair(config: Config) -> tuple[Jepa, Encoder]:
     """Return the trained pair and the target encoder, its copy; weights are a function of runtime.seed alone."""
-    dim, depth, heads, mlp_ratio = config.encoder_shape
+    dim, _, heads, _ = config.encoder_shape
     meta = config.meta
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.runtime.seed)
         patch, channels = config.mask.patch_size, config.data.channels
-        encoder = Encoder(config.grid, patch, channels, config.mean_std, dim, depth, heads, mlp_ratio)
+        encoder = Encoder(config.grid, patch, channels, config.mean_std, config.encoder_shape)
         pred_heads = meta.pred_num_heads or heads
         predictor = Predictor(config.grid, dim, meta.pred_emb_dim, meta.pred_depth, pred_heads, config.target_dim)
     for network in (encoder, predictor):

@@ -40,6 +40,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, queries: Packed, keys: Pac
     return varlen_attention(q, k, v, queries.cu_seqlens, keys.cu_seqlens, queries.max_len, keys.max_len, way)
 
 
+EncoderShape = tuple[int, int, int, float]  # width, blocks, heads, width of the MLP over that of the encoder
 RepeatedRows = tuple[Tensor, Tensor]  # order and starts, as in Blocks
 
 
@@ -120,12 +121,10 @@ class Encoder(nn.Module):
         patch_size: int,
         channels: int,
         mean_std: tuple[Sequence[float], Sequence[float]],
-        dim: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float,
+        shape: EncoderShape,
     ):
         super().__init__()
+        dim, depth, num_heads, mlp_ratio = shape
         self.grid, self.embed_dim, self.checkpointed = grid, dim, False
         self.register_buffer("pos_embed", sincos_positions(dim, grid))  # (1, N, D)
         self.patch_embed = MaskedPatchEmbed(patch_size, channels, dim, mean=mean_std[0], std=mean_std[1])

@@ -7,15 +7,22 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 from torch import Tensor
 
 from fastjepa.monitoring.machine import memory_gib
+
+
+class Peak(NamedTuple):
+    """Peak speed of a run: what its images cost, and what its devices can do."""
+
+    flops_per_image: float  # of training on one image, forward and backward
+    gemm_rate: float  # FLOP/s of matrix products, of all devices together; 0 where it is not known
 
 
 class Log:
@@ -26,10 +33,9 @@ class Log:
     what ran under `pause`. Lines later than `start_step`, the step resumed from, are dropped on entry.
 
     Args:
-        flops_per_image: FLOPs of training on one image, forward and backward.
-        gemm_rate: FLOP/s of all devices of the run together (`gemm_rate` times their number).
-        console: whether to print: a progress bar on a terminal, else plain lines.
-        tensorboard: whether to write events when TensorBoard is installed.
+        peak: what utilisation (MFU) is counted with.
+        sinks: where lines go beside metrics.jsonl: "console", a progress bar on a terminal, else plain lines; "tensorboard",
+            events, where TensorBoard is installed.
     """
 
     def __init__(
@@ -37,16 +43,14 @@ class Log:
         output: Path | None,
         total_steps: int,
         every: int,
-        flops_per_image: float,
-        gemm_rate: float,
-        console: bool = True,
-        tensorboard: bool = True,
+        peak: Peak,
         start_step: int = 0,
+        sinks: Collection[str] = ("console", "tensorboard"),
     ):
         self.output, self.total_steps, self.every, self.start_step = output, total_steps, every, start_step
-        self.flops_per_image, self.gemm_rate = flops_per_image, gemm_rate
+        self.peak = peak
         self.kept: list[dict[str, Any]] = []  # the entries of a resumed run, oldest first
-        self._console, self._tensorboard = console, tensorboard
+        self._console, self._tensorboard = "console" in sinks, "tensorboard" in sinks
         self._held: dict[str, float] = {}
         self._file = self._events = self._bar = None
 
@@ -84,7 +88,7 @@ class Log:
         read = {name: value.item() if isinstance(value, Tensor) else value for name, value in values.items()}
         seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
         rate = self._images / seconds
-        mfu = rate * self.flops_per_image / self.gemm_rate if self.gemm_rate else None
+        mfu = rate * self.peak.flops_per_image / self.peak.gemm_rate if self.peak.gemm_rate else None
         record = {
             "step": step,
             "epoch": epoch,

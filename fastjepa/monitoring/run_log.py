@@ -10,7 +10,7 @@ from fastjepa.engine.average import Average
 from fastjepa.engine.precision import COMPUTE_DTYPES
 from fastjepa.engine.schedule import Schedule, StepSettings
 from fastjepa.engine.tally import StepTally
-from fastjepa.monitoring.log import Log
+from fastjepa.monitoring.log import Log, Peak
 from fastjepa.monitoring.machine import gemm_rate
 from fastjepa.monitoring.monitor import Monitor
 from fastjepa.monitoring.skips import Skips
@@ -25,13 +25,13 @@ class RunLog(Log):
     def __init__(self, config: Config, output: Path, world: World, schedule: Schedule, start_step: int):
         self.images, self.schedule = config.data.batch_size * world.size, schedule
         rate = gemm_rate(world.device, COMPUTE_DTYPES[config.runtime.dtype]) * world.size if world.is_main else 0.0
-        super().__init__(output if world.is_main else None, schedule.total_steps, config.logging.every,
-                         flops_per_image(config, self.images), rate, start_step=start_step)  # fmt: skip
+        peak = Peak(flops_per_image(config, self.images), rate)
+        super().__init__(output if world.is_main else None, schedule.total_steps, config.logging.every, peak, start_step)
         self.config, self.monitor = config, None
 
     def watch(self, source: Source, average: Average) -> None:
         """Take readings of the target encoder from now on, and tell of collapse."""
-        self.monitor = Monitor(self.config, source, average.target_encoder, self.schedule, self.kept, self.flops_per_image)
+        self.monitor = Monitor(self.config, source, average.target_encoder, self.schedule, self.kept, self.peak.flops_per_image)
 
     def record(self, step: int, tally: StepTally, now: StepSettings, skips: Skips, extras: dict[str, float | Tensor]) -> None:
         """Record that `step` steps have been taken; a line and readings are made where they are due."""

@@ -28,7 +28,7 @@ from fastjepa.evals.images import normalise_pixels
 from fastjepa.loader.loader import Loader
 from fastjepa.masks.packed import Packed
 from fastjepa.model.vit import Encoder
-from fastjepa.monitoring.log import Log
+from fastjepa.monitoring.log import Log, Peak
 from fastjepa.plan.flops import count_flops
 from fastjepa.ranks.world import join_world
 from fastjepa.rng import MASK_STREAM, torch_seed
@@ -89,7 +89,7 @@ def train_mae(file: Path, folder: Path, steps: int) -> None:
     every = cfg.logging.checkpoint_every or schedule.steps_per_epoch
     with (
         Loader(cfg, source, world, state.step, max(steps, state.step)) as loader,
-        Log(folder, steps, cfg.logging.every, mae_flops_per_image(cfg), 0.0, start_step=state.step) as log,
+        Log(folder, steps, cfg.logging.every, Peak(mae_flops_per_image(cfg), 0.0), state.step) as log,
         Stop() as stop,
     ):
         while state.step < steps and not stop.received:

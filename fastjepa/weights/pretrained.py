@@ -118,8 +118,8 @@ class PretrainedEncoder(Encoder):
 
     def __init__(self, form: EncoderForm):
         ratio = form.mlp_hidden / form.embed_dim
-        super().__init__(form.grid, form.patch_size, form.channels, form.mean_std, form.embed_dim, form.depth,
-                         form.num_heads, ratio)  # fmt: skip
+        shape = form.embed_dim, form.depth, form.num_heads, ratio
+        super().__init__(form.grid, form.patch_size, form.channels, form.mean_std, shape)
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = form.layer_norm_eps

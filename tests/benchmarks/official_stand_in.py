@@ -53,7 +53,7 @@ class Paced:
 def init_model(device, patch_size, model_name, crop_size, pred_depth, pred_emb_dim) -> tuple[nn.Module, nn.Module]:
     grid = (crop_size // patch_size,) * 2
     dim, depth, heads, mlp_ratio = MODELS[model_name]
-    encoder = DenseEncoder(grid, patch_size, 3, ((0.0,) * 3, (1.0,) * 3), dim, depth, heads, mlp_ratio)
+    encoder = DenseEncoder(grid, patch_size, 3, ((0.0,) * 3, (1.0,) * 3), (dim, depth, heads, mlp_ratio))
     return encoder, DensePredictor(grid, dim, pred_emb_dim, pred_depth, heads)
 
 

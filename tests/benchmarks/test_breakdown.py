@@ -133,7 +133,7 @@ def test_marks_change_nothing_and_are_gone_afterwards():
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> dict:
-    """What the command prints and writes."""
+    """The command prints and writes rows."""
     printed, file = [], tmp_path_factory.mktemp("breakdown") / "trace.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(breakdown.timing.SQUARE, "cpu", 128)

@@ -1,4 +1,4 @@
-"""What breaks runs, done to real ones of two sharded ranks by benchmarks/faults.py: every time they come back exactly."""
+"""Breaks of runs, done to real ones of two sharded ranks by benchmarks/faults.py: every time they come back exactly."""
 
 import json
 import os

@@ -55,7 +55,7 @@ def contender(method: str, config: Config) -> vit.MethodStep:
 
 
 def losses(run: vit.MethodStep) -> list[float]:
-    """Of the first steps, the random depths of iBOT's student drawn from the same seeds."""
+    """The random depths of the first steps are those of iBOT's student drawn from the same seeds."""
     found = []
     for number in STEPS:
         torch.manual_seed(number)
@@ -107,7 +107,7 @@ def test_typical_batches_cost_what_the_mean_costs():
 
 
 class Documented:
-    """What lightly's examples have in common: AdamW, here with the groups and the rates that the loop has."""
+    """The common part of lightly's examples: AdamW, here with the groups and the rates that the loop has."""
 
     def __init__(self, method: str, config: Config, like: vit.MethodStep):
         self.model = gpu_hours.METHODS[method](config, CPU)
@@ -348,7 +348,7 @@ def test_an_unknown_name_is_refused(capsys: pytest.CaptureFixture[str]):
 
 @pytest.mark.slow
 def test_command_runs_as_a_script():
-    """Of MAE, with its real decoder, peak memory and all, from any directory."""
+    """MAE is measured with its real decoder, peak memory and all, from any directory."""
     arguments = [*TOY, "--methods=mae", "--columns=same", "--rounds=1", "--threads=1", "--json"]
     command = [sys.executable, str(BENCHMARKS / "gpu_hours.py"), *arguments]
     run = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")

@@ -35,7 +35,7 @@ def test_an_exact_power_is_found(exponent: float, factor: float):
 
 
 def test_the_error_is_that_of_the_scatter():
-    """Of 400 fits through costs that scatter by 5 %, the exponents scatter as each says of itself."""
+    """In 400 fits through costs that scatter by 5 %, the exponents scatter as each says of itself."""
     draw = np.random.default_rng(0)
     fits = [growth.fit_exponent(VALUES, np.array(VALUES) * np.exp(0.05 * draw.standard_normal(4))) for _ in range(400)]
     said = np.sqrt(np.mean([stderr**2 for _, stderr in fits]))
@@ -122,7 +122,7 @@ def test_the_maths_of_a_step_are_flops_and_memory():
 
 
 def test_a_real_run_of_everything_but_ranks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Of all the parts of the host, and of a step along its batch; sizes that are exact have exact exponents."""
+    """Every part of the host is there, and a step along its batch; sizes that are exact have exact exponents."""
     sizes = ["--batch=2,4,8", "--depth=1,2,4", "--drawn=8,16,32", "--images=50,100,200"]
     monkeypatch.setattr(growth.step, "peak_of_contender", lambda config, *rest: 10**6 * config.data.batch_size)
     monkeypatch.setattr(growth.timing, "in_fresh_process", lambda function, *args: function(*args))

@@ -122,7 +122,7 @@ def test_a_row_is_read_as_text():
 
 
 def test_the_document():
-    """What all of at least three rows share is said once; estimates have a table of their own."""
+    """A value that all of at least three rows share is said once; estimates have a table of their own."""
     rows = [{"model": "a", "dtype": "bf16", "ms": float(number)} for number in (1, 2, 3)]
     guess = {"estimate": True, "model": "b", "hours": 139.0, "arithmetic": "2 x 3"}
     text = results.results_document([ABOUT | {"rows": [*rows, guess], "not_measured": [{"what": "c", "reason": "no card"}]}])

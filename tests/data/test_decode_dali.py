@@ -315,7 +315,7 @@ def test_an_image_that_only_dali_refuses_is_not_bad(tmp_path: Path, caplog):
 
 @pytest.mark.parametrize("bad", ["png cut", "jpeg damaged inside", "text"])
 def test_a_bad_file_changes_no_bit_of_the_other_rows(tmp_path: Path, bad: str):
-    """Its neighbours go on coming from DALI, not as Pillow's pixels."""
+    """The neighbours go on coming from DALI, not as Pillow's pixels."""
     raw = {"png cut": PNG[:-600], "jpeg damaged inside": JPEG_DAMAGED_INSIDE, "text": b"no image at all"}[bad]
     files = {f"{seed:02d}.jpg": encode(natural(160, 120, seed)) for seed in range(8)}
     whole, spoilt = write(tmp_path / "whole", files), write(tmp_path / "spoilt", files | {"05.jpg": raw})

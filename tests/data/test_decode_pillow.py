@@ -29,7 +29,7 @@ def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 
 class GivenNumbers:
-    """What RandomResizedCrop.get_params uses of torch, in float64, with given uniform numbers: four a try."""
+    """Stand in for what RandomResizedCrop.get_params uses of torch, in float64, with given uniform numbers: four a try."""
 
     log, exp = staticmethod(torch.log), staticmethod(torch.exp)
 

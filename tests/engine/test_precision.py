@@ -1,4 +1,4 @@
-"""What a run computes in: bf16 where the device has instructions for it, whatever `runtime.dtype: auto` is read on."""
+"""The dtype of a run: bf16 where the device has instructions for it, whatever `runtime.dtype: auto` is read on."""
 
 import pytest
 import torch

@@ -87,7 +87,7 @@ def test_in_bf16_only_the_order_of_sums_differs(toy_config, one_bf16, tmp_path, 
 
 
 def test_an_average_of_bf16_weights_would_be_seen():
-    """What the bound on the displacement is for: rounding what is averaged, or the average itself, breaks it by far."""
+    """The bound on the displacement has a purpose: rounding what is averaged, or the average itself, breaks it by far."""
     torch.manual_seed(0)
     weight, ways = torch.randn(4096), {}
     for kind in ("fp32", "bf16 weights", "bf16 average"):

@@ -52,7 +52,7 @@ NAMES = {"mae": mae_names, "ibot": ibot_names, "ema": ema_names}
 
 
 def run(conversion: str, which: str) -> dict[str, Any]:
-    """What the blocks leave behind, run one after the other from the same seed."""
+    """Return what the blocks leave behind, run one after the other from the same seed."""
     torch.manual_seed(0)
     names = NAMES[conversion]()
     for part in PARTS[conversion]:

@@ -52,7 +52,7 @@ print(json.dumps({
 
 
 def build(folder: Path) -> Path:
-    """What kernel-builder makes of a kernel without compiled code: for each backend the package and its metadata."""
+    """Build what kernel-builder makes of a kernel without compiled code: for each backend the package and its metadata."""
     Build.open(KERNEL)  # the schema of this edition
     for backend in GENERAL["backends"]:
         variant = folder / "build" / f"torch-{backend}"

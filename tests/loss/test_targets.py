@@ -1,4 +1,4 @@
-"""What is predicted: the target network's output, its output on a block alone, or pixels; each against its plain definition."""
+"""Targets: the target network's output, its output on a block alone, or pixels; each against its plain definition."""
 
 import numpy as np
 import pytest

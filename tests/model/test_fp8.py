@@ -51,7 +51,7 @@ def test_the_network_keeps_its_parameters_and_state_dict():
 
 
 def test_features_move_by_the_rounding_and_follow_the_average():
-    """Of ViT-B's width, with weights as in training: some percent, and again after the average has moved."""
+    """A network of ViT-B's width, with weights as in training: some percent, and again after the average has moved."""
     jepa, plain = build_pair(small(**WIDE))
     for network in (jepa, plain):
         perturbed_little(network)

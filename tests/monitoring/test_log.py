@@ -9,9 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastjepa.monitoring import log
 from fastjepa.monitoring import log as log_module
-from fastjepa.monitoring.log import Log
+from fastjepa.monitoring.log import Log, Peak
 from fastjepa.monitoring.machine import GEMM_SHAPES, gemm_rate
 from fastjepa.monitoring.skips import Skips
 
@@ -23,19 +22,12 @@ def clock(monkeypatch):
     class Clock:
         now = 100.0
 
-    monkeypatch.setattr(log.time, "perf_counter", lambda: Clock.now)
+    monkeypatch.setattr(log_module.time, "perf_counter", lambda: Clock.now)
     return Clock
 
 
 def open_log(output, **changes) -> Log:
-    settings = {
-        "total_steps": 100,
-        "every": 1,
-        "flops_per_image": 2e9,
-        "gemm_rate": 1e11,
-        "console": False,
-        "tensorboard": False,
-    }
+    settings = {"total_steps": 100, "every": 1, "peak": Peak(2e9, 1e11), "sinks": ()}
     return Log(output, **settings | changes)
 
 
@@ -87,7 +79,7 @@ def test_values_on_the_device_are_read_only_when_a_line_is_due(tmp_path, monkeyp
 
 
 def test_numbers_that_json_does_not_know_become_null(tmp_path):
-    with open_log(tmp_path, gemm_rate=0.0) as log:
+    with open_log(tmp_path, peak=Peak(2e9, 0.0)) as log:
         log.step(1, 0, values(loss=torch.tensor(math.nan), lr=math.inf), images=1)
     (entry,) = lines(tmp_path)
     assert entry["loss"] is None and entry["lr"] is None and entry["mfu"] is None
@@ -123,7 +115,7 @@ def test_a_cut_that_is_interrupted_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_held_values_reach_the_next_line_alone_and_a_resume_keeps_the_entries(tmp_path, capsys):
-    with open_log(tmp_path, console=True, every=2) as log:
+    with open_log(tmp_path, sinks=["console"], every=2) as log:
         assert log.kept == [] and log.writes
         log.hold({"knn": 0.25, "feature_std": 9.0})
         log.hold({"feature_std": 0.5})
@@ -138,7 +130,7 @@ def test_held_values_reach_the_next_line_alone_and_a_resume_keeps_the_entries(tm
 
 
 def test_plain_lines_without_a_terminal(tmp_path, capsys, clock):
-    with open_log(tmp_path, console=True, every=2) as log:
+    with open_log(tmp_path, sinks=["console"], every=2) as log:
         for step in (1, 2, 3):
             clock.now += 1.0
             log.step(step, 0, values(skipped=3), images=4)
@@ -161,7 +153,7 @@ def test_plain_lines_without_a_terminal(tmp_path, capsys, clock):
 def test_a_terminal_gets_one_line_that_moves(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "60")
-    with open_log(tmp_path, console=True, every=1) as log:
+    with open_log(tmp_path, sinks=["console"], every=1) as log:
         log.message("checkpoint [saved]")  # no markup: brackets are text
         log.step(7, 0, values(), images=4)
     out = capsys.readouterr().out
@@ -171,7 +163,7 @@ def test_a_terminal_gets_one_line_that_moves(tmp_path, capsys, monkeypatch):
 
 def test_a_log_without_output_does_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with open_log(None, console=True, tensorboard=True) as log:
+    with open_log(None, sinks=("console", "tensorboard")) as log:
         log.hold({"knn": 0.5})
         log.step(1, 0, values(), images=1)
         log.message("unseen")
@@ -195,13 +187,13 @@ def test_tensorboard_events_where_it_is_installed(tmp_path, monkeypatch):
     tensorboard.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
     monkeypatch.setattr(log_module.importlib.util, "find_spec", lambda name: object())
-    with open_log(tmp_path, tensorboard=True, start_step=4) as log:
+    with open_log(tmp_path, sinks=["tensorboard"], start_step=4) as log:
         log.step(5, 0, values(lr=math.nan), images=1)
     assert written[0] == ("tensorboard", 5) and written[-1] == "closed"
     assert ("loss", 0.5, 5) in written and not any(entry[0] == "lr" for entry in written)
     monkeypatch.setattr(log_module.importlib.util, "find_spec", lambda name: None)
     written.clear()
-    with open_log(tmp_path, tensorboard=True) as log:
+    with open_log(tmp_path, sinks=["tensorboard"]) as log:
         log.step(1, 0, values(), images=1)
     assert written == []
 
@@ -209,7 +201,7 @@ def test_tensorboard_events_where_it_is_installed(tmp_path, monkeypatch):
 def test_gemm_rate_is_flops_over_seconds(monkeypatch):
     monkeypatch.setitem(GEMM_SHAPES, "cpu", ((64, 32, 128),))
     ticks = iter([0.0, 1.0, 1.5, 9.0])  # deadline, start, end, stop
-    monkeypatch.setattr(log.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(log_module.time, "perf_counter", lambda: next(ticks))
     assert gemm_rate(torch.device("cpu"), torch.float32) == 2 * 64 * 32 * 128 / 0.5
 
 

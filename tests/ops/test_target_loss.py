@@ -72,7 +72,7 @@ def test_smooth_l1_is_the_default_and_weights_make_the_mean(device):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gradient_follows_the_scalar_above(kind, device):
-    """What multiplies the loss multiplies the gradient, whether the graph is used once or twice."""
+    """A factor of the loss multiplies the gradient, whether the graph is used once or twice."""
     prediction, *rest = inputs(7, 5, 100, device)
     (unit,) = torch.autograd.grad(target_loss(prediction, *rest, kind), prediction)
     loss = -3 * target_loss(prediction, *rest, kind)

@@ -97,7 +97,7 @@ def test_varlen_asks_torch_for_a_window_wider_than_any_sequence(monkeypatch):
 
 
 def test_torch_s_own_choice_with_the_window_is_not_cudnn(monkeypatch):
-    """Its condition, on a card that has cuDNN's attention: true without the window, false with it."""
+    """The condition for cuDNN, on a card that has it: true without the window, false with it."""
     varlen = importlib.import_module("torch.nn.attention.varlen")
     if not hasattr(varlen, "_can_use_cudnn"):  # before torch 2.14
         return

@@ -128,7 +128,7 @@ def test_a_point_says_its_value(opened):
 
 @pytest.mark.parametrize("scheme, ground", [("light", LIGHT), ("dark", DARK)])
 def test_light_and_dark(opened, scheme, ground):
-    """Of text against what is behind it axe checks the contrast, of lines this."""
+    """Axe checks the contrast of text against what is behind it; this checks that of lines."""
     page = opened(color_scheme=scheme)
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == ground
     stroke = page.locator("#chart-loss g[aria-label=line]").first.evaluate("line => getComputedStyle(line).stroke")

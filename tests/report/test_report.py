@@ -42,7 +42,7 @@ def trained(tmp_path_factory) -> Path:
 
 
 def words(page: str) -> str:
-    """What a page says: its text without style and scripts."""
+    """Return what a page says: its text without style and scripts."""
     return " ".join(re.sub(r"<style>.*?</style>|<script.*?</script>|<[^>]*>", " ", page, flags=re.DOTALL).split())
 
 

@@ -72,7 +72,7 @@ def test_the_encoder_does_not_see_what_is_hidden(cfg, images):
 
 
 def test_the_decoder_knows_where_the_patches_are(cfg, images):
-    """Its prediction of a patch is the same wherever in the list of hidden patches it stands."""
+    """The prediction of a patch is the same wherever in the list of hidden patches it stands."""
     _, encoder, decoder = build_mae(cfg, torch.device("cpu"))
     keep, masked = random_keep(8, cfg, torch.device("cpu"))
     seen = encoder(images, visible_sequences(keep, cfg)).view(8, 16, 32)

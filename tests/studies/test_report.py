@@ -1,4 +1,4 @@
-"""What a report makes of rows: means, spreads, the paper's column, sentences, a curve, pictures and blocks in pages."""
+"""Reports made of rows: means, spreads, the paper's column, sentences, a curve, pictures and blocks in pages."""
 
 import json
 import re

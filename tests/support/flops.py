@@ -43,7 +43,7 @@ def loop(q: Tensor, k: Tensor, v: Tensor, queries: Packed, keys: Packed, way: st
 
 
 def counted(config: Config, context: Packed, target: Packed, blocks: Blocks) -> Flops:
-    """What FlopCounterMode sees of each part, per image."""
+    """Return what FlopCounterMode sees of each part, per image."""
     jepa, target_encoder = build_pair(config)
     for network in (jepa, target_encoder):
         use_attention(network, "matmul")

@@ -288,7 +288,7 @@ def test_only_the_block_counts_in_pixels(place: Path, subject: Subject):
 
 
 def test_features_are_of_the_whole_drawn_image_and_compared_on_the_block_alone(place: Path, subject: Subject):
-    """By the definition, sample by sample: the target encoder sees the drawing, enlarged to the run's 64 pixels."""
+    """Compare with the definition, sample by sample: the target encoder sees the drawing, enlarged to the run's 64 pixels."""
     noise = torch.rand(6, SAMPLE_SEEDS, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     given = planted(subject, place, lambda name, truth, inside: truth)
     found = sample_distances(subject, dataclasses.replace(given, drawn={"predictor": noise}))["features"]["predictor"]

@@ -205,7 +205,7 @@ def test_timms_arithmetic_reaches_the_width_of_the_mlp(name):
 
 
 def test_timm_takes_what_is_written_for_it(tmp_path):
-    """By checkpoint_path and as a local folder."""
+    """Load by checkpoint_path and as a local folder."""
     config = config_from_dict(SHAPE)
     _, encoder = build_pair(config)
     form = EncoderForm.of_config(config, "target", "a test")
@@ -315,7 +315,7 @@ def test_ijepa_weights_that_timm_publishes_are_context_encoders(tmp_path):
 
 
 def test_a_plain_state_dict_of_a_known_size_is_read(tmp_path):
-    """Its heads are those of that size: a ViT-T has three."""
+    """The heads are those of that size: a ViT-T has three."""
     shape = {"img_size": 32, "patch_size": 8, "class_token": False, "global_pool": "avg", "fc_norm": False, "num_classes": 0}
     theirs = timm.create_model("vit_tiny_patch16_224", **shape).eval()
     torch.save(theirs.state_dict(), tmp_path / "vit.pth")

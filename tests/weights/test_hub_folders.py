@@ -93,7 +93,7 @@ def test_torch_hub_needs_no_installation(folder, tmp_path):
 
 
 def test_the_hubs_library_loads_the_folder(folder):
-    """Its weights go into a module of the same names; the card says what it is, and claims no licence."""
+    """The weights go into a module of the same names; the card says what it is, and claims no licence."""
     assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "README.md"}
     encoder = build_pair(config_from_dict(SHAPE))[1]
     outcome = huggingface_hub.load_torch_model(encoder, folder)

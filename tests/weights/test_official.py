@@ -82,7 +82,7 @@ def test_training_goes_on_from_the_official_format(tmp_path, file):
 
 
 def test_the_official_optimizer_can_load_what_is_written(run, tmp_path):
-    """Its groups hold the positions, which are parameters there: rebuilt here, and loaded into a plain AdamW."""
+    """The groups hold the positions, which are parameters there: rebuilt here, and loaded into a plain AdamW."""
     convert(run, tmp_path / "jepa.pth.tar", "--to", "meta")
     written = torch.load(tmp_path / "jepa.pth.tar", weights_only=True)
     assert (written["epoch"], written["world_size"], written["scaler"]) == (1, 2, None)
@@ -245,7 +245,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 @pytest.mark.long
 def test_a_vit_h14_converts_in_6_gb(tmp_path):
-    """Of the 10.4 GB that an official file has: zeros, so that it is holes on the disk."""
+    """Zeros in place of the 10.4 GB that an official file has, so that it is holes on the disk."""
 
     def python(code: str, *words: object) -> str:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
