@@ -191,11 +191,11 @@ def test_a_host_without_memory(places, tmp_path):
     file = tmp_path / "limited.py"
     file.write_text("""import resource, sys
 import torch, torchvision, fastjepa.train
-from fastjepa import cli
+from fastjepa.cli.main import main
 
 pages = int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 29),) * 2)
-sys.exit(cli.main(sys.argv[1:]))
+sys.exit(main(sys.argv[1:]))
 """)
     large = ["meta.embed_dim=8192", "meta.num_heads=8", "data.num_workers=0"]
     ended = python(file, "train", "--config", places["CONFIG"], "--output", tmp_path / "run", *large)
