@@ -42,7 +42,7 @@ from fastjepa.errors import CheckpointError
 from fastjepa.loader.micro_batches import MicroBatches
 from fastjepa.ranks.heartbeat import RANK_LOST
 
-STEPS, EVERY, TIMEOUT = 60, 2, 4.0  # steps in all, steps between checkpoints, seconds without progress
+STEPS, EVERY, TIMEOUT = 60, 2, 8.0  # steps in all, steps between checkpoints, seconds without progress
 NEARLY = STEPS - 14  # from this step on a run starts anew, so that the next fault still meets it
 CONFIG = {
     "data": {"batch_size": 4, "crop_size": 32, "num_workers": 1},
@@ -137,8 +137,9 @@ class BrokenRun:
             self.go_on(1)
             shutil.rmtree(self.checkpoints)
             complete, taken = [], 0
-        if len(complete) < 2:
-            self.start(until=taken + 2 * EVERY)
+        said = self.start(until=taken + 2 * EVERY).said if len(complete) < 2 else []
+        if len(self.complete()) < 2:
+            raise SystemExit(f"two checkpoints to break could not be trained for: {said}")
         return self.complete()
 
     def go_on(self, steps: int) -> None:

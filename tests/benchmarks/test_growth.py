@@ -75,7 +75,7 @@ def test_a_fit_that_could_be_anything_is_not_flagged():
 
 def test_the_least_of_the_rounds_counts(monkeypatch: pytest.MonkeyPatch):
     """A round of each value was disturbed; a quadratic cost is found all the same."""
-    taken = {i: [value**2 / 1000, value**2 / 1000 + 0.05, 1.0] for i, value in enumerate(VALUES)}
+    taken = {i: [value**2 / 1000, value**2 / 1000 + 0.05, 5.0] for i, value in enumerate(VALUES)}
     monkeypatch.setattr(growth.timing, "interleave", lambda runs, rounds, device: taken)
     points = [growth.Point(value, lambda number: None, value) for value in VALUES]
     (row,) = growth.time_points("square", "side", points, 3, CPU)
