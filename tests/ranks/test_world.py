@@ -96,7 +96,7 @@ def test_ranks_that_are_started_again_meet_each_other_and_not_the_dead(monkeypat
 
     def found(start: int, rank: int, late: int) -> list[bytes]:
         time.sleep(0.3 if rank == late else 0)
-        store = meet_ranks(World(rank, rank, count, torch.device("cpu")), timeout=20)
+        store = meet_ranks(rank, count, timeout=20)
         store.set(f"address/{rank}", str(start))
         return store.multi_get([f"address/{other}" for other in range(count)])
 

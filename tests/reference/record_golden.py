@@ -94,9 +94,13 @@ def inner():
         config = load_config("demo", [*SHARED, *overrides])
         return MicroBatches(config, open_source(config.data), rank, world)[item].images
 
+    def draw(mask, grid: tuple[int, int], seed: int, step: int, *slots: int):
+        start, stop, total = slots
+        return draw_masks(mask, grid, seed, step, range(start, stop), total)
+
     return {
         "load": load_config,
-        "draw": draw_masks,
+        "draw": draw,
         "crop_box": crop_box,
         "uniforms": uniforms,
         "flip_at": 4 * CROP_TRIES,
