@@ -191,6 +191,7 @@ def test_a_host_without_memory(places, tmp_path):
     """A process that may have 512 MiB more, and a network of gigabytes."""
     file = tmp_path / "limited.py"
     file.write_text("""import resource, sys
+import torch, torchvision, fastjepa.train
 from fastjepa.cli.main import main
 
 pages = int(open("/proc/self/statm").read().split()[0])

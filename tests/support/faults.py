@@ -1,6 +1,6 @@
 """Faults against real runs of two sharded ranks: how often each was tried, how often the run came back exactly, at what cost.
 
-    python benchmarks/faults.py [--times 10] [--seed 0] [--zero 1] [--json] [FAULT[=TIMES] ...]
+    python -m tests.support.faults [--times 10] [--seed 0] [--zero 1] [--json] [FAULT[=TIMES] ...]
 
 One small run is broken again and again, and each time it goes on by `--resume auto` from what the last fault has left. It
 has recovered when the sentence and exit code of the ranks that were left are the documented ones, every checkpoint verifies
@@ -30,14 +30,13 @@ os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}  # before torch 
 
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 (here, so that no rank spends seconds on what it imports)
 import numpy as np
-import results
 import yaml
 from PIL import Image
 
 from fastjepa import train
 from fastjepa.checkpoint import shard_files
 from fastjepa.checkpoint.directory import complete_checkpoints, step_of, verify_checkpoint
-from fastjepa.cli import main as main_module
+from fastjepa.cli.main import main as run_command
 from fastjepa.errors import CheckpointError
 from fastjepa.loader.micro_batches import MicroBatches
 from fastjepa.ranks.heartbeat import RANK_LOST
@@ -112,7 +111,7 @@ class BrokenRun:
         try:
             if what:
                 what()
-            code = main_module.main(["train", "--config", str(self.scratch / "config.yaml"), "--output", str(self.output),
+            code = run_command(["train", "--config", str(self.scratch / "config.yaml"), "--output", str(self.output),
                              "--max-steps", str(until), f"runtime.zero={self.zero}"])  # fmt: skip
         except BaseException:
             traceback.print_exc()
@@ -358,7 +357,7 @@ def main() -> int:
         expected = [entry["loss"] for entry in whole.entries()]
         run_of = lambda output: BrokenRun(scratch, output, args.zero, expected)  # noqa: E731
         rows = [try_fault(name, times, run_of, scratch, args.seed) for name, times in asked.items()]
-    print(json.dumps(rows) if args.json else "\n".join(results.rows_table(rows)))
+    print(json.dumps(rows) if args.json else "\n".join(map(str, rows)))
     for problem in [problem for row in rows for problem in row["wrong"]]:
         print(problem, file=sys.stderr)
     return 1 if any(row["wrong"] for row in rows) else 0

@@ -1,4 +1,4 @@
-"""Breaks of runs, done to real ones of two sharded ranks by benchmarks/faults.py: every time they come back exactly."""
+"""Breaks of runs, done to real ones of two sharded ranks by tests/support/faults.py: every time they come back exactly."""
 
 import json
 import os
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 @pytest.fixture(scope="module")
 def rows() -> dict[str, dict]:
     """{fault: its row of the table}; one process tries them all, for it takes seconds to import what ranks need."""
-    command = [sys.executable, "benchmarks/faults.py", "--json", *(f"{fault}={times}" for fault, times in TIMES.items())]
+    command = [sys.executable, "-m", "tests.support.faults", "--json", *(f"{fault}={times}" for fault, times in TIMES.items())]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1700)
     assert done.stdout.startswith("["), done.stdout + done.stderr
@@ -40,5 +40,5 @@ def test_the_disk_that_filled_up_was_a_small_one_or_says_that_it_was_not(rows):
 
 
 def test_a_fault_that_is_not_one_is_refused():
-    done = subprocess.run([sys.executable, "benchmarks/faults.py", "flood"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "tests.support.faults", "flood"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "no such fault: flood; there are kill-mid-step, " in done.stderr
