@@ -11,19 +11,13 @@ from torch import Tensor, nn
 
 from fastjepa.checkpoint.directory import find_checkpoint, manifest_entries, verify_checkpoint
 from fastjepa.checkpoint.shard_files import StoredGroup
-from fastjepa.checkpoint.state import (
-    MOMENTS,
-    NETWORKS,
-    OPTIMIZER,
-    Shards,
-    TrainState,
-    forms_of,
-    optimized_parameters,
-    read_state,
-)
+from fastjepa.checkpoint.state import TrainState, optimized_parameters, read_state
+from fastjepa.engine.adamw import MOMENTS
+from fastjepa.engine.shards import OPTIMIZER, Shards
 from fastjepa.errors import CheckpointError
+from fastjepa.model.jepa import NETWORKS
 from fastjepa.ranks.collectives import gather_objects, rank_count, this_rank
-from fastjepa.ranks.shard import SAFETENSORS_DTYPES, TensorForm
+from fastjepa.ranks.shard import SAFETENSORS_DTYPES, TensorForm, forms_of
 
 
 def restore_checkpoint(path: str | Path, state: TrainState) -> TrainState:

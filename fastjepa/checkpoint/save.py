@@ -33,7 +33,9 @@ from fastjepa.checkpoint.directory import (
     sweep_leftovers,
 )
 from fastjepa.checkpoint.shard_files import shard_name, write_shard_file
-from fastjepa.checkpoint.state import MOMENTS, OPTIMIZER, STATE_FILE, Shards, TrainState, optimized_parameters
+from fastjepa.checkpoint.state import STATE_FILE, TrainState, optimized_parameters
+from fastjepa.engine.adamw import MOMENTS
+from fastjepa.engine.shards import OPTIMIZER, Shards
 from fastjepa.errors import CheckpointError, UserError
 from fastjepa.files import fsync
 from fastjepa.ranks.collectives import gather_objects, rank_count, text_of_main, this_rank

@@ -7,16 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastjepa.engine.average import ShardedAverage
-from fastjepa.engine.zero import ZeroEngine
+from fastjepa.engine.shards import Shards
 from fastjepa.errors import CheckpointError
-from fastjepa.ranks.shard import Piece, TensorForm
 
-NETWORKS = ("encoder", "predictor", "target_encoder")  # of a run; the names of their files in a checkpoint
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-STATE_FILE, OPTIMIZER = "state.json", "optimizer"
+STATE_FILE = "state.json"
 
 
 @dataclass
@@ -24,62 +20,18 @@ class TrainState:
     """The whole of a run at a step; hyperparameters are functions of the step and so no part of it."""
 
     step: int
-    networks: dict[str, nn.Module]  # by the names in NETWORKS, unwrapped
+    networks: dict[str, nn.Module]  # by the names in model.jepa.NETWORKS, unwrapped
     optimizer: torch.optim.Optimizer  # AdamW: step, exp_avg and exp_avg_sq per parameter
     skipped: int = 0
     skipped_in_row: int = 0
     bad_files: list[str] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)  # config, versions, threads, world: see `record_differences`
-    shards: "Shards | None" = None  # where ranks share the state: their parts, in place of the tensors above
-
-
-class Shards:
-    """A sharded engine and average, as checkpoints see them: this rank's part of every group of tensors."""
-
-    def __init__(self, engine: ZeroEngine, average: ShardedAverage, networks: Mapping[str, nn.Module]):
-        self.engine, self.average = engine, average
-        self.fixed = {group: _buffers(network) for group, network in networks.items()}
-
-    def pieces(self) -> dict[str, dict[str, Piece]]:
-        """Return {group: {name: piece}} of what this rank has."""
-        found = {group: {name: Piece.all_of(tensor) for name, tensor in fixed.items()} for group, fixed in self.fixed.items()}
-        for name, piece in self.engine.masters().items():
-            network, _, parameter = name.partition(".")
-            found[network][parameter] = piece
-        found["target_encoder"] |= self.average.pieces()
-        return found | {OPTIMIZER: self.engine.moments()}
-
-    def forms(self) -> dict[str, dict[str, TensorForm]]:
-        """Return {group: {name: form}} of the whole state."""
-        found = {group: forms_of(fixed) for group, fixed in self.fixed.items()} | {OPTIMIZER: {}}
-        for name, shape in self.engine.shapes.items():
-            network, _, parameter = name.partition(".")
-            found[network][parameter] = "F32", shape
-            if network == "encoder":
-                found["target_encoder"][parameter] = "F32", shape
-            found[OPTIMIZER] |= {f"{name}.{moment}": ("F32", () if moment == "step" else shape) for moment in MOMENTS}
-        return found
-
-    def refresh(self, written: Mapping[str, Mapping[str, Piece]]) -> None:
-        """Make the networks agree with pieces that `pieces` returned and that were written to since."""
-        self.engine.refresh(written[OPTIMIZER])
-        self.average.publish()
-
-
-def _buffers(network: nn.Module) -> dict[str, Tensor]:
-    """Return what a network stores beside its parameters."""
-    parameters = dict(network.named_parameters())
-    return {name: tensor for name, tensor in network.state_dict().items() if name not in parameters}
+    shards: Shards | None = None  # where ranks share the state: their parts, in place of the tensors above
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint's step, skipped, skipped_in_row, bad_files and record, without touching any tensor."""
     return json.loads((Path(path) / STATE_FILE).read_text())
-
-
-def forms_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorForm]:
-    """Return the dtype and shape of each tensor."""
-    return {name: Piece.all_of(tensor).form for name, tensor in tensors.items()}
 
 
 def record_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

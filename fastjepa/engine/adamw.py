@@ -6,6 +6,7 @@ from torch import nn
 from fastjepa.engine.schedule import StepSettings
 from fastjepa_kernels.layers import FusedAdamWEMA
 
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # the state of a parameter
 ADAMW = {"lr": 0.0, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}  # the schedule sets lr and decay at each step
 
 

@@ -27,4 +27,6 @@ def build_engine(jepa: Jepa, config: Config, world: World, stage: int, given: Pa
         raise ConfigError(
             "runtime.compile: not with runtime.zero 3, whose gathers a compiler cannot see; switch one of them off"
         )
-    return ZeroEngine(jepa, deepspeed_settings(config, stage, given), world, scale)
+    pieces = config.data.batch_size // config.micro_batch
+    settings = deepspeed_settings(config.micro_batch, pieces, config.runtime.dtype, stage, given)
+    return ZeroEngine(jepa, settings, world, scale)

@@ -5,23 +5,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastjepa.config.schema import Config
 from fastjepa.errors import ConfigError
 
 BUCKET_ELEMENTS = 50_000_000  # elements of a reduction or gather: 200 MB of fp32, where DeepSpeed's default takes 2 GB
 
 
-def deepspeed_settings(config: Config, stage: int, given: Path | None = None) -> dict[str, Any]:
+def deepspeed_settings(
+    micro_batch: int, micro_batches: int, dtype: str, stage: int, given: Path | None = None
+) -> dict[str, Any]:
     """Return DeepSpeed's configuration: what the config says, and the file `given` on top of what the config leaves open.
 
     Raises:
         ConfigError: a file that cannot be read, or that contradicts the config; the message names both keys.
     """
     ours = {
-        "train_micro_batch_size_per_gpu": config.micro_batch,
-        "gradient_accumulation_steps": config.data.batch_size // config.micro_batch,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": micro_batches,
         "zero_optimization": {"stage": stage},
-        "torch_autocast": {"enabled": config.runtime.dtype == "bf16", "dtype": "bfloat16"},
+        "torch_autocast": {"enabled": dtype == "bf16", "dtype": "bfloat16"},
     }
     ours["torch_autocast"]["lower_precision_safe_modules"] = []  # which would reduce gradients in bf16
     defaults = {

@@ -1,9 +1,10 @@
 """The plain engine: torch's AdamW on one process, or on several with DistributedDataParallel."""
 
+from collections.abc import Mapping
 from inspect import signature
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
@@ -37,7 +38,8 @@ class PlainEngine:
         self.network = jepa if world == 1 else DistributedDataParallel(jepa, gradient_as_bucket_view=True, **fixed)
         self._count(0)
 
-    shards = False  # whether ranks share the state
+    def shards(self, average: Average, networks: Mapping[str, nn.Module]) -> None:
+        """Return None: every rank has the whole state."""
 
     def follow(self, target_encoder: Encoder) -> Average:
         """Return the average that follows the encoder; it starts as `target_encoder`, which holds it.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastjepa.engine.adamw import apply_schedule, build_adamw
 from fastjepa.engine.average import ShardedAverage
 from fastjepa.engine.schedule import StepSettings
+from fastjepa.engine.shards import Shards
 from fastjepa.errors import ConfigError
 from fastjepa.masks.packed import Blocks, Packed
 from fastjepa.model.jepa import Jepa
@@ -50,7 +51,9 @@ class ZeroEngine:
                 self.optimizer.state[flat] = {"step": torch.zeros((), device=flat.device), "exp_avg": torch.zeros_like(flat),
                                               "exp_avg_sq": torch.zeros_like(flat)}  # fmt: skip
 
-    shards = True  # whether ranks share the state
+    def shards(self, average: ShardedAverage, networks: Mapping[str, nn.Module]) -> Shards:
+        """Return this rank's part of the state, as checkpoints see it."""
+        return Shards(self, average, networks)
 
     def follow(self, target_encoder: Encoder) -> ShardedAverage:
         """Return the average that follows the encoder's fp32 masters, sharded as they are; it starts as `target_encoder`."""

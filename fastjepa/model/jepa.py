@@ -10,6 +10,8 @@ from fastjepa.masks.packed import Blocks, Packed
 from fastjepa.model.predictor import Predictor
 from fastjepa.model.vit import Encoder
 
+NETWORKS = ("encoder", "predictor", "target_encoder")  # of a run, as checkpoints name them
+
 
 class Jepa(nn.Module):
     """Pair that is trained: the context encoder and the predictor."""

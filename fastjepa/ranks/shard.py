@@ -4,7 +4,7 @@ Shards are cut from the flattened tensor. A weight of shape (2, 5) whose 10 elem
 is Piece(tensor of 6 elements, start 0, shape (2, 5)) on rank 0 and Piece(tensor of 4, start 6, shape (2, 5)) on rank 1.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -49,3 +49,8 @@ class Piece(NamedTuple):
 def element_count(shape: Iterable[int]) -> int:
     """Return how many elements a tensor of this shape has; 1 for ()."""
     return torch.Size(shape).numel()
+
+
+def forms_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorForm]:
+    """Return the dtype and shape of each tensor."""
+    return {name: Piece.all_of(tensor).form for name, tensor in tensors.items()}

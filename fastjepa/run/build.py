@@ -9,7 +9,7 @@ import torch
 
 import fastjepa_kernels
 from fastjepa.checkpoint.restore import restore_checkpoint
-from fastjepa.checkpoint.state import Shards, TrainState
+from fastjepa.checkpoint.state import TrainState
 from fastjepa.config.schema import Config
 from fastjepa.data.sources import Source, open_source
 from fastjepa.engine.average import Average, ShardedAverage
@@ -65,8 +65,7 @@ def build_run(config: Config, output: Path, resume: str, init: Path | None, deep
     engine = build_engine(jepa, config, world, stage, deepspeed_config)
     average = engine.follow(target_encoder)
     networks = {"encoder": jepa.encoder, "predictor": jepa.predictor, "target_encoder": target_encoder}
-    shards = Shards(engine, average, networks) if engine.shards else None
-    state = TrainState(0, networks, engine.optimizer, record=about, shards=shards)
+    state = TrainState(0, networks, engine.optimizer, record=about, shards=engine.shards(average, networks))
     if found:
         restore_checkpoint(found, state)
     notes += reason + run_warnings(config, world.device)

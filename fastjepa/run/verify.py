@@ -10,7 +10,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fastjepa.checkpoint.state import NETWORKS
 from fastjepa.config.load import config_from_dict
 from fastjepa.config.schema import Config
 from fastjepa.engine.average import Average
@@ -20,7 +19,7 @@ from fastjepa.errors import UserError
 from fastjepa.loader.batch import Batch
 from fastjepa.loss.jepa_loss import jepa_loss
 from fastjepa.masks.pack import pack
-from fastjepa.model.jepa import build_pair
+from fastjepa.model.jepa import NETWORKS, build_pair
 from fastjepa.model.vit import Encoder
 from fastjepa.run.step import Step
 

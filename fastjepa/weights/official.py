@@ -19,13 +19,14 @@ from fastjepa.checkpoint.directory import find_checkpoint, verify_checkpoint
 from fastjepa.checkpoint.restore import load_networks
 from fastjepa.checkpoint.save import save_checkpoint
 from fastjepa.checkpoint.shard_files import StoredGroup
-from fastjepa.checkpoint.state import MOMENTS, NETWORKS, OPTIMIZER, TrainState, read_state
+from fastjepa.checkpoint.state import TrainState, read_state
 from fastjepa.config.load import config_from_dict, load_config
 from fastjepa.config.schema import Config
-from fastjepa.engine.adamw import build_adamw
+from fastjepa.engine.adamw import MOMENTS, build_adamw
 from fastjepa.engine.schedule import Schedule
+from fastjepa.engine.shards import OPTIMIZER
 from fastjepa.errors import CheckpointError, UserError
-from fastjepa.model.jepa import build_pair
+from fastjepa.model.jepa import NETWORKS, build_pair
 from fastjepa.weights.pretrained import EncoderForm
 
 MODULE_PREFIX = "module."

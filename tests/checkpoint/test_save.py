@@ -20,8 +20,9 @@ from fastjepa.checkpoint import save
 from fastjepa.checkpoint.directory import complete_checkpoints, find_checkpoint, latest_checkpoint, verify_checkpoint
 from fastjepa.checkpoint.restore import load_networks, restore_checkpoint
 from fastjepa.checkpoint.save import save_checkpoint
-from fastjepa.checkpoint.state import NETWORKS, TrainState, read_state, record_differences
+from fastjepa.checkpoint.state import TrainState, read_state, record_differences
 from fastjepa.errors import CheckpointError, UserError
+from fastjepa.model.jepa import NETWORKS
 from tests.support import ranks
 
 

@@ -238,9 +238,8 @@ def test_stored_reads_any_range_of_pieces(tmp_path):
 def test_a_deepspeed_file_that_contradicts_the_config_is_refused(tmp_path, given, message):
     file = tmp_path / "ds.json"
     file.write_text(json.dumps(given))
-    settings = config_from_dict(TINY | {"runtime": {"dtype": "fp32", "micro_batch": 4}})
     with pytest.raises(ConfigError, match=message):
-        deepspeed_settings(settings, 2, file)
+        deepspeed_settings(4, 2, "fp32", 2, file)
 
 
 def test_a_deepspeed_file_decides_what_the_config_leaves_open(tmp_path):
@@ -248,13 +247,13 @@ def test_a_deepspeed_file_decides_what_the_config_leaves_open(tmp_path):
     file.write_text(
         '{"zero_optimization": {"stage": "auto", "overlap_comm": true, "reduce_bucket_size": 5}, "dump_state": true}'
     )
-    settings = deepspeed_settings(config_from_dict(TINY), 2, file)
+    settings = deepspeed_settings(8, 1, "fp32", 2, file)
     zero = settings["zero_optimization"]
     assert (zero["stage"], zero["overlap_comm"], zero["reduce_bucket_size"]) == (2, True, 5)
     assert settings["dump_state"] is True and zero["allgather_bucket_size"] == BUCKET_ELEMENTS
     file.write_text("{")
     with pytest.raises(ConfigError, match="not a readable DeepSpeed configuration"):
-        deepspeed_settings(config_from_dict(TINY), 2, file)
+        deepspeed_settings(8, 1, "fp32", 2, file)
 
 
 def test_engines_refuse_what_cannot_be(tmp_path):
