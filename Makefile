@@ -54,7 +54,7 @@ test-long: $(VENV)/dev.stamp ## the long tests: leaks, NVMe, wheels, ViT-H, ever
 gpu-check: ## the kernels on a card: tests, compiled and graph paths, benches (any PYTHON with torch; under 10 minutes)
 	PYTHONPATH=kernels:. $(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
-bench: $(VENV)/dev.stamp ## time ops, EMA, step and data, and save the result of this machine (ARGS='-k "not compiled"', '--toy')
+bench: $(VENV)/dev.stamp ## time the ops, and save the result of this machine (ARGS='-k "not compiled"', '--toy')
 	@mkdir -p $(BENCH_STORE)
 	$(BIN)/python -m pytest $(BENCHES) --benchmark-storage=file://$(BENCH_STORE) --benchmark-autosave \
 		--benchmark-json=$(BENCH_STORE)/bench.json $(ARGS)
