@@ -203,8 +203,9 @@ SYNTHETIC = """
 import sys
 import numpy as np
 import torch
-from fastjepa import model, official
-from fastjepa.config import Config, DataConfig, MaskConfig, MetaConfig
+from fastjepa.config.schema import Config, DataConfig, MaskConfig, MetaConfig
+from fastjepa.model.jepa import build_pair
+from fastjepa.weights.official import optimizer_order, write_official
 
 class Sparse:
     "A file in which zeros are holes."
@@ -219,11 +220,11 @@ class Sparse:
 
 meta = MetaConfig(model_name="vit_huge", pred_depth=12, pred_emb_dim=384)
 with torch.device("meta"):
-    jepa, target = model.build(Config(DataConfig(crop_size=224), MaskConfig(patch_size=14), meta))
+    jepa, target = build_pair(Config(DataConfig(crop_size=224), MaskConfig(patch_size=14), meta))
 parts = {"encoder": jepa.encoder, "predictor": jepa.predictor, "target_encoder": target}
 networks = {name: {k: torch.zeros(t.shape) for k, t in network.state_dict().items()} for name, network in parts.items()}
 networks["target_encoder"]["norm.weight"] += 1
-groups = official.positions(networks, with_fixed=True)
+groups = optimizer_order(networks, with_fixed=True)
 entries, number = {}, 0
 for name in sum(groups, []):
     network, _, key = name.partition(".")
@@ -232,13 +233,13 @@ for name in sum(groups, []):
     number += 1
 ids = iter(range(number))
 opt = {"state": entries, "param_groups": [{"params": [next(ids) for _ in names]} for names in groups]}
-official.write(Sparse(sys.argv[1]), networks | {"opt": opt, "scaler": None, "epoch": 300})
+write_official(Sparse(sys.argv[1]), networks | {"opt": opt, "scaler": None, "epoch": 300})
 """
 
 MEASURED = """
 import resource, sys
-from fastjepa import cli
-assert cli.main(["convert", *sys.argv[1:]]) == 0
+from fastjepa.cli.main import main
+assert main(["convert", *sys.argv[1:]]) == 0
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 

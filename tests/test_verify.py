@@ -54,7 +54,7 @@ def test_a_difference_is_found_where_it_is(tmp_path, tensor, quantity):
 @pytest.mark.parametrize(
     ("module", "name", "fault", "quantity"),
     [
-        (schedule, "cosine", lambda start, end, progress: start, "schedule"),
+        (schedule, "cosine_between", lambda start, end, progress: start, "schedule"),
         (Average, "update", lambda *args: None, "final_weights"),
         (F, "smooth_l1_loss", F.l1_loss, "loss"),
     ],
