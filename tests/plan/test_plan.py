@@ -198,7 +198,7 @@ def saved(c: Config) -> tuple[int, RowCounts]:
 
 
 def shallow(c: Config, count: RowCounts) -> int:
-    """What checkpointing keeps in a forward: all but the block that the backward makes anew."""
+    """Return the bytes that checkpointing keeps in a forward: all but the block that the backward makes anew."""
     blocks = blocks_bytes(c, count)
     return activation_bytes(c, count).checkpointed - max(inside - kept for kept, inside in blocks)
 

@@ -43,7 +43,7 @@ def start(*command: object, **variables: str) -> subprocess.Popen:
 
 
 def end(process: subprocess.Popen, seconds: float = 240) -> str:
-    """What it said, when it has ended."""
+    """Return what it said, when it has ended."""
     try:
         return process.communicate(timeout=seconds)[0]
     finally:
