@@ -20,12 +20,13 @@ from fastjepa.config.load import config_from_dict
 from fastjepa.config.schema import Config
 from fastjepa.engine.build import build_engine
 from fastjepa.engine.plain import PlainEngine
+from fastjepa.engine.precision import COMPUTE_DTYPES
 from fastjepa.engine.schedule import Schedule
 from fastjepa.engine.zero import ZeroEngine
 from fastjepa.errors import ConfigError
 from fastjepa.ranks.collectives import barrier, gather_objects
 from fastjepa.ranks.world import join_world, leave_world
-from fastjepa.run.build import apply_process_settings, build_networks
+from fastjepa.run.build import apply_process_settings, build_networks, build_objective
 from fastjepa.run.step import Step
 
 STEPS, WARMUP = 3, 1  # of each start
@@ -92,7 +93,8 @@ def measure_rank(config: Config) -> dict | None:
     running = build_engine(jepa, config, world, config.runtime.zero)
     average = TimedAverage(running.follow(target_encoder), world.device)
     batches = [batch.to(world.device) for batch in Work.draw(config, world.device, world.rank).packed(config)]
-    take_step = Step(running, average, config)
+    objective = build_objective(config, running, world)
+    take_step = Step(running, average, objective, COMPUTE_DTYPES[config.runtime.dtype])
     now, ms = Schedule(config.optimization, STEPS_PER_EPOCH)(0), []
     for _ in range(WARMUP + STEPS):
         barrier()

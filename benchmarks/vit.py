@@ -109,6 +109,6 @@ class MethodStep:
         return loss.detach()
 
     def loss(self, number: int) -> Tensor:
-        with autocast_of(self.config.runtime.dtype, self.device):
+        with autocast_of(COMPUTE_DTYPES[self.config.runtime.dtype], self.device):
             outputs = self.method(*self.batches[number % len(self.batches)])
         return self.method.loss(*outputs)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fastjepa.config.schema import Config
 from fastjepa.engine.plain import PlainEngine
+from fastjepa.engine.precision import COMPUTE_DTYPES
 from fastjepa.engine.schedule import Schedule
 from fastjepa.loader.batch import Batch
-from fastjepa.loss.regularizers import build_regularizer
 from fastjepa.masks.check import check_masks
 from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.pack import pack
@@ -19,7 +19,7 @@ from fastjepa.masks.packings import packing_of
 from fastjepa.masks.padding import padding_budget
 from fastjepa.plan.flops import flops_of_packed
 from fastjepa.ranks.world import join_world
-from fastjepa.run.build import apply_process_settings, build_networks, build_runs
+from fastjepa.run.build import apply_process_settings, build_networks, build_objective, build_runs
 from fastjepa.run.step import Step
 
 STEPS_PER_EPOCH = 1000  # of the schedules here; only their pace depends on it
@@ -74,8 +74,9 @@ class TrainerStep:
         pieces, static = config.data.batch_size // config.micro_batch, config.runtime.cuda_graph
         self.engine = PlainEngine(self.jepa, micro_batches=pieces, static_gradients=static)
         self.average = self.engine.follow(self.target_encoder)
-        regularizer = build_regularizer(config.loss, config.runtime.seed, pieces, join_world(config.runtime.device))
-        self.step = Step(self.engine, self.average, config, regularizer, build_runs(config, self.engine))
+        objective = build_objective(config, self.engine, join_world(config.runtime.device))
+        dtype = COMPUTE_DTYPES[config.runtime.dtype]
+        self.step = Step(self.engine, self.average, objective, dtype, build_runs(config, self.engine))
         self.now = Schedule(config.optimization, STEPS_PER_EPOCH)(0)
 
     def take(self, batches: Iterable[Batch]) -> Tensor:

@@ -16,26 +16,22 @@ if __name__ == "__main__":
 import signal
 
 import torch
-from torch import Tensor
 
 from fastjepa.checkpoint.directory import latest_checkpoint
 from fastjepa.checkpoint.save import save_checkpoint
 from fastjepa.config.schema import Config, LoggingConfig
-from fastjepa.engine.precision import autocast_of
+from fastjepa.engine.precision import COMPUTE_DTYPES, autocast_of
 from fastjepa.engine.schedule import Schedule
 from fastjepa.engine.tally import StepTally
 from fastjepa.errors import RunError
-from fastjepa.loader.batch import Batch
 from fastjepa.loader.loader import Loader
-from fastjepa.loss.jepa_loss import NORMALIZATIONS, jepa_loss
-from fastjepa.loss.regularizers import build_regularizer
-from fastjepa.loss.targets import TARGETS
+from fastjepa.loss.jepa_loss import jepa_loss
 from fastjepa.monitoring.run_log import RunLog
 from fastjepa.monitoring.skips import Skips
 from fastjepa.ranks.collectives import union_of_names
 from fastjepa.ranks.heartbeat import Heartbeat
 from fastjepa.ranks.world import leave_world
-from fastjepa.run.build import build_run, build_runs
+from fastjepa.run.build import Run, build_run, build_runs
 from fastjepa.run.stop import Stop
 
 
@@ -47,76 +43,64 @@ def train(
     init: Path | None = None,
     deepspeed_config: Path | None = None,
 ) -> Path:
-    """Pretrain until the schedule ends, `max_steps` optimizer steps have been taken in all, or a signal asks to stop.
+    """Pretrain until the schedule ends, `max_steps` steps are taken in all, or a signal asks to stop; return the checkpoint.
 
     Args:
         output: the run directory: config, versions, metrics and checkpoints.
         resume: auto (from the latest checkpoint, if any), must, or never (earlier checkpoints are moved aside).
         init: weights to start from when nothing is resumed.
         deepspeed_config: a JSON file of what DeepSpeed shall do beyond what the config says.
-
-    Returns:
-        The run's latest checkpoint.
     """
     run = build_run(config, output, resume, init, deepspeed_config)
-    config, world, engine, average, state = run.config, run.world, run.engine, run.average, run.state
+    config, world, engine, average, state, objective = (
+        run.config, run.world, run.engine, run.average, run.state, run.objective
+    )  # fmt: skip
     schedule = Schedule(config.optimization, len(run.source) // (config.data.batch_size * world.size))
     last = min(schedule.total_steps, max_steps or schedule.total_steps)
     every = config.logging.checkpoint_every or schedule.steps_per_epoch
     skips = Skips(world.device, state.skipped, state.skipped_in_row, state.step)
-    # The variant of the objective, chosen once.
-    targets, normalization = TARGETS[config.loss.target], NORMALIZATIONS[config.loss.normalize]
-    regularizer = build_regularizer(config.loss, config.runtime.seed, config.data.batch_size // config.micro_batch, world)
-    # How the body of the inner loop is run: for every micro-batch, or as one CUDA graph that is replayed.
-    runs = build_runs(config, engine)
-
-    def context_features(batch: Batch) -> Tensor:
-        """Return the context features (T, D) of a micro-batch, without gradient."""
-        with autocast_of(config.runtime.dtype, world.device):
-            return engine.features(batch.images, batch.context, batch.blocks)
-
-    def save() -> Path:
-        """Write a checkpoint; every rank takes part."""
-        state.skipped, state.skipped_in_row, _ = skips.sync()
-        state.bad_files = union_of_names(loader.bad)
-        with log.pause():
-            return save_checkpoint(output / "checkpoints", state, config.logging.write_tag, config.logging.keep_last)
-
+    dtype, runs = COMPUTE_DTYPES[config.runtime.dtype], build_runs(config, engine)  # eager runs, or a CUDA graph of the body
     with (
         Loader(config, run.source, world, state.step, max(last, state.step)) as loader,
         RunLog(config, output, world, schedule, state.step) as log,
         Stop() as stop,
         Heartbeat(world, config.runtime.timeout, state.step) as heart,
     ):
-        log.watch(run.source, average)
+        log.begin(run.source, average, run.notes)
         loader.bad.update(state.bad_files)
-        for note in run.notes:
-            log.message(note)
         while state.step < last and not stop.agreed():
             now, tally = schedule(state.step), StepTally()  # lr, weight decay and EMA momentum: functions of the step
-            batches = regularizer.surveyed(heart.batches(loader.micro_batches(state.step)), now.step, context_features)
+            batches = objective.regularizer.surveyed(heart.batches(loader.micro_batches(state.step)), now.step)
             for batch in runs.over(batches, tally):  # images (b, C, H, W), packed context and target blocks
-                with autocast_of(config.runtime.dtype, world.device):
+                with autocast_of(dtype, world.device):
                     with torch.no_grad():
-                        target = targets(average.target_encoder, batch)  # the upper branch of the paper's figure
+                        target = objective.targets(average.target_encoder, batch)  # the upper branch of the paper's figure
                     prediction, context = engine(batch.images, batch.context, batch.blocks)  # the lower branch
-                    loss = jepa_loss(prediction, target, batch.blocks, config.loss.kind, normalization)
-                engine.backward(loss + regularizer(context, batch.context))
-                tally.note(loss, targets.watched(target, context))
+                    loss = jepa_loss(prediction, target, batch.blocks, objective.distance, objective.normalization)
+                engine.backward(loss + objective.regularizer(context, batch.context))
+                tally.note(loss, objective.targets.watched(target, context))
             finite = engine.step(now)  # on the device: a step that is not finite changes no weight, moment or average
             average.update(now.ema_momentum, finite)
             skips.update(finite)
             state.step += 1
             heart.finished(state.step)
-            log.record(state.step, tally, now, skips, regularizer.logged() | runs.logged())
+            log.record(state.step, tally, now, skips, objective.regularizer.logged() | runs.logged())
             if skips.poll()[1] >= config.runtime.max_skipped:
                 raise RunError(too_many_skips(state.step, config.runtime.max_skipped, output, config.logging))
             if state.step % every == 0 and state.step < last:
-                save()
-        saved = save()
+                save(run, output, loader, skips, log)
+        saved = save(run, output, loader, skips, log)
         log.message(farewell(state.step, schedule.total_steps, stop.received, saved))
     leave_world()
     return saved
+
+
+def save(run: Run, output: Path, loader: Loader, skips: Skips, log: RunLog) -> Path:
+    """Write a checkpoint; every rank takes part."""
+    run.state.skipped, run.state.skipped_in_row, _ = skips.sync()
+    run.state.bad_files = union_of_names(loader.bad)
+    with log.pause():
+        return save_checkpoint(output / "checkpoints", run.state, run.config.logging.write_tag, run.config.logging.keep_last)
 
 
 def too_many_skips(step: int, most: int, output: Path, logging: LoggingConfig) -> str:

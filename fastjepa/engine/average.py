@@ -37,7 +37,8 @@ class FollowedAverage:
         self.target_encoder = target_encoder
 
     def update(self, momentum: float, finite: Tensor) -> None:
-        """Do nothing: the step that has just been taken moved the average, with the same momentum and flag."""
+        """Return at once: the step that has just been taken moved the average, with the same momentum and flag."""
+        return None
 
 
 class ShardedAverage:

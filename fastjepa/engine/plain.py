@@ -40,6 +40,7 @@ class PlainEngine:
 
     def shards(self, average: Average, networks: Mapping[str, nn.Module]) -> None:
         """Return None: every rank has the whole state."""
+        return None
 
     def follow(self, target_encoder: Encoder) -> Average:
         """Return the average that follows the encoder; it starts as `target_encoder`, which holds it.

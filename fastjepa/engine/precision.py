@@ -22,6 +22,6 @@ def has_bf16(device: torch.device) -> bool:
     return any(found for name, found in torch.cpu.get_capabilities().items() if "bf16" in name)
 
 
-def autocast_of(dtype: str, device: torch.device) -> torch.autocast:
-    """Return the autocast of a run that computes in `dtype`: bf16 for matrix products, or none."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=COMPUTE_DTYPES[dtype] == torch.bfloat16)
+def autocast_of(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """Return the autocast that computes matrix products in bf16, where that is the dtype, or leaves all in fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)

@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fastjepa.engine.precision import autocast_of
 from fastjepa.errors import UserError
 from fastjepa.evals.images import EvalImages, MeanStd, normalise_pixels
 from fastjepa.evals.scoring import Features
@@ -36,7 +37,7 @@ def extract_features(
     check_encoder_input(encoder, images.size, images.channels)
     encoder, device, found = encoder.to(device), torch.device(device), []
     use_attention(encoder, choose_attention("auto", device, dtype))
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with torch.inference_mode(), autocast_of(dtype, device):
         for pixels in images.batches(FORWARD_BATCH):
             found.append(pooled_features(encoder, normalise_pixels(pixels.to(device), mean_std), layers).cpu())
     features = Features(torch.cat(found), images.labels())

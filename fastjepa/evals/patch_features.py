@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastjepa.data.prepare.processes import console
+from fastjepa.engine.precision import autocast_of
 from fastjepa.evals.images import EvalImages, normalise_pixels, watched
 from fastjepa.evals.inputs import Split, Subject
 from fastjepa.files import atomic_path
@@ -47,9 +48,8 @@ def streamed_features(subject: Subject, encoder: nn.Module, split: Split) -> Pat
 
     def read(rows: Tensor, size: int, about: str) -> Iterator[Tensor]:
         images = EvalImages(split.source, subject.size, channels, split.rows[rows.numpy()])
-        low = subject.dtype == torch.bfloat16
         for pixels in images.batches(size, about=about):
-            with torch.inference_mode(), torch.autocast(subject.device.type, torch.bfloat16, enabled=low):
+            with torch.inference_mode(), autocast_of(subject.dtype, subject.device):
                 patches = encoder.features(normalise_pixels(pixels.to(subject.device), subject.config.mean_std)).bfloat16()
             yield patches.clone()  # outside of inference mode: a probe learns from it
 

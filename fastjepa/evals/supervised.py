@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastjepa.engine.precision import autocast_of
 from fastjepa.errors import UserError
 from fastjepa.evals.scoring import PROBE_DRAW, Labelled, Result, choose_setting, score_predictions
 from fastjepa.files import write_atomic
@@ -83,7 +84,7 @@ def fit_epochs(task: SupervisedTask, rows: Tensor, lr: float, seed: int, state: 
             progress = (epoch * steps + number) / (task.epochs * steps)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * 0.5 * (1 + math.cos(math.pi * progress))
-            with torch.autocast(device.type, torch.bfloat16, enabled=task.dtype == torch.bfloat16):
+            with autocast_of(task.dtype, device):
                 logits = classifier(inputs)
             loss = nn.functional.cross_entropy(logits.float(), classes[number], label_smoothing=task.label_smoothing)
             optimizer.zero_grad()
@@ -100,7 +101,7 @@ def supervised_classify(classifier: nn.Module, inputs: Iterable[Tensor], dtype: 
     """Return the classes (n,) int64 of all inputs, on the host."""
     device, found = next(classifier.parameters()).device, []
     for block in inputs:
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with autocast_of(dtype, device):
             found.append(classifier(block).argmax(dim=1).cpu())
     return torch.cat(found)
 

@@ -67,8 +67,8 @@ def _sigreg(config: LossConfig, seed: int) -> RegularizerTerm:
 class NoRegularizer:
     """No term: what stands in the loop where `loss.regularizer` is none."""
 
-    def surveyed(self, batches: Iterable[Batch], step: int, features: Callable[[Batch], Tensor]) -> Iterable[Batch]:
-        """Return the micro-batches of a step; `features` computes the context features of one, without gradient."""
+    def surveyed(self, batches: Iterable[Batch], step: int) -> Iterable[Batch]:
+        """Return the micro-batches of a step, after a look at them where the term spans all of them."""
         return batches
 
     def __call__(self, context: Tensor, sequences: Packed) -> Tensor | float:
@@ -88,16 +88,19 @@ class BatchRegularizer(NoRegularizer):
     micro-batch 1 of rank 1 owns the rows 24 to 31 of the 32.
     """
 
-    def __init__(self, term: RegularizerTerm, pieces: int, world: World, gather: Callable[[Tensor], Tensor] = all_gather):
+    def __init__(self, term: RegularizerTerm, pieces: int, world: World, features: Callable[[Batch], Tensor] | None = None,
+                 gather: Callable[[Tensor], Tensor] = all_gather):  # fmt: skip
+        """Make it for `pieces` micro-batches a step; `features` computes the context features of one, without gradient."""
         self.term, self.pieces, self.rank, self.ranks, self.gather = term, pieces, world.rank, world.size, gather
+        self.features = features
         self.pooled, self.piece, self.step = None, 0, 0
         self.value = 0.0  # the term of the last batch, for the log
 
-    def surveyed(self, batches: Iterable[Batch], step: int, features: Callable[[Batch], Tensor]) -> Iterable[Batch]:
+    def surveyed(self, batches: Iterable[Batch], step: int) -> Iterable[Batch]:
         self.step = step
         if self.pieces > 1:  # a first pass, without gradient, over all of this rank's micro-batches
             batches = list(batches)
-            self.survey([pool_sequences(features(batch), batch.context) for batch in batches])
+            self.survey([pool_sequences(self.features(batch), batch.context) for batch in batches])
         return batches
 
     def survey(self, pooled: list[Tensor]) -> None:
@@ -117,9 +120,3 @@ class BatchRegularizer(NoRegularizer):
 
     def logged(self) -> dict[str, Tensor]:
         return {"regularizer": self.value}
-
-
-def build_regularizer(config: LossConfig, seed: int, pieces: int, world: World) -> NoRegularizer:
-    """Return the regularizer that the config asks for, over `pieces` micro-batches a step."""
-    term = regularizer_term(config, seed)
-    return BatchRegularizer(term, pieces, world) if term else NoRegularizer()

@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -15,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 from torch import Tensor
 
+from fastjepa.files import write_atomic
 from fastjepa.monitoring.machine import memory_gib
 
 
@@ -185,10 +185,5 @@ def _cut_after(file: Path, last: int) -> list[dict[str, Any]]:
                 kept.append(line)
                 entries.append(entry)
     if len(kept) < len(lines):
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        with temporary.open("w") as stream:
-            stream.writelines(kept)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
+        write_atomic(file, "".join(kept))
     return entries

@@ -19,7 +19,7 @@ from fastjepa.config.schema import Config
 from fastjepa.data.crops import CROP_TRIES, crop_box, crop_image, fit_to
 from fastjepa.data.decode_pillow import DecodeError, decode_image
 from fastjepa.data.sources import Source, open_source
-from fastjepa.engine.precision import autocast_of
+from fastjepa.engine.precision import COMPUTE_DTYPES, autocast_of
 from fastjepa.engine.schedule import Schedule, StepSettings
 from fastjepa.errors import UserError
 from fastjepa.evals.collapse import effective_rank, feature_std, lidar
@@ -67,7 +67,7 @@ class Probe:
 def encode_images(encoder: nn.Module, images: Tensor, config: Config, device: torch.device) -> Tensor:
     """Map (b, C, H, W) uint8 to (b, D) fp32 on the device: the mean over patches, computed in the run's own dtype."""
     pooled = [torch.empty(0, config.encoder_shape[0], device=device)]
-    with autocast_of(config.runtime.dtype, device):
+    with autocast_of(COMPUTE_DTYPES[config.runtime.dtype], device):
         for block in images.split(config.micro_batch) if len(images) else ():
             # Not through __call__: a compiled network would be compiled once more for images without masks.
             rows = encoder.forward(block.to(device))

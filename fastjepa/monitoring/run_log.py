@@ -29,8 +29,10 @@ class RunLog(Log):
         super().__init__(output if world.is_main else None, schedule.total_steps, config.logging.every, peak, start_step)
         self.config, self.monitor = config, None
 
-    def watch(self, source: Source, average: Average) -> None:
-        """Take readings of the target encoder from now on, and tell of collapse."""
+    def begin(self, source: Source, average: Average, notes: list[str]) -> None:
+        """Tell the notes, and take readings of the target encoder from now on, which tell of collapse."""
+        for note in notes:
+            self.message(note)
         self.monitor = Monitor(self.config, source, average.target_encoder, self.schedule, self.kept, self.peak.flops_per_image)
 
     def record(self, step: int, tally: StepTally, now: StepSettings, skips: Skips, extras: dict[str, float | Tensor]) -> None:

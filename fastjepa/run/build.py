@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 import fastjepa_kernels
 from fastjepa.checkpoint.restore import restore_checkpoint
@@ -16,10 +17,13 @@ from fastjepa.engine.average import Average, ShardedAverage
 from fastjepa.engine.build import build_engine
 from fastjepa.engine.cuda_graph import CudaGraph, EagerRuns, check_cuda_graph
 from fastjepa.engine.plain import PlainEngine
-from fastjepa.engine.precision import COMPUTE_DTYPES, EMULATED_BF16, has_bf16, settle_dtype
+from fastjepa.engine.precision import COMPUTE_DTYPES, EMULATED_BF16, autocast_of, has_bf16, settle_dtype
 from fastjepa.engine.zero import ZeroEngine
 from fastjepa.errors import ConfigError
+from fastjepa.loader.batch import Batch
 from fastjepa.loader.loader import check_loader
+from fastjepa.loss.objective import Objective, choose_objective
+from fastjepa.loss.regularizers import BatchRegularizer, NoRegularizer, regularizer_term
 from fastjepa.masks.check import check_masks
 from fastjepa.masks.padding import padding_budget
 from fastjepa.model.fp8 import check_fp8, use_fp8
@@ -43,6 +47,7 @@ class Run(NamedTuple):
     engine: PlainEngine | ZeroEngine
     average: Average | ShardedAverage
     state: TrainState
+    objective: Objective
     notes: list[str]  # what to tell the user
 
 
@@ -69,7 +74,7 @@ def build_run(config: Config, output: Path, resume: str, init: Path | None, deep
     if found:
         restore_checkpoint(found, state)
     notes += reason + run_warnings(config, world.device)
-    return Run(config, world, source, engine, average, state, notes)
+    return Run(config, world, source, engine, average, state, build_objective(config, engine, world), notes)
 
 
 def zero_stage(config: Config, world: World) -> tuple[int, list[str]]:
@@ -128,6 +133,20 @@ def check_compute(config: Config, device: torch.device, ranks: int = 1) -> str:
     if config.runtime.target_fp8:
         check_fp8(device, config.runtime.dtype)
     return way
+
+
+def build_objective(config: Config, engine: PlainEngine | ZeroEngine, world: World) -> Objective:
+    """Return the objective; a regularizer looks at the whole batch with the engine's features, of every rank."""
+
+    def context_features(batch: Batch) -> Tensor:
+        """Return the context features (T, D) of a micro-batch, without gradient."""
+        with autocast_of(COMPUTE_DTYPES[config.runtime.dtype], world.device):
+            return engine.features(batch.images, batch.context, batch.blocks)
+
+    term = regularizer_term(config.loss, config.runtime.seed)
+    pieces = config.data.batch_size // config.micro_batch
+    regularizer = BatchRegularizer(term, pieces, world, context_features) if term else NoRegularizer()
+    return choose_objective(config.loss, regularizer)
 
 
 def build_runs(config: Config, engine: PlainEngine) -> EagerRuns:

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fastjepa.config.schema import Config
 from fastjepa.engine.average import Average
 from fastjepa.engine.cuda_graph import EagerRuns
 from fastjepa.engine.plain import PlainEngine
@@ -13,9 +12,8 @@ from fastjepa.engine.precision import autocast_of
 from fastjepa.engine.schedule import StepSettings
 from fastjepa.engine.tally import StepTally
 from fastjepa.loader.batch import Batch
-from fastjepa.loss.jepa_loss import NORMALIZATIONS, jepa_loss
-from fastjepa.loss.regularizers import NoRegularizer
-from fastjepa.loss.targets import TARGETS
+from fastjepa.loss.jepa_loss import jepa_loss
+from fastjepa.loss.objective import Objective
 
 
 class Step:
@@ -24,11 +22,10 @@ class Step:
     Call it with the micro-batches of a step and the schedule's values to get its tally and whether it was taken.
     """
 
-    def __init__(self, engine: PlainEngine, average: Average, config: Config, regularizer: NoRegularizer | None = None,
+    def __init__(self, engine: PlainEngine, average: Average, objective: Objective, dtype: torch.dtype = torch.float32,
                  runs: EagerRuns | None = None):  # fmt: skip
-        self.engine, self.average, self.config = engine, average, config
-        self.regularizer, self.runs = regularizer or NoRegularizer(), runs or EagerRuns()
-        self.targets, self.normalization = TARGETS[config.loss.target], NORMALIZATIONS[config.loss.normalize]
+        self.engine, self.average, self.objective, self.dtype = engine, average, objective, dtype
+        self.runs = runs or EagerRuns()
 
     def __call__(self, batches: Iterable[Batch], now: StepSettings) -> tuple[StepTally, Tensor]:
         tally = self.learn(batches, now)
@@ -38,19 +35,13 @@ class Step:
 
     def learn(self, batches: Iterable[Batch], now: StepSettings) -> StepTally:
         """Gather the gradients of the micro-batches of a step."""
-        tally = StepTally()
-        batches = self.regularizer.surveyed(batches, now.step, self.context_features)
-        for batch in self.runs.over(batches, tally):
-            with autocast_of(self.config.runtime.dtype, batch.images.device):
+        tally, objective = StepTally(), self.objective
+        for batch in self.runs.over(objective.regularizer.surveyed(batches, now.step), tally):
+            with autocast_of(self.dtype, batch.images.device):
                 with torch.no_grad():
-                    target = self.targets(self.average.target_encoder, batch)
+                    target = objective.targets(self.average.target_encoder, batch)
                 prediction, context = self.engine(batch.images, batch.context, batch.blocks)
-                loss = jepa_loss(prediction, target, batch.blocks, self.config.loss.kind, self.normalization)
-            self.engine.backward(loss + self.regularizer(context, batch.context))
-            tally.note(loss, self.targets.watched(target, context))
+                loss = jepa_loss(prediction, target, batch.blocks, objective.distance, objective.normalization)
+            self.engine.backward(loss + objective.regularizer(context, batch.context))
+            tally.note(loss, objective.targets.watched(target, context))
         return tally
-
-    def context_features(self, batch: Batch) -> Tensor:
-        """Return the context features (T, D) of a micro-batch, without gradient."""
-        with autocast_of(self.config.runtime.dtype, batch.images.device):
-            return self.engine.features(batch.images, batch.context, batch.blocks)

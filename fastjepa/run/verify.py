@@ -18,6 +18,8 @@ from fastjepa.engine.schedule import Schedule
 from fastjepa.errors import UserError
 from fastjepa.loader.batch import Batch
 from fastjepa.loss.jepa_loss import jepa_loss
+from fastjepa.loss.objective import choose_objective
+from fastjepa.loss.regularizers import NoRegularizer
 from fastjepa.masks.pack import pack
 from fastjepa.model.jepa import NETWORKS, build_pair
 from fastjepa.model.vit import Encoder
@@ -158,7 +160,7 @@ def trajectory_errors(reference: ReferenceFile) -> dict[str, float]:
     engine, target_encoder = restored_networks(reference)
     average = Average(target_encoder, engine.jepa.encoder)
     schedule = Schedule(reference.config.optimization, int(reference.meta["ipe"]))
-    take_step, losses, nows = Step(engine, average, reference.config), [], []
+    take_step, losses, nows = Step(engine, average, choose_objective(reference.config.loss, NoRegularizer())), [], []
     for step in range(int(reference.meta["steps"])):
         now = schedule(step)
         batch = reference_batch(reference[f"step{step}.images"], *reference.masks(step))

@@ -21,7 +21,7 @@ from fastjepa.config.load import load_config
 from fastjepa.config.schema import Config
 from fastjepa.data.sources import open_source
 from fastjepa.engine.adamw import apply_schedule, build_adamw
-from fastjepa.engine.precision import autocast_of, settle_dtype
+from fastjepa.engine.precision import COMPUTE_DTYPES, autocast_of, settle_dtype
 from fastjepa.engine.schedule import Schedule
 from fastjepa.errors import UserError
 from fastjepa.evals.images import normalise_pixels
@@ -120,7 +120,7 @@ def mae_step(encoder: Encoder, decoder: MaeDecoder, state: TrainState, batches: 
         torch.manual_seed(torch_seed(cfg.runtime.seed, MASK_STREAM, state.step))
         for images in batches:
             keep, masked = random_keep(len(images), cfg, images.device)
-            with autocast_of(cfg.runtime.dtype, images.device):
+            with autocast_of(COMPUTE_DTYPES[cfg.runtime.dtype], images.device):
                 value = mae_loss(encoder, decoder, images, keep, masked, cfg) / pieces
             value.backward()
             total += value.detach()

@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fastjepa.data.prepare.processes import console
-from fastjepa.engine.precision import has_bf16
+from fastjepa.engine.precision import autocast_of, has_bf16
 from fastjepa.engine.schedule import cosine_between
 from fastjepa.errors import UserError
 from fastjepa.evals.cache import weights_fingerprint
@@ -253,7 +253,7 @@ def diffusion_schedule(name: str):
 
 def decoder_autocast(device: torch.device) -> torch.autocast:
     """Compute in bf16 where the device has instructions for it."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
+    return autocast_of(torch.bfloat16 if has_bf16(device) else torch.float32, device)
 
 
 def reduced_images(images: Tensor, size: tuple[int, int]) -> Tensor:

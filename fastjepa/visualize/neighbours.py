@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
+from fastjepa.engine.precision import autocast_of
 from fastjepa.errors import UserError
 from fastjepa.evals.images import EvalImages, normalise_pixels
 from fastjepa.evals.inputs import Split, Subject
@@ -80,8 +81,7 @@ def prepared_network(subject: Subject, network: nn.Module) -> nn.Module:
 @contextmanager
 def frozen_compute(subject: Subject) -> Iterator[None]:
     """Compute without gradients, in the subject's dtype."""
-    low = subject.dtype == torch.bfloat16
-    with torch.inference_mode(), torch.autocast(subject.device.type, torch.bfloat16, enabled=low):
+    with torch.inference_mode(), autocast_of(subject.dtype, subject.device):
         yield
 
 

@@ -13,9 +13,8 @@ from fastjepa.engine.schedule import StepSettings
 from fastjepa.loader.batch import Batch
 from fastjepa.masks.pack import pack
 from fastjepa.model.jepa import build_pair
-from fastjepa.run.step import Step
 from tests.support.networks import perturbed, small
-from tests.support.steps import take_step
+from tests.support.steps import step_of, take_step
 
 NOW = StepSettings(lr=1e-3, weight_decay=0.1, ema_momentum=0.9)
 
@@ -72,7 +71,7 @@ def test_inductor_gives_the_eager_loss_and_gradients(fresh):
     results = []
     for compiled in (False, True):
         engine, average, config = contender(compiled)
-        tally = Step(engine, average, config).learn([batch], NOW)
+        tally = step_of(engine, average, config).learn([batch], NOW)
         results.append((tally.loss, tally.features, copy.copy([p.grad for p in engine.parameters])))
     (loss, target, gradients), (fused_loss, fused_target, fused) = results
     torch.testing.assert_close(fused_loss, loss, rtol=1e-5, atol=1e-6)

@@ -20,10 +20,9 @@ from fastjepa.masks.packed import PackedSize
 from fastjepa.masks.padding import drawn_sizes, padding_budget
 from fastjepa.model.jepa import build_pair
 from fastjepa.run.build import build_networks, build_runs
-from fastjepa.run.step import Step
 from tests.support.networks import perturbed
 from tests.support.padding import configured
-from tests.support.steps import take_step
+from tests.support.steps import step_of, take_step
 
 STEPS, NOW = 20, StepSettings(1e-3, 0.1, 0.9)
 
@@ -50,7 +49,7 @@ def test_a_batch_over_the_budget_runs_without_and_is_counted():
     jepa, target_encoder = build_pair(config)
     engine, average = PlainEngine(jepa, static_gradients=True), Average(target_encoder, jepa.encoder)
     runs = build_runs(config, engine)
-    eager, graph = Step(engine, average, config), Step(engine, average, config, None, runs)
+    eager, graph = step_of(engine, average, config), step_of(engine, average, config, None, runs)
     room = padding_budget(config, 8)
     sizes = [PackedSize(*size) for size in drawn_sizes(config, 8, 8)[:STEPS].tolist()]
     over = [step for step, size in enumerate(sizes) if not room.holds(size)]
@@ -113,13 +112,13 @@ def test_captured_steps_are_the_eager_ones(pieces, dtype):
         target_encoder.load_state_dict(copy.deepcopy(jepa.encoder.state_dict()))
         engine = PlainEngine(jepa, micro_batches=pieces, static_gradients=captured)
         average = Average(target_encoder, jepa.encoder)
-        step_of, losses = Step(engine, average, ours, None, build_runs(ours, engine)), []
+        one_step, losses = step_of(engine, average, ours, None, build_runs(ours, engine)), []
         for step in range(STEPS):
             batches = drawn(config, step, pieces, "cuda")
             if step == 7:
                 batches[0].images.fill_(float("nan"))
-            losses.append(step_of(batches, StepSettings(1e-4 * step, 0.1, 0.9 + step / 400))[0].loss)
-        runs.append((torch.stack(losses), engine.parameters, list(target_encoder.parameters()), step_of.runs))
+            losses.append(one_step(batches, StepSettings(1e-4 * step, 0.1, 0.9 + step / 400))[0].loss)
+        runs.append((torch.stack(losses), engine.parameters, list(target_encoder.parameters()), one_step.runs))
     (eager, parameters, averages, _), (replayed, ours, our_averages, graph) = runs
     tolerance = 1e-4 if dtype == "fp32" else 2e-2
     torch.testing.assert_close(replayed, eager, rtol=tolerance, atol=tolerance, equal_nan=True)

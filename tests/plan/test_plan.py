@@ -19,7 +19,7 @@ from fastjepa.config.schema import Config, LossConfig
 from fastjepa.engine.adamw import build_adamw
 from fastjepa.engine.build import build_engine
 from fastjepa.engine.deepspeed_config import BUCKET_ELEMENTS
-from fastjepa.engine.precision import autocast_of
+from fastjepa.engine.precision import COMPUTE_DTYPES, autocast_of
 from fastjepa.engine.schedule import StepSettings
 from fastjepa.loss.jepa_loss import NORMALIZATIONS, jepa_loss
 from fastjepa.masks.draw import draw_masks
@@ -98,7 +98,7 @@ def report(count: int, stage: int, dtype: str) -> dict:
     average = network.follow(target_encoder)
     for step in range(2):
         for micro_batch in range(2):
-            with autocast_of(c.runtime.dtype, world.device):
+            with autocast_of(COMPUTE_DTYPES[c.runtime.dtype], world.device):
                 with torch.no_grad():
                     features = target_encoder(images, wanted=target)
                 prediction, seen = network(images, context, blocks)
@@ -190,7 +190,7 @@ def saved(c: Config) -> tuple[int, RowCounts]:
 
     images = torch.zeros(c.micro_batch, 3, *c.image_size, dtype=torch.uint8)
     with (
-        autocast_of(c.runtime.dtype, torch.device("cpu")),
+        autocast_of(COMPUTE_DTYPES[c.runtime.dtype], torch.device("cpu")),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
         jepa(images, packed[0], packed[2])

@@ -7,7 +7,6 @@ from fastjepa.config.load import load_config
 from fastjepa.data.sources import open_source
 from fastjepa.engine.schedule import Schedule
 from fastjepa.loader.loader import Loader
-from fastjepa.loss.regularizers import build_regularizer
 from fastjepa.run.build import build_run
 from fastjepa.run.step import Step
 from fastjepa.train import train
@@ -28,9 +27,7 @@ def test_steps_outside_the_loop_are_those_of_the_loop(toy_config, tmp_path, vari
 
     run = build_run(config, tmp_path / "apart", "auto", None, None)
     config, schedule = run.config, Schedule(run.config.optimization, len(run.source) // run.config.data.batch_size)
-    pieces = config.data.batch_size // config.micro_batch
-    regularizer = build_regularizer(config.loss, config.runtime.seed, pieces, run.world)
-    step = Step(run.engine, run.average, config, regularizer)
+    step = Step(run.engine, run.average, run.objective)
     with Loader(config, open_source(config.data), run.world, 0, 3) as loader:
         for number in range(3):
             assert step(loader.micro_batches(number), schedule(number))[1].item()
