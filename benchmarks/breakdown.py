@@ -26,7 +26,7 @@ from work import TrainerStep, mlp_shapes
 from fastjepa.config.schema import Config
 from fastjepa.data.sources import open_source
 from fastjepa.engine.precision import COMPUTE_DTYPES
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from fastjepa.loader.batch import Batch
 from fastjepa.loader.loader import Loader
 from fastjepa.plan.flops import flops_of_packed
@@ -102,9 +102,9 @@ class PartMarks:
 def refuse_whole_steps(config: Config) -> None:
     for key in ("compile", "cuda_graph"):
         if getattr(config.runtime, key):
-            raise ConfigError(f"--breakdown: such a step is one piece and has no parts; set runtime.{key}=false")
+            raise UserError(f"--breakdown: such a step is one piece and has no parts; set runtime.{key}=false")
     if config.loss.target == "pixels":
-        raise ConfigError("--breakdown: pixels need no target encoder, whose forward is a part here; set loss.target=output")
+        raise UserError("--breakdown: pixels need no target encoder, whose forward is a part here; set loss.target=output")
 
 
 def measure_parts(config: Config, rounds: int, trace: Path | None = None) -> list[dict]:

@@ -37,10 +37,10 @@ from fastjepa.config.schema import Config
 from fastjepa.data.decode_dali import dali_installed
 from fastjepa.data.decode_pillow import MAX_PIXELS
 from fastjepa.data.prepare.check_images import MEGA, judge_image
-from fastjepa.data.prepare.write_shards import write_shards
+from fastjepa.data.prepare.write_shards import ShardRequest, write_shards
 from fastjepa.data.sources import IdxPair, open_source
 from fastjepa.data.tar_shards import ENDINGS
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from fastjepa.loader.loader import Loader
 from fastjepa.ranks.world import World, join_world
 from fastjepa.run.build import apply_process_settings
@@ -77,7 +77,7 @@ def prepare_sets(data: str | None, images: int, shards: int, scratch: Path) -> S
         (sets.folder / "all" / f"{number:06d}{suffix if suffix in ENDINGS else '.jpg'}").write_bytes(raw)
     source = open_source(sets.folder)
     total = sum(path.stat().st_size for path in sets.folder.rglob("*.*"))
-    write_shards(source, sets.shards, {"path": data or "made", "split": "train"}, -(-total // shards))
+    write_shards(source, sets.shards, {"path": data or "made", "split": "train"}, ShardRequest(-(-total // shards)))
     origin = data or f"made here: {SIZE[0]}x{SIZE[1]} JPEGs of waves, edges and grain"
     sets.about.update(origin=origin, images=len(source), mean_bytes=round(total / len(source)))
     return sets
@@ -86,7 +86,7 @@ def prepare_sets(data: str | None, images: int, shards: int, scratch: Path) -> S
 def spaced_images(where: str, images: int) -> Iterator[tuple[str, bytes]]:
     source = open_source(where)
     if isinstance(source, IdxPair):
-        raise ConfigError(f"--data {where}: idx files need no decoding; give image files, shards or Parquet files")
+        raise UserError(f"--data {where}: idx files need no decoding; give image files, shards or Parquet files")
     for i in np.linspace(0, len(source) - 1, min(images, len(source))).astype(int).tolist():
         if isinstance(judge_image(source, i, MAX_PIXELS / MEGA), tuple):  # torchvision stops at a bad file
             yield source.name(i), source.read(i)
@@ -203,7 +203,7 @@ def measure_asked(options: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory(prefix="fastjepa-bench-") as scratch:
         sets = prepare_sets(options.data, options.images, 2 * max(2, *options.workers), Path(scratch))
         if sets.about["images"] < config.data.batch_size:
-            raise ConfigError(f"--images: {sets.about['images']} images are fewer than a batch of {config.data.batch_size}")
+            raise UserError(f"--images: {sets.about['images']} images are fewer than a batch of {config.data.batch_size}")
         rows = measure_loaders(entrants, config, sets, options, device)
     return {"rows": rows, "not_measured": gaps, "data": sets.about}
 

@@ -21,7 +21,7 @@ from fastjepa.config.schema import Config
 from fastjepa.data.crops import crop_image
 from fastjepa.data.decode_pillow import decode_image
 from fastjepa.data.sources import open_source
-from fastjepa.errors import CheckpointError, ConfigError
+from fastjepa.errors import CheckpointError, UserError
 from fastjepa.loader.micro_batches import MicroBatches
 from fastjepa.model.fp8 import use_fp8
 from fastjepa.model.jepa import build_pair
@@ -73,7 +73,7 @@ def load_target(encoder: Encoder, weights: Path) -> None:
     try:
         given = starting_networks(weights)
     except CheckpointError as error:
-        raise ConfigError(str(error)) from error
+        raise UserError(str(error)) from error
     encoder.load_state_dict(given.get("target_encoder") or given["encoder"])
 
 

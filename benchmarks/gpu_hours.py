@@ -33,7 +33,7 @@ from fastjepa.cli.options import positive_int, some_of
 from fastjepa.config.load import config_from_dict
 from fastjepa.config.schema import MODELS, Config
 from fastjepa.engine.precision import COMPUTE_DTYPES
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from fastjepa.model.vit import choose_attention
 from fastjepa.plan.plan import CARD_PEAKS, IMAGENET_IMAGES
 from fastjepa.ranks.world import join_world
@@ -93,7 +93,7 @@ def measure_rows(options: argparse.Namespace) -> dict:
     known = {model: to_config(options, model) for model in options.models}
     every, directory = asked_rows(options), options.reference
     if not every:
-        raise ConfigError("no such row: `packed` is a column of ijepa; name another of --methods or --columns")
+        raise UserError("no such row: `packed` is a column of ijepa; name another of --methods or --columns")
     refused = {row: reason for row in every if (reason := refusal(row, known[row.model]))}
     for config in known.values():
         device = prepare_device(config, config.mask.truncate_group)
@@ -125,7 +125,7 @@ def refusal(row: Row, config: Config) -> str:
     """Say why the column of a row cannot run on this device; an empty text where it can."""
     try:
         check_compute(varied(row, config), join_world(config.runtime.device).device)
-    except ConfigError as error:
+    except UserError as error:
         return str(error)
     return ""
 
@@ -151,7 +151,7 @@ def take_turns(group: list[Row], known: dict[str, Config], options: argparse.Nam
         seconds = timing.interleave({"ceiling": ceiling, **runs}, rounds, device, warmup=-(-count // steps), steps=steps)
     except torch.OutOfMemoryError as error:
         names = ", ".join(map(str, group))
-        raise ConfigError(f"{names} fit alone but not together; measure fewer --columns, or lower --batch") from error
+        raise UserError(f"{names} fit alone but not together; measure fewer --columns, or lower --batch") from error
     rates, found = means_of_rounds(ceiling.rates.get, rounds, steps), []
     for row, run in runs.items():
         spent = means_of_rounds(lambda number, each=run.flops: each[number % len(each)], rounds, steps)
@@ -292,7 +292,7 @@ def to_config(options: argparse.Namespace, model: str) -> Config:
 def measure_asked(options: argparse.Namespace) -> dict:
     vit.import_libraries()
     if not 0 < options.share <= 1:
-        raise ConfigError(f"--share {options.share}: give a number above 0 and up to 1")
+        raise UserError(f"--share {options.share}: give a number above 0 and up to 1")
     return {"rows": estimate_rows(options), "formula": FORMULA} if options.estimate else measure_rows(options)
 
 

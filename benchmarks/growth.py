@@ -32,7 +32,7 @@ from fastjepa.cli.options import some_of
 from fastjepa.config.schema import Config
 from fastjepa.data.sources import ImageFolder
 from fastjepa.data.tar_shards import scan_tar
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from fastjepa.loader.micro_batches import MicroBatches
 from fastjepa.masks.check import check_masks
 from fastjepa.masks.draw import draw_masks
@@ -84,7 +84,7 @@ def growth_row(
     try:
         from scipy.stats import t
     except ImportError as error:
-        raise ConfigError("the fits need scipy; pip install 'fastjepa[bench]'") from error
+        raise UserError("the fits need scipy; pip install 'fastjepa[bench]'") from error
     (exponent, stderr), (counted, _) = fit_exponent(values, measured), fit_exponent(values, maths)
     excess, excess_stderr = fit_exponent(values, np.divide(measured, maths))
     margin = t.ppf(CONFIDENCE, len(values) - 2) * excess_stderr

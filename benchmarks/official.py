@@ -20,7 +20,7 @@ from torch import Tensor
 from work import STEPS_PER_EPOCH
 
 from fastjepa.config.schema import Config, LossConfig
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from fastjepa.model.jepa import Jepa
 
 MODULES = ("src.helper", "src.masks.utils", "src.utils.tensors", "src.utils.logging")
@@ -106,9 +106,9 @@ class Official:
 
 
 def refuse_config(directory: str | Path, config: Config) -> None:
-    """Raise ConfigError for a directory without the official code, and for what only this package can do."""
+    """Raise UserError for a directory without the official code, and for what only this package can do."""
     if not (Path(directory) / "src" / "helper.py").is_file():
-        raise ConfigError(
+        raise UserError(
             f"{directory}: no src/helper.py in it; clone https://github.com/facebookresearch/ijepa and pass its directory"
         )
     (height, width), meta = config.image_size, config.meta
@@ -125,7 +125,7 @@ def refuse_config(directory: str | Path, config: Config) -> None:
     }
     for limit, broken in limits.items():
         if broken:
-            raise ConfigError(f"the official code cannot run this config ({limit}); change it, or leave out --reference")
+            raise UserError(f"the official code cannot run this config ({limit}); change it, or leave out --reference")
 
 
 def import_clone(directory: str | Path) -> list[ModuleType]:
@@ -137,7 +137,7 @@ def import_clone(directory: str | Path) -> list[ModuleType]:
         with quiet():
             return [importlib.import_module(name) for name in MODULES]
     except ImportError as error:
-        raise ConfigError(f"{directory}: the official code cannot be imported ({error}); install what it needs") from error
+        raise UserError(f"{directory}: the official code cannot be imported ({error}); install what it needs") from error
     finally:
         sys.path.remove(str(root))
         take_out_src()

@@ -15,7 +15,7 @@ from fastjepa.cli.options import positive_int
 from fastjepa.config.load import load_config
 from fastjepa.config.schema import MODELS, Config
 from fastjepa.engine.precision import settle_dtype
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from fastjepa.ranks.world import join_world
 
 
@@ -66,7 +66,7 @@ def run_script(script: str, options: argparse.Namespace, measure: Callable[[argp
     try:
         with contextlib.redirect_stdout(sys.stderr):
             found = measure(options)
-    except (ConfigError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"benchmarks/{script}: {error}", file=sys.stderr)
         return 2
     print(json.dumps(found) if options.json else "\n".join(result_lines(found)))

@@ -23,7 +23,7 @@ from fastjepa.engine.plain import PlainEngine
 from fastjepa.engine.precision import COMPUTE_DTYPES
 from fastjepa.engine.schedule import Schedule
 from fastjepa.engine.zero import ZeroEngine
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from fastjepa.ranks.collectives import barrier, gather_objects
 from fastjepa.ranks.world import join_world, leave_world
 from fastjepa.run.build import apply_process_settings, build_networks, build_objective
@@ -33,10 +33,10 @@ STEPS, WARMUP = 3, 1  # of each start
 
 
 def compare_stages(config: Config, stages: list[int], ranks: list[int], rounds: int) -> list[dict]:
-    """Return a row for every stage and number of ranks; ConfigError where the batch does not divide or a start fails."""
+    """Return a row for every stage and number of ranks; UserError where the batch does not divide or a start fails."""
     for count in ranks:
         if config.data.batch_size % count:
-            raise ConfigError(f"--batch {config.data.batch_size}: must be a multiple of --ranks {count}")
+            raise UserError(f"--batch {config.data.batch_size}: must be a multiple of --ranks {count}")
     found = {(stage, count): [] for count in ranks for stage in stages}
     for _ in range(rounds):
         for case, starts in found.items():
@@ -52,7 +52,7 @@ def start_ranks(config: Config, stage: int, ranks: int) -> dict:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), __file__, asked]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     if done.returncode:
-        raise ConfigError(f"stage {stage} on {ranks} ranks failed: {cause_of_failure(done.stderr)}")
+        raise UserError(f"stage {stage} on {ranks} ranks failed: {cause_of_failure(done.stderr)}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

@@ -24,7 +24,7 @@ from work import TrainerStep, Work, mlp_shapes, prepare_device
 
 from fastjepa.config.schema import Config
 from fastjepa.engine.precision import COMPUTE_DTYPES
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from fastjepa.plan.flops import official_flops
 
 DISTINCT = 4  # batches that the rounds take turns with
@@ -103,7 +103,7 @@ def measure_step(config: Config, rounds: int, directory: str | None = None) -> l
 
 
 def insist_on_equal_losses(config: Config, device: torch.device, directory: str) -> None:
-    """Raise ConfigError unless both compute the same losses, in fp32 on two images for a few steps.
+    """Raise UserError unless both compute the same losses, in fp32 on two images for a few steps.
 
     The weights are perturbed: those that training starts from hardly look at the context, and a wrong one would pass.
     """
@@ -118,7 +118,7 @@ def insist_on_equal_losses(config: Config, device: torch.device, directory: str)
     for number in range(AGREE_STEPS):
         one, other = float(ours(number)), theirs(number)
         if not abs(one - other) <= LOSS_TOLERANCE * abs(other):
-            raise ConfigError(f"losses differ at step {number}, {one:.6f} here and {other:.6f} there: is the clone unmodified?")
+            raise UserError(f"losses differ at step {number}, {one:.6f} here and {other:.6f} there: is the clone unmodified?")
 
 
 @torch.no_grad()
@@ -175,7 +175,7 @@ def measure_asked(options: argparse.Namespace) -> list[dict]:
         return sharded.compare_stages(config, options.zero, options.ranks, options.rounds)
     if options.breakdown or options.trace:
         if options.trace and not options.trace.absolute().parent.is_dir():
-            raise ConfigError(f"{options.trace}: there is no folder {options.trace.parent}; make it first")
+            raise UserError(f"{options.trace}: there is no folder {options.trace.parent}; make it first")
         prepare_device(config, config.data.batch_size)
         return breakdown.measure_parts(config, options.rounds, options.trace)
     return measure_step(config, options.rounds, options.reference)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 
 SQUARE = {"cpu": 2048, "cuda": 8192}  # side of the large square product
 COPIED = {"cpu": 256 << 20, "cuda": 1 << 30}  # bytes, more than any cache holds
@@ -142,13 +142,13 @@ def square_product(device: torch.device) -> tuple[int, int, int]:
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
     """Return function(*args) of a new process, which has allocated nothing yet; both must pickle.
 
-    ConfigError where that process dies (a multiprocessing.Pool would wait for it for ever).
+    UserError where that process dies (a multiprocessing.Pool would wait for it for ever).
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(function, *args).result()
         except BrokenProcessPool as error:
-            raise ConfigError("a measuring process was killed, perhaps for want of memory; try a smaller --batch") from error
+            raise UserError("a measuring process was killed, perhaps for want of memory; try a smaller --batch") from error
 
 
 def peak_bytes(build: Callable[[], Callable[[int], object]], device: torch.device, rounds: int = 2) -> int:
@@ -174,7 +174,7 @@ def resident_bytes(field: str) -> int:
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError as error:
-        raise ConfigError("peak memory on a CPU is read from /proc/self/status; run this on Linux") from error
+        raise UserError("peak memory on a CPU is read from /proc/self/status; run this on Linux") from error
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(field + ":")))
 
 

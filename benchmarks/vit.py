@@ -18,7 +18,7 @@ from fastjepa.engine.average import Average
 from fastjepa.engine.plain import PlainEngine
 from fastjepa.engine.precision import COMPUTE_DTYPES, autocast_of
 from fastjepa.engine.schedule import Schedule
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from fastjepa.model.vit import choose_attention
 
 NORM = partial(nn.LayerNorm, eps=1e-6)
@@ -46,12 +46,12 @@ def backbone(config: Config, class_token: bool = True, positions: Tensor | None 
 
 
 def import_libraries() -> tuple:
-    """Return (lightly.models.modules, timm.models.vision_transformer); ConfigError where one is absent."""
+    """Return (lightly.models.modules, timm.models.vision_transformer); UserError where one is absent."""
     try:
         from lightly.models import modules
         from timm.models import vision_transformer
     except ImportError as error:
-        raise ConfigError(f"MAE, iBOT and timm's ViT need lightly and timm ({error}); pip install 'fastjepa[bench]'") from error
+        raise UserError(f"MAE, iBOT and timm's ViT need lightly and timm ({error}); pip install 'fastjepa[bench]'") from error
     return modules, vision_transformer
 
 

@@ -23,6 +23,8 @@ GOLDEN = json.loads((REFERENCE / "golden.json").read_text())
 HELP = json.loads((REFERENCE / "help.json").read_text())
 KEPT = sorted(GOLDEN["kept"])
 
+pytestmark = pytest.mark.xdist_group("golden")  # one recording serves all
+
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory) -> dict:

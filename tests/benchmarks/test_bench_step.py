@@ -25,7 +25,7 @@ from torch import Tensor
 from work import Work
 
 from fastjepa.config.schema import Config
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from fastjepa.masks.pack import pack
 from fastjepa.plan.flops import flops_of_packed
 
@@ -120,7 +120,7 @@ def test_peak_is_what_was_held_at_once():
 
 
 def test_a_killed_process_is_an_error():
-    with pytest.raises(ConfigError, match="was killed"):
+    with pytest.raises(UserError, match="was killed"):
         timing.in_fresh_process(os._exit, 1)
 
 
@@ -242,7 +242,7 @@ def raw_targets(self: official.Official, images: Tensor, context_idx: list[Tenso
 )
 def test_other_work_is_refused(stand_in: Path, monkeypatch: pytest.MonkeyPatch, owner: type, name: str, wrong):
     monkeypatch.setattr(owner, name, wrong)
-    with pytest.raises(ConfigError, match="losses differ at step"):
+    with pytest.raises(UserError, match="losses differ at step"):
         step.insist_on_equal_losses(config_of(*SMALL, ROOMY), CPU, str(stand_in))
 
 
@@ -282,7 +282,7 @@ def test_their_phases_are_ours_with_one_backward_and_the_gradient_norms(stand_in
     ],
 )
 def test_what_the_official_code_cannot_do_is_refused(clone: Path, override: str, named: str):
-    with pytest.raises(ConfigError, match=named):
+    with pytest.raises(UserError, match=named):
         official.refuse_config(clone, config_of(*SMALL, override))
     official.refuse_config(clone, config_of(*SMALL))
 
@@ -306,6 +306,6 @@ def test_loading_a_clone_leaves_no_trace(clone: Path, capsys: pytest.CaptureFixt
 
 def test_a_clone_that_cannot_be_imported_is_named(clone: Path):
     (clone / "src" / "helper.py").write_text("import no_such_module_anywhere\n")
-    with pytest.raises(ConfigError, match="no_such_module_anywhere"):
+    with pytest.raises(UserError, match="no_such_module_anywhere"):
         official.import_clone(clone)
     assert not any(name.startswith("src.") for name in sys.modules)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from work import TrainerStep, Work
 
-from fastjepa import train
 from fastjepa.config.schema import Config
 from fastjepa.engine.average import Average
 from fastjepa.engine.plain import PlainEngine
@@ -19,6 +18,7 @@ from fastjepa.masks.pack import pack
 from fastjepa.model.predictor import Predictor
 from fastjepa.model.vit import Encoder
 from fastjepa.plan.flops import flops_of_packed
+from fastjepa.run import step as run_step
 
 CPU = torch.device("cpu")
 SMALL = ["--device=cpu", "--dtype=fp32", "--model=vit_tiny", "--size=32", "--batch=4", "meta.pred_depth=2", "--threads=1",
@@ -98,8 +98,8 @@ def only_averaged(method):
         ("target forward", Encoder, "forward", only_averaged),
         ("context forward", Encoder, "forward", only_trained(slower)),
         ("predictor forward", Predictor, "forward", slower),
-        ("loss", train, "jepa_loss", slower),
-        ("loss", train, "jepa_loss", slower_gradient),
+        ("loss", run_step, "jepa_loss", slower),
+        ("loss", run_step, "jepa_loss", slower_gradient),
         ("predictor backward", Predictor, "forward", slower_gradient),
         ("context backward", Encoder, "forward", only_trained(slower_gradient)),
         ("optimizer", PlainEngine, "step", slower),

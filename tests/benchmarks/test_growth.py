@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastjepa.errors import ConfigError
+from fastjepa.errors import UserError
 from fastjepa.masks.check import check_masks
 from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.pack import pack
@@ -166,7 +166,7 @@ def test_what_ended_a_rank_is_said(end: str, said: str, tmp_path: Path, monkeypa
     )
     monkeypatch.setattr(sharded, "__file__", str(worker))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    with pytest.raises(ConfigError, match=f"stage 0 on 2 ranks failed: .*{said}"):
+    with pytest.raises(UserError, match=f"stage 0 on 2 ranks failed: .*{said}"):
         sharded.start_ranks(growth.to_config(growth.parse_options(SMALL)), 0, 2)
 
 
@@ -192,7 +192,7 @@ def test_a_mistake_is_a_sentence(wrong: list[str], named: str, capsys: pytest.Ca
 
 def test_fits_without_scipy_are_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "scipy.stats", None)
-    with pytest.raises(ConfigError, match=r"pip install 'fastjepa\[bench\]'"):
+    with pytest.raises(UserError, match=r"pip install 'fastjepa\[bench\]'"):
         growth.growth_row("made up", "ms", "batch", VALUES, VALUES, VALUES)
 
 

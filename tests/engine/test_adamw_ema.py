@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("adamw_ema")  # three runs serve all
 STEPS = """
 import copy, json, sys
 import torch

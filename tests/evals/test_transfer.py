@@ -235,6 +235,6 @@ def test_commands_take_their_options(run: Path, images: Path, capsys: pytest.Cap
         assert said.items() <= json.loads(capsys.readouterr().out).items()
     assert main(["eval", "transfer", "--checkpoint", str(run), "--data", str(images), str(images), "--n-train", "24"]) == 0
     printed = capsys.readouterr()
-    assert printed.out.count(images.name) == 2 and printed.err.count("24 training images of 2 classes") == 2
+    assert printed.out.count(images.name) == 2 and " ".join(printed.err.split()).count("24 training images of 2 classes") == 2
     assert main(["eval", "table", "--checkpoint", str(run), "--data", str(images), "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)["rows"]) == set(TABLE_ROWS)
