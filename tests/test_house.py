@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from fastjepa.config.load import load_config
+from tests.support.places import CONFIGS, ROOT, files
 
 pytest_plugins = ["pytester"]
 
-ROOT = Path(__file__).resolve().parent.parent
 # files of fastjepa_kernels that are no op
 OPS_SUPPORT = {"__init__", "cases", "dense_attention", "dispatch", "layers", "inspect"}
 COMMON_PACKAGES = {
@@ -27,17 +27,6 @@ COMMON_PACKAGES = {
     "tokenizers",
     "transformers",
 }  # met without being a dependency
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-
-
-@cache
-def files(suffix: str = "") -> tuple[Path, ...]:
-    """Return what git tracks or would add, relative to the root."""
-    listed = subprocess.run(
-        ["git", "-c", "safe.directory=*", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout.split("\n")  # fmt: skip
-    return tuple(Path(line) for line in sorted(set(listed)) if line.endswith(suffix) and (ROOT / line).is_file())
 
 
 @cache
