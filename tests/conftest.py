@@ -5,6 +5,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the processes that tests start
 
+os.environ.pop("PYTEST_XDIST_WORKER", None)  # a pytest that a test starts is no worker: pytest-benchmark would do nothing there
+
 import hypothesis
 import pytest
 import torch

@@ -89,7 +89,7 @@ def test_every_config_comes_along(python, tmp_path):
 
 def test_the_link_to_the_configs_is_what_is_packaged():
     assert (ROOT / "fastjepa/configs").resolve() == ROOT / "configs"
-    assert 'package_data={"fastjepa": ["configs/*.yaml", "page/*"]}' in (ROOT / "setup.py").read_text()
+    assert 'package_data={"fastjepa": ["configs/*.yaml", "report/page/*"]}' in (ROOT / "setup.py").read_text()
 
 
 def test_the_versions_agree():

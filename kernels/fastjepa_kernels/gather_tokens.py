@@ -27,7 +27,8 @@ def gather_tokens_ref(x: Tensor, idx: Tensor) -> Tensor:
 
 def gather_tokens_repeated_ref(x: Tensor, idx: Tensor) -> Tensor:
     """Compute gather_tokens_repeated in plain PyTorch, gradients summed in fp32."""
-    return _GatherRepeated.apply(x, idx)
+    gather = _GatherRepeated if torch.compiler.is_compiling() else _GatherRepeatedWithTangents
+    return gather.apply(x, idx)
 
 
 def flat_rows(idx: Tensor, rows: int) -> Tensor:
@@ -39,8 +40,6 @@ def flat_rows(idx: Tensor, rows: int) -> Tensor:
 
 
 class _GatherRepeated(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Tensor, idx: Tensor) -> Tensor:
         return x.index_select(0, idx)
@@ -50,13 +49,23 @@ class _GatherRepeated(torch.autograd.Function):
         x, idx = inputs
         ctx.rows = x.shape[0]
         ctx.save_for_backward(idx)
-        ctx.save_for_forward(idx)
 
     @staticmethod
     def backward(ctx, dout: Tensor) -> tuple[Tensor, None]:
         (idx,) = ctx.saved_tensors
         wide = torch.promote_types(dout.dtype, torch.float32)
         return dout.new_zeros(ctx.rows, dout.shape[1], dtype=wide).index_add(0, idx, dout.to(wide)).to(dout.dtype), None
+
+
+class _GatherRepeatedWithTangents(_GatherRepeated):
+    """The same for torch.func and forward-mode autograd; torch.compile traces no function that has a jvp of its own."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        _GatherRepeated.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(inputs[1])
 
     @staticmethod
     def jvp(ctx, dx: Tensor, _) -> Tensor:
