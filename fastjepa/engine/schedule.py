@@ -21,7 +21,8 @@ class Schedule:
     """Schedules of a run: call it with a step (0 is the first) to get its settings.
 
     As in the official code, learning rate and weight decay are advanced before the optimizer step, so that step 0
-    already uses their value at 1, while the momentum starts at its value at 0.
+    already uses their value at 1, while the momentum starts at its value at 0. Where ipe_scale ends the schedules before
+    the run, each stays at its last value.
     """
 
     optimization: OptimizationConfig
@@ -41,7 +42,7 @@ class Schedule:
         else:
             lr = cosine_between(o.lr, o.final_lr, (step + 1 - warmup) / max(1, horizon - warmup))
         weight_decay = cosine_between(o.weight_decay, o.final_weight_decay, (step + 1) / max(1, horizon))
-        momentum = o.ema[0] + step * (o.ema[1] - o.ema[0]) / stretched
+        momentum = o.ema[0] + step * (o.ema[1] - o.ema[0]) / stretched if step < stretched else o.ema[1]
         return StepSettings(lr, weight_decay, momentum, step)
 
 

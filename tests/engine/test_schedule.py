@@ -1,5 +1,7 @@
 """Schedules against the paper's description; the reference trajectories check them to the last digit."""
 
+import math
+
 import pytest
 
 from fastjepa.config.schema import OptimizationConfig
@@ -31,6 +33,18 @@ def test_ipe_scale_stretches_every_schedule_beyond_the_run():
     assert last.lr > 1e-4
     assert last.weight_decay < 0.4
     assert last.ema_momentum == pytest.approx(0.9 + 0.1 * 49 / 62.5)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 0.01, 0.25, 0.5, 0.8002560819462228, 0.999, 1.0])
+@pytest.mark.parametrize("ema", [(0.9, 1.0), (0.996, 0.999), (1.0, 0.5), (0.0, 1.0), (0.3, 0.0), (0.998, 0.998)])
+def test_schedules_that_end_before_the_run_stay_at_their_last_values(scale, ema):
+    """A momentum beyond 1 lets the target encoder move away from the encoder, faster each step."""
+    short = Schedule(OptimizationConfig(epochs=10, warmup=2, ema=ema, ipe_scale=scale), steps_per_epoch=5)
+    settings = [short(step) for step in range(short.total_steps)]
+    assert all(min(ema) <= now.ema_momentum <= max(ema) for now in settings)
+    for now in settings[math.ceil(scale * 50) :]:
+        assert now.ema_momentum == ema[1] and now.weight_decay == pytest.approx(0.4)
+        assert now.step < 10 or now.lr == pytest.approx(1e-6), "the warm-up of 10 steps is not cut"
 
 
 def test_no_warm_up_starts_at_the_full_rate():
