@@ -46,6 +46,24 @@ class Schedule:
         return StepSettings(lr, weight_decay, momentum, step)
 
 
+def warmup_notes(optimization: OptimizationConfig) -> list[str]:
+    """Return a sentence for the user where the warm-up leaves no room for the learning rate to decay; else none.
+
+    Example: 40 epochs of warm-up in a run of 3 stop at 3/40 of the way from 2e-4 to 1e-3, which is 2.6e-4.
+    """
+    o = optimization
+    if o.warmup >= o.epochs:
+        reached = o.start_lr + o.epochs / o.warmup * (o.lr - o.start_lr)
+        return [f"warning: optimization.warmup: {o.warmup:g} epochs of warm-up in a run of {o.epochs}: the learning rate ends "
+                f"at {reached:.3g} (optimization.lr {o.lr:g}) and never decays; lower optimization.warmup or raise "
+                "optimization.epochs"]  # fmt: skip
+    if o.warmup >= o.ipe_scale * o.epochs:
+        return [f"warning: optimization.warmup: {o.warmup:g} epochs of warm-up, and optimization.ipe_scale {o.ipe_scale:g} ends "
+                f"the schedules after {o.ipe_scale * o.epochs:.3g} of {o.epochs} epochs: the learning rate falls from {o.lr:g} to "
+                f"{o.final_lr:g} in one step; lower optimization.warmup or raise optimization.ipe_scale"]  # fmt: skip
+    return []
+
+
 def cosine_between(start: float, end: float, progress: float) -> float:
     """Go from start (progress 0) to end (1) along half a cosine, and stay at end from there on."""
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
