@@ -69,8 +69,8 @@ class DataConfig:
     )
     max_bad: int = config_key(100, "undecodable files a run may meet before it stops", is_not_negative)
     channels: int = config_key(3, "image channels: 1 (grey) or 3 (RGB)", ValueCheck(lambda v: v in (1, 3), "1 or 3"))
-    mean: tuple[float, ...] | None = config_key(None, "per-channel mean on [0, 1]; default: ImageNet's")
-    std: tuple[float, ...] | None = config_key(None, "per-channel standard deviation on [0, 1]; default: ImageNet's")
+    mean: tuple[float, ...] | None = config_key(None, "per-channel mean of pixels that count from 0 to 1; default: ImageNet's")
+    std: tuple[float, ...] | None = config_key(None, "per-channel standard deviation of the same; default: ImageNet's")
 
 
 @dataclass(frozen=True)
