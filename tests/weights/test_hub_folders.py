@@ -67,6 +67,29 @@ def test_bytes_are_normalised_and_floats_are_taken_as_they_are(folder):
     assert difference.abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("images", "not_taken"),
+    [
+        (torch.zeros(3, 32, 48), r"of shape \(3, 32, 48\); images\[None\] makes a batch of one image"),
+        (torch.zeros(32, 48), r"of shape \(32, 48\)"),
+        (torch.zeros(32, 48, 3, dtype=torch.uint8), r"of shape \(32, 48, 3\)"),
+        (torch.zeros(1, 1, 32, 48), r"of shape \(1, 1, 32, 48\)"),
+        (torch.zeros(1, 4, 32, 48), r"of shape \(1, 4, 32, 48\)"),
+        (torch.zeros(1, 32, 48, 3), r"of shape \(1, 32, 48, 3\)"),
+        (torch.zeros(1, 1, 3, 32, 48), r"of shape \(1, 1, 3, 32, 48\)"),
+        (torch.zeros(0, 3, 32, 48), r"of shape \(0, 3, 32, 48\)"),
+        (torch.zeros(1, 3, 0, 48), r"of shape \(1, 3, 0, 48\)"),
+        (torch.zeros(1, 3, 32, 50), r"of shape \(1, 3, 32, 50\)"),
+        (np.zeros((1, 3, 32, 48), dtype=np.uint8), "ndarray"),
+        ([torch.zeros(3, 32, 48)], "list"),
+    ],
+)
+def test_what_is_no_batch_of_images_is_refused_in_one_sentence(folder, images, not_taken):
+    taken = r"images must be a tensor \(b, 3, H, W\), H and W multiples of 8, not "
+    with pytest.raises(UserError, match=f"^fastjepa run, step 7: {taken}{not_taken}$"):
+        load_encoder(folder).forward_features(images)
+
+
 def test_other_sizes_are_taken_where_positions_are_fixed(folder, tmp_path):
     assert load_encoder(folder).forward_features(torch.zeros(1, 3, 64, 40)).shape == (1, 40, 32)
     IJepaModel(IJepaConfig(**IJEPA, image_size=32)).save_pretrained(tmp_path / "learned")
