@@ -176,6 +176,31 @@ def test_an_override_keeps_equals_signs_in_its_value(tmp_path):
     assert load_config(written(tmp_path, ""), ["data.source=a=b"]).data.source == "a=b"
 
 
+@pytest.mark.parametrize("key", ["data.source", "data.root_path", "data.image_folder", "logging.folder", "meta.read_checkpoint"])
+@pytest.mark.parametrize(
+    "text",
+    ["/data/set #2", "2024", "2024-01-31", "1e5", "0x1f", "no", "on", "yes", "true", "null", "~", "~/set", "[v2]", "{v2}", "a: b",
+     "- a", "a:", "'quoted'", "*star", "&and", "!tag", "%", "@at", "`", " spaces ", "C:\\set", "#", "[open", "1_000", "größe", "a\tb"],
+)  # fmt: skip
+def test_an_override_of_text_is_taken_as_it_stands(tmp_path, key, text):
+    section, name = key.split(".")
+    loaded = load_config(written(tmp_path, ""), [f"{key}={text}"])
+    assert loaded.to_dict()[section][name] == text
+    assert load_config(written(tmp_path, loaded.to_dict())) == loaded, "it is written so that it is read back"
+
+
+def test_an_override_of_text_by_nothing_unsets_it(tmp_path):
+    assert load_config(written(tmp_path, "data: {source: a}"), ["data.source="]).data.source is None
+    assert "logging.write_tag: None must be text" in refusal(tmp_path, "", "logging.write_tag=")
+
+
+@pytest.mark.parametrize("text", ["2024", "no", "on", "[v2]", "a: b", "2024-01-31", "1.5"])
+def test_text_that_the_file_holds_without_quotes_is_refused_with_the_remedy(tmp_path, text):
+    raw = f"data:\n  source: {text}\n" if ": " not in text else f"data:\n  source:\n    {text}\n"
+    assert "must be text or null; YAML reads text as something else where it is not in quotes" in refusal(tmp_path, raw)
+    assert load_config(written(tmp_path, f"data: {{source: '{text}'}}")).data.source == text
+
+
 @pytest.mark.parametrize("text", ["batch_size=3", "data.batch_size", "data.=3", ".batch_size=3", "=3", ""])
 def test_a_malformed_override_says_how_to_write_one(tmp_path, text):
     with pytest.raises(ConfigError, match="section.key=value"):
