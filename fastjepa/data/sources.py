@@ -17,18 +17,20 @@ import math
 import os
 import stat
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from fastjepa.config.schema import DataConfig
+from fastjepa.data.endings import image_endings, passed_over
 from fastjepa.data.parquet import ParquetImages
 from fastjepa.data.prepare.catalog import DATASETS, closest_dataset, find_dataset
 from fastjepa.data.remote_files import is_remote
 from fastjepa.data.remote_shards import RemoteShards, open_directory, open_tars
 from fastjepa.data.splits import only_train, parquet_split, split_folder, stand_in_splits
-from fastjepa.data.tar_shards import ENDINGS, SHARDS_PLAN, TarShards, open_shards, read_manifest, tars_in
+from fastjepa.data.tar_shards import SHARDS_PLAN, TarShards, open_shards, read_manifest, tars_in
 from fastjepa.errors import ConfigError, UserError
 
 log = logging.getLogger(__name__)
@@ -88,6 +90,7 @@ def _image_files(root: str) -> Iterator[str]:
     def unreadable(error: OSError) -> None:
         log.warning("%s: passed over (%s)", error.filename, error.strerror)
 
+    passed: Counter[str] = Counter()
     above = {root: frozenset([identity(root)])}  # of each folder still to come: itself and those it lies in
     for folder, folders, files in os.walk(root, followlinks=True, onerror=unreadable):
         chain, inside = above.pop(folder), os.path.relpath(folder, root)
@@ -97,9 +100,14 @@ def _image_files(root: str) -> Iterator[str]:
             log.warning("%s: passed over, a link to a folder it lies in", path)
         above |= fresh
         folders[:] = [found[path] for path in fresh]
-        for name in files:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in ENDINGS:
+        for name in (name for name in files if not name.startswith(".")):
+            ending = os.path.splitext(name)[1].lower()
+            if ending in image_endings():
                 yield name if inside == "." else os.path.join(inside, name)
+            else:
+                passed[ending] += 1
+    if passed:
+        log.warning("%s: %s", root, passed_over(passed))
 
 
 class IdxPair:
