@@ -150,7 +150,9 @@ class OptimizationConfig:
         (0.996, 1.0), "momentum of the target encoder, first and last step", is_momentum_range
     )
     ipe_scale: float = config_key(
-        1.0, "length of the schedules over that of the run; below 1 they end before it, and stay at their last values", is_positive
+        1.0,
+        "length of the schedules over that of the run; below 1 they end before it, and stay at their last values",
+        is_positive,
     )
 
 

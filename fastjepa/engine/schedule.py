@@ -58,9 +58,9 @@ def warmup_notes(optimization: OptimizationConfig) -> list[str]:
                 f"at {reached:.3g} (optimization.lr {o.lr:g}) and never decays; lower optimization.warmup or raise "
                 "optimization.epochs"]  # fmt: skip
     if o.warmup >= o.ipe_scale * o.epochs:
-        return [f"warning: optimization.warmup: {o.warmup:g} epochs of warm-up, and optimization.ipe_scale {o.ipe_scale:g} ends "
-                f"the schedules after {o.ipe_scale * o.epochs:.3g} of {o.epochs} epochs: the learning rate falls from {o.lr:g} to "
-                f"{o.final_lr:g} in one step; lower optimization.warmup or raise optimization.ipe_scale"]  # fmt: skip
+        return [f"warning: optimization.warmup: {o.warmup:g} epochs of warm-up, and optimization.ipe_scale {o.ipe_scale:g} "
+                f"ends the schedules after {o.ipe_scale * o.epochs:.3g} of {o.epochs} epochs: the learning rate falls from "
+                f"{o.lr:g} to {o.final_lr:g} in one step; lower the warm-up or raise optimization.ipe_scale"]  # fmt: skip
     return []
 
 

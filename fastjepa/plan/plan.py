@@ -35,7 +35,7 @@ class Cards:
 def plan_run(
     config: Config, cards: Cards, stages: Sequence[int] = ZERO_STAGES, images: int = IMAGENET_IMAGES
 ) -> dict[str, object]:
-    """Return the memory a GPU needs in bytes, by part and stage; what fits; the hours; the stage to use, with the reason; notes.
+    """Return the memory a GPU needs in bytes, by part and stage; what fits; hours; the stage to use, with the reason; notes.
 
     Args:
         stages: the ZeRO stages to lay side by side.

@@ -148,8 +148,7 @@ def transformers_mean_std(folder: Path, channels: int) -> dict[str, list[float]]
     """
     file = folder / PROCESSOR_FILE
     if not file.is_file():
-        mean, std = default_mean_std(channels)
-        return checked_mean_std(file, mean, std, channels)
+        return checked_mean_std(file, *default_mean_std(channels), channels)
     given = read_json(file)
     kind = given.get("image_processor_type") or given.get("feature_extractor_type") or "ViT"
     if given.get("do_normalize", True) and not given.keys() >= {"image_mean", "image_std"} and not kind.startswith("ViT"):
@@ -171,7 +170,8 @@ def checked_mean_std(file: Path, mean: Any, std: Any, channels: int, scale: floa
     checked = {}
     for name, stated in (("mean", mean), ("std", std)):
         values = [stated] * channels if isinstance(stated, int | float) else stated
-        if not isinstance(values, list | tuple) or len(values) != channels or not all(isinstance(v, int | float) for v in values):
+        numbers = isinstance(values, list | tuple) and all(isinstance(value, int | float) for value in values)
+        if not numbers or len(values) != channels:
             raise UserError(f"{file}: {name}: {stated!r} must be {channels} numbers, one a channel")
         checked[name] = [value / scale for value in values]
         if fault := normalisation_fault(name, checked[name]):

@@ -176,11 +176,14 @@ def test_an_override_keeps_equals_signs_in_its_value(tmp_path):
     assert load_config(written(tmp_path, ""), ["data.source=a=b"]).data.source == "a=b"
 
 
-@pytest.mark.parametrize("key", ["data.source", "data.root_path", "data.image_folder", "logging.folder", "meta.read_checkpoint"])
+@pytest.mark.parametrize(
+    "key", ["data.source", "data.root_path", "data.image_folder", "logging.folder", "meta.read_checkpoint"]
+)
 @pytest.mark.parametrize(
     "text",
-    ["/data/set #2", "2024", "2024-01-31", "1e5", "0x1f", "no", "on", "yes", "true", "null", "~", "~/set", "[v2]", "{v2}", "a: b",
-     "- a", "a:", "'quoted'", "*star", "&and", "!tag", "%", "@at", "`", " spaces ", "C:\\set", "#", "[open", "1_000", "größe", "a\tb"],
+    ["/data/set #2", "2024", "2024-01-31", "1e5", "0x1f", "1_000", "no", "on", "yes", "true", "null", "~", "~/set", "[v2]",
+     "{v2}", "a: b", "- a", "a:", "'quoted'", "*star", "&and", "!tag", "%", "@at", "`", " spaces ", "C:\\set", "#", "[open",
+     "größe", "a\tb"],
 )  # fmt: skip
 def test_an_override_of_text_is_taken_as_it_stands(tmp_path, key, text):
     section, name = key.split(".")

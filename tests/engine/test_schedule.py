@@ -54,10 +54,22 @@ def test_no_warm_up_starts_at_the_full_rate():
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({"epochs": 3}, "40 epochs of warm-up in a run of 3: the learning rate ends at 0.00026 (optimization.lr 0.001) and never"),
-        ({"epochs": 40}, "40 epochs of warm-up in a run of 40: the learning rate ends at 0.001 (optimization.lr 0.001) and never"),
-        ({"epochs": 2, "warmup": 2.5, "ipe_scale": 5.0}, "2.5 epochs of warm-up in a run of 2: the learning rate ends at 0.00084"),
-        ({"epochs": 100, "ipe_scale": 0.3}, "ipe_scale 0.3 ends the schedules after 30 of 100 epochs: the learning rate falls from"),
+        (
+            {"epochs": 3},
+            "40 epochs of warm-up in a run of 3: the learning rate ends at 0.00026 (optimization.lr 0.001) and never",
+        ),
+        (
+            {"epochs": 40},
+            "40 epochs of warm-up in a run of 40: the learning rate ends at 0.001 (optimization.lr 0.001) and never",
+        ),
+        (
+            {"epochs": 2, "warmup": 2.5, "ipe_scale": 5.0},
+            "2.5 epochs of warm-up in a run of 2: the learning rate ends at 0.00084",
+        ),
+        (
+            {"epochs": 100, "ipe_scale": 0.3},
+            "ipe_scale 0.3 ends the schedules after 30 of 100 epochs: the learning rate falls from",
+        ),
         ({"epochs": 41}, None),
         ({"epochs": 1, "warmup": 0}, None),
         ({"epochs": 100, "ipe_scale": 0.5}, None),

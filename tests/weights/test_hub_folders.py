@@ -185,7 +185,10 @@ def test_a_folders_image_processor_is_honoured(tmp_path, said):
 @pytest.mark.parametrize(
     ("said", "says"),
     [
-        ({"image_mean": [123.675, 116.28, 103.53]}, "mean: 123.675 is not of .*divide values of 0..255 by 255: .0.485, 0.456, 0.406"),
+        (
+            {"image_mean": [123.675, 116.28, 103.53]},
+            "mean: 123.675 is not of .*divide values of 0..255 by 255: .0.485, 0.456, 0.406",
+        ),
         ({"image_std": [58.395, 57.12, 57.375]}, "std: 58.395 is not of"),
         ({"image_mean": [-0.5, 0.5, 0.5]}, "mean: -0.5 must be 0 or greater"),
         ({"image_mean": [0.5]}, "mean: .0.5. must be 3 numbers"),
