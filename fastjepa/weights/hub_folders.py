@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastjepa.config.checks import normalisation_fault
 from fastjepa.errors import CheckpointError, UserError
-from fastjepa.weights.pretrained import LAYER_NORM_EPS, UNSTATED_WHICH, EncoderForm, default_mean_std
+from fastjepa.weights.pretrained import LAYER_NORM_EPS, UNSTATED_WHICH, EncoderForm, bare_names, default_mean_std
 
 CONFIG_FILE, CARD_FILE, PROCESSOR_FILE = "config.json", "README.md", "preprocessor_config.json"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -92,7 +92,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         except (OSError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{file}: not a readable safetensors file ({reason}); give one that is") from error
-    return tensors, about
+    return bare_names(tensors, str(path)), about
 
 
 def settle_form(held: str, asked: str | None, where: Path) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,18 @@ from fastjepa.model.vit import Encoder, sincos_positions
 
 LAYER_NORM_EPS = 1e-6  # in the layer norms of this trainer, the official code and timm
 UNSTATED_WHICH = "unstated"  # `which`, where nothing says whether an encoder is the target or the context encoder
+
+
+def bare_names(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Give tensors the names that they have in the network itself; UserError where two would have one name.
+
+    DDP and DataParallel put "module." before them, once for each wrapping, and torch.compile "_orig_mod." at any place:
+    "module._orig_mod.norm.weight" is "norm.weight".
+    """
+    bare = {re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", "")): tensor for name, tensor in tensors.items()}
+    if len(bare) < len(tensors):
+        raise UserError(f"{where}: some weights are in it twice, with and without a wrapper's module. or _orig_mod.; keep one")
+    return bare
 
 
 def default_mean_std(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
