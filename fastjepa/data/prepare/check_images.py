@@ -93,7 +93,10 @@ def check_images(
 
 
 def _read_all(report: CheckReport, source: Source, workers: int, limit: float, show: Callable[[BadImage], None]) -> None:
-    """Add to the report what a reading of all images finds; `limit` in megapixels."""
+    """Add to the report what a reading of all images finds, and the folders that cannot be read; `limit` in megapixels."""
+    for path, reason in getattr(source, "unreadable", ()):
+        report.bad.append(BadImage(path, "unreadable", reason))
+        show(report.bad[-1])
     chunks = [range(start, min(start + IMAGES_A_TASK, len(source))) for start in range(0, len(source), IMAGES_A_TASK)]
     with (
         contextlib.closing(map_in_processes(_read_chunk, (source, limit), chunks, workers)) as parts,
@@ -155,7 +158,9 @@ def _check_shards(report: CheckReport, where: str, split: str, workers: int, sho
     folder = Path(os.path.expanduser(where))
     if not folder.is_dir():
         return
-    with contextlib.suppress(UserError):  # other formats keep their splits elsewhere; `open_source` has the last word
+    with contextlib.suppress(
+        UserError, PermissionError
+    ):  # other formats keep their splits elsewhere; `open_source` has the last word
         folder = split_folder(folder, split)
     manifest = read_manifest(folder)
     if manifest is None:
