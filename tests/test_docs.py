@@ -198,7 +198,7 @@ def toy(words: list[str], place: Path, output: Path) -> None:
         own = [word for word in words[1:] if not re.match(r"[a-z]+\.\w+=", word)]
         settings = [word for word in words if word not in own and re.match(r"[a-z]+\.\w+=", word)]
         known = any(word in " ".join(own) for word in ("demo", "cifar10"))
-        where = [] if known else [f"data.source={place / 'sets/cifar10'}", "data.root_path=null", "data.image_folder=null"]
+        where = [] if known else [f"data.source={place / 'sets/cifar10'}", "data.root_path=", "data.image_folder="]
         words = [words[0], *own, *SMALL, *where, *settings]
     kind = " ".join(words[:2]) if words[0] in ("eval", "data") else words[0]
     more = ["--output", str(output)] if words[0] == "train" else []

@@ -31,6 +31,13 @@ def test_a_run_writes_what_it_promises(toy_config, tmp_path, capsys):
     assert "finished after step 10" in capsys.readouterr().out
 
 
+def test_a_warm_up_longer_than_the_run_is_said_at_the_start(toy_config, tmp_path, capsys):
+    for steps in (1, 2):  # a new run, and a resumed one
+        trained(toy_config, tmp_path, "--max-steps", steps, "optimization.warmup=40", "data.num_workers=0")
+        said, _, after = capsys.readouterr().out.partition("step 1/" if steps == 1 else "step 2/")
+        assert "40 epochs of warm-up in a run of 2: the learning rate ends at 0.00024" in said and "warm-up" not in after
+
+
 @pytest.mark.parametrize("regularizer", ["none", "vicreg", "sigreg"])
 def test_a_run_interrupted_mid_epoch_continues_bit_for_bit(toy_config, tmp_path, regularizer):
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -111,7 +111,8 @@ def print_plan(found: dict) -> None:
     )
     hours = f"{found['hours']:.1f} hours, {found['gpu_hours']:.0f} GPU hours"
     console.print(f"\n{cost} at {peak}: {hours} (an estimate).", soft_wrap=True)
-    console.print(f"Recommended: {found['why']}", soft_wrap=True)
+    for sentence in (f"Recommended: {found['why']}", *found["notes"]):
+        console.print(sentence, soft_wrap=True, markup=False)
 
 
 def row_title(name: str) -> str:

@@ -33,12 +33,15 @@ def register(commands) -> None:
 def run_train(args: argparse.Namespace) -> None:
     """Train on this rank; all ranks write into the directory that the first one names."""
     from fastjepa.ranks.collectives import text_of_main
-    from fastjepa.ranks.world import join_world
+    from fastjepa.ranks.world import check_launch, join_world
+    from fastjepa.run.directory import held_by_ranks
     from fastjepa.train import train
 
     config = load_config(args.config, args.overrides)
     named = args.output or (config.logging.folder and Path(config.logging.folder))
     fresh = Path("runs") / f"{args.config.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    join_world(config.runtime.device, 2 * config.runtime.timeout)
+    check_launch()
+    world = join_world(config.runtime.device, 2 * config.runtime.timeout)
     output = named or Path(text_of_main(str(fresh)))
-    train(config, output, args.max_steps, args.resume, args.init, args.deepspeed_config)
+    with held_by_ranks(output, world.is_main):
+        train(config, output, args.max_steps, args.resume, args.init, args.deepspeed_config)

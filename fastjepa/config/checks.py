@@ -1,7 +1,7 @@
 """Checks that span the keys of a config."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastjepa.config.schema import Config
@@ -10,6 +10,11 @@ from fastjepa.errors import ConfigError
 FP8_WIDTH = 768  # the narrowest encoder for runtime.target_fp8
 # Keys that mean nothing to the other strategies: these have one context, which is all that is no target.
 MULTIBLOCK = ("num_enc_masks", "num_pred_masks", "enc_mask_scale", "pred_mask_scale", "allow_overlap")
+
+
+# Least and most of what pixels that count from 0 to 1 are normalised with. No deviation of theirs is above 0.5, but 1 leaves
+# them as they are; 0.0004 is a tenth of one of the 255 steps between black and white.
+NORMALISATION = {"mean": (0.0, 1.0), "std": (0.0004, 2.0)}
 
 
 def check_config(config: Config, raw: Mapping[str, Any], where: str) -> Config:
@@ -52,10 +57,22 @@ def check_config(config: Config, raw: Mapping[str, Any], where: str) -> Config:
     for name in ("mean", "std"):
         values = getattr(data, name)
         require(values is None or len(values) == data.channels, f"data.{name}: needs {data.channels} numbers, one a channel")
-    require(min(config.mean_std[1]) > 0, "data.std: every value must be greater than 0")
+        fault = normalisation_fault(name, values or ())
+        require(not fault, f"data.{name}: {fault}")
     require(not (data.source and (data.root_path or data.image_folder)),
             "data.source and data.root_path / image_folder are both given; keep one")  # fmt: skip
     return config
+
+
+def normalisation_fault(name: str, values: Sequence[float]) -> str:
+    """Return what is wrong with the "mean" or "std" of pixels that count from 0 to 1, and the remedy; "" if nothing is."""
+    least, most = NORMALISATION[name]
+    if any(value < least for value in values):
+        return f"{min(values):g} must be {f'greater than {least:g}' if least else '0 or greater'}, as pixels count from 0 to 1"
+    if any(value > most for value in values):
+        divided = ", ".join(f"{value / 255:.3f}" for value in values)
+        return f"{max(values):g} is not of pixels that count from 0 to 1; divide values of 0..255 by 255: [{divided}]"
+    return ""
 
 
 def _check_objective(config: Config, require: Callable[[bool, str], None]) -> None:

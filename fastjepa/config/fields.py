@@ -1,6 +1,7 @@
 """Keys of a config, with a type, a range and a sentence each, and the strict reading of their values."""
 
 import dataclasses
+import datetime
 import difflib
 import math
 import types
@@ -85,7 +86,9 @@ def coerce_value(hint: Any, value: Any, label: str) -> Any:
             return number
     elif type(value) is hint:
         return value
-    raise ConfigError(f"{label}: {value!r} must be {type_name(hint)}")
+    unquoted = hint in (str, str | None) and isinstance(value, bool | int | float | list | dict | datetime.date)
+    quotes = "; YAML reads text as something else where it is not in quotes" if unquoted else ""
+    raise ConfigError(f"{label}: {value!r} must be {type_name(hint)}{quotes}")
 
 
 def type_name(hint: Any) -> str:

@@ -77,8 +77,18 @@ def _sections() -> dict[str, type]:
     return typing.get_type_hints(Config)
 
 
+def _is_text(section: str, name: str) -> bool:
+    """Return whether a key holds text, or text or null."""
+    cls = _sections().get(section)
+    return cls is not None and typing.get_type_hints(cls).get(name) in (str, str | None)
+
+
 def _override(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Return the sections with overrides applied in their order, "data.batch_size=64" for one."""
+    """Return the sections with overrides applied in their order, "data.batch_size=64" for one.
+
+    The value of a key of text is taken as it stands: YAML would cut "/data/set #2" at the #, and read no and 2024 as other
+    than text. Nothing after the = unsets it.
+    """
     raw = {name: dict(section) if isinstance(section, Mapping) else section for name, section in raw.items()}
     for text in overrides:
         path, equals, value = text.partition("=")
@@ -88,7 +98,8 @@ def _override(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
         if not isinstance(raw.get(section) or {}, Mapping):
             continue  # config_from_dict refuses the section
         try:
-            raw[section] = {**(raw.get(section) or {}), name: yaml.safe_load(value)}
+            given = (value or None) if _is_text(section, name) else yaml.safe_load(value)
+            raw[section] = {**(raw.get(section) or {}), name: given}
         except yaml.YAMLError as error:
             raise ConfigError(f"override {text!r}: {value!r} is not a YAML value") from error
     return raw

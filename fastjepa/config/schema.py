@@ -69,8 +69,8 @@ class DataConfig:
     )
     max_bad: int = config_key(100, "undecodable files a run may meet before it stops", is_not_negative)
     channels: int = config_key(3, "image channels: 1 (grey) or 3 (RGB)", ValueCheck(lambda v: v in (1, 3), "1 or 3"))
-    mean: tuple[float, ...] | None = config_key(None, "per-channel mean on [0, 1]; default: ImageNet's")
-    std: tuple[float, ...] | None = config_key(None, "per-channel standard deviation on [0, 1]; default: ImageNet's")
+    mean: tuple[float, ...] | None = config_key(None, "per-channel mean of pixels that count from 0 to 1; default: ImageNet's")
+    std: tuple[float, ...] | None = config_key(None, "per-channel standard deviation of the same; default: ImageNet's")
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,11 @@ class OptimizationConfig:
     ema: tuple[float, float] = config_key(
         (0.996, 1.0), "momentum of the target encoder, first and last step", is_momentum_range
     )
-    ipe_scale: float = config_key(1.0, "stretches the schedules beyond the run", is_positive)
+    ipe_scale: float = config_key(
+        1.0,
+        "length of the schedules over that of the run; below 1 they end before it, and stay at their last values",
+        is_positive,
+    )
 
 
 @dataclass(frozen=True)

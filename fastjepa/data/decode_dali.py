@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastjepa.data.crops import Box
-from fastjepa.data.decode_pillow import Header
+from fastjepa.data.decode_pillow import DAMAGED, Header
 from fastjepa.errors import ConfigError
 
 Decodable = TypeVar("Decodable")  # a dataclass with a field `images`
@@ -43,9 +43,9 @@ def dali_reads(header: Header, raw: bytes) -> bool:
     """Return whether DALI decodes every box of this file to the very pixels of `decode_pillow`, or refuses it.
 
     Of a truncated JPEG DALI decodes the boxes that end before the cut, and of a file with 16 bits a channel it rounds
-    what Pillow cuts; it knows no GIF and no orientation in XMP, and takes the alpha of a TIFF for a colour.
+    what Pillow cuts; it knows no GIF, no orientation in XMP, no damaged metadata, and takes the alpha of a TIFF for a colour.
     """
-    if header.animated:
+    if header.animated or DAMAGED in header.info:
         return False
     if header.format == "JPEG":
         turned_by_xmp = header.orientation != 1 and b"tiff:Orientation" in header.info.get("xmp", b"")

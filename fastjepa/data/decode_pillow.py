@@ -1,11 +1,13 @@
 """Bytes to pixels with Pillow: every format, upright, in one or three channels. Which file and which box, others decide."""
 
 import io
-from typing import NamedTuple
+import struct
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 MAX_PIXELS = 89_478_485  # where Pillow starts to warn of decompression bombs; here they are refused
@@ -20,6 +22,10 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+DAMAGED = "damaged metadata"  # the key in Header.info of an image whose metadata Pillow cannot read
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PIXEL_CHUNKS = {b"IHDR", b"PLTE", b"IDAT", b"IEND"}  # of a PNG; the others are metadata, or name colours to leave out
+T = TypeVar("T")
 
 
 class Header(NamedTuple):
@@ -46,8 +52,8 @@ def decode_image(raw: bytes | np.ndarray, channels: int) -> Tensor:
         channels: 1 (luminance, ITU-R 601-2) or 3 (RGB); alpha is dropped.
 
     EXIF rotation is applied; 16-bit grey is scaled to 8 bits (x * 255 / 65535, rounded). 16-bit colour keeps its high
-    bytes, as Pillow reads it. DecodeError for anything Pillow cannot read in full, for images above MAX_PIXELS, and for
-    32-bit integer and floating-point pixels, which have no known range.
+    bytes, as Pillow reads it. Damaged metadata are passed over. DecodeError for pixels that Pillow cannot read in full, for
+    images above MAX_PIXELS, and for 32-bit integer and floating-point pixels, which have no known range.
     """
     pixels = raw if isinstance(raw, np.ndarray) else _to_pixels(raw, channels)
     if pixels.ndim == 3 and channels == 1:
@@ -61,17 +67,71 @@ def read_header(raw: bytes) -> Header:
     return _opened(raw, _header)
 
 
-def _opened(raw: bytes, use):
-    """Return use(image) of the file opened by Pillow; whatever Pillow's readers raise becomes a DecodeError."""
+def stored_size(raw: bytes) -> tuple[int, int]:
+    """Return (width, height) of an encoded file as stored, whatever they are; DecodeError where Pillow cannot open it."""
+    return _read(raw, lambda image: image.size)
+
+
+def _opened(raw: bytes, use: Callable[[Image.Image], T]) -> T:
+    """Return use(image) of the file opened by Pillow; DecodeError as `_read`, and for an image above MAX_PIXELS."""
+
+    def limited(image: Image.Image) -> T:
+        if image.width * image.height > MAX_PIXELS:
+            raise DecodeError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS}; tile the image")
+        return use(image)
+
+    return _read(raw, limited)
+
+
+def _read(raw: bytes, use: Callable[[Image.Image], T]) -> T:
+    """Return use(image) of the file opened by Pillow; whatever Pillow's readers raise becomes a DecodeError.
+
+    Where they fail on a PNG, its pixels are tried alone: they refuse the file for a text whose check sum is wrong, or for a
+    colour profile above 1 MiB, neither of which is used here.
+    """
     try:
         with Image.open(io.BytesIO(raw)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise DecodeError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS}; tile the image")
             return use(image)
     except (DecodeError, MemoryError):
         raise
     except Exception as error:  # they let any exception through: SyntaxError, struct.error, zlib.error, ...
-        raise DecodeError(f"not an image Pillow can read in full ({type(error).__name__}: {error})") from error
+        bare = _png_pixels(raw)
+        if bare != raw:
+
+            def use_bare(image: Image.Image) -> T:
+                image.info[DAMAGED] = True
+                return use(image)
+
+            return _read(bare, use_bare)
+        why = _why_unknown(raw) if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
+        raise DecodeError(f"not an image Pillow can read in full ({why})") from error
+
+
+def _png_pixels(raw: bytes) -> bytes:
+    """Return a PNG without its metadata, damaged chunks of pixels as they are; the bytes themselves where they are no PNG.
+
+    A chunk is its length, its name, so many bytes, and a check sum: 12 bytes beside what it holds.
+    """
+    if not raw.startswith(PNG_SIGNATURE):
+        return raw
+    kept, start = [PNG_SIGNATURE], len(PNG_SIGNATURE)
+    while start + 8 <= len(raw):
+        length, name = struct.unpack_from(">I4s", raw, start)
+        if name in PIXEL_CHUNKS:
+            kept.append(raw[start : start + length + 12])
+        start += length + 12
+    return b"".join(kept)
+
+
+def _why_unknown(raw: bytes) -> str:
+    """Return why Pillow knows a file of no format: what the format that its first bytes are of says, which Pillow keeps."""
+    for kind, (reader, accepts) in Image.OPEN.items():
+        try:
+            if accepts and accepts(raw[:16]) is True:
+                reader(io.BytesIO(raw), "")
+        except Exception as error:
+            return f"{kind}: {error}"
+    return f"it begins with {raw[:8]!r}, as no format that Pillow knows"
 
 
 def _header(image: Image.Image) -> Header:
@@ -84,8 +144,12 @@ def _header(image: Image.Image) -> Header:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 (upright) where there is none or one that EXIF does not know."""
-    value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    """Return the EXIF orientation; 1 (upright) where there is none, one that EXIF does not know, or none that can be read."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # it lets any exception through, and no pixel depends on it
+        image.info[DAMAGED] = True
+        return 1
     return value if value in UPRIGHT else 1
 
 

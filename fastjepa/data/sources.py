@@ -17,18 +17,20 @@ import math
 import os
 import stat
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from fastjepa.config.schema import DataConfig
+from fastjepa.data.endings import image_endings, passed_over
 from fastjepa.data.parquet import ParquetImages
 from fastjepa.data.prepare.catalog import DATASETS, closest_dataset, find_dataset
 from fastjepa.data.remote_files import is_remote
 from fastjepa.data.remote_shards import RemoteShards, open_directory, open_tars
 from fastjepa.data.splits import only_train, parquet_split, split_folder, stand_in_splits
-from fastjepa.data.tar_shards import ENDINGS, SHARDS_PLAN, TarShards, open_shards, read_manifest, tars_in
+from fastjepa.data.tar_shards import SHARDS_PLAN, TarShards, open_shards, read_manifest, tars_in
 from fastjepa.errors import ConfigError, UserError
 
 log = logging.getLogger(__name__)
@@ -44,7 +46,10 @@ class ImageFolder:
 
     def __init__(self, root: str | Path):
         self.root = str(root)
-        paths = sorted(_image_files(self.root))
+        self.unreadable: list[tuple[str, str]] = []  # folders passed over, each with the reason
+        paths = sorted(_image_files(self.root, self.unreadable))
+        if not paths and self.unreadable:
+            raise UserError("{}: cannot be read ({}); let its folders be read and entered".format(*self.unreadable[0]))
         if not paths:
             raise UserError(f"{root}: no image files in it; give a directory that holds {FORMATS}")
         # One array: lists of a million strings would be copied into every worker as their reference counts change.
@@ -78,28 +83,42 @@ def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def _image_files(root: str) -> Iterator[str]:
-    """Yield the paths of all image files below `root`, relative to it; what is passed over is logged."""
+def _image_files(root: str, unreadable: list[tuple[str, str]]) -> Iterator[str]:
+    """Yield the paths of all image files below `root`, relative to it; what is passed over is logged.
 
-    def identity(folder: str) -> tuple[int, int]:
-        status = os.stat(folder)
+    Folders that cannot be read are added to `unreadable`, with the reason.
+    """
+
+    def identity(folder: str) -> tuple[int, int] | None:
+        try:
+            status = os.stat(folder)
+        except OSError as error:
+            return cannot_be_read(error)
         return status.st_dev, status.st_ino
 
-    def unreadable(error: OSError) -> None:
+    def cannot_be_read(error: OSError) -> None:
+        unreadable.append((error.filename, error.strerror))
         log.warning("%s: passed over (%s)", error.filename, error.strerror)
 
+    passed: Counter[str] = Counter()
     above = {root: frozenset([identity(root)])}  # of each folder still to come: itself and those it lies in
-    for folder, folders, files in os.walk(root, followlinks=True, onerror=unreadable):
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=cannot_be_read):
         chain, inside = above.pop(folder), os.path.relpath(folder, root)
         found = {os.path.join(folder, name): name for name in folders if not name.startswith(".")}
-        fresh = {path: chain | {own} for path in found if (own := identity(path)) not in chain}
-        for path in found.keys() - fresh.keys():
+        own = {path: number for path in found if (number := identity(path))}
+        fresh = {path: chain | {number} for path, number in own.items() if number not in chain}
+        for path in own.keys() - fresh.keys():
             log.warning("%s: passed over, a link to a folder it lies in", path)
         above |= fresh
         folders[:] = [found[path] for path in fresh]
-        for name in files:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in ENDINGS:
+        for name in (name for name in files if not name.startswith(".")):
+            ending = os.path.splitext(name)[1].lower()
+            if ending in image_endings():
                 yield name if inside == "." else os.path.join(inside, name)
+            else:
+                passed[ending] += 1
+    if passed:
+        log.warning("%s: %s", root, passed_over(passed))
 
 
 class IdxPair:
@@ -175,7 +194,10 @@ def open_source(source: DataConfig | str | Path, split: str = "train") -> Source
     if where in DATASETS:
         return _open_directory(find_dataset(where), split, DATASETS[where].classes)
     if os.path.isdir(where):
-        return _open_directory(Path(where), split)
+        try:
+            return _open_directory(Path(where), split)
+        except PermissionError as error:
+            raise UserError(f"{error.filename}: cannot be read ({error.strerror}); let it be read and entered") from error
     if where.endswith((".tar", ".parquet")) or glob.has_magic(where):
         return _open_files(sorted(glob.glob(where, recursive=True)) if glob.has_magic(where) else [where], where, split)
     raise UserError(f"data source {where!r} is neither a directory nor a data set's name; {closest_dataset(where)}")

@@ -6,6 +6,7 @@ import logging
 import os
 import tarfile
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,13 +14,16 @@ from typing import BinaryIO
 
 import numpy as np
 
+from fastjepa.data.endings import image_endings, passed_over
 from fastjepa.errors import UserError
 
-ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"}  # of image files
 SHARDS_MANIFEST = "manifest.json"  # in a directory of shards when all of them are there
 SHARDS_PLAN = "unfinished-shards.json"  # in it before that
 MANIFEST_FORMAT = "fastjepa shards 1"
 STALE_INDEX = OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile  # what `stored_index` raises
+
+
+MemberKey = tuple[str, str]  # folder, and name without its last ending
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,9 @@ class TarShards:
     """WebDataset shards: samples in the order of the shards, read at random through an index of member offsets.
 
     As WebDataset has it, a sample's key is its path up to the first dot of the file name, and the rest is the field's name:
-    `a/001.jpg` and `a/001.cls` are one sample. Labels are read from .cls when every sample has one; `classes` names them.
+    `a/001.jpg` and `a/001.cls` are one sample, of which `a/001.mask.png` is no image more. Where no image of a key has one
+    dot alone, each is a sample: `img.v2.0001.jpg` and `img.v2.0002.jpg`. Labels are read from .cls when every sample has
+    one; `classes` names them.
     """
 
     def __init__(
@@ -136,24 +142,52 @@ class TarShards:
 
 def scan_tar(shard: str | Path, file: BinaryIO | None = None) -> ShardIndex:
     """Return the index of a tar from its headers, read from `file` where it is not on a disk; UserError for a damaged tar."""
-    images, labels = [], {}
     try:
         with tarfile.open(shard, "r:", fileobj=file) as opened:
-            for member in opened:
-                folder, _, name = member.name.rpartition("/")
-                stem, _, field = name.partition(".")
-                if member.isfile() and f".{field.lower()}" in ENDINGS and stem:
-                    images.append(((folder, stem), member))
-                elif member.isfile() and field == "cls":
-                    labels[folder, stem] = int(opened.extractfile(member).read())
+            images, labels, others = _sorted_members(opened)
     except UserError:  # of a remote file, which has said it
         raise
     except (OSError, tarfile.TarError, ValueError) as error:
         raise UserError(f"{shard}: not a tar shard that can be read ({error}); make it again, uncompressed") from error
-    # One row an image, without a row (0, 3): offset, bytes, label.
-    numbers = [(member.offset_data, member.size, labels.get(key, -1)) for key, member in images]
+    images = _one_a_sample(images, others)
+    if others:
+        logging.getLogger(__name__).warning("%s: %s", shard, passed_over(others))
+    # One row an image, without a row (0, 3): offset, bytes, label. a.input.jpg has the label in a.input.cls, else in a.cls.
+    numbers = [(m.offset_data, m.size, labels.get(key, labels.get(_sample_of(key), -1))) for key, m in images]
     offsets, sizes, label = np.array(numbers, dtype=np.int64).reshape(-1, 3).T
     return ShardIndex(np.array([os.fsencode(member.name) for _, member in images], dtype="S"), offsets, sizes, label)
+
+
+def _sorted_members(opened: tarfile.TarFile) -> tuple[list[tuple[MemberKey, tarfile.TarInfo]], dict[MemberKey, int], Counter]:
+    """Return a tar's images, its labels, and how many files of each other ending belong to no image; hidden files are none."""
+    images, labels, others = [], {}, []
+    for member in opened:
+        folder, _, name = member.name.rpartition("/")
+        stem, ending = os.path.splitext(name)
+        if not member.isfile() or name.startswith("."):
+            continue
+        if ending == ".cls":
+            labels[folder, stem] = int(opened.extractfile(member).read())
+        elif ending.lower() in image_endings():
+            images.append(((folder, stem), member))
+        else:
+            others.append(((folder, stem), ending.lower()))
+    samples = {_sample_of(key) for key, _ in images}
+    return images, labels, Counter(ending for key, ending in others if _sample_of(key) not in samples)
+
+
+def _one_a_sample(images: list[tuple[MemberKey, tarfile.TarInfo]], others: Counter) -> list[tuple[MemberKey, tarfile.TarInfo]]:
+    """Return the images without further fields of a sample, a.mask.png beside a.jpg, which `others` counts by their endings."""
+    whole = {key for key, _ in images if _sample_of(key) == key}
+    for key, member in images:
+        if key not in whole and _sample_of(key) in whole:
+            others[f".{os.path.basename(member.name).partition('.')[2]}".lower()] += 1
+    return [(key, member) for key, member in images if key in whole or _sample_of(key) not in whole]
+
+
+def _sample_of(key: MemberKey) -> MemberKey:
+    """Return the sample of a member, its path up to the first dot of its name: ("a", "1.mask") is of ("a", "1")."""
+    return key[0], key[1].partition(".")[0]
 
 
 def labels_and_classes(labels: np.ndarray, names: Sequence[str], where) -> tuple[np.ndarray | None, tuple[str, ...]]:

@@ -21,7 +21,8 @@ class Schedule:
     """Schedules of a run: call it with a step (0 is the first) to get its settings.
 
     As in the official code, learning rate and weight decay are advanced before the optimizer step, so that step 0
-    already uses their value at 1, while the momentum starts at its value at 0.
+    already uses their value at 1, while the momentum starts at its value at 0. Where ipe_scale ends the schedules before
+    the run, each stays at its last value.
     """
 
     optimization: OptimizationConfig
@@ -41,8 +42,26 @@ class Schedule:
         else:
             lr = cosine_between(o.lr, o.final_lr, (step + 1 - warmup) / max(1, horizon - warmup))
         weight_decay = cosine_between(o.weight_decay, o.final_weight_decay, (step + 1) / max(1, horizon))
-        momentum = o.ema[0] + step * (o.ema[1] - o.ema[0]) / stretched
+        momentum = o.ema[0] + step * (o.ema[1] - o.ema[0]) / stretched if step < stretched else o.ema[1]
         return StepSettings(lr, weight_decay, momentum, step)
+
+
+def warmup_notes(optimization: OptimizationConfig) -> list[str]:
+    """Return a sentence for the user where the warm-up leaves no room for the learning rate to decay; else none.
+
+    Example: 40 epochs of warm-up in a run of 3 stop at 3/40 of the way from 2e-4 to 1e-3, which is 2.6e-4.
+    """
+    o = optimization
+    if o.warmup >= o.epochs:
+        reached = o.start_lr + o.epochs / o.warmup * (o.lr - o.start_lr)
+        return [f"warning: optimization.warmup: {o.warmup:g} epochs of warm-up in a run of {o.epochs}: the learning rate ends "
+                f"at {reached:.3g} (optimization.lr {o.lr:g}) and never decays; lower optimization.warmup or raise "
+                "optimization.epochs"]  # fmt: skip
+    if o.warmup >= o.ipe_scale * o.epochs:
+        return [f"warning: optimization.warmup: {o.warmup:g} epochs of warm-up, and optimization.ipe_scale {o.ipe_scale:g} "
+                f"ends the schedules after {o.ipe_scale * o.epochs:.3g} of {o.epochs} epochs: the learning rate falls from "
+                f"{o.lr:g} to {o.final_lr:g} in one step; lower the warm-up or raise optimization.ipe_scale"]  # fmt: skip
+    return []
 
 
 def cosine_between(start: float, end: float, progress: float) -> float:

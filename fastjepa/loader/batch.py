@@ -17,3 +17,4 @@ class Batch(Movable):
     target: Packed  # b sequences, the union of each image's target blocks
     blocks: Blocks  # the predictor's sequences: each context with each target block, or with all of them
     bad: tuple[str, ...]  # files replaced in this micro-batch
+    reasons: tuple[str, ...] = ()  # why, one for each of them

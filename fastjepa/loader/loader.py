@@ -91,19 +91,20 @@ class Loader(AbstractContextManager):
         assert step in self._steps[:1], f"step {step} asked for, {self._steps} are next"
         self._steps = self._steps[1:]
         for batch in itertools.islice(self._batches, self._n_micro):
-            self._count(batch.bad)
+            self._count(dict(zip(batch.bad, batch.reasons, strict=True)))
             yield batch.to(self._device, non_blocking=True)
 
-    def _count(self, paths: tuple[str, ...]) -> None:
-        """Add to the bad files, naming each once; UserError when they are too many."""
-        for path in [path for path in paths if path not in self.bad]:
+    def _count(self, found: dict[str, str]) -> None:
+        """Add {path: reason} to the bad files, naming each once; UserError when they are too many."""
+        for path in [path for path in found if path not in self.bad]:
             self.bad.add(path)
-            said = "%s: cannot be decoded, replaced by another image (at most %d may be)"
-            logging.getLogger(__name__).warning(said, path, self._max_bad)
-        if paths and len(self.bad) > self._max_bad:
+            said = "%s: cannot be decoded (%s), replaced by another image (at most %d may be)"
+            logging.getLogger(__name__).warning(said, path, found[path], self._max_bad)
+        if found and len(self.bad) > self._max_bad:
+            path, reason = next(iter(found.items()))
             raise UserError(
-                f"{len(self.bad)} files cannot be decoded, more than the {self._max_bad} allowed, for example {paths[0]}; "
-                "repair or remove them, or raise data.max_bad"
+                f"{len(self.bad)} files cannot be decoded, more than the {self._max_bad} allowed, "
+                f"for example {path} ({reason}); repair or remove them, or raise data.max_bad"
             )
 
     def close(self) -> None:

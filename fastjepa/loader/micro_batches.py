@@ -65,16 +65,16 @@ class MicroBatches(Dataset):
         slots = range(start, start + size)
         drawn = draw_masks(self.config.mask, self.config.grid, self.config.runtime.seed, step, slots, self.total)
         packed = pack(*drawn, images=data.batch_size, packing=self.packing, budget=self.budget)
-        return Batch(shown, *packed, bad=tuple(dict.fromkeys(bad)))
+        return Batch(shown, *packed, bad=tuple(bad), reasons=tuple(bad.values()))
 
     @torch.inference_mode()  # saves a fifth of the time at 28 pixels
-    def _decoded(self, epoch: int, samples: list[int]) -> tuple[Tensor, list[str]]:
-        """Return (b, C, H, W) uint8 crops of the samples, and the names of the bad files met."""
+    def _decoded(self, epoch: int, samples: list[int]) -> tuple[Tensor, dict[str, str]]:
+        """Return (b, C, H, W) uint8 crops of the samples, and {name: reason} of the bad files met."""
         images = torch.zeros(len(samples), self.config.data.channels, *self.config.image_size, dtype=torch.uint8)
-        bad = []
+        bad: dict[str, str] = {}
         for row, sample in zip(images, samples, strict=True):
             image, unreadable = self.view(epoch, sample)
-            bad += unreadable
+            bad |= unreadable
             if image is None:
                 break  # past max_bad: the loader stops the run on `bad`
             row.copy_(image)
@@ -91,8 +91,8 @@ class MicroBatches(Dataset):
             self._order = epoch, generator(self.config.runtime.seed, ORDER_STREAM, epoch).permutation(len(self.source))
         return self._order[1][within * self.total + start : within * self.total + stop]
 
-    def view(self, epoch: int, sample: int) -> tuple[Tensor | None, list[str]]:
-        """Return the sample's crop in this epoch, (C, H, W) uint8, and the names of the bad files met.
+    def view(self, epoch: int, sample: int) -> tuple[Tensor | None, dict[str, str]]:
+        """Return the sample's crop in this epoch, (C, H, W) uint8, and {name: reason} of the bad files met.
 
         The crop is that of a substitute where the sample is bad, and None when more than `max_bad` candidates are.
         """
@@ -106,8 +106,8 @@ class MicroBatches(Dataset):
 
     def _first_readable(
         self, epoch: int, sample: int, make: Callable[[bytes | np.ndarray, CropOf], Shown]
-    ) -> tuple[Shown | None, list[str]]:
-        """Return make(bytes or pixels, crop_of) of the first candidate that can be read, and the names of those before it.
+    ) -> tuple[Shown | None, dict[str, str]]:
+        """Return make(bytes or pixels, crop_of) of the first candidate that can be read, and {name: reason} of those before it.
 
         A substitute is cropped by the numbers of the sample that it stands in for.
         """
@@ -119,14 +119,15 @@ class MicroBatches(Dataset):
             flip = data.use_horizontal_flip and uniforms[4 * CROP_TRIES] < 0.5
             return crop_box(height, width, data.crop_scale, uniforms), flip
 
-        unreadable: dict[int, str] = {}
+        unreadable: dict[int, tuple[str, str]] = {}  # candidate -> name and reason
         for candidate in self._candidates(epoch, sample):
             try:
-                return make(self.source.read(candidate), crop_of), list(unreadable.values())
-            except (DecodeError, OSError):
-                unreadable[candidate] = self.source.name(candidate)
+                return make(self.source.read(candidate), crop_of), dict(unreadable.values())
+            except (DecodeError, OSError) as error:
+                reason = getattr(error, "strerror", None) or str(error)
+                unreadable[candidate] = self.source.name(candidate), reason
             if len(unreadable) > self.max_bad:
-                return None, list(unreadable.values())
+                return None, dict(unreadable.values())
 
     def _candidates(self, epoch: int, sample: int) -> Iterator[int]:
         """Yield the sample, then substitutes without end; each sample has 2**64 blocks of the stream to itself."""
@@ -150,15 +151,15 @@ class EncodedBatches(MicroBatches):
         """
         return self._batch(item, functools.partial(self._views, refused))
 
-    def _views(self, refused: Mapping[int, str], epoch: int, samples: list[int]) -> tuple[Encoded, list[str]]:
-        """Return the views of the samples, those in the rows `refused` as pixels, and the names of the bad files met."""
-        views, bad = [], []
+    def _views(self, refused: Mapping[int, str], epoch: int, samples: list[int]) -> tuple[Encoded, dict[str, str]]:
+        """Return the views of the samples, those in the rows `refused` as pixels, and {name: reason} of the bad files met."""
+        views, bad = [], {}
         for row, sample in enumerate(samples):
             view, unreadable = self._first_readable(epoch, sample, self._pixels if row in refused else self._file)
             if row in refused and not unreadable:
                 said = "%s: Pillow decodes it, DALI cannot (%s)"
                 logging.getLogger(__name__).warning(said, self.source.name(sample), refused[row])
-            bad += unreadable
+            bad |= unreadable
             views.append(view or BLACK_PIXEL)  # past max_bad: the loader stops the run on `bad`
             if view is None:
                 break

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from fastjepa.config.schema import Config
+from fastjepa.engine.schedule import warmup_notes
 from fastjepa.plan.flops import flops_per_image
 from fastjepa.plan.memory import ZERO_STAGES, ActivationBytes, activation_bytes, network_sizes, row_counts, tensor_bytes
 from fastjepa.plan.sharding import recommend_stage, usable_bytes
@@ -34,7 +35,7 @@ class Cards:
 def plan_run(
     config: Config, cards: Cards, stages: Sequence[int] = ZERO_STAGES, images: int = IMAGENET_IMAGES
 ) -> dict[str, object]:
-    """Return the memory a GPU needs in bytes, by part and stage; what fits; the hours; and the stage to use, with the reason.
+    """Return the memory a GPU needs in bytes, by part and stage; what fits; hours; the stage to use, with the reason; notes.
 
     Args:
         stages: the ZeRO stages to lay side by side.
@@ -53,6 +54,7 @@ def plan_run(
         "flops_per_image": per_image, "card": cards.name, "peak_flops": CARD_PEAKS[cards.name][dtype],
         "utilisation": cards.utilisation, "images_per_epoch": images, "epochs": config.optimization.epochs,
         "hours": hours, "gpu_hours": hours * cards.count, "recommended_stage": stage, "why": why,
+        "notes": warmup_notes(config.optimization),
     }  # fmt: skip
 
 

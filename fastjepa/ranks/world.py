@@ -12,6 +12,16 @@ import torch.distributed as dist
 from fastjepa.errors import ConfigError, UserError
 from fastjepa.ranks.meet import meet_ranks
 
+# Variables that say how many tasks were started, the more exact first: a step of SLURM may have fewer than its job.
+TASK_COUNTS = (
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_SIZE",
+    "MV2_COMM_WORLD_SIZE",
+    "SLURM_STEP_NUM_TASKS",
+    "SLURM_NTASKS",
+    "SLURM_NPROCS",
+)
+
 
 @dataclass(frozen=True)
 class World:
@@ -69,6 +79,15 @@ def wait_for_ranks(seconds: float = 5.0) -> None:
             time.sleep(0.05)
     except RuntimeError:  # the rank that keeps the store has left, when all had come
         return
+
+
+def check_launch() -> None:
+    """Raise UserError where SLURM or MPI has started several tasks, of which each would train alone, the same as the others."""
+    counts = [(name, os.environ[name]) for name in TASK_COUNTS if os.environ.get(name, "").isdigit()]
+    if "WORLD_SIZE" not in os.environ and counts and int(counts[0][1]) > 1:
+        raise UserError("{}={} without WORLD_SIZE: each of these tasks would train alone; start one task a machine and "
+                        "torchrun in it (docs/multi-gpu.md), or set WORLD_SIZE=1 for a run of one process"
+                        .format(*counts[0]))  # fmt: skip
 
 
 def _device(wanted: str, local_rank: int) -> torch.device:

@@ -18,6 +18,7 @@ from fastjepa.engine.build import build_engine
 from fastjepa.engine.cuda_graph import CudaGraph, EagerRuns, check_cuda_graph
 from fastjepa.engine.plain import PlainEngine
 from fastjepa.engine.precision import COMPUTE_DTYPES, EMULATED_BF16, autocast_of, has_bf16, settle_dtype
+from fastjepa.engine.schedule import warmup_notes
 from fastjepa.engine.zero import ZeroEngine
 from fastjepa.errors import ConfigError
 from fastjepa.loader.batch import Batch
@@ -89,7 +90,7 @@ def run_warnings(config: Config, device: torch.device) -> list[str]:
     """Return sentences for the user of a config that runs, but not as it could."""
     emulated = config.runtime.dtype == "bf16" and not has_bf16(device)
     graph = [padding_note(config, config.data.batch_size)] if config.runtime.cuda_graph else []
-    return graph + ([EMULATED_BF16] if emulated else [])
+    return graph + ([EMULATED_BF16] if emulated else []) + warmup_notes(config.optimization)
 
 
 def apply_process_settings(config: Config) -> None:

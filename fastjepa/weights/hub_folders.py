@@ -15,10 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fastjepa.config.checks import normalisation_fault
 from fastjepa.errors import CheckpointError, UserError
-from fastjepa.weights.pretrained import LAYER_NORM_EPS, UNSTATED_WHICH, EncoderForm, default_mean_std
+from fastjepa.weights.pretrained import LAYER_NORM_EPS, UNSTATED_WHICH, EncoderForm, bare_names, default_mean_std
 
-CONFIG_FILE, CARD_FILE = "config.json", "README.md"
+CONFIG_FILE, CARD_FILE, PROCESSOR_FILE = "config.json", "README.md", "preprocessor_config.json"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 FOLDER_KINDS = {"form": "fastjepa", "architecture": "timm", "model_type": "transformers"}  # by a key of config.json
 # Of each part of a block: our name, and two of transformers, in the files of every version and in the memory of version 5.
@@ -91,7 +92,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         except (OSError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{file}: not a readable safetensors file ({reason}); give one that is") from error
-    return tensors, about
+    return bare_names(tensors, str(path)), about
 
 
 def settle_form(held: str, asked: str | None, where: Path) -> str:
@@ -132,10 +133,50 @@ def read_folder(path: Path, which: str | None, shape: EncoderForm | None) -> Loa
     return read_lone_encoder(path, tensors, about, which, shape, f"{found} folder {path.name}")
 
 
-def stated_mean_std(given: Mapping[str, Any], names: tuple[str, str], channels: int) -> dict[str, Any]:
-    """Return the mean and the deviation that a config.json gives under `names`, else ImageNet's."""
-    defaults = zip(("mean", "std"), names, default_mean_std(channels), strict=True)
-    return {key: list(given.get(name, value)) for key, name, value in defaults}
+def timm_mean_std(path: Path, given: Mapping[str, Any], channels: int) -> dict[str, list[float]]:
+    """Return the mean and the deviation that the pretrained_cfg of a timm folder gives, else ImageNet's."""
+    mean, std = default_mean_std(channels)
+    return checked_mean_std(path / CONFIG_FILE, given.get("mean", mean), given.get("std", std), channels)
+
+
+def transformers_mean_std(folder: Path, channels: int) -> dict[str, list[float]]:
+    """Return the mean and the deviation that do what a folder's image processor does; ImageNet's where it has none.
+
+    The processor maps a byte v to (f v - m) / s, by its rescale_factor f, image_mean m and image_std s. A pixel x = v / 255
+    is mapped so by the mean m / (255 f) and the deviation s / (255 f). Without do_rescale f is 1; without do_normalize m is
+    0 and s is 1.
+    """
+    file = folder / PROCESSOR_FILE
+    if not file.is_file():
+        return checked_mean_std(file, *default_mean_std(channels), channels)
+    given = read_json(file)
+    kind = given.get("image_processor_type") or given.get("feature_extractor_type") or "ViT"
+    if given.get("do_normalize", True) and not given.keys() >= {"image_mean", "image_std"} and not kind.startswith("ViT"):
+        raise UserError(f"{file}: image_mean or image_std is not there, and the defaults of {kind} are not known; add both")
+    factor = given.get("rescale_factor", 1 / 255) if given.get("do_rescale", True) else 1
+    if not isinstance(factor, int | float) or not 0 < factor < math.inf:
+        raise UserError(f"{file}: rescale_factor: {factor!r} must be a number greater than 0; 1/255 is usual")
+    mean, std = given.get("image_mean", 0.5), given.get("image_std", 0.5)  # 0.5 is the default of ViTImageProcessor
+    mean, std = (mean, std) if given.get("do_normalize", True) else (0.0, 1.0)
+    return checked_mean_std(file, mean, std, channels, 255 * factor)
+
+
+def checked_mean_std(file: Path, mean: Any, std: Any, channels: int, scale: float = 1.0) -> dict[str, list[float]]:
+    """Return {"mean": and "std": a number a channel} over `scale`; UserError, which names the file, for what cannot be.
+
+    Args:
+        mean, std: a number for all channels, or a list of one a channel.
+    """
+    checked = {}
+    for name, stated in (("mean", mean), ("std", std)):
+        values = [stated] * channels if isinstance(stated, int | float) else stated
+        numbers = isinstance(values, list | tuple) and all(isinstance(value, int | float) for value in values)
+        if not numbers or len(values) != channels:
+            raise UserError(f"{file}: {name}: {stated!r} must be {channels} numbers, one a channel")
+        checked[name] = [value / scale for value in values]
+        if fault := normalisation_fault(name, checked[name]):
+            raise UserError(f"{file}: {name}: {fault}")
+    return checked
 
 
 def timm_form(path: Path, said: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,7 +201,7 @@ def timm_form(path: Path, said: Mapping[str, Any]) -> dict[str, Any]:
     if not plain:
         raise UserError(f"{path}: {architecture} is not a plain ViT with layer norm and GELU; only those are read")
     dim, channels, patch, _ = embed.proj.weight.shape
-    return stated_mean_std(given, ("mean", "std"), channels) | {
+    return timm_mean_std(path, given, channels) | {
         "image_size": list(embed.img_size),
         "patch_size": patch,
         "channels": channels,
@@ -185,10 +226,8 @@ def transformers_form(path: Path, said: Mapping[str, Any]) -> dict[str, Any]:
         if said.get(name, needed) != needed:
             raise UserError(f"{path}: {name} is {said[name]}, and an I-JEPA encoder's is {needed}; it cannot be read")
     image, patch, channels = said.get("image_size", 224), said.get("patch_size", 16), said.get("num_channels", 3)
-    shown = path / "preprocessor_config.json"
     about = {"which": "context", "origin": f"transformers folder {path.name}"} | said.get("fastjepa", {})
-    given = read_json(shown) if shown.is_file() else {}
-    return stated_mean_std(given, ("image_mean", "image_std"), channels) | {
+    return transformers_mean_std(path, channels) | {
         "image_size": [image, image] if isinstance(image, int) else list(image),
         "patch_size": patch if isinstance(patch, int) else patch[0],
         "channels": channels,
@@ -313,7 +352,7 @@ def write_transformers(folder: Path, form: EncoderForm, tensors: Mapping[str, Te
 model = IJepaModel.from_pretrained("FOLDER")
 features = model(images).last_hidden_state  # normalised floats (B, {form.channels}, H, W) -> (B, N, {form.embed_dim})"""
     write_folder(folder, said, form, to_transformers(tensors, form.depth), "transformers", use)
-    (folder / "preprocessor_config.json").write_text(json.dumps(shown, indent=2) + "\n")
+    (folder / PROCESSOR_FILE).write_text(json.dumps(shown, indent=2) + "\n")
 
 
 def write_folder(

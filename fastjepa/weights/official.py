@@ -6,8 +6,10 @@ position, `epoch` (epochs completed), and more. The positional embeddings, never
 a position in the first two groups. What this project writes has one key more, "fastjepa", which nobody else reads.
 """
 
-import pickle
+import errno
+import re
 import sys
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from fastjepa.engine.schedule import Schedule
 from fastjepa.engine.shards import OPTIMIZER
 from fastjepa.errors import CheckpointError, UserError
 from fastjepa.model.jepa import NETWORKS, build_pair
-from fastjepa.weights.pretrained import EncoderForm
+from fastjepa.weights.pretrained import EncoderForm, bare_names
 
 MODULE_PREFIX = "module."
 OPTIMIZER_GROUPS = (("encoder", True), ("predictor", True), ("encoder", False), ("predictor", False))  # network, decayed
@@ -35,16 +37,18 @@ POSITION_NAMES = ("encoder.pos_embed", "predictor.predictor_pos_embed")
 
 
 def load_official(path: str | Path) -> dict[str, Any]:
-    """Return a file's contents, names without "module."; tensors are mapped from it, read as they are used.
+    """Return a file's contents, names without "module." and "_orig_mod."; tensors are mapped from it, read as they are used.
+
+    Files in torch's old format, which is no zip archive, are read whole.
 
     A file that is one network's weights alone is given as {"encoder": weights, "fastjepa": {"lone": True}}.
     """
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        only = f"not a checkpoint of tensors and numbers alone ({reason}); nothing else is read"
-        raise CheckpointError(f"{path}: {only}") from error
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # torch's readers of damaged files let any exception through
+        if isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno != errno.EINVAL:  # a cut archive's
+            raise
+        raise CheckpointError(f"{path}: {_why_unreadable(Path(path), str(error))}") from error
     if not isinstance(contents, Mapping):
         raise CheckpointError(f"{path}: holds a {type(contents).__name__} and no networks; give an official checkpoint")
     if not any(name in contents for name in NETWORKS):
@@ -55,7 +59,23 @@ def load_official(path: str | Path) -> dict[str, Any]:
 def _plain_value(network: Any, path: str | Path) -> dict[str, Tensor]:
     if not isinstance(network, Mapping) or not all(isinstance(value, Tensor) for value in network.values()):
         raise CheckpointError(f"{path}: no networks of named tensors in it; give an official checkpoint")
-    return {name.removeprefix(MODULE_PREFIX): tensor for name, tensor in network.items()}
+    return bare_names(network, str(path))
+
+
+def _why_unreadable(path: Path, said: str) -> str:
+    """Return why torch could not load a file, of which torch `said` the long version, and the remedy."""
+    if named := re.search(r"GLOBAL (\S+)", said):
+        remedy = "save the networks' state dicts in a file of their own"
+        return f"not a checkpoint of tensors and numbers alone (there is a {named[1]} in it); nothing else is read, {remedy}"
+    with path.open("rb") as file:
+        head = file.read(8)
+    if not head:
+        return "an empty file; get it again"
+    if head.startswith(b"PK"):
+        return "cut off or damaged: the zip archive that torch makes is not whole; get it again"
+    if head.startswith(b"\x80"):
+        return "damaged, or no file of torch's old format; get it again, or save it again with torch.save"
+    return f"not a file of torch, it begins with {head!r}; get it again"
 
 
 def official_networks(contents: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,23 @@ from torch import Tensor, nn
 from fastjepa.config.load import config_from_dict
 from fastjepa.config.schema import MODELS, Config, DataConfig
 from fastjepa.errors import UserError
+from fastjepa.masks.packed import Packed
 from fastjepa.model.vit import Encoder, sincos_positions
 
 LAYER_NORM_EPS = 1e-6  # in the layer norms of this trainer, the official code and timm
 UNSTATED_WHICH = "unstated"  # `which`, where nothing says whether an encoder is the target or the context encoder
+
+
+def bare_names(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Give tensors the names that they have in the network itself; UserError where two would have one name.
+
+    DDP and DataParallel put "module." before them, once for each wrapping, and torch.compile "_orig_mod." at any place:
+    "module._orig_mod.norm.weight" is "norm.weight".
+    """
+    bare = {re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", "")): tensor for name, tensor in tensors.items()}
+    if len(bare) < len(tensors):
+        raise UserError(f"{where}: some weights are in it twice, with and without a wrapper's module. or _orig_mod.; keep one")
+    return bare
 
 
 def default_mean_std(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -126,6 +140,17 @@ class PretrainedEncoder(Encoder):
         self.form, self.fixed_positions = form, True
         self.image_size, self.patch_size, self.channels = form.image_size, form.patch_size, form.channels
         self.mean_std, self.which, self.origin = form.mean_std, form.which, form.origin
+
+    def forward(self, images: Tensor, visible: Packed | None = None, wanted: Packed | None = None) -> Tensor:
+        """Return features as every encoder does; UserError for what is no batch of images that this one takes."""
+        shape, patch = tuple(getattr(images, "shape", ())), self.patch_size
+        good = isinstance(images, Tensor) and len(shape) == 4 and shape[0] > 0 and shape[1] == self.channels
+        if not good or any(side < patch or side % patch for side in shape[2:]):
+            given = f"of shape {shape}" if isinstance(images, Tensor) else f"{type(images).__name__}"
+            one = "; images[None] makes a batch of one image" if len(shape) == 3 and shape[0] == self.channels else ""
+            raise UserError(f"{self.origin}: images must be a tensor (b, {self.channels}, H, W), H and W multiples of {patch}, "
+                            f"not {given}{one}")  # fmt: skip
+        return super().forward(images, visible, wanted)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Return features (b, N, D) of images (b, C, H, W), after the final norm."""

@@ -12,7 +12,7 @@ from fastjepa.checkpoint.state import read_state
 from fastjepa.errors import UserError
 from fastjepa.weights.hub_folders import Loaded, folder_kind, read_folder, read_lone_encoder, read_tensors
 from fastjepa.weights.official import load_official, official_networks, recorded_config
-from fastjepa.weights.pretrained import EncoderForm, PretrainedEncoder, check_weights, encoder_of_weights
+from fastjepa.weights.pretrained import EncoderForm, PretrainedEncoder, bare_names, check_weights, encoder_of_weights
 
 NETWORK_OF = {"target": "target_encoder", "context": "encoder"}
 TORCH_FILES = (".pth", ".pt", ".tar", ".bin")
@@ -81,7 +81,7 @@ def starting_networks(path: str | Path) -> dict[str, dict[str, Tensor]]:
     path = Path(path).expanduser()
     found = weights_kind(path)
     if found in ("run", "weights"):
-        return load_networks(path)
+        return {name: bare_names(tensors, str(path)) for name, tensors in load_networks(path).items()}
     if found == "meta":
         return official_networks(load_official(path))
     return {"encoder": read_weights(path).tensors}

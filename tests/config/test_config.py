@@ -176,6 +176,34 @@ def test_an_override_keeps_equals_signs_in_its_value(tmp_path):
     assert load_config(written(tmp_path, ""), ["data.source=a=b"]).data.source == "a=b"
 
 
+@pytest.mark.parametrize(
+    "key", ["data.source", "data.root_path", "data.image_folder", "logging.folder", "meta.read_checkpoint"]
+)
+@pytest.mark.parametrize(
+    "text",
+    ["/data/set #2", "2024", "2024-01-31", "1e5", "0x1f", "1_000", "no", "on", "yes", "true", "null", "~", "~/set", "[v2]",
+     "{v2}", "a: b", "- a", "a:", "'quoted'", "*star", "&and", "!tag", "%", "@at", "`", " spaces ", "C:\\set", "#", "[open",
+     "größe", "a\tb"],
+)  # fmt: skip
+def test_an_override_of_text_is_taken_as_it_stands(tmp_path, key, text):
+    section, name = key.split(".")
+    loaded = load_config(written(tmp_path, ""), [f"{key}={text}"])
+    assert loaded.to_dict()[section][name] == text
+    assert load_config(written(tmp_path, loaded.to_dict())) == loaded, "it is written so that it is read back"
+
+
+def test_an_override_of_text_by_nothing_unsets_it(tmp_path):
+    assert load_config(written(tmp_path, "data: {source: a}"), ["data.source="]).data.source is None
+    assert "logging.write_tag: None must be text" in refusal(tmp_path, "", "logging.write_tag=")
+
+
+@pytest.mark.parametrize("text", ["2024", "no", "on", "[v2]", "a: b", "2024-01-31", "1.5"])
+def test_text_that_the_file_holds_without_quotes_is_refused_with_the_remedy(tmp_path, text):
+    raw = f"data:\n  source: {text}\n" if ": " not in text else f"data:\n  source:\n    {text}\n"
+    assert "must be text or null; YAML reads text as something else where it is not in quotes" in refusal(tmp_path, raw)
+    assert load_config(written(tmp_path, f"data: {{source: '{text}'}}")).data.source == text
+
+
 @pytest.mark.parametrize("text", ["batch_size=3", "data.batch_size", "data.=3", ".batch_size=3", "=3", ""])
 def test_a_malformed_override_says_how_to_write_one(tmp_path, text):
     with pytest.raises(ConfigError, match="section.key=value"):
@@ -313,6 +341,8 @@ def test_a_value_out_of_range_is_refused_in_words(tmp_path, section, name, value
         ("data.crop_scale", [1.0, 1.0]),
         ("data.hw_decoder_load", 0),
         ("data.hw_decoder_load", 1),
+        ("data.mean", [0, 1, 0.5]),
+        ("data.std", [1, 1, 0.005]),
         ("mask.context_fraction", 1.0),
         ("optimization.warmup", 0),
         ("optimization.ema", [0, 1]),
@@ -370,6 +400,15 @@ def test_an_official_key_that_cannot_act_raises(tmp_path, key, value):
         ({"data": {"mean": [0.5]}}, ["data.mean", "3 numbers"]),
         ({"data": {"std": [0.5] * 3, "channels": 1}}, ["data.std", "1 numbers"]),
         ({"data": {"std": [0.5, 0.0, 0.5]}}, ["data.std", "greater than 0"]),
+        ({"data": {"std": [0.2, 1e-9, 0.2]}}, ["data.std: 1e-09", "greater than 0.0004"]),
+        ({"data": {"std": [1e-4], "channels": 1}}, ["data.std: 0.0001", "greater than 0.0004"]),
+        ({"data": {"std": [0.2, -0.2, 0.2]}}, ["data.std: -0.2", "greater than 0.0004"]),
+        ({"data": {"mean": [-0.485, 0.456, 0.406]}}, ["data.mean: -0.485", "0 or greater"]),
+        ({"data": {"mean": [123.675, 116.28, 103.53]}}, ["data.mean: 123.675", "divide", "by 255: [0.485, 0.456, 0.406]"]),
+        ({"data": {"std": [58.395, 57.12, 57.375]}}, ["data.std: 58.395", "divide", "by 255: [0.229, 0.224, 0.225]"]),
+        ({"data": {"mean": [0.5, 0.5, 127.5]}}, ["data.mean: 127.5", "by 255"]),
+        ({"data": {"mean": [33.3], "channels": 1}}, ["data.mean: 33.3", "by 255: [0.131]"]),
+        ({"data": {"std": [3], "channels": 1}}, ["data.std: 3", "by 255: [0.012]"]),
         ({"data": {"source": "cifar10", "root_path": "a"}}, ["data.source", "data.root_path"]),
         ({"data": {"source": "cifar10", "image_folder": "a"}}, ["data.source", "image_folder"]),
     ],

@@ -2,6 +2,9 @@
 
 import io
 import math
+import re
+import struct
+import zlib
 from unittest import mock
 
 import numpy as np
@@ -15,7 +18,7 @@ from torchvision.transforms.v2.functional import resized_crop
 
 from fastjepa.data import decode_pillow
 from fastjepa.data.crops import crop_box, crop_image
-from fastjepa.data.decode_pillow import DecodeError, decode_image
+from fastjepa.data.decode_pillow import PNG_SIGNATURE, DecodeError, decode_image, read_header, stored_size
 
 
 def noise(*shape: int) -> np.ndarray:
@@ -166,3 +169,71 @@ def test_decompression_bombs_are_refused(monkeypatch):
     monkeypatch.setattr(decode_pillow, "MAX_PIXELS", 1599)
     with pytest.raises(DecodeError, match="40x40 pixels are more than 1599"):
         decode_image(PNG, 3)
+
+
+def chunk(kind: bytes, content: bytes, checked: bool = True) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content) ^ (not checked))
+
+
+PIXELS = noise(20, 30, 3)
+LARGE = zlib.compress(bytes(2 << 20))  # 2 MiB in some bytes
+PNG_METADATA = {
+    "broken EXIF": chunk(b"eXIf", b"no TIFF at all"),
+    "cut EXIF": chunk(b"eXIf", b"MM\0*\0\0\0\x08\0\x09\x01\x12"),
+    "empty EXIF": chunk(b"eXIf", b""),
+    "EXIF in hexadecimal that is none": chunk(b"tEXt", b"Raw profile type exif\0\nexif\n  4\nzz\n"),
+    "large profile": chunk(b"iCCP", b"icc\0\0" + LARGE),
+    "damaged profile": chunk(b"iCCP", b"icc\0\0" + LARGE[:-9]),
+    "profile of an unknown kind": chunk(b"iCCP", b"icc\0\x07" + LARGE),
+    "large XMP": chunk(b"iTXt", b"XML:com.adobe.xmp\0\x01\0\0\0" + LARGE),
+    "large text": chunk(b"zTXt", b"Comment\0\0" + LARGE),
+    "much text": b"".join(chunk(b"tEXt", b"Comment\0" + bytes(1 << 20)) for _ in range(70)),
+    "text with a bad check sum": chunk(b"tEXt", b"Comment\0hello", checked=False),
+    "time with a bad check sum": chunk(b"tIME", bytes(7), checked=False),
+    "pHYs with a bad check sum": chunk(b"pHYs", bytes(9), checked=False),
+    "short pHYs": chunk(b"pHYs", b"\0\0"),
+    "empty pHYs": chunk(b"pHYs", b""),
+    "short gAMA": chunk(b"gAMA", b"\0"),
+    "short cHRM": chunk(b"cHRM", b"\0"),
+    "empty sRGB": chunk(b"sRGB", b""),
+    "short acTL": chunk(b"acTL", b"\0"),
+    "short fcTL": chunk(b"fcTL", b"\0"),
+}
+
+
+@pytest.mark.parametrize("metadata", PNG_METADATA)
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_png_is_taken_whatever_its_metadata(metadata: str, behind: bool):
+    raw = encode(Image.fromarray(PIXELS))
+    place = len(raw) - 12 if behind else 33  # before IEND, or after IHDR
+    spoilt = raw[:place] + PNG_METADATA[metadata] + raw[place:]
+    assert torch.equal(decode_image(spoilt, 3), torch.from_numpy(PIXELS).permute(2, 0, 1))
+    header = read_header(spoilt)
+    assert (header.height, header.width, header.orientation) == (20, 30, 1) and stored_size(spoilt) == (30, 20)
+
+
+@pytest.mark.parametrize(
+    "exif", [b"no TIFF at all", b"Exif\0\0", b"MM\0*\0\0\0\x08\0\x09\x01\x12", b"II*\0\xff\xff\xff\xff", b"\0" * 9]
+)
+@pytest.mark.parametrize("kind", ["WEBP", "JPEG"])
+def test_a_webp_or_jpeg_with_broken_exif_is_taken(kind: str, exif: bytes):
+    image = Image.fromarray(PIXELS)
+    raw = encode(image, kind, exif=exif)
+    assert torch.equal(decode_image(raw, 3), decode_image(encode(image, kind), 3))
+    assert read_header(raw).orientation == 1
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (PNG_SIGNATURE + chunk(b"IHDR", bytes(13), checked=False), "PNG: broken PNG file"),
+        (PNG_SIGNATURE + b"\0\0\0\x04tEXt", "PNG: "),
+        (b"GIF89a", "GIF: "),
+        (b"<html>not found", "begins with b'<html>no', as no format"),
+        (encode(Image.fromarray(PIXELS))[:-300] + chunk(b"tEXt", b"a\0b", checked=False), "OSError: "),
+    ],
+)
+def test_the_reason_of_a_refusal_is_said(raw: bytes, reason: str):
+    with pytest.raises(DecodeError, match=re.escape("not an image Pillow can read in full (")) as refused:
+        decode_image(raw, 3)
+    assert reason in str(refused.value) and " at 0x" not in str(refused.value)

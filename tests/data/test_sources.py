@@ -13,11 +13,12 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
+from fastjepa.data.decode_pillow import decode_image
 from fastjepa.data.sources import open_source
 from fastjepa.errors import UserError
 from fastjepa.evals.inputs import open_splits
 from tests.support.batches import load, same_batch, settings
-from tests.support.images import save_image
+from tests.support.images import pack_shard, save_image
 
 
 def png(seed: int) -> bytes:
@@ -48,6 +49,90 @@ def test_imagenet_layout_serves_pretraining_and_probing(tmp_path: Path):
     assert (len(train.source), len(test.source)) == (12, 6)
     assert train.source.classes == test.source.classes == synsets
     assert [test.source.label(i) for i in range(6)] == [0, 0, 1, 1, 2, 2]
+
+
+def test_every_kind_that_pillow_writes_and_reads_is_an_image(tmp_path: Path):
+    """Each is found in a folder and in a tar, and decodes; MPO and its like are among them."""
+    pixels, written = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)), {}
+    for ending in {".jfif", ".JPE", ".avif", ".mpo", ".tga", ".jp2", ".j2k", ".apng", ".dib", ".ico", ".pcx", ".sgi", ".qoi",
+                   ".pnm", ".pbm", ".msp", ".xbm", ".im", ".dds", ".bw", ".tiff", ".bmp", ".gif", ".webp"}:  # fmt: skip
+        stream, kind = io.BytesIO(), Image.registered_extensions()[ending.lower()]
+        (pixels.convert("1") if ending in (".msp", ".xbm", ".pbm") else pixels).save(stream, kind)
+        written[f"a{len(written)}{ending}"] = stream.getvalue()
+    for name, raw in written.items():
+        (tmp_path / name).write_bytes(raw)
+    (tmp_path / "tar").mkdir()
+    pack_shard(tmp_path / "tar" / "0.tar", written)
+    for source in (open_source(tmp_path), open_source(tmp_path / "tar" / "0.tar")):
+        assert sorted(source.name(i).rpartition("/")[2] for i in range(len(source))) == sorted(written)
+        assert all(decode_image(source.read(i), 3).shape[0] == 3 for i in range(len(source)))
+
+
+def test_files_of_other_kinds_are_counted_in_one_line(tmp_path: Path, caplog):
+    names = [
+        "a/1.png",
+        "b/2.JPG",
+        *(f"a/{i}.x" for i in range(17)),
+        "b/list.TXT",
+        "b/list.txt",
+        "a/README",
+        ".hidden",
+        "a/.DS_Store",
+    ]
+    for name in [*names, "a/set.h5", "b/film.mpg"]:
+        save_image(tmp_path / "a" / "1.png", 0)
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert len(open_source(tmp_path)) == 2
+    (line,) = [record.getMessage() for record in caplog.records]
+    head, _, kinds = line.partition("passed over ")
+    assert head == f"{tmp_path}: 22 files of other kinds " and kinds.startswith("(.x 17, .txt 2, ")
+    assert {"no ending 1", ".h5 1", ".mpg 1"} <= set(kinds.strip("()").split(", "))
+    caplog.clear()
+    for i in range(12):
+        (tmp_path / f"a/z.k{i}").touch()
+    open_source(tmp_path)
+    assert "passed over (.x 17, .txt 2" in caplog.text and caplog.text.strip().endswith("9 kinds more)")
+
+
+TAR_NAMES = {  # the names in a tar, the labels of the images among them, and what the line says
+    "more dots": (
+        ["img.v2.0001.jpg", "img.v2.0001.cls", "img.v2.0002.JPEG", "img.v2.0002.cls"],
+        {"img.v2.0001.jpg": 1, "img.v2.0002.JPEG": 3},
+        "",
+    ),
+    "a field's name": (
+        ["0001.input.jpg", "0001.cls", "a.b/0002.input.png", "a.b/0002.cls"],
+        {"0001.input.jpg": 1, "a.b/0002.input.png": 3},
+        "",
+    ),
+    "a mask beside": (
+        ["0001.jpg", "0001.mask.png", "0001.json", "0002.jpg", "0002.Mask.png"],
+        {"0001.jpg": None, "0002.jpg": None},
+        "2 files of other kinds passed over (.mask.png 2)",
+    ),
+    "strangers": (
+        ["0001.jpg", "0001.txt", "0002.txt", "LICENSE", "._0001.jpg", ".x"],
+        {"0001.jpg": None},
+        "2 files of other kinds passed over (.txt 1, no ending 1)",
+    ),
+    "dotted folders": (
+        ["v1.0/a.1.png", "v1.0/a.2.png", "v1.1/a.png"],
+        {"v1.0/a.1.png": None, "v1.0/a.2.png": None, "v1.1/a.png": None},
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("names", TAR_NAMES)
+def test_names_in_a_tar(names: str, tmp_path: Path, caplog):
+    members, images, says = TAR_NAMES[names]
+    pack_shard(
+        tmp_path / "0.tar", {name: str(i).encode() if name.endswith(".cls") else png(i) for i, name in enumerate(members)}
+    )
+    source = open_source(tmp_path / "0.tar")
+    assert {source.name(i).partition(".tar/")[2]: source.label(i) for i in range(len(source))} == images
+    assert [record.getMessage() for record in caplog.records] == ([f"{tmp_path}/0.tar: {says}"] if says else [])
 
 
 def test_parquet_equals_the_images_it_was_made_of(tmp_path: Path):

@@ -1,9 +1,11 @@
 """Schedules against the paper's description; the reference trajectories check them to the last digit."""
 
+import math
+
 import pytest
 
 from fastjepa.config.schema import OptimizationConfig
-from fastjepa.engine.schedule import Schedule, cosine_between
+from fastjepa.engine.schedule import Schedule, cosine_between, warmup_notes
 
 PLAN = Schedule(OptimizationConfig(epochs=10, warmup=2, ema=(0.9, 1.0)), steps_per_epoch=5)
 
@@ -33,8 +35,53 @@ def test_ipe_scale_stretches_every_schedule_beyond_the_run():
     assert last.ema_momentum == pytest.approx(0.9 + 0.1 * 49 / 62.5)
 
 
+@pytest.mark.parametrize("scale", [1e-9, 0.01, 0.25, 0.5, 0.8002560819462228, 0.999, 1.0])
+@pytest.mark.parametrize("ema", [(0.9, 1.0), (0.996, 0.999), (1.0, 0.5), (0.0, 1.0), (0.3, 0.0), (0.998, 0.998)])
+def test_schedules_that_end_before_the_run_stay_at_their_last_values(scale, ema):
+    """A momentum beyond 1 lets the target encoder move away from the encoder, faster each step."""
+    short = Schedule(OptimizationConfig(epochs=10, warmup=2, ema=ema, ipe_scale=scale), steps_per_epoch=5)
+    settings = [short(step) for step in range(short.total_steps)]
+    assert all(min(ema) <= now.ema_momentum <= max(ema) for now in settings)
+    for now in settings[math.ceil(scale * 50) :]:
+        assert now.ema_momentum == ema[1] and now.weight_decay == pytest.approx(0.4)
+        assert now.step < 10 or now.lr == pytest.approx(1e-6), "the warm-up of 10 steps is not cut"
+
+
 def test_no_warm_up_starts_at_the_full_rate():
     assert Schedule(OptimizationConfig(epochs=1, warmup=0), 100)(0).lr == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        (
+            {"epochs": 3},
+            "40 epochs of warm-up in a run of 3: the learning rate ends at 0.00026 (optimization.lr 0.001) and never",
+        ),
+        (
+            {"epochs": 40},
+            "40 epochs of warm-up in a run of 40: the learning rate ends at 0.001 (optimization.lr 0.001) and never",
+        ),
+        (
+            {"epochs": 2, "warmup": 2.5, "ipe_scale": 5.0},
+            "2.5 epochs of warm-up in a run of 2: the learning rate ends at 0.00084",
+        ),
+        (
+            {"epochs": 100, "ipe_scale": 0.3},
+            "ipe_scale 0.3 ends the schedules after 30 of 100 epochs: the learning rate falls from",
+        ),
+        ({"epochs": 41}, None),
+        ({"epochs": 1, "warmup": 0}, None),
+        ({"epochs": 100, "ipe_scale": 0.5}, None),
+    ],
+)
+def test_a_warm_up_without_a_decay_after_it_is_said_with_its_numbers(keys, says):
+    optimization = OptimizationConfig(**keys)
+    said = warmup_notes(optimization)
+    assert says in said[0] if says else said == []
+    if says and "never" in says:
+        plan = Schedule(optimization, steps_per_epoch=7)
+        assert f"ends at {plan(plan.total_steps - 1).lr:.3g} " in said[0]
 
 
 def test_a_cosine_stays_at_its_end():

@@ -285,7 +285,7 @@ def test_what_would_be_read_for_ever_is_bad(folder: Path, loader: str):
 def test_too_many_bad_files_stop_the_run(folder: Path, loader: str, workers: int):
     plant(folder)
     setting = settings(folder, max_bad=2, num_workers=workers, loader=loader)
-    message = r"3 files cannot be decoded, more than the 2 allowed, for example .*\.png; .* or raise data.max_bad"
+    message = r"3 files cannot be decoded, more than the 2 allowed, for example .*\.png \(.*\); .* or raise data.max_bad"
     with pytest.raises(UserError, match=message):
         load(setting, range(8), stop=8)
     load(settings(folder, max_bad=3, loader=loader), range(8))

@@ -385,6 +385,15 @@ def test_json_and_table_name_the_same_parts(file, capsys):
     assert "989 TFLOP/s" in shown and "estimate" in shown and "Recommended: plain DDP (runtime.zero=0)" in shown
 
 
+def test_a_warm_up_longer_than_the_run_is_said(file, capsys):
+    says = "40 epochs of warm-up in a run of 3: the learning rate ends at 0.00026"
+    for words, times in ((["optimization.epochs=3"], 1), (["optimization.epochs=41"], 0)):
+        assert main(["plan", "--config", file, *words]) == 0
+        assert capsys.readouterr().out.count(says) == times
+        assert main(["plan", "--config", file, "--json", *words]) == 0
+        assert len(json.loads(capsys.readouterr().out)["notes"]) == times
+
+
 def test_options_reach_the_plan(file, capsys):
     words = "--gpus 2 --gpu-memory 24 --zero 3 --micro-batch 6 --card a100 --utilisation 0.5 --images 1000 --json"
     assert main(["plan", "--config", file, *words.split(), "optimization.epochs=7"]) == 0

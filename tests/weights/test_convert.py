@@ -1,11 +1,13 @@
 """Weights in and out: bit for bit through every format, features as the other library's, and training that goes on."""
 
+import argparse
 import json
 import pickle
 import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -86,7 +88,10 @@ def test_an_encoder_that_is_not_there_is_not_given(run, tmp_path):
         load_encoder(tmp_path / "one.pth.tar", "target")
 
 
-@pytest.mark.parametrize("prefix", ["module.", ""])
+PREFIXES = ["module.", "", "_orig_mod.", "module.module.", "module._orig_mod.", "_orig_mod.module.", "module.module.module."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
 def test_official_files_are_read_with_and_without_module(tmp_path, prefix):
     path, state = official_file(tmp_path / "jepa-ep300.pth.tar", prefix)
     for which, network in NETWORK_OF.items():
@@ -111,6 +116,66 @@ def test_official_files_run_no_code(tmp_path):
     torch.save({"encoder": {}, "code": pickle.PickleBuffer}, tmp_path / "evil.pth.tar")
     with pytest.raises(CheckpointError, match="not a checkpoint of tensors and numbers alone"):
         read_weights(tmp_path / "evil.pth.tar")
+
+
+@pytest.mark.parametrize("prefix", PREFIXES[2:])
+@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+def test_the_names_of_wrappers_are_stripped_from_an_encoder_alone(tmp_path, prefix, ending):
+    network = official_file(tmp_path / "whole.pth.tar")[1].networks["target_encoder"].state_dict()
+    named = {prefix + name.replace("blocks.1.", "blocks.1._orig_mod."): tensor.contiguous() for name, tensor in network.items()}
+    (torch.save if ending == ".pth" else save_file)(named, tmp_path / f"one{ending}")
+    assert same_networks(read_weights(tmp_path / f"one{ending}").tensors, network)
+    assert same_networks(starting_networks(tmp_path / f"one{ending}")["encoder"], network)
+    twice = named | {"norm.weight": network["norm.weight"].clone()}
+    (torch.save if ending == ".pth" else save_file)(twice, tmp_path / f"two{ending}")
+    with pytest.raises(UserError, match=f"two{ending}: some weights are in it twice"):
+        read_weights(tmp_path / f"two{ending}")
+
+
+def test_files_in_torchs_old_format_are_read(tmp_path):
+    networks = {name: network.state_dict() for name, network in official_file(tmp_path / "a.pth.tar")[1].networks.items()}
+    for name, contents in (("whole.pth.tar", networks | {"epoch": 3}), ("one.pt", networks["target_encoder"])):
+        torch.save(contents, tmp_path / name, _use_new_zipfile_serialization=False)
+        assert same_networks(read_weights(tmp_path / name).tensors, networks["target_encoder"])
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    ("thing", "name"),
+    [
+        (np.float64(0.1), "scalar"),
+        (np.int32(1), "scalar"),
+        (np.zeros(3), "_reconstruct"),
+        (argparse.Namespace(lr=1), "argparse.Namespace"),
+        (Path("a"), "pathlib.PosixPath"),
+        (torch.nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
+    ],
+)
+def test_what_is_no_tensor_in_a_file_is_named(tmp_path, thing, name, zipped):
+    torch.save({"encoder": {}, "other": thing}, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(
+        CheckpointError, match=f"a.pth: not a checkpoint of tensors and numbers alone .there is a .*{name}"
+    ) as said:
+        read_weights(tmp_path / "a.pth")
+    assert "\n" not in str(said.value) and "\x1b" not in str(said.value)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda raw: b"", "an empty file"),
+        (lambda raw: b"<html>not found", "begins with b'<html>no'"),
+        (lambda raw: b"version https://git-lfs.github.com/spec/v1", "begins with b'version '"),
+        (lambda raw: raw[:5000], "cut off or damaged"),
+        (lambda raw: raw[:-100], "cut off or damaged"),
+        (lambda raw: b"\x80\x02" + raw[:50], "damaged, or no file of torch's old format"),
+    ],
+)
+def test_a_damaged_file_is_told_by_what_is_wrong_with_it(tmp_path, spoil, says):
+    path = official_file(tmp_path / "a.pth.tar")[0]
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(CheckpointError, match=f"a.pth.tar: .*{says}.*again"):
+        read_weights(path)
 
 
 def test_official_to_official_keeps_everything(tmp_path):

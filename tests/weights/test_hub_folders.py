@@ -1,5 +1,6 @@
 """Features in three lines, torch.hub, and the folder that the Hugging Face Hub takes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -66,6 +67,29 @@ def test_bytes_are_normalised_and_floats_are_taken_as_they_are(folder):
     assert difference.abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("images", "not_taken"),
+    [
+        (torch.zeros(3, 32, 48), r"of shape \(3, 32, 48\); images\[None\] makes a batch of one image"),
+        (torch.zeros(32, 48), r"of shape \(32, 48\)"),
+        (torch.zeros(32, 48, 3, dtype=torch.uint8), r"of shape \(32, 48, 3\)"),
+        (torch.zeros(1, 1, 32, 48), r"of shape \(1, 1, 32, 48\)"),
+        (torch.zeros(1, 4, 32, 48), r"of shape \(1, 4, 32, 48\)"),
+        (torch.zeros(1, 32, 48, 3), r"of shape \(1, 32, 48, 3\)"),
+        (torch.zeros(1, 1, 3, 32, 48), r"of shape \(1, 1, 3, 32, 48\)"),
+        (torch.zeros(0, 3, 32, 48), r"of shape \(0, 3, 32, 48\)"),
+        (torch.zeros(1, 3, 0, 48), r"of shape \(1, 3, 0, 48\)"),
+        (torch.zeros(1, 3, 32, 50), r"of shape \(1, 3, 32, 50\)"),
+        (np.zeros((1, 3, 32, 48), dtype=np.uint8), "ndarray"),
+        ([torch.zeros(3, 32, 48)], "list"),
+    ],
+)
+def test_what_is_no_batch_of_images_is_refused_in_one_sentence(folder, images, not_taken):
+    taken = r"images must be a tensor \(b, 3, H, W\), H and W multiples of 8, not "
+    with pytest.raises(UserError, match=f"^fastjepa run, step 7: {taken}{not_taken}$"):
+        load_encoder(folder).forward_features(images)
+
+
 def test_other_sizes_are_taken_where_positions_are_fixed(folder, tmp_path):
     assert load_encoder(folder).forward_features(torch.zeros(1, 3, 64, 40)).shape == (1, 40, 32)
     IJepaModel(IJepaConfig(**IJEPA, image_size=32)).save_pretrained(tmp_path / "learned")
@@ -125,6 +149,60 @@ def test_the_image_processor_that_is_written_normalises_as_the_encoder(run, tmp_
     encoder = load_encoder(run)
     expected = normalise_pixels(torch.from_numpy(pixels).permute(2, 0, 1)[None], encoder.mean_std)
     assert (given - expected).abs().max() < 1e-5
+
+
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {},
+        IMAGENET,
+        IMAGENET | {"do_normalize": False},
+        IMAGENET | {"do_normalize": None},
+        {"image_mean": [123.675, 116.28, 103.53], "image_std": [58.395, 57.12, 57.375], "do_rescale": False},
+        IMAGENET | {"do_rescale": False},
+        {"do_rescale": False, "do_normalize": False},
+        IMAGENET | {"rescale_factor": 1 / 127.5},
+        {"rescale_factor": 1 / 256, "do_normalize": False},
+        {"image_mean": 0.5, "image_std": 0.25},
+    ],
+)
+def test_a_folders_image_processor_is_honoured(tmp_path, said):
+    IJepaModel(IJepaConfig(**IJEPA, image_size=32)).save_pretrained(tmp_path)
+    said = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}} | said
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    given = AutoImageProcessor.from_pretrained(tmp_path)(Image.fromarray(pixels), return_tensors="pt")["pixel_values"].float()
+    encoder = load_encoder(tmp_path)
+    normalised = normalise_pixels(torch.from_numpy(pixels).permute(2, 0, 1)[None], encoder.mean_std)
+    torch.testing.assert_close(normalised, given, rtol=1e-4, atol=1e-4)
+    bytes_ = encoder.forward_features(torch.from_numpy(pixels).permute(2, 0, 1)[None])
+    torch.testing.assert_close(bytes_, encoder.forward_features(given), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("said", "says"),
+    [
+        (
+            {"image_mean": [123.675, 116.28, 103.53]},
+            "mean: 123.675 is not of .*divide values of 0..255 by 255: .0.485, 0.456, 0.406",
+        ),
+        ({"image_std": [58.395, 57.12, 57.375]}, "std: 58.395 is not of"),
+        ({"image_mean": [-0.5, 0.5, 0.5]}, "mean: -0.5 must be 0 or greater"),
+        ({"image_mean": [0.5]}, "mean: .0.5. must be 3 numbers"),
+        ({"image_std": "half"}, "std: 'half' must be 3 numbers"),
+        ({"rescale_factor": 0}, "rescale_factor: 0 must be a number greater than 0"),
+        ({"rescale_factor": "1/255"}, "rescale_factor: '1/255' must be a number"),
+        ({"image_processor_type": "BitImageProcessor"}, "the defaults of BitImageProcessor are not known"),
+    ],
+)
+def test_an_image_processor_that_cannot_be_is_refused_by_name(tmp_path, said, says):
+    IJepaModel(IJepaConfig(**IJEPA, image_size=32)).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    with pytest.raises(UserError, match=f"preprocessor_config.json: .*{says}"):
+        load_encoder(tmp_path)
 
 
 def test_an_official_file_is_evaluated_like_a_run(tmp_path, capsys):

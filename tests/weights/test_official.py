@@ -204,7 +204,7 @@ import numpy as np
 import torch
 from fastjepa.config.schema import Config, DataConfig, MaskConfig, MetaConfig
 from fastjepa.model.jepa import build_pair
-from fastjepa.weights.official import fixed_positions, write_official
+from fastjepa.weights.official import optimizer_order, write_official
 
 class Sparse:
     "A file in which zeros are holes."
@@ -223,7 +223,7 @@ with torch.device("meta"):
 parts = {"encoder": jepa.encoder, "predictor": jepa.predictor, "target_encoder": target}
 networks = {name: {k: torch.zeros(t.shape) for k, t in network.state_dict().items()} for name, network in parts.items()}
 networks["target_encoder"]["norm.weight"] += 1
-groups = fixed_positions(networks, with_fixed=True)
+groups = optimizer_order(networks, with_fixed=True)
 entries, number = {}, 0
 for name in sum(groups, []):
     network, _, key = name.partition(".")

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import io
 import os
 import warnings
 from collections import Counter
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastjepa.data.decode_pillow import MAX_PIXELS, DecodeError, decode_image
+from fastjepa.data.decode_pillow import MAX_PIXELS, DecodeError, decode_image, stored_size
 from fastjepa.data.prepare.processes import counting_bar, map_in_processes
 from fastjepa.data.sources import Source, open_source
 from fastjepa.data.splits import split_folder
@@ -94,7 +93,10 @@ def check_images(
 
 
 def _read_all(report: CheckReport, source: Source, workers: int, limit: float, show: Callable[[BadImage], None]) -> None:
-    """Add to the report what a reading of all images finds; `limit` in megapixels."""
+    """Add to the report what a reading of all images finds, and the folders that cannot be read; `limit` in megapixels."""
+    for path, reason in getattr(source, "unreadable", ()):
+        report.bad.append(BadImage(path, "unreadable", reason))
+        show(report.bad[-1])
     chunks = [range(start, min(start + IMAGES_A_TASK, len(source))) for start in range(0, len(source), IMAGES_A_TASK)]
     with (
         contextlib.closing(map_in_processes(_read_chunk, (source, limit), chunks, workers)) as parts,
@@ -134,12 +136,11 @@ def judge_image(source: Source, i: int, limit: float) -> BadImage | tuple[int, i
     if not raw:
         return BadImage(source.name(i), "zero bytes", "")
     try:
-        with Image.open(io.BytesIO(raw)) as image:
-            size = image.size
-    except Image.DecompressionBombError as error:
-        return BadImage(source.name(i), "too large", str(error))
-    except Exception as error:  # Pillow's readers let any exception through
-        return BadImage(source.name(i), "not an image", type(error).__name__)
+        size = stored_size(raw)
+    except DecodeError as error:
+        if isinstance(error.__cause__, Image.DecompressionBombError):
+            return BadImage(source.name(i), "too large", str(error.__cause__))
+        return BadImage(source.name(i), "not an image", str(error).partition("(")[2].removesuffix(")"))
     if size[0] * size[1] > limit * MEGA:
         return BadImage(source.name(i), "too large", f"{size[0]}x{size[1]}, {size[0] * size[1] / MEGA:.1f} megapixels")
     try:
@@ -157,7 +158,9 @@ def _check_shards(report: CheckReport, where: str, split: str, workers: int, sho
     folder = Path(os.path.expanduser(where))
     if not folder.is_dir():
         return
-    with contextlib.suppress(UserError):  # other formats keep their splits elsewhere; `open_source` has the last word
+    with contextlib.suppress(
+        UserError, PermissionError
+    ):  # other formats keep their splits elsewhere; `open_source` has the last word
         folder = split_folder(folder, split)
     manifest = read_manifest(folder)
     if manifest is None:

@@ -18,10 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from fastjepa.data.decode_pillow import DecodeError, decode_image
+from fastjepa.data.endings import image_endings
 from fastjepa.data.prepare.processes import counting_bar, map_in_processes
 from fastjepa.data.sources import Source
 from fastjepa.data.tar_shards import (
-    ENDINGS,
     MANIFEST_FORMAT,
     SHARDS_MANIFEST,
     SHARDS_PLAN,
@@ -37,7 +37,22 @@ from fastjepa.files import atomic_path, locked_folder, write_atomic
 
 JPEG_QUALITY = 95  # of the JPEGs that --resize writes
 SAMPLED_IMAGES = 256  # images whose sizes tell how many fit into a shard
-LOSSY_FORMATS = {".jpg", ".jpeg", ".webp", ".jp2"}
+LOSSY_FORMATS = {
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".mpo",
+    ".webp",
+    ".avif",
+    ".avifs",
+    ".jp2",
+    ".jpf",
+    ".jpx",
+    ".j2k",
+    ".jpc",
+    ".j2c",
+}
 # By Pillow's names of formats.
 SUFFIX_OF = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "GIF": ".gif", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif",
             "PPM": ".ppm", "JPEG2000": ".jp2"}  # fmt: skip
@@ -186,7 +201,7 @@ def _content(source: Source, i: int, resize: int | None) -> tuple[bytes, str]:
     """Return (encoded image, suffix) of a sample; OSError or DecodeError when it cannot be had."""
     raw, suffix = source.read(i), os.path.splitext(source.name(i))[1].lower()
     image = decode_image(raw, 3) if resize else None
-    kind = ".png" if isinstance(raw, np.ndarray) else suffix if suffix in ENDINGS else _suffix(raw)
+    kind = ".png" if isinstance(raw, np.ndarray) else suffix if suffix in image_endings() else _suffix(raw)
     if image is not None and min(image.shape[1:]) > resize:
         pixels = _resized(image, resize)
         if kind in LOSSY_FORMATS:
