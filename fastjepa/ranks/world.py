@@ -4,7 +4,7 @@ import os
 import time
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -83,22 +83,27 @@ def _device(wanted: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def group_backends(device: torch.device) -> dict[str, Any]:
+    """Return the arguments that let a process group reduce tensors of the device, and on CUDA those of the host too."""
+    if device.type == "cuda":
+        return {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
+    return {"backend": "gloo"}
+
+
 def _join(place: World, timeout: float) -> None:
     """Meet the other ranks and make the process group."""
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(f"WORLD_SIZE={place.size} without {' and '.join(missing)}; start the run with torchrun or deepspeed")
-    cuda = place.device.type == "cuda"
     global _store
     try:
         _store = meet_ranks(place.rank, place.size, timeout)
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
             store=_store,
             rank=place.rank,
             world_size=place.size,
             timeout=timedelta(seconds=timeout),
-            device_id=place.device if cuda else None,
+            **group_backends(place.device),
         )
     except RuntimeError as error:  # DistError from the store, any from the backend, which connects the ranks to each other
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"

@@ -13,7 +13,7 @@ from fastjepa.errors import ConfigError, UserError
 from fastjepa.ranks import world
 from fastjepa.ranks.collectives import all_gather, barrier, max_over_ranks, mean_over_ranks, text_of_main, union_of_names
 from fastjepa.ranks.meet import meet_ranks
-from fastjepa.ranks.world import World, join_world, leave_world, wait_for_ranks
+from fastjepa.ranks.world import World, group_backends, join_world, leave_world, wait_for_ranks
 from tests.support import ranks
 from tests.support.ranks import LAUNCHER
 
@@ -125,6 +125,12 @@ def test_a_rank_lingers_for_the_others_but_not_for_ever(monkeypatch):
     assert time.monotonic() - begun >= 0.5
     wait_for_ranks(60)  # the second of two
     assert time.monotonic() - begun < 30
+
+
+def test_a_group_reduces_tensors_of_the_host_and_of_the_card():
+    card = torch.device("cuda", 3)
+    assert group_backends(card) == {"backend": "cpu:gloo,cuda:nccl", "device_id": card}
+    assert group_backends(torch.device("cpu")) == {"backend": "gloo"}
 
 
 def test_cuda_without_a_gpu_is_one_sentence(monkeypatch):
