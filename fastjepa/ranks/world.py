@@ -77,10 +77,25 @@ def _device(wanted: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("runtime.device: cuda was asked for and torch finds no CUDA device; set runtime.device=cpu or auto")
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(f"local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} here); start fewer ranks")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    visible = torch.cuda.device_count()
+    index = 0 if visible == 1 else local_rank  # a launcher that binds a GPU to each rank shows it no other
+    if index >= visible:
+        raise UserError(f"local rank {local_rank} has no GPU of its own ({visible} here); start fewer ranks")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _refuse_shared_gpu(store: dist.Store, place: World) -> None:
+    """Raise UserError where two ranks have one GPU, as where a single one is visible and it is not bound to one of them.
+
+    Example: local ranks 0 and 1 each see one device, cuda:0; its UUID says whether it is the same.
+    """
+    store.set(f"gpu/{place.rank}", str(torch.cuda.get_device_properties(place.device).uuid))
+    gpus = store.multi_get([f"gpu/{rank}" for rank in range(place.size)])
+    sharing = [rank for rank, gpu in enumerate(gpus) if gpu == gpus[place.rank]]
+    if len(sharing) > 1:
+        among = " and ".join(map(str, sharing))
+        raise UserError(f"local rank {place.local_rank} has no GPU of its own: ranks {among} share one; start fewer ranks")
 
 
 def group_backends(device: torch.device) -> dict[str, Any]:
@@ -98,6 +113,8 @@ def _join(place: World, timeout: float) -> None:
     global _store
     try:
         _store = meet_ranks(place.rank, place.size, timeout)
+        if place.device.type == "cuda":
+            _refuse_shared_gpu(_store, place)
         dist.init_process_group(
             store=_store,
             rank=place.rank,
