@@ -101,7 +101,7 @@ define install
 endef
 
 $(VENV)/demo.stamp: $(PACKAGING) | $(VENV)/python.stamp
-	$(call install,.[lightly])
+	$(call install,.)
 	@touch $@
 
 $(VENV)/dev.stamp: $(PACKAGING) | $(VENV)/python.stamp

@@ -25,7 +25,7 @@ from fastjepa.errors import CheckpointError, UserError
 from fastjepa.loader.micro_batches import MicroBatches
 from fastjepa.model.fp8 import use_fp8
 from fastjepa.model.jepa import build_pair
-from fastjepa.model.vit import Encoder, choose_attention, use_attention
+from fastjepa.model.vit import Encoder, use_auto_attention
 from fastjepa.ranks.world import join_world
 from fastjepa.weights.read import starting_networks
 
@@ -42,7 +42,7 @@ def input_images(config: Config, count: int) -> Tensor:
 @torch.no_grad()
 def target_features(encoder: Encoder, images: Tensor, dtype: torch.dtype) -> Tensor:
     """Return (B * N, D) fp32, layer-normalised."""
-    use_attention(encoder, choose_attention("auto", images.device, dtype))
+    use_auto_attention(encoder, images.device, dtype)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         return F.layer_norm(encoder(images).float(), (encoder.embed_dim,))
 

@@ -202,7 +202,7 @@ def measured_row(row: Row, rounds: Rounds, config: Config, device: torch.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     sheet, dtype = datasheet_flops(name, config.runtime.dtype), COMPUTE_DTYPES[config.runtime.dtype]
     chosen = row.column in (*OURS, "same")
-    way = choose_attention(config.runtime.attention, device, dtype) if chosen else "materialised"
+    way = choose_attention(config.runtime.attention, device, dtype, config.head_dims[0]) if chosen else "materialised"
     return {
         **facts_of(row, config, per_image), "device": name, "attention": way, "dtype": config.runtime.dtype,
         "batch": batch, "size": config.image_size[0], "patch": config.mask.patch_size, "n": len(rounds.seconds),

@@ -52,7 +52,7 @@ MISTAKES = {  # what is wrong: the command, what its sentence says
 MISSING = {  # module: what needs it, what to do
     "nvidia.dali": (["data.loader=dali"], r"pip install 'fastjepa\[dali\]', or set it to auto or torch"),
     "deepspeed": (["runtime.zero=1"], r"pip install 'fastjepa\[deepspeed\]' or set it to 0"),
-    "lightly": (["loss.regularizer=vicreg"], r"loss.regularizer: vicreg needs lightly; pip install 'fastjepa\[lightly\]'"),
+    "lightly": (["loss.regularizer=sigreg"], r"loss.regularizer: sigreg needs lightly; pip install 'fastjepa\[lightly\]'"),
 }
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB."
 

@@ -20,7 +20,6 @@ from tests.support.places import CONFIGS, ROOT, files
 pytestmark = [pytest.mark.long, pytest.mark.xdist_group("packaging")]  # one build serves all
 
 SMALL = ["data.batch_size=4", "runtime.dtype=fp32", "runtime.device=cpu", "--max-steps", "1"]
-WITHOUT_LIGHTLY = "loss.regularizer=none"
 
 
 def run(*command: object, cwd: Path, **variables: str) -> str:
@@ -77,7 +76,7 @@ def test_it_trains_outside_the_repository(python, tmp_path):
     where = "import fastjepa, fastjepa_kernels; print(fastjepa.__file__, fastjepa_kernels.__file__)"
     assert run(python, "-c", where, cwd=tmp_path).count(str(python.parent.parent)) == 2
     command = [python.parent / "fastjepa", "train", "--config", "demo", "--output", "run", *SMALL]
-    run(*command, WITHOUT_LIGHTLY, cwd=tmp_path, FASTJEPA_DATA=str(tmp_path / "data"))
+    run(*command, cwd=tmp_path, FASTJEPA_DATA=str(tmp_path / "data"))
     assert (tmp_path / "run/checkpoints/jepa-00000001/encoder.safetensors").is_file()
 
 

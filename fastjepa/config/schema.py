@@ -245,7 +245,9 @@ class RuntimeConfig:
     timeout: float = config_key(
         600.0, "seconds that ranks wait for one that does not go on; more than a checkpoint takes", is_positive
     )
-    deterministic: bool = config_key(False, "deterministic CUDA algorithms")
+    deterministic: bool = config_key(
+        False, "CUDA algorithms that sum in a fixed order, so that a run continues bit for bit on a GPU too"
+    )
     threads: int | None = config_key(None, "CPU threads; default: torch's", is_positive)
 
 

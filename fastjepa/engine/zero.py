@@ -22,7 +22,7 @@ from fastjepa.masks.packed import Blocks, Packed
 from fastjepa.model.jepa import Jepa
 from fastjepa.model.vit import Encoder
 from fastjepa.ranks.shard import Piece
-from fastjepa.ranks.world import World
+from fastjepa.ranks.world import World, group_backends
 
 
 class ZeroEngine:
@@ -189,12 +189,16 @@ def _initialize(jepa: Jepa, optimizer: torch.optim.Optimizer, settings: dict[str
             raise ConfigError(f"offload_optimizer to nvme: DeepSpeed cannot build async_io ({why}); apt-get install libaio-dev")
     if world.device.type == "cpu":  # its shared-memory reduction is compiled anew by every process: a minute
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not dist.is_initialized():  # DeepSpeed wants a group, and a launcher's word, even for one rank
-        os.environ.setdefault("LOCAL_RANK", "0")
-        backend = "nccl" if world.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if not dist.is_initialized():
+        _join_alone(world.device)
     network, *_ = deepspeed.initialize(model=jepa, optimizer=optimizer, config=settings, dist_init_required=False)
     return network
+
+
+def _join_alone(device: torch.device) -> None:
+    """Make the process group of one rank: DeepSpeed wants one, and a launcher's word."""
+    os.environ.setdefault("LOCAL_RANK", "0")
+    dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **group_backends(device))
 
 
 def deepspeed_ops(device: str) -> list[tuple[str, bool, str]]:

@@ -9,7 +9,7 @@ from fastjepa.engine.precision import autocast_of
 from fastjepa.errors import UserError
 from fastjepa.evals.images import EvalImages, MeanStd, normalise_pixels
 from fastjepa.evals.scoring import Features
-from fastjepa.model.vit import choose_attention, use_attention
+from fastjepa.model.vit import use_auto_attention
 
 Layers = Literal["last", "concat4"]
 FORWARD_BATCH, PIXEL_BATCH = 256, 1024  # images of one forward pass; images that are decoded and flattened together
@@ -36,7 +36,7 @@ def extract_features(
     """
     check_encoder_input(encoder, images.size, images.channels)
     encoder, device, found = encoder.to(device), torch.device(device), []
-    use_attention(encoder, choose_attention("auto", device, dtype))
+    use_auto_attention(encoder, device, dtype)
     with torch.inference_mode(), autocast_of(dtype, device):
         for pixels in images.batches(FORWARD_BATCH):
             found.append(pooled_features(encoder, normalise_pixels(pixels.to(device), mean_std), layers).cpu())

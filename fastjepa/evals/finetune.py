@@ -25,7 +25,7 @@ from fastjepa.evals.inputs import Split, Subject, provenance
 from fastjepa.evals.request import EvalRequest
 from fastjepa.evals.scoring import Features, Result, check_labels
 from fastjepa.evals.supervised import SupervisedTask, supervised_accuracy
-from fastjepa.model.vit import choose_attention, use_attention
+from fastjepa.model.vit import use_auto_attention
 
 FINETUNE_EPOCHS, FINETUNE_BATCH, MIN_EPOCH_STEPS, LAYER_DECAY, LABEL_SMOOTHING = 50, 512, 25, 0.75, 0.1
 CPU_IMAGES = 250_000  # images that a training sees on a CPU when --epochs is left out: minutes, not days
@@ -85,7 +85,7 @@ def finetune_accuracy(
     train_images, test_images = (EvalImages(split.source, subject.size, channels, split.rows) for split in splits)
     labelled = [Features(torch.empty(len(images), 0), images.labels()) for images in (train_images, test_images)]
     check_labels(*labelled, len(train.source.classes))
-    use_attention(encoder, choose_attention("auto", subject.device, subject.dtype))
+    use_auto_attention(encoder, subject.device, subject.dtype)
 
     def build(lr: float) -> tuple[nn.Module, torch.optim.Optimizer]:
         copied = copy.deepcopy(encoder)

@@ -17,7 +17,7 @@ from fastjepa.engine.precision import autocast_of
 from fastjepa.evals.images import EvalImages, normalise_pixels, watched
 from fastjepa.evals.inputs import Split, Subject
 from fastjepa.files import atomic_path
-from fastjepa.model.vit import choose_attention, use_attention
+from fastjepa.model.vit import use_auto_attention
 
 MEMORY_SHARE = 0.5  # of the free disk that patch features may take
 IMAGES_A_BLOCK = 256  # images of one forward pass
@@ -43,7 +43,7 @@ def held_in_memory(x: Tensor, y: Tensor, device: str | torch.device = "cpu") -> 
 def streamed_features(subject: Subject, encoder: nn.Module, split: Split) -> PatchFeatures:
     """Wrap an encoder, which makes the features each time they are read."""
     encoder = encoder.to(subject.device)
-    use_attention(encoder, choose_attention("auto", subject.device, subject.dtype))
+    use_auto_attention(encoder, subject.device, subject.dtype)
     channels = subject.config.data.channels
 
     def read(rows: Tensor, size: int, about: str) -> Iterator[Tensor]:

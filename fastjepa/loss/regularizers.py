@@ -30,28 +30,41 @@ def pool_sequences(features: Tensor, sequences: Packed) -> Tensor:
 def regularizer_term(config: LossConfig, seed: int = 0) -> RegularizerTerm | None:
     """Return the term that the config asks for, or None.
 
-    vicreg: variance hinge plus off-diagonal covariance (Bardes et al. 2022; with I-JEPA: C-JEPA, Mo & Tong 2024).
+    vicreg: variance hinge plus off-diagonal covariance (Bardes et al. 2022; with I-JEPA: C-JEPA, Mo & Tong 2024), with
+    the authors' constants.
     sigreg: distance of 1,024 random projections to a standard Gaussian (LeJEPA, Balestriero & LeCun 2025), with lightly's
     constants; the projections are a function of (seed, step) and of the kind of device.
     """
     if config.regularizer == "none":
         return None
-    try:
-        return (_vicreg if config.regularizer == "vicreg" else _sigreg)(config, seed)
-    except ImportError as error:
-        raise UserError(f"loss.regularizer: {config.regularizer} needs lightly; pip install 'fastjepa[lightly]'") from error
+    return _vicreg(config) if config.regularizer == "vicreg" else _sigreg(config, seed)
 
 
-def _vicreg(config: LossConfig, seed: int) -> RegularizerTerm:
-    from lightly.loss.vicreg_loss import covariance_loss, variance_loss
+def variance_hinge(x: Tensor) -> Tensor:
+    """Return how far the deviations of the channels of (S, D) are below 1, the mean over channels."""
+    return (1.0 - (x.var(dim=0) + 1e-4).sqrt()).relu().mean()
 
-    return lambda pooled, step: (
-        config.regularizer_weight * (variance_loss(pooled) + config.covariance_weight * covariance_loss(pooled))
-    )
+
+def covariance_penalty(x: Tensor) -> Tensor:
+    """Return the squared covariances of different channels of (S, D), summed and divided by D.
+
+    The diagonal is overwritten with zeros, not left out by an index of booleans: the host would wait to count them.
+    """
+    x = x - x.mean(dim=0)
+    covariance = torch.einsum("bc,bd->cd", x, x) / (x.shape[0] - 1)  # (D, D)
+    return covariance.square().fill_diagonal_(0).sum() / x.shape[1]
+
+
+def _vicreg(config: LossConfig) -> RegularizerTerm:
+    weight, share = config.regularizer_weight, config.covariance_weight
+    return lambda pooled, step: weight * (variance_hinge(pooled) + share * covariance_penalty(pooled))
 
 
 def _sigreg(config: LossConfig, seed: int) -> RegularizerTerm:
-    from lightly.loss.lejepa_loss import SIGReg
+    try:
+        from lightly.loss.lejepa_loss import SIGReg
+    except ImportError as error:
+        raise UserError("loss.regularizer: sigreg needs lightly; pip install 'fastjepa[lightly]', or set vicreg") from error
 
     sigreg = SIGReg()
 

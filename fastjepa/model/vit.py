@@ -18,10 +18,14 @@ from fastjepa_kernels import attention_way, gather_tokens, gather_tokens_repeate
 from fastjepa_kernels.layers import MaskedPatchEmbed
 
 
-def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Return the implementation that `runtime.attention: name` means here; ConfigError where the one asked for cannot run."""
+def choose_attention(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int | None = None, longest: int | None = None
+) -> str:
+    """Return the implementation that `runtime.attention: name` means for heads of `head_dim` channels and sequences of at
+    most `longest` rows, which are judged where they are given; ConfigError where the one asked for cannot run.
+    """
     try:
-        return attention_way(name, device, dtype)
+        return attention_way(name, device, dtype, head_dim, longest)
     except ValueError as error:
         raise ConfigError(f"runtime.{error}") from error
 
@@ -53,6 +57,11 @@ class Attention(nn.Module):
         self.way = "sdpa"  # set for the whole network by `use_attention`
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
+
+    @property
+    def head_dim(self) -> int:
+        """Return the channels of a head."""
+        return self.proj.in_features // self.num_heads
 
     def forward(
         self, x: Tensor, sequences: Packed, queries: Packed | None = None, repeats: RepeatedRows | None = None
@@ -172,6 +181,13 @@ def use_attention(network: nn.Module, way: str) -> None:
     for module in network.modules():
         if isinstance(module, Attention):
             module.way = way
+
+
+def use_auto_attention(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Let every attention of the network run in what `runtime.attention: auto` means for its heads."""
+    for module in network.modules():
+        if isinstance(module, Attention):
+            module.way = choose_attention("auto", device, dtype, module.head_dim)
 
 
 def run_block(block: Block, checkpointed: bool, *args) -> Tensor:

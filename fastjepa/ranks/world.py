@@ -4,7 +4,7 @@ import os
 import time
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -96,10 +96,32 @@ def _device(wanted: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("runtime.device: cuda was asked for and torch finds no CUDA device; set runtime.device=cpu or auto")
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(f"local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} here); start fewer ranks")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    visible = torch.cuda.device_count()
+    index = 0 if visible == 1 else local_rank  # a launcher that binds a GPU to each rank shows it no other
+    if index >= visible:
+        raise UserError(f"local rank {local_rank} has no GPU of its own ({visible} here); start fewer ranks")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _refuse_shared_gpu(store: dist.Store, place: World) -> None:
+    """Raise UserError where two ranks have one GPU, as where a single one is visible and it is not bound to one of them.
+
+    Example: local ranks 0 and 1 each see one device, cuda:0; its UUID says whether it is the same.
+    """
+    store.set(f"gpu/{place.rank}", str(torch.cuda.get_device_properties(place.device).uuid))
+    gpus = store.multi_get([f"gpu/{rank}" for rank in range(place.size)])
+    sharing = [rank for rank, gpu in enumerate(gpus) if gpu == gpus[place.rank]]
+    if len(sharing) > 1:
+        among = " and ".join(map(str, sharing))
+        raise UserError(f"local rank {place.local_rank} has no GPU of its own: ranks {among} share one; start fewer ranks")
+
+
+def group_backends(device: torch.device) -> dict[str, Any]:
+    """Return the arguments that let a process group reduce tensors of the device, and on CUDA those of the host too."""
+    if device.type == "cuda":
+        return {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
+    return {"backend": "gloo"}
 
 
 def _join(place: World, timeout: float) -> None:
@@ -107,17 +129,17 @@ def _join(place: World, timeout: float) -> None:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(f"WORLD_SIZE={place.size} without {' and '.join(missing)}; start the run with torchrun or deepspeed")
-    cuda = place.device.type == "cuda"
     global _store
     try:
         _store = meet_ranks(place.rank, place.size, timeout)
+        if place.device.type == "cuda":
+            _refuse_shared_gpu(_store, place)
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
             store=_store,
             rank=place.rank,
             world_size=place.size,
             timeout=timedelta(seconds=timeout),
-            device_id=place.device if cuda else None,
+            **group_backends(place.device),
         )
     except RuntimeError as error:  # DistError from the store, any from the backend, which connects the ranks to each other
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"

@@ -90,7 +90,20 @@ def run_warnings(config: Config, device: torch.device) -> list[str]:
     """Return sentences for the user of a config that runs, but not as it could."""
     emulated = config.runtime.dtype == "bf16" and not has_bf16(device)
     graph = [padding_note(config, config.data.batch_size)] if config.runtime.cuda_graph else []
-    return graph + ([EMULATED_BF16] if emulated else []) + warmup_notes(config.optimization)
+    return graph + ([EMULATED_BF16] if emulated else []) + attention_notes(config, device) + warmup_notes(config.optimization)
+
+
+def attention_notes(config: Config, device: torch.device) -> list[str]:
+    """Return a sentence for each network whose attention `auto` finds no library for, where a card has some."""
+    if device.type != "cuda" or config.runtime.attention != "auto" or config.runtime.dtype == "fp32":
+        return []
+    rows = zip(AttentionWays._fields, attention_ways(config, device), config.head_dims, strict=True)
+    return [
+        f"the {network}'s attention runs in {way}, which pads its sequences to the longest: no library that could do without "
+        f"is here for heads of {head_dim} channels; `fastjepa doctor` says which libraries are"
+        for network, way, head_dim in rows
+        if way in PADDED_WAYS
+    ]
 
 
 def apply_process_settings(config: Config) -> None:
@@ -115,25 +128,45 @@ def use_kernels(asked: str) -> None:
 
 def build_networks(config: Config, device: torch.device, ranks: int = 1) -> tuple[Jepa, Encoder]:
     """Return the trained pair and the target encoder, on the device, computing as `runtime` says."""
-    way = check_compute(config, device, ranks)
+    ways = check_compute(config, device, ranks)
     pair = build_pair(config)
     if config.runtime.target_fp8:
         use_fp8(pair[1])
     for network in pair:
-        use_attention(network.to(device), way)
-        if config.runtime.compile:
+        use_attention(network.to(device), ways.encoder)
+    use_attention(pair[0].predictor, ways.predictor)
+    if config.runtime.compile:
+        for network in pair:
             network.compile(dynamic=True)
     return pair
 
 
-def check_compute(config: Config, device: torch.device, ranks: int = 1) -> str:
+class AttentionWays(NamedTuple):
+    """The implementation that each network's attention runs in."""
+
+    encoder: str  # of the target encoder too
+    predictor: str
+
+
+PADDED_WAYS = ("sdpa", "matmul")  # whose ragged sequences are padded to the longest
+
+
+def attention_ways(config: Config, device: torch.device) -> AttentionWays:
+    """Return what `runtime.attention` means for each network: their heads differ, and no sequence is longer than an image."""
+    dtype, longest = COMPUTE_DTYPES[config.runtime.dtype], config.grid[0] * config.grid[1]
+    ways = (choose_attention(config.runtime.attention, device, dtype, head_dim, longest) for head_dim in config.head_dims)
+    return AttentionWays(*ways)
+
+
+def check_compute(config: Config, device: torch.device, ranks: int = 1) -> AttentionWays:
     """Return which attention runs; raise ConfigError where the device cannot compute as `runtime` says."""
-    way = choose_attention(config.runtime.attention, device, COMPUTE_DTYPES[config.runtime.dtype])
+    ways = attention_ways(config, device)
     if config.runtime.cuda_graph:
-        check_cuda_graph(device, way, ranks, config.runtime.zero)
+        for way in ways:
+            check_cuda_graph(device, way, ranks, config.runtime.zero)
     if config.runtime.target_fp8:
         check_fp8(device, config.runtime.dtype)
-    return way
+    return ways
 
 
 def build_objective(config: Config, engine: PlainEngine | ZeroEngine, world: World) -> Objective:

@@ -30,7 +30,7 @@ from fastjepa.masks.check import check_masks
 from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.pack import pack
 from fastjepa.model.predictor import Predictor
-from fastjepa.model.vit import choose_attention, use_attention
+from fastjepa.model.vit import use_auto_attention
 from fastjepa.rng import SPLIT_STREAM, generator
 from fastjepa.weights.read import starting_networks
 
@@ -74,7 +74,7 @@ class Neighbours:
 
 def prepared_network(subject: Subject, network: nn.Module) -> nn.Module:
     """Return the network frozen, on the subject's device, with the attention that runs there."""
-    use_attention(network, choose_attention("auto", subject.device, subject.dtype))
+    use_auto_attention(network, subject.device, subject.dtype)
     return network.to(subject.device).eval().requires_grad_(False)
 
 

@@ -17,6 +17,7 @@ from fastjepa.checkpoint.shard_files import StoredGroup, shard_name, write_shard
 from fastjepa.checkpoint.state import read_state
 from fastjepa.cli.main import main
 from fastjepa.config.load import config_from_dict
+from fastjepa.engine import zero
 from fastjepa.engine.build import build_engine
 from fastjepa.engine.deepspeed_config import BUCKET_ELEMENTS, deepspeed_settings
 from fastjepa.engine.zero import deepspeed_ops
@@ -60,7 +61,7 @@ def one(toy_config, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "stage"), [(2, 1), (2, 2), (2, 3), (4, 3)])
+@pytest.mark.parametrize(("count", "stage"), [(1, 1), (2, 1), (2, 2), (2, 3), (4, 3)])
 def test_every_stage_gives_the_run_of_one_process(toy_config, one, tmp_path, count, stage):
     entries = sharded(toy_config, tmp_path, count, stage, *(["runtime.micro_batch=2"] if count == 2 else []))
     assert losses(entries) == pytest.approx(losses(one[1]), rel=1e-5)
@@ -254,6 +255,18 @@ def test_a_deepspeed_file_decides_what_the_config_leaves_open(tmp_path):
     file.write_text("{")
     with pytest.raises(ConfigError, match="not a readable DeepSpeed configuration"):
         deepspeed_settings(8, 1, "fp32", 2, file)
+
+
+def test_one_rank_on_a_card_reduces_tensors_of_the_host_too(monkeypatch):
+    """Ranks agree about a signal with tensors of the host, also where there is one rank: a group of "nccl" alone refuses
+    them.
+    """
+    card, asked = torch.device("cuda", 0), {}
+    monkeypatch.setattr(zero.dist, "init_process_group", lambda *backend, **given: asked.update(given, positional=backend))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    zero._join_alone(card)
+    assert (asked["backend"], asked["device_id"], asked["world_size"]) == ("cpu:gloo,cuda:nccl", card, 1)
+    assert not asked["positional"]
 
 
 def test_engines_refuse_what_cannot_be(tmp_path):

@@ -1,13 +1,22 @@
 """The loss against a per-block loop; the regularizer over a batch in pieces against the batch whole."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fastjepa.config.schema import LossConfig
+from fastjepa.errors import UserError
 from fastjepa.loss.jepa_loss import NORMALIZATIONS, jepa_loss, standardised_targets
-from fastjepa.loss.regularizers import BatchRegularizer, pool_sequences, regularizer_term
+from fastjepa.loss.regularizers import (
+    BatchRegularizer,
+    covariance_penalty,
+    pool_sequences,
+    regularizer_term,
+    variance_hinge,
+)
 from fastjepa.masks.pack import pack
 from fastjepa.masks.packed import Packed, full_sequences
 from fastjepa.ranks.world import World, join_world, leave_world
@@ -57,6 +66,23 @@ def test_vicreg_is_lightlys():
     variance = VICRegLoss(lambda_param=0, mu_param=1, nu_param=0)(x, x)
     covariance = VICRegLoss(lambda_param=0, mu_param=0, nu_param=1)(x, x)
     torch.testing.assert_close(term(x, 0), 0.1 * (variance + 0.04 * covariance / 2))
+
+
+@pytest.mark.parametrize("deviation", [0.3, 1.5])
+def test_vicregs_terms_and_gradients_are_lightlys(deviation):
+    from lightly.loss.vicreg_loss import covariance_loss, variance_loss
+
+    x = (torch.randn(24, 96) * deviation + 3).requires_grad_()
+    for ours, theirs in ((variance_hinge, variance_loss), (covariance_penalty, covariance_loss)):
+        pairs = [(out, *torch.autograd.grad(out, x)) for out in (ours(x), theirs(x))]
+        torch.testing.assert_close(*pairs, rtol=1e-6, atol=1e-7)
+
+
+def test_vicreg_needs_no_lightly(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightly", None)
+    assert regularizer_term(LossConfig(regularizer="vicreg"))(torch.randn(4, 3), 0).isfinite()
+    with pytest.raises(UserError, match="sigreg needs lightly"):
+        regularizer_term(LossConfig(regularizer="sigreg"))
 
 
 def sigreg(weight: float = 1.0, seed: int = 0):

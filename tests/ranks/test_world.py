@@ -4,6 +4,7 @@ import os
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from fastjepa.errors import ConfigError, UserError
 from fastjepa.ranks import world
 from fastjepa.ranks.collectives import all_gather, barrier, max_over_ranks, mean_over_ranks, text_of_main, union_of_names
 from fastjepa.ranks.meet import meet_ranks
-from fastjepa.ranks.world import World, join_world, leave_world, wait_for_ranks
+from fastjepa.ranks.world import World, group_backends, join_world, leave_world, wait_for_ranks
 from tests.support import ranks
 from tests.support.ranks import LAUNCHER
 
@@ -127,6 +128,12 @@ def test_a_rank_lingers_for_the_others_but_not_for_ever(monkeypatch):
     assert time.monotonic() - begun < 30
 
 
+def test_a_group_reduces_tensors_of_the_host_and_of_the_card():
+    card = torch.device("cuda", 3)
+    assert group_backends(card) == {"backend": "cpu:gloo,cuda:nccl", "device_id": card}
+    assert group_backends(torch.device("cpu")) == {"backend": "gloo"}
+
+
 def test_cuda_without_a_gpu_is_one_sentence(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"runtime\.device: cuda .* set runtime\.device=cpu"):
@@ -134,13 +141,47 @@ def test_cuda_without_a_gpu_is_one_sentence(monkeypatch):
     assert join_world("auto").device.type == "cpu"
 
 
-def test_more_ranks_than_gpus_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+@pytest.fixture
+def cards(monkeypatch):
+    """Let this process be local rank 1 of 2 that sees so many cards; return the devices that were made current."""
+    current = []
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="local rank 1 has no GPU of its own"):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(world, "_join", lambda place, timeout: None)
+    return lambda count: monkeypatch.setattr(torch.cuda, "device_count", lambda: count) or current
+
+
+def test_a_rank_takes_the_card_of_its_number_or_the_only_one_that_it_sees(cards):
+    """SLURM binds a card to each task: local rank 1 sees one, cuda:0."""
+    current = cards(4)
+    assert join_world("auto").device == torch.device("cuda", 1) and current == [1]
+    cards(1)
+    assert join_world("auto").device == torch.device("cuda", 0) and current == [1, 0]
+
+
+def test_more_ranks_than_gpus_is_refused(cards, monkeypatch):
+    cards(2)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match=r"local rank 2 has no GPU of its own \(2 here\)"):
         join_world("auto")
+
+
+@pytest.mark.parametrize("others", ["GPU-a", "GPU-b"])
+def test_ranks_that_share_the_only_card_are_refused(monkeypatch, others):
+    """Two ranks on a machine of one card see one each, as two that are bound to a card each do; the UUID tells them apart."""
+    store = dist.HashStore()
+    store.set("gpu/0", others)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="GPU-a"))
+    place = World(1, 1, 2, torch.device("cuda", 0))
+    if others == "GPU-b":
+        world._refuse_shared_gpu(store, place)
+    else:
+        with pytest.raises(UserError, match="local rank 1 has no GPU of its own: ranks 0 and 1 share one; start fewer ranks"):
+            world._refuse_shared_gpu(store, place)
 
 
 @pytest.mark.parametrize(
