@@ -282,6 +282,12 @@ class Config:
         return self.meta.embed_dim or dim, self.meta.depth or depth, self.meta.num_heads or heads, mlp_ratio
 
     @property
+    def head_dims(self) -> tuple[int, int]:
+        """Return the channels of a head of the encoder and of the predictor."""
+        dim, _, heads, _ = self.encoder_shape
+        return dim // heads, self.meta.pred_emb_dim // (self.meta.pred_num_heads or heads)
+
+    @property
     def micro_batch(self) -> int:
         """Return the images of a forward on one rank."""
         return self.runtime.micro_batch or self.data.batch_size
