@@ -36,10 +36,10 @@ from fastjepa.cli.options import positive_int, some_of
 from fastjepa.config.schema import Config
 from fastjepa.data.decode_dali import dali_installed
 from fastjepa.data.decode_pillow import MAX_PIXELS
+from fastjepa.data.endings import image_endings
 from fastjepa.data.prepare.check_images import MEGA, judge_image
 from fastjepa.data.prepare.write_shards import ShardRequest, write_shards
 from fastjepa.data.sources import IdxPair, open_source
-from fastjepa.data.tar_shards import ENDINGS
 from fastjepa.errors import UserError
 from fastjepa.loader.loader import Loader
 from fastjepa.ranks.world import World, join_world
@@ -74,7 +74,7 @@ def prepare_sets(data: str | None, images: int, shards: int, scratch: Path) -> S
     named = spaced_images(data, images) if data else (("made.jpg", raw) for raw in photographs(images))
     for number, (name, raw) in enumerate(named):
         suffix = Path(name).suffix.lower()
-        (sets.folder / "all" / f"{number:06d}{suffix if suffix in ENDINGS else '.jpg'}").write_bytes(raw)
+        (sets.folder / "all" / f"{number:06d}{suffix if suffix in image_endings() else '.jpg'}").write_bytes(raw)
     source = open_source(sets.folder)
     total = sum(path.stat().st_size for path in sets.folder.rglob("*.*"))
     write_shards(source, sets.shards, {"path": data or "made", "split": "train"}, ShardRequest(-(-total // shards)))
@@ -115,7 +115,7 @@ def webdataset_batches(one: Contender, config: Config, sets: Sets, device: torch
 
     shards = sorted(map(str, sets.shards.glob("*.tar")))
     samples = WebDataset(shards, shardshuffle=len(shards), seed=0).shuffle(100).decode("pil")
-    fields = ";".join(ending.removeprefix(".") for ending in sorted(ENDINGS))
+    fields = ";".join(ending.removeprefix(".") for ending in sorted(image_endings()))
     dataset = samples.to_tuple(fields).map_tuple(random_crops(config)).batched(config.micro_batch, partial=False).repeat()
     with torch_loader(dataset, one, config, device, batch_size=None) as batches:
         yield (images.to(device, non_blocking=True) for (images,) in batches)

@@ -79,7 +79,8 @@ def test_vicregs_terms_and_gradients_are_lightlys(deviation):
 
 
 def test_vicreg_needs_no_lightly(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lightly", None)
+    for module in ("lightly", "lightly.loss.lejepa_loss"):
+        monkeypatch.setitem(sys.modules, module, None)
     assert regularizer_term(LossConfig(regularizer="vicreg"))(torch.randn(4, 3), 0).isfinite()
     with pytest.raises(UserError, match="sigreg needs lightly"):
         regularizer_term(LossConfig(regularizer="sigreg"))

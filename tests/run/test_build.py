@@ -21,6 +21,7 @@ def varlen_alone(monkeypatch):
     found = sys.modules["fastjepa_kernels.varlen_attention"]
     monkeypatch.setattr(found, "missing", lambda way: "" if way == "varlen" else "no such module")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
 
 
