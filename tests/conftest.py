@@ -24,12 +24,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Refuse to run where pytest-xdist has not put the group into a test's name: each process would repeat what the group shares."""
+    """Refuse a pytest that keeps the group of a test from pytest-xdist: each process would make anew what a group shares."""
     if not getattr(session.config.option, "loadgroup", False):
         return
     lost = [item.nodeid for item in session.items if item.get_closest_marker("xdist_group") and "@" not in item.nodeid]
     if lost:
-        raise pytest.UsageError(f"pytest {pytest.__version__} hides the group of {lost[0]} from pytest-xdist; install the versions of setup.py")
+        raise pytest.UsageError(
+            f"pytest {pytest.__version__} hides the group of {lost[0]} from pytest-xdist; install the versions of setup.py"
+        )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -54,6 +54,7 @@ def losses(config: Path, output: Path, kernels: str) -> list[float]:
     return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_ten_steps_on_the_kernels_give_the_losses_of_the_definitions(config, tmp_path):
     plain, fast = (losses(config, tmp_path / kernels, kernels) for kernels in ("torch", "triton"))
     assert len(plain) == 10 and plain[0] != plain[-1]
