@@ -14,6 +14,7 @@ from fastjepa.config.fields import (
     config_key,
     is_momentum_range,
     is_not_negative,
+    is_not_negative_pair,
     is_one_of,
     is_positive,
     is_positive_range,
@@ -146,6 +147,16 @@ class OptimizationConfig:
     pred_lr_scale: float = config_key(1.0, "learning rate of the predictor over the encoder's", is_not_negative)
     weight_decay: float = config_key(0.04, "weight decay at the start", is_not_negative)
     final_weight_decay: float = config_key(0.4, "weight decay at the end", is_not_negative)
+    optimizer: Literal["adamw", "muon"] = config_key(
+        "adamw",
+        "muon: Muon for hidden matrices (2-d weights) of encoder and predictor, AdamW for the rest; one rank, or plain DDP",
+    )
+    muon_lr: float = config_key(
+        0.005, "muon: learning rate after the warm-up; it rises and falls in proportion to AdamW's", is_positive
+    )
+    muon_weight_decay: tuple[float, float] = config_key(
+        (0.05, 0.05), "muon: weight decay of the hidden matrices, first and last step", is_not_negative_pair
+    )
     ema: tuple[float, float] = config_key(
         (0.996, 1.0), "momentum of the target encoder, first and last step", is_momentum_range
     )

@@ -18,11 +18,12 @@ def build_engine(jepa: Jepa, config: Config, world: World, stage: int, given: Pa
         stage: what `runtime.zero` says, or what was chosen where it is auto.
         given: a user's file with DeepSpeed's own options, for stages 1 to 3.
     """
-    scale = config.optimization.pred_lr_scale
+    scale, muon = config.optimization.pred_lr_scale, config.optimization.optimizer == "muon"
     if stage == 0:
         if given:
             raise UserError(f"--deepspeed_config {given}: runtime.zero 0 runs without DeepSpeed; set it to 1, 2 or 3")
-        return PlainEngine(jepa, world.size, config.data.batch_size // config.micro_batch, config.runtime.cuda_graph, scale)
+        pieces = config.data.batch_size // config.micro_batch
+        return PlainEngine(jepa, world.size, pieces, config.runtime.cuda_graph, scale, muon)
     if stage == 3 and config.runtime.compile:
         raise ConfigError(
             "runtime.compile: not with runtime.zero 3, whose gathers a compiler cannot see; switch one of them off"

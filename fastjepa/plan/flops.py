@@ -36,6 +36,21 @@ class Flops:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
+def muon_flops(config: Config) -> float:
+    """Return the FLOPs that Muon's products take a step, on every rank, whatever the batch.
+
+    Example: a matrix of 4 x 2 is one of 2 x 4 to Muon. Each of its five steps makes a 2 x 2 product of it (2 * 2 * 4 * 2
+    FLOPs), the square of that (2 * 2 * 2 * 2) and a 2 x 4 product (2 * 2 * 2 * 4): 80 FLOPs, 400 in all.
+    """
+    dim, depth, _, mlp_ratio = config.encoder_shape
+    narrow = config.meta.pred_emb_dim
+    hidden = [(dim, depth, round(dim * mlp_ratio)), (narrow, config.meta.pred_depth, round(narrow * PREDICTOR_MLP_RATIO))]
+    matrices = [(narrow, dim), (narrow, config.target_dim)]  # predictor_embed and predictor_proj
+    for width, blocks, inner in hidden:
+        matrices += blocks * [*4 * [(width, width)], *2 * [(width, inner)]]  # q, k, v, proj, fc1, fc2
+    return float(sum(5 * (4 * min(m) ** 2 * max(m) + 2 * min(m) ** 3) for m in matrices))
+
+
 @dataclass(frozen=True)
 class _Rows:
     """Lengths of a micro-batch's sequences, as arrays."""

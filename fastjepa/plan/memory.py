@@ -32,6 +32,7 @@ class NetworkSizes:
     trained: int  # encoder and predictor
     encoder: int  # the encoder alone, which the target network averages
     matrices: int  # the encoder's matrices, which the target network takes in runtime.dtype; norms and biases stay fp32
+    squares: int  # with a second moment: all but the hidden matrices of Muon
     linear: int  # weights of linear layers: autograd keeps their bf16 copies from the forward to the backward
     small: int  # in tensors of at most SMALL_PARAMETER elements
     groups: tuple[tuple[int, ...], ...]  # of each tensor, by the groups of `build_adamw`: DeepSpeed shards each group
@@ -47,11 +48,13 @@ def network_sizes(config: Config) -> NetworkSizes:
     predictor, narrow_vectors = [*predictor, narrow * out], [*narrow_vectors, out]
     groups = tuple(map(tuple, (encoder, predictor, vectors, narrow_vectors)))
     counts = [count for group in groups for count in group]
+    linear = sum(encoder) - patch + sum(predictor) - narrow
     return NetworkSizes(
         trained=sum(counts),
         encoder=sum(encoder) + sum(vectors),
         matrices=sum(encoder),
-        linear=sum(encoder) - patch + sum(predictor) - narrow,
+        squares=sum(counts) - (linear if config.optimization.optimizer == "muon" else 0),
+        linear=linear,
         small=sum(count for count in counts if count <= SMALL_PARAMETER),
         groups=groups,
     )
@@ -86,7 +89,7 @@ def state_bytes(size: NetworkSizes, dtype: str, gpus: int, stage: int) -> dict[s
     return {
         "parameters": whole if stage < 3 else sharded + (FP32_BYTES * size.small if gpus > 1 else 0),
         "gradients": whole if stage < 2 else FP32_BYTES * touched_elements(size, gpus) if stage == 2 else sharded,
-        "moments": 2 * (whole if stage < 1 else sharded),
+        "moments": FP32_BYTES * (size.trained + size.squares) // (gpus if stage else 1),
         "master_weights": 0 if stage < 1 else sharded,
         "ema": FP32_BYTES * size.encoder if stage < 1 else (FP32_BYTES * size.encoder + (0 if inside else narrow)) // gpus,
         "target_copy": 0 if stage < 1 else copied_bytes(size, dtype) - doubled // gpus,

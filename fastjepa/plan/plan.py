@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from fastjepa.config.schema import Config
 from fastjepa.engine.schedule import warmup_notes
-from fastjepa.plan.flops import flops_per_image
+from fastjepa.plan.flops import flops_per_image, muon_flops
 from fastjepa.plan.memory import ZERO_STAGES, ActivationBytes, activation_bytes, network_sizes, row_counts, tensor_bytes
 from fastjepa.plan.sharding import recommend_stage, usable_bytes
 from fastjepa.plan.traffic import TRAFFIC_GPUS, traffic_rows
@@ -54,8 +54,17 @@ def plan_run(
         "flops_per_image": per_image, "card": cards.name, "peak_flops": CARD_PEAKS[cards.name][dtype],
         "utilisation": cards.utilisation, "images_per_epoch": images, "epochs": config.optimization.epochs,
         "hours": hours, "gpu_hours": hours * cards.count, "recommended_stage": stage, "why": why,
-        "notes": warmup_notes(config.optimization),
+        "notes": warmup_notes(config.optimization) + muon_notes(config, per_image),
     }  # fmt: skip
+
+
+def muon_notes(config: Config, per_image: float) -> list[str]:
+    """Return a sentence on what Muon's products cost beside the images of a step, where the config asks for Muon."""
+    if config.optimization.optimizer == "adamw":
+        return []
+    flops, images = muon_flops(config), per_image * config.data.batch_size
+    return [f"Muon takes {flops / 1e12:.3g} TFLOP a step on every rank, {flops / images:.2g} times what the rank's "
+            f"{config.data.batch_size} images take; the hours above do not count it."]  # fmt: skip
 
 
 def plan_traffic(config: Config, cards: Cards, gpus: Sequence[int] = TRAFFIC_GPUS) -> list[dict[str, float]]:

@@ -39,8 +39,10 @@ def choose_zero_stage(config: Config, ranks: int, memory: int) -> ZeroChoice:
 
 
 def possible_stages(config: Config, ranks: int) -> tuple[int, ...]:
-    """Return the stages that a run can take: one rank has nothing to shard, and stage 3 cannot be compiled."""
-    if ranks == 1:
+    """Return the stages that a run can take: one rank has nothing to shard, Muon needs whole matrices, and stage 3 cannot be
+    compiled.
+    """
+    if ranks == 1 or config.optimization.optimizer == "muon":
         return ZERO_STAGES[:1]
     return ZERO_STAGES[:3] if config.runtime.compile else ZERO_STAGES
 

@@ -2,7 +2,7 @@
 
 75 % of the patches are hidden at random, the encoder sees the rest, and a decoder of the predictor's shape predicts the
 hidden patches' pixels, normalised per patch. There is no class token, as in I-JEPA: features are the mean over patches.
-Learning rate, weight decay, crops and order of images are those that the config gives I-JEPA.
+Optimizer, learning rate, weight decay, crops and order of images are those that the config gives I-JEPA.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from fastjepa.config.load import load_config
 from fastjepa.config.schema import Config
 from fastjepa.data.sources import open_source
 from fastjepa.engine.adamw import apply_schedule, build_adamw
+from fastjepa.engine.muon import MuonAdamW
 from fastjepa.engine.precision import COMPUTE_DTYPES, autocast_of, settle_dtype
 from fastjepa.engine.schedule import Schedule
 from fastjepa.errors import UserError
@@ -109,7 +110,8 @@ def build_mae(cfg: Config, device: torch.device) -> tuple[TrainState, Encoder, M
         torch.manual_seed(cfg.runtime.seed)
         decoder = MaeDecoder(cfg).to(device)
     parts = {"encoder": encoder, "predictor": decoder, "target_encoder": encoder}
-    return TrainState(0, parts, build_adamw(encoder, decoder)), encoder, decoder
+    optimizer = (MuonAdamW if cfg.optimization.optimizer == "muon" else build_adamw)(encoder, decoder)
+    return TrainState(0, parts, optimizer), encoder, decoder
 
 
 def mae_step(encoder: Encoder, decoder: MaeDecoder, state: TrainState, batches: Iterator[Tensor], cfg: Config) -> Tensor:

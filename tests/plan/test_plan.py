@@ -11,14 +11,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastjepa.cli.main import main
 from fastjepa.cli.plan import MEMORY_ROWS
 from fastjepa.config.load import config_from_dict
-from fastjepa.config.schema import Config, LossConfig
+from fastjepa.config.schema import Config, LossConfig, OptimizationConfig
 from fastjepa.engine.adamw import build_adamw
 from fastjepa.engine.build import build_engine
 from fastjepa.engine.deepspeed_config import BUCKET_ELEMENTS
+from fastjepa.engine.plain import PlainEngine
 from fastjepa.engine.precision import COMPUTE_DTYPES, autocast_of
 from fastjepa.engine.schedule import StepSettings
 from fastjepa.loss.jepa_loss import NORMALIZATIONS, jepa_loss
@@ -27,7 +29,7 @@ from fastjepa.masks.pack import pack
 from fastjepa.masks.packings import packing_of
 from fastjepa.model.jepa import build_pair
 from fastjepa.model.vit import use_attention
-from fastjepa.plan.flops import flops_per_image
+from fastjepa.plan.flops import flops_per_image, muon_flops
 from fastjepa.plan.memory import (
     FP32_BYTES,
     ZERO_STAGES,
@@ -278,6 +280,21 @@ def test_the_loss_holds_what_is_planned_for_it(normalize: str, target: str):
     held = sum(tensor.nbytes for tensor in kept.values()) + features.nbytes + standard + prediction.nbytes
     rows = RowCounts(1, len(seen.idx), 1, len(blocks.target_rows))
     assert activation_bytes(c, rows).loss == held
+
+
+def test_muons_moments_and_products_are_those_of_its_step():
+    c = dataclasses.replace(small(), optimization=OptimizationConfig(optimizer="muon"))
+    jepa, target = build_pair(c)
+    engine = PlainEngine(jepa, muon=True)
+    for p in engine.parameters:
+        p.grad = torch.zeros_like(p)
+    with FlopCounterMode(display=False) as counter:
+        engine.step(StepSettings(lr=1e-3, weight_decay=0.0, ema_momentum=0.9))
+    held = sum(t.nbytes for state in engine.optimizer.state.values() for name, t in state.items() if name != "step")
+    assert state_bytes(network_sizes(c), "fp32", 1, 0)["moments"] == held
+    assert muon_flops(c) == counter.get_total_flops()
+    (said,) = plan_run(c, Cards())["notes"]
+    assert said.startswith(f"Muon takes {muon_flops(c) / 1e12:.3g} TFLOP a step on every rank")
 
 
 @pytest.mark.parametrize("gpus", [2, 8, 512])
