@@ -48,6 +48,9 @@ def check_config(config: Config, raw: Mapping[str, Any], where: str) -> Config:
     ):
         require(width_value % head_count == 0, f"{width_key}: {width_value} must be a multiple of {heads_key}: {head_count}")
         require(width_value % 4 == 0, f"{width_key}: {width_value} must be a multiple of 4 (2-d sine-cosine positions)")
+        require(meta.positions != "rope" or width_value // head_count % 4 == 0,
+                f"meta.positions: rope needs heads of a multiple of 4 channels, not {width_value // head_count} ({width_key} "
+                f"over {heads_key})")  # fmt: skip
     require(data.batch_size % config.micro_batch == 0,
             f"runtime.micro_batch: {config.micro_batch} must divide data.batch_size: {data.batch_size}")  # fmt: skip
     require(not runtime.target_fp8 or dim >= FP8_WIDTH,

@@ -127,6 +127,12 @@ class MetaConfig:
         "per_block: the paper's, which sees the context once for every target block; joint, another objective: once, with "
         "the patches of all blocks, which attend to each other",
     )
+    positions: Literal["sincos", "rope"] = config_key(
+        "sincos",
+        "sincos: the official code, added to the patches; rope: rotary, which turns queries and keys in every block of encoder "
+        "and predictor",
+    )
+    qk_norm: bool = config_key(False, "layer norm of queries and keys by head, in encoder and predictor")
     use_bfloat16: bool | None = config_key(None, "official: bf16 autocast; runtime.dtype says the same")
     load_checkpoint: bool = config_key(False, "official: resume, and fail when there is nothing to resume from")
     read_checkpoint: str | None = config_key(None, "official: the checkpoint in the output directory to resume from")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fastjepa.config.schema import Config
 from fastjepa.masks.packed import Blocks, Packed
 from fastjepa.model.predictor import Predictor
-from fastjepa.model.vit import Encoder
+from fastjepa.model.vit import AttentionForm, Encoder
 
 NETWORKS = ("encoder", "predictor", "target_encoder")  # of a run, as checkpoints name them
 
@@ -26,6 +26,11 @@ class Jepa(nn.Module):
         return self.predictor(features, context, blocks), features
 
 
+def attention_form(config: Config) -> AttentionForm:
+    """Return the form of attention that a config asks for, in both networks."""
+    return AttentionForm(config.meta.positions == "rope", config.meta.qk_norm)
+
+
 def build_pair(config: Config) -> tuple[Jepa, Encoder]:
     """Return the trained pair and the target encoder, its copy; weights are a function of runtime.seed alone."""
     dim, _, heads, _ = config.encoder_shape
@@ -33,9 +38,10 @@ def build_pair(config: Config) -> tuple[Jepa, Encoder]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.runtime.seed)
         patch, channels = config.mask.patch_size, config.data.channels
-        encoder = Encoder(config.grid, patch, channels, config.mean_std, config.encoder_shape)
-        pred_heads = meta.pred_num_heads or heads
-        predictor = Predictor(config.grid, dim, meta.pred_emb_dim, meta.pred_depth, pred_heads, config.target_dim)
+        form = attention_form(config)
+        encoder = Encoder(config.grid, patch, channels, config.mean_std, config.encoder_shape, form)
+        shape = meta.pred_emb_dim, meta.pred_depth, meta.pred_num_heads or heads
+        predictor = Predictor(config.grid, dim, shape, config.target_dim, form)
     for network in (encoder, predictor):
         network.checkpointed = config.runtime.checkpoint_activations
     return Jepa(encoder, predictor), copy.deepcopy(encoder).requires_grad_(False)

@@ -6,6 +6,7 @@ share in its first block is computed once. `runtime.attention` names the library
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastjepa.errors import ConfigError
 from fastjepa.masks.packed import Packed, full_sequences
+from fastjepa.model.rotary import Rotation, grid_rotation, rotate
 from fastjepa_kernels import attention_way, gather_tokens, gather_tokens_repeated, varlen_attention
 from fastjepa_kernels.layers import MaskedPatchEmbed
 
@@ -45,17 +47,29 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, queries: Packed, keys: Pac
 
 
 EncoderShape = tuple[int, int, int, float]  # width, blocks, heads, width of the MLP over that of the encoder
+PredictorShape = tuple[int, int, int]  # width, blocks, heads
 RepeatedRows = tuple[Tensor, Tensor]  # order and starts, as in Blocks
+
+
+class AttentionForm(NamedTuple):
+    """Form of every attention of a network."""
+
+    rotary: bool = False  # positions turn queries and keys, and no code is added to the rows
+    qk_norm: bool = False  # queries and keys are normalised by head
+
+
+OFFICIAL_ATTENTION = AttentionForm()
 
 
 class Attention(nn.Module):
     """Multi-head self-attention within packed sequences."""
 
-    def __init__(self, dim: int, num_heads: int):
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool = False):
         super().__init__()
         self.num_heads = num_heads
         self.way = "sdpa"  # set for the whole network by `use_attention`
         self.qkv = nn.Linear(dim, 3 * dim)
+        self.q_norm, self.k_norm = (nn.LayerNorm(dim // num_heads, eps=1e-6) if qk_norm else None for _ in range(2))
         self.proj = nn.Linear(dim, dim)
 
     @property
@@ -64,26 +78,48 @@ class Attention(nn.Module):
         return self.proj.in_features // self.num_heads
 
     def forward(
-        self, x: Tensor, sequences: Packed, queries: Packed | None = None, repeats: RepeatedRows | None = None
+        self,
+        x: Tensor,
+        sequences: Packed,
+        queries: Packed | None = None,
+        repeats: RepeatedRows | None = None,
+        rotation: Rotation | None = None,
     ) -> Tensor:
         """Map normalised rows x (M, D) to (T, D), or to (Q, D) for the rows `queries.idx` alone.
 
-        With `repeats`, x is a table of distinct rows and `sequences.idx` says which of them each of the T rows is.
+        With `repeats`, x is a table of distinct rows and `sequences.idx` says which of them each of the T rows is. With
+        `rotation`, that of the M rows, queries and keys are turned by it.
         """
         dim = self.proj.in_features
         if repeats is not None:
-            qkv = gather_tokens_repeated(self.qkv(x), sequences.idx, repeats)  # (T, 3D)
+            table = self.turned(self.qkv(x), 3, rotation)  # once for each distinct row
+            qkv = gather_tokens_repeated(table, sequences.idx, repeats)  # (T, 3D)
             q, kv = qkv[:, :dim], qkv[:, dim:]
             q = q if queries is None else gather_tokens(q, queries.idx)
         elif queries is None:
-            q, kv = self.qkv(x).split((dim, 2 * dim), dim=1)
+            q, kv = self.turned(self.qkv(x), 3, rotation).split((dim, 2 * dim), dim=1)
         else:
             q = F.linear(gather_tokens(x, queries.idx), self.qkv.weight[:dim], self.qkv.bias[:dim])
-            kv = F.linear(x, self.qkv.weight[dim:], self.qkv.bias[dim:])
+            q = self.turned(q, 1, rotation and rotation.of_rows(queries.idx))
+            kv = self.turned(F.linear(x, self.qkv.weight[dim:], self.qkv.bias[dim:]), 2, rotation)
         k, v = kv.view(kv.shape[0], 2, self.num_heads, -1).unbind(1)
         q = q.view(q.shape[0], self.num_heads, -1)
         out = packed_attention(q, k, v, queries or sequences, sequences, self.way)
         return self.proj(out.reshape(q.shape[0], dim))
+
+    def turned(self, rows: Tensor, parts: int, rotation: Rotation | None) -> Tensor:
+        """Return rows (M, parts D) with queries and keys normalised by head and turned, where the network does either.
+
+        Args:
+            parts: 3 for queries, keys and values side by side, 2 for keys and values, 1 for queries.
+        """
+        if rotation is None and self.q_norm is None:
+            return rows
+        held = rows.view(len(rows), parts, self.num_heads, -1).unbind(1)  # parts x (M, H, d)
+        norms = {3: (self.q_norm, self.k_norm), 2: (self.k_norm,), 1: (self.q_norm,)}[parts]
+        done = [x if norm is None else norm(x) for x, norm in zip(held, norms, strict=False)]
+        done = [x if rotation is None else rotate(x, rotation) for x in done]
+        return torch.stack([*(x.type_as(rows) for x in done), *held[len(done) :]], dim=1).flatten(1)
 
 
 class Mlp(nn.Module):
@@ -101,18 +137,23 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qk_norm: bool = False):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, num_heads)
+        self.attn = Attention(dim, num_heads, qk_norm)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, round(dim * mlp_ratio))
 
     def forward(
-        self, x: Tensor, sequences: Packed, queries: Packed | None = None, repeats: RepeatedRows | None = None
+        self,
+        x: Tensor,
+        sequences: Packed,
+        queries: Packed | None = None,
+        repeats: RepeatedRows | None = None,
+        rotation: Rotation | None = None,
     ) -> Tensor:
         """Map (M, D) to (T, D) or, with `queries`, to (Q, D); arguments as in Attention."""
-        mixed = self.attn(self.norm1(x), sequences, queries, repeats)
+        mixed = self.attn(self.norm1(x), sequences, queries, repeats, rotation)
         if repeats is not None:
             x = gather_tokens_repeated(x, sequences.idx, repeats)
         if queries is not None:
@@ -122,7 +163,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Vision transformer without a class token, fixed 2-d sine-cosine positions (paper, appendix A)."""
+    """Vision transformer without a class token: fixed 2-d sine-cosine positions (paper, appendix A), or rotary ones."""
 
     def __init__(
         self,
@@ -131,13 +172,15 @@ class Encoder(nn.Module):
         channels: int,
         mean_std: tuple[Sequence[float], Sequence[float]],
         shape: EncoderShape,
+        form: AttentionForm = OFFICIAL_ATTENTION,
     ):
         super().__init__()
         dim, depth, num_heads, mlp_ratio = shape
-        self.grid, self.embed_dim, self.checkpointed = grid, dim, False
-        self.register_buffer("pos_embed", sincos_positions(dim, grid))  # (1, N, D)
+        self.grid, self.embed_dim, self.checkpointed, self.attention_form = grid, dim, False, form
+        if not form.rotary:
+            self.register_buffer("pos_embed", sincos_positions(dim, grid))  # (1, N, D)
         self.patch_embed = MaskedPatchEmbed(patch_size, channels, dim, mean=mean_std[0], std=mean_std[1])
-        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, form.qk_norm) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_weights)
 
@@ -154,16 +197,25 @@ class Encoder(nn.Module):
         """
         p = self.patch_embed.proj.kernel_size[0]
         grid = images.shape[2] // p, images.shape[3] // p
-        positions = self.positions(grid)  # (N, D)
-        x = self.patch_embed(images, None if visible is None else visible.idx)
+        x, rotation = self.placed_patches(images, visible, grid)
         if visible is None:
             visible = full_sequences(len(images), grid[0] * grid[1], images.device)
-            x = (x.view(len(images), *positions.shape) + positions).flatten(0, 1)
-        else:
-            x = x + positions.index_select(0, visible.idx % len(positions))
         for block in self.blocks[:-1]:
-            x = run_block(block, self.checkpointed, x, visible)
-        return self.norm(run_block(self.blocks[-1], self.checkpointed, x, visible, wanted))
+            x = run_block(block, self.checkpointed, x, visible, None, None, rotation)
+        return self.norm(run_block(self.blocks[-1], self.checkpointed, x, visible, wanted, None, rotation))
+
+    def placed_patches(self, images: Tensor, visible: Packed | None, grid: tuple[int, int]) -> tuple[Tensor, Rotation | None]:
+        """Return the embedded patches (T, D) with their positions added, or as they are with the rotation of the rows."""
+        x = self.patch_embed(images, None if visible is None else visible.idx)
+        if not self.attention_form.rotary:
+            positions = self.positions(grid)  # (N, D)
+            if visible is None:
+                return (x.view(len(images), *positions.shape) + positions).flatten(0, 1), None
+            return x + positions.index_select(0, visible.idx % len(positions)), None
+        rotation = grid_rotation(self.blocks[0].attn.head_dim, grid, x.device)
+        if visible is None:
+            return x, Rotation(*(angles.repeat(len(images), 1, 1) for angles in rotation))
+        return x, rotation.of_rows(visible.idx % (grid[0] * grid[1]))
 
     def features(self, images: Tensor) -> Tensor:
         """Map whole images (b, C, H, W) to (b, N, D)."""

@@ -29,6 +29,7 @@ from fastjepa.evals.scoring import Z95, wilson_interval
 from fastjepa.masks.check import check_masks
 from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.pack import pack
+from fastjepa.model.jepa import attention_form
 from fastjepa.model.predictor import Predictor
 from fastjepa.model.vit import use_auto_attention
 from fastjepa.rng import SPLIT_STREAM, generator
@@ -100,7 +101,8 @@ def load_predictor(subject: Subject) -> nn.Module:
     weights, config = networks["predictor"], subject.config
     depth = len({name.split(".")[1] for name in weights if name.startswith("predictor_blocks.")})
     heads = config.meta.pred_num_heads or config.encoder_shape[2]
-    predictor = Predictor(config.grid, config.encoder_shape[0], len(weights["mask_token"][0, 0]), depth, heads)
+    shape = len(weights["mask_token"][0, 0]), depth, heads
+    predictor = Predictor(config.grid, config.encoder_shape[0], shape, form=attention_form(config))
     try:
         predictor.load_state_dict(weights)
     except RuntimeError as error:
