@@ -6,8 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from fastjepa.cli.options import CONFIG_HELP, add_command, positive_int
-from fastjepa.config.load import load_config
+from fastjepa.cli.options import CONFIG_HELP, add_command, given_config, positive_int
 from fastjepa.config.schema import Config
 
 PICTURED_IMAGES = 8  # rows of the picture, at most
@@ -33,7 +32,7 @@ def run_masks(args: argparse.Namespace) -> None:
     from fastjepa.masks.check import check_masks
     from fastjepa.masks.statistics import mask_statistics
 
-    config = load_config(args.config, args.overrides)
+    config = given_config(args)
     check_masks(config.mask, config.grid, config.runtime.seed, config.data.batch_size)
     statistics = mask_statistics(config.mask, config.grid, config.runtime.seed, args.groups)
     if args.json:
@@ -56,7 +55,7 @@ def save_masks_picture(config: Config, path: Path) -> None:
     from fastjepa.masks.draw import draw_masks
     from fastjepa.visualize.images import masks_sheet, save_picture
 
-    source = open_source(config.data)
+    source = open_source(config.data.address)
     count = min(PICTURED_IMAGES, len(source))
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=count),
                                  runtime=dataclasses.replace(config.runtime, micro_batch=None))  # fmt: skip
