@@ -113,7 +113,7 @@ def measure_parts(config: Config, rounds: int, trace: Path | None = None) -> lis
     device, packed = join_world(config.runtime.device).device, []
     with (
         with_images(config) as config,
-        Loader(config, open_source(config.data), World(0, 0, 1, device), 0) as loader,
+        Loader(config, open_source(config.data.address), World(0, 0, 1, device), 0) as loader,
         PartMarks(TrainerStep(config, device)) as marks,
     ):
         steps = (marks.take(kept(loader.micro_batches(number), packed)) for number in range(2**40))

@@ -33,7 +33,7 @@ from fastjepa.weights.read import starting_networks
 def input_images(config: Config, count: int) -> Tensor:
     """Return (count, C, H, W) uint8: crops of data.source, or of images that decode like photographs."""
     if config.data.source:
-        views = MicroBatches(config, open_source(config.data), 0, 1)
+        views = MicroBatches(config, open_source(config.data.address), 0, 1)
         return torch.stack([views.view(0, sample)[0] for sample in range(count)])
     decoded = [decode_image(raw, config.data.channels) for raw in photographs(count)]
     return torch.stack([crop_image(image, (0, 0, *image.shape[1:]), config.image_size, False) for image in decoded])

@@ -32,8 +32,8 @@ from fastjepa.monitoring.log import Log, Peak
 from fastjepa.plan.flops import count_flops
 from fastjepa.ranks.world import join_world
 from fastjepa.rng import MASK_STREAM, torch_seed
-from fastjepa.run.build import apply_process_settings, build_networks
-from fastjepa.run.resume import describe_run, start_directory
+from fastjepa.run.build import apply_process_settings, build_networks, describe_run
+from fastjepa.run.resume import start_directory
 from fastjepa.run.stop import Stop
 
 MASKED_SHARE = 0.75  # of the patches
@@ -80,7 +80,7 @@ def train_mae(file: Path, folder: Path, steps: int) -> None:
     dtype = settle_dtype(cfg.runtime.dtype, world.device)
     cfg = dataclasses.replace(cfg, runtime=dataclasses.replace(cfg.runtime, dtype=dtype))
     apply_process_settings(cfg)
-    source = open_source(cfg.data)
+    source = open_source(cfg.data.address)
     state, encoder, decoder = build_mae(cfg, world.device)
     state.record = describe_run(cfg, world, source)
     found = latest_checkpoint(folder / "checkpoints")

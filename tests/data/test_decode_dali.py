@@ -238,7 +238,7 @@ def settings(source: Path | str, loader: str, **keys) -> Config:
 
 
 def load(setting: Config, steps: int) -> tuple[list[Batch], set[str]]:
-    with Loader(setting, open_source(setting.data), World(0, 0, 1, CPU), 0, steps) as loader:
+    with Loader(setting, open_source(setting.data.address), World(0, 0, 1, CPU), 0, steps) as loader:
         batches = [batch for step in range(steps) for batch in loader.micro_batches(step)]
         return batches, loader.bad
 
@@ -335,7 +335,7 @@ def test_a_file_that_vanishes_in_the_run_is_replaced(tmp_path: Path, loader: str
     files = {f"{seed:02d}.jpg": encode(natural(60, 40, seed)) for seed in range(40)}
     setting = settings(write(tmp_path / "images", files), loader, prefetch=1)
     whole = load(setting, 10)[0]
-    source = open_source(setting.data)
+    source = open_source(setting.data.address)
     slot = MicroBatches(setting, source, 0, 1).samples(7, 0, 4)[2]
     with Loader(setting, source, World(0, 0, 1, CPU), 0, 10) as made:
         shown = list(made.micro_batches(0))
@@ -401,7 +401,7 @@ def test_workers_hand_over_one_block_of_files(tmp_path: Path):
 def load_for_ever(setting: Config) -> None:
     """Read batches; print the loader's worker processes once all have begun."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background inherits a deaf one
-    with Loader(setting, open_source(setting.data), World(0, 0, 1, CPU), 0) as loader:
+    with Loader(setting, open_source(setting.data.address), World(0, 0, 1, CPU), 0) as loader:
         for step in range(10**9):
             list(loader.micro_batches(step))
             if step == 5:

@@ -78,7 +78,7 @@ def test_a_class_called_train_is_no_split(tmp_path: Path):
 
 def test_official_root_path_and_image_folder(folder: Path):
     setting = settings(root_path=str(folder), image_folder="cat/")
-    assert len(open_source(setting.data)) == 13
+    assert len(open_source(setting.data.address)) == 13
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ from fastjepa.data.sources import open_source
 from fastjepa.loader.loader import Loader
 from fastjepa.ranks.world import World
 setting = config_from_dict({settings(folder, num_workers=1, loader=loader).to_dict()})
-loader = Loader(setting, open_source(setting.data), World(0, 0, 1, torch.device("cpu")), 0)
+loader = Loader(setting, open_source(setting.data.address), World(0, 0, 1, torch.device("cpu")), 0)
 print(len(list(loader.micro_batches(0))))
 raise KeyError("on the way out")
 """

@@ -17,7 +17,6 @@ from fastjepa.cli.plan import MEMORY_ROWS
 from fastjepa.config.load import config_from_dict
 from fastjepa.config.schema import Config, LossConfig
 from fastjepa.engine.adamw import build_adamw
-from fastjepa.engine.build import build_engine
 from fastjepa.engine.deepspeed_config import BUCKET_ELEMENTS
 from fastjepa.engine.precision import COMPUTE_DTYPES, autocast_of
 from fastjepa.engine.schedule import StepSettings
@@ -43,7 +42,7 @@ from fastjepa.plan.sharding import RESERVED_SHARE
 from fastjepa.plan.traffic import INFINIBAND_RATE, NVLINK_RATE, TOTAL_BATCH, bytes_sent
 from fastjepa.ranks import collectives
 from fastjepa.ranks.world import join_world
-from fastjepa.run.build import build_networks
+from fastjepa.run.build import build_engine, build_networks
 from tests.support import ranks
 from tests.support.places import ROOT
 

@@ -92,7 +92,7 @@ def inner():
 
     def images(overrides: list[str], rank: int, world: int, item: int):
         config = load_config("demo", [*SHARED, *overrides])
-        return MicroBatches(config, open_source(config.data), rank, world)[item].images
+        return MicroBatches(config, open_source(config.data.address), rank, world)[item].images
 
     def draw(mask, grid: tuple[int, int], seed: int, step: int, *slots: int):
         start, stop, total = slots
