@@ -30,6 +30,7 @@ from fastjepa.errors import UserError
 from fastjepa.loader.batch import Batch
 from fastjepa.loader.loader import Loader
 from fastjepa.plan.flops import flops_of_packed
+from fastjepa.plan.plan import workload_of
 from fastjepa.ranks.world import World, join_world
 
 WAIT, REST = "data wait", "remainder"  # the remainder is Python between the parts
@@ -127,7 +128,11 @@ def measure_parts(config: Config, rounds: int, trace: Path | None = None) -> lis
         clocks = [next(steps) for _ in range(rounds)]
         timing.synchronize(device)
         seconds = (time.perf_counter() - start) / rounds
-        spent = np.sum([astuple(flops_of_packed(config, *micro)) for micro in packed], axis=0) * config.micro_batch / rounds
+        spent = (
+            np.sum([astuple(flops_of_packed(workload_of(config), *micro)) for micro in packed], axis=0)
+            * config.micro_batch
+            / rounds
+        )
         ceiling(1)
         if trace:
             write_trace(steps, device, trace)

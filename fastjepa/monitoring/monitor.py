@@ -25,6 +25,7 @@ from fastjepa.errors import UserError
 from fastjepa.evals.collapse import effective_rank, feature_std, lidar
 from fastjepa.evals.knn import knn_classify
 from fastjepa.evals.scoring import Features
+from fastjepa.model.jepa import NetworkShape
 from fastjepa.monitoring.alarms import AlarmSettings, collapse_alarms
 from fastjepa.plan.flops import encoder_flops
 
@@ -161,7 +162,7 @@ def probe_period(config: Config, source: Source, total_steps: int, flops_per_ima
     if logging.probe_every is not None:
         return logging.probe_every
     images = bank_size(source) + query_size(source) + LIDAR_VIEWS * lidar_size(config, source)
-    steps = images * encoder_flops(config) / (config.data.batch_size * flops_per_image)  # what a probe costs
+    steps = images * encoder_flops(NetworkShape.of(config)) / (config.data.batch_size * flops_per_image)  # what a probe costs
     affordable = int(logging.monitor_budget * total_steps / steps)
     if not logging.monitor_every or affordable < 2:
         return 0

@@ -28,11 +28,12 @@ from fastjepa.loader.loader import check_loader, decodes_with_dali
 from fastjepa.loss.objective import Objective, choose_objective
 from fastjepa.loss.regularizers import BatchRegularizer, NoRegularizer, regularizer_term
 from fastjepa.masks.check import check_masks
-from fastjepa.masks.padding import padding_budget
+from fastjepa.masks.layouts import Masking
 from fastjepa.model.fp8 import check_fp8, use_fp8
 from fastjepa.model.jepa import Jepa, build_pair
 from fastjepa.model.vit import Encoder, choose_attention, use_attention
 from fastjepa.plan.padding_cost import padding_note
+from fastjepa.plan.plan import workload_of
 from fastjepa.plan.sharding import choose_zero_stage
 from fastjepa.ranks.memory import rank_memory_bytes
 from fastjepa.ranks.world import World, join_world
@@ -61,7 +62,7 @@ def build_run(config: Config, output: Path, resume: str, init: Path | None, deep
     config = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, dtype=dtype))
     apply_process_settings(config)
     source = open_source(config.data.address)
-    check_masks(config.mask, config.grid, config.runtime.seed, config.data.batch_size * world.size)
+    check_masks(Masking.of(config), config.data.batch_size * world.size)
     check_loader(config, source, world.size)
     about = describe_run(config, world, source)
     resume = "must" if config.meta.load_checkpoint and resume == "auto" else resume
@@ -101,14 +102,14 @@ def zero_stage(config: Config, world: World) -> tuple[int, list[str]]:
     """Return the ZeRO stage, the same on every rank, and what to tell the user of one that was chosen: it is not obvious."""
     if config.runtime.zero != "auto":
         return config.runtime.zero, []
-    choice = choose_zero_stage(config, world.size, rank_memory_bytes(world.device))
+    choice = choose_zero_stage(workload_of(config), world.size, rank_memory_bytes(world.device))
     return choice.stage, [choice.why] if world.size > 1 or not choice.fits else []
 
 
 def run_warnings(config: Config, device: torch.device) -> list[str]:
     """Return sentences for the user of a config that runs, but not as it could."""
     emulated = config.runtime.dtype == "bf16" and not has_bf16(device)
-    graph = [padding_note(config, config.data.batch_size)] if config.runtime.cuda_graph else []
+    graph = [padding_note(workload_of(config), config.data.batch_size)] if config.runtime.cuda_graph else []
     return graph + ([EMULATED_BF16] if emulated else []) + attention_notes(config, device) + warmup_notes(config.optimization)
 
 
@@ -228,4 +229,4 @@ def build_runs(config: Config, engine: PlainEngine) -> EagerRuns:
     """Return how the body of the loop over micro-batches is run: eagerly, or as a CUDA graph."""
     if not config.runtime.cuda_graph:
         return EagerRuns()
-    return CudaGraph(padding_budget(config, config.data.batch_size), engine.parameters, engine.micro_batches)
+    return CudaGraph(workload_of(config).padding_budget(config.data.batch_size), engine.parameters, engine.micro_batches)

@@ -30,6 +30,7 @@ from fastjepa.masks.packed import Packed
 from fastjepa.model.vit import Encoder
 from fastjepa.monitoring.log import Log, Peak
 from fastjepa.plan.flops import count_flops
+from fastjepa.plan.plan import workload_of
 from fastjepa.ranks.world import join_world
 from fastjepa.rng import MASK_STREAM, torch_seed
 from fastjepa.run.build import apply_process_settings, build_networks, describe_run
@@ -158,7 +159,7 @@ def mae_flops_per_image(cfg: Config) -> float:
     rows, columns = cfg.grid
     tokens, width, dim = rows * columns, cfg.meta.pred_emb_dim, cfg.encoder_shape[0]
     kept = int(tokens * (1 - MASKED_SHARE))
-    encoder = count_flops(cfg, kept, 1, 1)
+    encoder = count_flops(workload_of(cfg), kept, 1, 1)
     # A block's four linear layers have 12 width^2 weights, 2 FLOPs each a token; attention has two N x N x width products.
     blocks = cfg.meta.pred_depth * (24 * tokens * width**2 + 4 * tokens**2 * width)
     pixels = cfg.data.channels * cfg.mask.patch_size**2

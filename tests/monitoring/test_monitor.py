@@ -22,6 +22,7 @@ from fastjepa.model.jepa import build_pair
 from fastjepa.monitoring.alarms import AlarmSettings, collapse_alarms
 from fastjepa.monitoring.monitor import READING_NAMES, gather_probe, probe_period
 from fastjepa.plan.flops import count_flops, flops_per_image
+from fastjepa.plan.plan import workload_of
 from tests.support import ranks
 
 NOW = StepSettings(lr=1e-3, weight_decay=0.04, ema_momentum=0.996)
@@ -248,9 +249,9 @@ def test_a_loss_that_jumped_before_a_collapse_is_its_likely_cause():
 def test_probes_fit_into_the_budget(file, source):
     settings = load_config(file, ["logging.probe_every=null"])
     data = open_source(settings.data.address)
-    per_image = flops_per_image(settings)
+    per_image = flops_per_image(workload_of(settings))
     images = 48 + 8 * 48  # bank and queries, views
-    forward = count_flops(settings, 1, 1, 16).target_forward / (8 * per_image)  # of an image, in steps
+    forward = count_flops(workload_of(settings), 1, 1, 16).target_forward / (8 * per_image)  # of an image, in steps
     for steps in (1_000, 30_000, 1_000_000):
         period = probe_period(settings, data, steps, per_image)
         looks = 1 + steps // period if period else 0
