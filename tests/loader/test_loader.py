@@ -94,7 +94,7 @@ def test_official_root_path_and_image_folder(folder: Path):
         ("empty", "train", "empty: no image files in it; give a directory that holds"),
         ("images", "test", "images: has no test split; put its images into train/ and test/ folders"),
         ("*.tar", "train", "no images in its 0 tar shards"),
-        (DataConfig(), "train", "data.source is not set"),
+        (DataConfig().address, "train", "data.source is not set"),
     ],
 )
 def test_unusable_source_says_what_to_do(folder, monkeypatch, source, split, message):
