@@ -26,8 +26,10 @@ from fastjepa.engine.tally import StepTally
 from fastjepa.errors import RunError
 from fastjepa.loader.loader import Loader
 from fastjepa.loss.jepa_loss import jepa_loss
+from fastjepa.monitoring.monitor import Monitor
 from fastjepa.monitoring.run_log import RunLog
 from fastjepa.monitoring.skips import Skips
+from fastjepa.plan.plan import workload_of
 from fastjepa.ranks.collectives import union_of_names
 from fastjepa.ranks.heartbeat import Heartbeat
 from fastjepa.ranks.world import leave_world
@@ -62,11 +64,11 @@ def train(
     dtype, runs = COMPUTE_DTYPES[config.runtime.dtype], build_runs(config, engine)  # eager runs, or a CUDA graph of the body
     with (
         Loader(config, run.source, world, state.step, max(last, state.step)) as loader,
-        RunLog(config, output, world, schedule, state.step) as log,
+        RunLog(workload_of(config), output, world, schedule, state.step, config.logging.every) as log,
         Stop() as stop,
         Heartbeat(world, config.runtime.timeout, state.step) as heart,
     ):
-        log.begin(run.source, average, run.notes)
+        log.begin(Monitor(config, run.source, average.target_encoder, schedule, log.kept, log.peak.flops_per_image), run.notes)
         loader.bad.update(state.bad_files)
         while state.step < last and not stop.agreed():
             now, tally = schedule(state.step), StepTally()  # lr, weight decay and EMA momentum: functions of the step

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 from fastjepa.cli.options import add_command, positive_int
-from fastjepa.config.load import load_config
 
 CONVERT_EXAMPLES = """examples:
   fastjepa convert IN1K-vit.h.14-300e.pth.tar encoders/h14 --to fastjepa
@@ -43,8 +42,7 @@ def run_convert(args: argparse.Namespace) -> None:
     """Write the weights in the other format, and say which encoders they hold and what was left out."""
     from fastjepa.weights.convert import Conversion, convert_weights
 
-    config = load_config(args.config) if args.config else None
-    wanted = Conversion(args.to, args.which, config, args.steps_per_epoch, args.dynamic)
+    wanted = Conversion(args.to, args.which, args.config, args.steps_per_epoch, args.dynamic)
     encoders, notes = convert_weights(args.source, args.destination, wanted)
     print(f"{args.destination}: {args.to}, the {' and the '.join(encoders)} encoder")
     for note in notes:

@@ -4,6 +4,9 @@ import argparse
 import re
 from collections.abc import Callable
 
+from fastjepa.config.load import load_config
+from fastjepa.config.schema import Config
+
 
 def add_command(commands, name: str, run, about: str, examples: str) -> argparse.ArgumentParser:
     """Add a command `name` that calls `run(args)`.
@@ -15,6 +18,11 @@ def add_command(commands, name: str, run, about: str, examples: str) -> argparse
     sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
     sub.set_defaults(run=run)
     return sub
+
+
+def given_config(args: argparse.Namespace, *added: str) -> Config:
+    """Return the config that `--config` names, with the overrides of the command line and those that are `added`."""
+    return load_config(args.config, [*args.overrides, *added])
 
 
 def positive_int(text: str) -> int:

@@ -4,8 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from fastjepa.cli.options import add_command, positive_int
-from fastjepa.config.load import load_config
+from fastjepa.cli.options import add_command, given_config, positive_int
 
 PLAN_EXAMPLES = """examples:
   fastjepa plan --config configs/vit_huge14.yaml --gpus 16
@@ -71,7 +70,7 @@ def run_plan(args: argparse.Namespace) -> None:
     from fastjepa.plan.plan import IMAGENET_IMAGES, Cards, plan_run, plan_traffic
 
     micro_batch = [f"runtime.micro_batch={args.micro_batch}"] if args.micro_batch else []
-    config = load_config(args.config, [*args.overrides, *micro_batch])
+    config = given_config(args, *micro_batch)
     cards = Cards(args.gpus, args.gpu_memory, args.card, args.utilisation)
     if args.traffic:
         rows = plan_traffic(config, cards)

@@ -6,6 +6,7 @@ An official key either acts or raises: nothing is accepted and ignored.
 """
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -72,6 +73,11 @@ class DataConfig:
     channels: int = config_key(3, "image channels: 1 (grey) or 3 (RGB)", ValueCheck(lambda v: v in (1, 3), "1 or 3"))
     mean: tuple[float, ...] | None = config_key(None, "per-channel mean of pixels that count from 0 to 1; default: ImageNet's")
     std: tuple[float, ...] | None = config_key(None, "per-channel standard deviation of the same; default: ImageNet's")
+
+    @property
+    def address(self) -> str:
+        """Return the name, path or address of the data set, the official keys joined to one path; "" where none is set."""
+        return self.source or os.path.join(self.root_path or "", self.image_folder or "")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 
-from fastjepa.config.schema import DataConfig
 from fastjepa.data.endings import image_endings, passed_over
 from fastjepa.data.parquet import ParquetImages
 from fastjepa.data.prepare.catalog import DATASETS, closest_dataset, find_dataset
@@ -174,7 +173,7 @@ def _read_idx(directory: Path, stem: str, dims: int) -> tuple[np.ndarray, Path]:
 Source = ImageFolder | TarShards | ParquetImages | IdxPair
 
 
-def open_source(source: DataConfig | str | Path, split: str = "train") -> Source:
+def open_source(source: str | Path, split: str = "train") -> Source:
     """Open a data set by catalog name, directory, .tar shard, .parquet file, a glob of either, or an address of shards.
 
     A directory holds images at any depth, with or without class folders; *.tar shards; *.parquet files, in it or in its
@@ -183,12 +182,14 @@ def open_source(source: DataConfig | str | Path, split: str = "train") -> Source
     directory that `fastjepa data shard` wrote, or of tars by braces, shard-{000000..000009}.tar.
 
     Args:
-        source: the data set, or the section of a config that names it.
+        source: the data set; a config's is its data.address.
         split: "train", "val" or "test"; val and test stand in for each other.
 
-    UserError, naming the path and the remedy, when there is nothing to read; ConfigError when the section names nothing.
+    UserError, naming the path and the remedy, when there is nothing to read; ConfigError when it is "".
     """
-    where = _where(source)
+    where = os.path.expanduser(source)
+    if not where:
+        raise ConfigError(f"data.source is not set; give a directory, or one of: {', '.join(DATASETS)}")
     if is_remote(where):
         return _open_remote(where, split)
     if where in DATASETS:
@@ -201,15 +202,6 @@ def open_source(source: DataConfig | str | Path, split: str = "train") -> Source
     if where.endswith((".tar", ".parquet")) or glob.has_magic(where):
         return _open_files(sorted(glob.glob(where, recursive=True)) if glob.has_magic(where) else [where], where, split)
     raise UserError(f"data source {where!r} is neither a directory nor a data set's name; {closest_dataset(where)}")
-
-
-def _where(source: DataConfig | str | Path) -> str:
-    """Return the name, path or address of a data set, ~ expanded; the official keys of a config are joined to one path."""
-    if isinstance(source, DataConfig):
-        source = source.source or os.path.join(source.root_path or "", source.image_folder or "")
-        if not source:
-            raise ConfigError(f"data.source is not set; give a directory, or one of: {', '.join(DATASETS)}")
-    return os.path.expanduser(source)
 
 
 def _open_remote(where: str, split: str) -> RemoteShards:

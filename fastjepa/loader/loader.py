@@ -12,11 +12,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from fastjepa.config.schema import Config, DataConfig
+from fastjepa.data.crops import Crops
 from fastjepa.data.decode_dali import DaliDecoder, DaliSettings, dali_installed, require_dali
 from fastjepa.data.sources import IdxPair, Source
 from fastjepa.errors import ConfigError, UserError
 from fastjepa.loader.batch import Batch
-from fastjepa.loader.micro_batches import EncodedBatches, MicroBatches
+from fastjepa.loader.micro_batches import BatchRecipe, EncodedBatches, MicroBatches
+from fastjepa.masks.layouts import Masking
 from fastjepa.ranks.world import World
 
 
@@ -53,6 +55,20 @@ def check_loader(config: Config, source: Source, ranks: int) -> None:
         )
 
 
+def batch_recipe(config: Config) -> BatchRecipe:
+    """Return the recipe of the micro-batches that a config asks for."""
+    data, runtime = config.data, config.runtime
+    return BatchRecipe(
+        crops=Crops(config.image_size, data.channels, data.crop_scale, data.use_horizontal_flip),
+        masking=Masking.of(config),
+        batch_size=data.batch_size,
+        micro_batch=config.micro_batch,
+        max_bad=data.max_bad,
+        padded=runtime.cuda_graph,
+        token_budget=runtime.token_budget,
+    )
+
+
 class Loader(AbstractContextManager):
     """One rank's micro-batches, made ahead of time by data.num_workers processes.
 
@@ -67,7 +83,7 @@ class Loader(AbstractContextManager):
         """
         check_loader(config, source, world.size)
         dali = decodes_with_dali(config.data.loader, config.runtime.device, source)
-        dataset = (EncodedBatches if dali else MicroBatches)(config, source, world.rank, world.size)
+        dataset = (EncodedBatches if dali else MicroBatches)(batch_recipe(config), source, world.rank, world.size)
         self.bad: set[str] = set()
         self.steps_per_epoch, self._n_micro, self._max_bad = dataset.steps_per_epoch, dataset.n_micro, dataset.max_bad
         self._device = world.device

@@ -25,7 +25,8 @@ from fastjepa.errors import UserError
 from fastjepa.evals.collapse import effective_rank, feature_std, lidar
 from fastjepa.evals.knn import knn_classify
 from fastjepa.evals.scoring import Features
-from fastjepa.monitoring.alarms import collapse_alarms
+from fastjepa.model.jepa import NetworkShape
+from fastjepa.monitoring.alarms import AlarmSettings, collapse_alarms
 from fastjepa.plan.flops import encoder_flops
 
 BANK_IMAGES, QUERY_IMAGES, NEIGHBOURS = 1024, 512, 20  # images the k-NN may look at, images it must classify, votes
@@ -107,7 +108,7 @@ def shuffled_rows(config: Config, source: Source) -> np.ndarray:
 def held_out_source(config: Config, source: Source) -> Source | None:
     """Return the val or test split of the run's data, where there is one with the same classes."""
     try:
-        held = open_source(config.data, "val")
+        held = open_source(config.data.address, "val")
     except UserError:
         return None
     return held if held.classes == source.classes else None
@@ -161,7 +162,7 @@ def probe_period(config: Config, source: Source, total_steps: int, flops_per_ima
     if logging.probe_every is not None:
         return logging.probe_every
     images = bank_size(source) + query_size(source) + LIDAR_VIEWS * lidar_size(config, source)
-    steps = images * encoder_flops(config) / (config.data.batch_size * flops_per_image)  # what a probe costs
+    steps = images * encoder_flops(NetworkShape.of(config)) / (config.data.batch_size * flops_per_image)  # what a probe costs
     affordable = int(logging.monitor_budget * total_steps / steps)
     if not logging.monitor_every or affordable < 2:
         return 0
@@ -182,7 +183,8 @@ class Monitor:
         self.config, self.source, self.encoder, self.schedule = config, source, target_encoder, schedule
         self.history = [dict(entry) for entry in history if not entry.keys().isdisjoint(READING_NAMES)]
         self.period = probe_period(config, source, schedule.total_steps, flops_per_image)
-        self.warmup_steps = config.optimization.warmup * schedule.steps_per_epoch
+        warmup_steps = config.optimization.warmup * schedule.steps_per_epoch
+        self.alarms = AlarmSettings(config.optimization.lr, config.loss.regularizer != "none", warmup_steps)
         self.seconds, self.probe = 0.0, None
         self._start = time.perf_counter()
 
@@ -207,7 +209,7 @@ class Monitor:
                 notes.append(f"probes at step 1 and every {self.period}: {self.probe.about}")
             found |= self.probe.read(self.encoder, self.config, target.device)
         self.history.append({"step": step, "loss": float(loss), **found})
-        notes += [f"warning: {sentence}" for sentence in collapse_alarms(self.history, now, self.config, self.warmup_steps)]
+        notes += [f"warning: {sentence}" for sentence in collapse_alarms(self.history, now, self.alarms)]
         self.seconds += time.perf_counter() - start
         found["monitor_share"] = self.seconds / (time.perf_counter() - self._start)
         return found, notes

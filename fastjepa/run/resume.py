@@ -1,21 +1,15 @@
 """Starting or going on: from a checkpoint, from given weights or from scratch."""
 
 import json
-import platform
 import time
 from pathlib import Path
 
-import torch
 import yaml
 from torch import nn
 
-from fastjepa import __version__
 from fastjepa.checkpoint.directory import latest_checkpoint, verify_checkpoint
 from fastjepa.checkpoint.state import STATE_FILE, read_state, record_differences
-from fastjepa.config.schema import Config
-from fastjepa.data.sources import Source
 from fastjepa.errors import ConfigError
-from fastjepa.loader.loader import decodes_with_dali
 from fastjepa.model.jepa import Jepa
 from fastjepa.model.vit import Encoder
 from fastjepa.ranks.collectives import barrier
@@ -23,35 +17,21 @@ from fastjepa.ranks.world import World
 from fastjepa.weights.read import TORCH_FILES, starting_networks
 
 
-def describe_run(config: Config, world: World, source: Source) -> dict:
-    """Describe a run, for a resumed one to compare with: exactness holds on one machine, with equal versions and threads."""
-    versions = {"fastjepa": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    decoder = "dali" if decodes_with_dali(config.data.loader, config.runtime.device, source) else "torch"
-    machine = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.machine()
-    return {
-        "config": config.to_dict(),
-        "versions": versions,
-        "machine": machine,
-        "threads": torch.get_num_threads(),
-        "decoder": decoder,
-        "world": world.size,
-        "steps_per_epoch": len(source) // (config.data.batch_size * world.size),
-    }
-
-
-def checkpoint_to_resume(config: Config, output: Path, resume: str) -> Path | None:
+def checkpoint_to_resume(output: Path, tag: str, given: str | None, resume: str) -> Path | None:
     """Return the checkpoint that a run in `output` goes on from, if any.
 
-    An official file (meta.read_checkpoint) counts only while there is no checkpoint of ours.
+    Args:
+        tag: prefix of checkpoint names (logging.write_tag).
+        given: the checkpoint in `output` that meta.read_checkpoint names. An official file counts only while there is no
+            checkpoint of ours.
     """
-    root, meta = output / "checkpoints", config.meta
-    resume = "must" if meta.load_checkpoint and resume == "auto" else resume
+    root = output / "checkpoints"
     if resume == "never":
         return None
-    latest, named = latest_checkpoint(root, config.logging.write_tag), Path(meta.read_checkpoint or "")
+    latest, named = latest_checkpoint(root, tag), Path(given or "")
     theirs = named.suffix in TORCH_FILES
-    found = (latest or output / named) if theirs else root / named if meta.read_checkpoint else latest
-    damaged = sorted(root.glob(f"{config.logging.write_tag}-*")) if found is None else []
+    found = (latest or output / named) if theirs else root / named if given else latest
+    damaged = sorted(root.glob(f"{tag}-*")) if found is None else []
     if damaged:
         raise ConfigError(f"{damaged[-1]}: damaged, and there is no other to resume from; --resume never moves it aside")
     if resume == "must" and found is None:

@@ -14,6 +14,7 @@ import yaml
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fastjepa.config.load import load_config
 from fastjepa.config.schema import Config
 from fastjepa.errors import CheckpointError, UserError
 from fastjepa.files import atomic_path
@@ -31,7 +32,7 @@ class Conversion:
 
     to: str  # a name of FOLDER_WRITERS, meta, run, onnx or pt2
     which: str | None = None  # target or context; None: as in `load_encoder`; to meta: all networks, and the optimizer
-    config: Config | None = None  # the shape of weights that do not say theirs; to run: the training
+    config: Path | None = None  # YAML: the shape of weights that do not say theirs; to run: the training
     steps_per_epoch: int | None = None  # to run, and to meta from a run that does not say it
     dynamic: bool = False  # to onnx and pt2: images of any size that is a multiple of the patch
 
@@ -43,6 +44,7 @@ def convert_weights(src: str | Path, dst: str | Path, wanted: Conversion) -> tup
         The encoders written (target, context or both), and notes: where they came from, what was left out.
     """
     src, dst, to = Path(src).expanduser(), Path(dst).expanduser(), wanted.to
+    config = load_config(wanted.config) if wanted.config else None
     if os.path.lexists(dst):
         raise UserError(f"{dst}: exists already; remove it or choose another name")
     if to == "meta" and wanted.which is None and weights_kind(src) in ("run", "meta"):
@@ -51,9 +53,9 @@ def convert_weights(src: str | Path, dst: str | Path, wanted: Conversion) -> tup
             publish_path(dst, lambda path: write_official(path, contents))
             return [which for which, name in NETWORK_OF.items() if name in contents], official_notes(contents, src)
     if to == "run":
-        adopt_official(src, dst, wanted.config, wanted.steps_per_epoch)
+        adopt_official(src, dst, config, wanted.steps_per_epoch)
         return list(NETWORK_OF), [f"from {src}; continue with fastjepa train --config YAML --output {dst}"]
-    shape = EncoderForm.of_config(wanted.config) if wanted.config else None
+    shape = EncoderForm.of_config(config) if config else None
     form, tensors, left_out = read_weights(src, wanted.which, shape)
     publish_path(dst, lambda path: write_encoder(path, to, form, tensors, wanted.dynamic))
     return [form.which], [f"from {form.origin}", *([f"left out: {', '.join(left_out)}"] if left_out else [])]

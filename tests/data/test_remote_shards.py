@@ -161,7 +161,7 @@ def test_a_sample_is_one_request_and_the_index_is_fetched_once(server: Server):
 @pytest.mark.parametrize("loader", ["torch", "dali"])
 def test_batches_made_in_worker_processes_are_those_of_the_disk(server: Server, local: Path, loader: str):
     near, far = (settings(where, num_workers=2, loader=loader) for where in (local, f"{server.url}/set"))
-    open_source(far.data).read(0)  # its event loop is running when the workers are forked
+    open_source(far.data.address).read(0)  # its event loop is running when the workers are forked
     pairs = zip(load(near, range(12)), load(far, range(12)), strict=True)
     assert all(same_batch(a[0], b[0]) for a, b in pairs)
 
@@ -179,7 +179,7 @@ def test_it_reads_in_forked_spawned_and_again_in_the_first_process(server: Serve
 def test_a_micro_batch_is_asked_for_at_once(server: Server, local: Path):
     server.delay = 0.1
     setting = settings(f"{server.url}/set", batch_size=16)
-    source, start = open_source(setting.data), time.monotonic()
+    source, start = open_source(setting.data.address), time.monotonic()
     (batch,) = load_of(setting, source)
     assert time.monotonic() - start < 1.4  # one after the other 1.6
     server.delay = 0.0
@@ -239,7 +239,7 @@ def test_faults_that_pass_change_nothing(server: Server, local: Path, fault: dic
 
 def test_an_outage_ends_a_run_with_a_sentence_and_is_no_bad_image(server: Server):
     setting = settings(f"{server.url}/set", num_workers=1)
-    source = open_source(setting.data)
+    source = open_source(setting.data.address)
     server.statuses = [503] * 1000
     sentence = rf"^{server.url}/set/train/\d+.tar: cannot be read, tried 9 times \(503, .*; mend the address or the network.*$"
     with pytest.raises(Unreachable, match=sentence):

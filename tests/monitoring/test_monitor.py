@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 
 from fastjepa.cli.main import main
 from fastjepa.config.load import config_from_dict, load_config
-from fastjepa.config.schema import Config
 from fastjepa.data.sources import open_source
 from fastjepa.engine.schedule import StepSettings
 from fastjepa.evals.collapse import effective_rank, feature_std, lidar
 from fastjepa.model.jepa import build_pair
-from fastjepa.monitoring.alarms import collapse_alarms
+from fastjepa.monitoring.alarms import AlarmSettings, collapse_alarms
 from fastjepa.monitoring.monitor import READING_NAMES, gather_probe, probe_period
 from fastjepa.plan.flops import count_flops, flops_per_image
+from fastjepa.plan.plan import workload_of
 from tests.support import ranks
 
 NOW = StepSettings(lr=1e-3, weight_decay=0.04, ema_momentum=0.996)
@@ -163,8 +163,9 @@ def told(name: str, *values: float, losses=None, now: StepSettings = NOW, warmup
     """The warnings after each of the readings `values`, 100 steps apart."""
     pairs = zip(values, losses or [0.3] * len(values), strict=True)
     history = [{"step": 100 * i, "loss": loss, name: value} for i, (value, loss) in enumerate(pairs)]
-    settings = config_from_dict(section)
-    return [collapse_alarms(history[: n + 1], now, settings, warmup_steps) for n in range(len(history))]
+    config = config_from_dict(section)
+    settings = AlarmSettings(config.optimization.lr, config.loss.regularizer != "none", warmup_steps)
+    return [collapse_alarms(history[: n + 1], now, settings) for n in range(len(history))]
 
 
 @pytest.mark.parametrize(
@@ -201,7 +202,7 @@ def test_every_kind_warns_once_at_its_second_bad_reading(name, values, kind):
 )
 def test_no_false_alarm(name, values):
     assert not any(told(name, *values))
-    assert collapse_alarms([], NOW, Config()) == []
+    assert collapse_alarms([], NOW, AlarmSettings(1e-3, False)) == []
 
 
 def test_a_collapse_that_ended_and_came_back_warns_again():
@@ -214,8 +215,8 @@ def test_a_k_nn_may_stand_still_until_the_warm_up_ends():
 
 def test_a_reading_of_another_kind_between_repeats_nothing():
     low = [{"step": i, "loss": 0.3, "lidar": value} for i, value in enumerate((9.0, 1.0, 1.0))]
-    assert len(collapse_alarms(low, NOW, Config())) == 1
-    assert collapse_alarms([*low, {"step": 4, "loss": 0.3, "feature_std": 1.0}], NOW, Config()) == []
+    assert len(collapse_alarms(low, NOW, AlarmSettings(1e-3, False))) == 1
+    assert collapse_alarms([*low, {"step": 4, "loss": 0.3, "feature_std": 1.0}], NOW, AlarmSettings(1e-3, False)) == []
 
 
 def test_a_loss_that_jumps_and_stays_names_the_learning_rate():
@@ -247,10 +248,10 @@ def test_a_loss_that_jumped_before_a_collapse_is_its_likely_cause():
 
 def test_probes_fit_into_the_budget(file, source):
     settings = load_config(file, ["logging.probe_every=null"])
-    data = open_source(settings.data)
-    per_image = flops_per_image(settings)
+    data = open_source(settings.data.address)
+    per_image = flops_per_image(workload_of(settings))
     images = 48 + 8 * 48  # bank and queries, views
-    forward = count_flops(settings, 1, 1, 16).target_forward / (8 * per_image)  # of an image, in steps
+    forward = count_flops(workload_of(settings), 1, 1, 16).target_forward / (8 * per_image)  # of an image, in steps
     for steps in (1_000, 30_000, 1_000_000):
         period = probe_period(settings, data, steps, per_image)
         looks = 1 + steps // period if period else 0
@@ -264,7 +265,7 @@ def test_probes_fit_into_the_budget(file, source):
 
 def test_a_probe_holds_out_what_there_is(file, tmp_path):
     settings = load_config(file)
-    probe = gather_probe(settings, open_source(settings.data))
+    probe = gather_probe(settings, open_source(settings.data.address))
     assert probe.about == "a k-NN of 16 other training images"
     assert len(probe.bank) == 32 and probe.views.shape == (48, 8, 3, 32, 32)
     assert not {image.numpy().tobytes() for image in probe.bank} & {image.numpy().tobytes() for image in probe.queries}
@@ -272,11 +273,11 @@ def test_a_probe_holds_out_what_there_is(file, tmp_path):
     write_images(tmp_path / "split/val", 6)
     (tmp_path / "split/train/d/00.png").write_bytes(b"not an image")
     split = load_config(file, [f"data.source={tmp_path / 'split'}"])
-    probe = gather_probe(split, open_source(split.data))
+    probe = gather_probe(split, open_source(split.data.address))
     assert probe.about == "a k-NN of 6 val or test images" and len(probe.query_labels) == 6
     assert len(probe.views) == 11 and len(probe.bank) == len(probe.bank_labels), "a file that cannot be read is passed over"
     flat = load_config(file, [f"data.source={tmp_path / 'split/val/d'}"])
-    probe = gather_probe(flat, open_source(flat.data))
+    probe = gather_probe(flat, open_source(flat.data.address))
     assert probe.about == "no k-NN, for the data has no labels" and len(probe.bank) == 3
     found = probe.read(build_pair(flat)[1], flat, torch.device("cpu"))
     assert found.keys() == {"image_std", "image_rank", "lidar"}
@@ -284,7 +285,7 @@ def test_a_probe_holds_out_what_there_is(file, tmp_path):
 
 def test_a_probe_classifies_what_can_be_told_apart(file):
     settings = load_config(file)
-    probe = gather_probe(settings, open_source(settings.data))
+    probe = gather_probe(settings, open_source(settings.data.address))
     encoder = build_pair(settings)[1]
     assert probe.read(encoder, settings, torch.device("cpu"))["knn"] == 1.0, "dark and light"
     for parameter in encoder.parameters():

@@ -18,6 +18,7 @@ from fastjepa.data.prepare.check_images import check_images
 from fastjepa.data.prepare.write_shards import ShardRequest, write_shards
 from fastjepa.data.sources import open_source
 from fastjepa.errors import UserError
+from fastjepa.loader.loader import batch_recipe
 from fastjepa.loader.micro_batches import MicroBatches
 from tests.support.batches import settings
 from tests.support.images import save_image
@@ -92,7 +93,7 @@ def test_planted_files_are_found_with_their_reasons(planted: Path, workers: int)
 
 def test_bad_is_what_a_run_replaces(planted: Path):
     source = open_source(planted)
-    dataset = MicroBatches(settings(planted, max_bad=100), source, 0, 1)
+    dataset = MicroBatches(batch_recipe(settings(planted, max_bad=100)), source, 0, 1)
     with pytest.warns(Image.DecompressionBombWarning):
         views = [dataset.view(0, i) for i in range(len(source))]
     assert all(image is not None and image.shape == (3, 32, 32) for image, _ in views)
