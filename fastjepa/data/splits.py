@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from fastjepa.errors import UserError
+from fastjepa.errors import SplitError, UserError
 
 # As Hugging Face's `datasets` knows them, in any case: Train/ is train, VALID/ is val.
 SPLIT_NAMES = {
@@ -39,10 +39,10 @@ def splits_of(folders: Collection[str]) -> dict[str, list[str]]:
     return found if "train" in found and (len(found) > 1 or len(folders) == 1) else {}
 
 
-def split_folder(root: Path, split: str) -> Path:
-    """Return the directory below `root`, or `root` itself, that holds a split; UserError where there is no such split."""
+def split_folder(root: Path, split: str, stand_in: bool = True) -> Path:
+    """Return the directory below `root`, or `root` itself, that holds a split; SplitError where there is no such split."""
     found = splits_of(folders_in(root))
-    for name in stand_in_splits(split, found):
+    for name in stand_in_splits(split, found, stand_in):
         if len(found[name]) > 1:
             raise UserError(f"{root}: {' and '.join(found[name])} are both its {name} split; keep one of them under that name")
         return root / found[name][0]
@@ -56,30 +56,33 @@ def folders_in(root: Path) -> list[str]:
     return [e.name for e in entries if (os.path.isdir(e.path) if e.is_symlink() else e.is_dir())]
 
 
-def stand_in_splits(split: str, found: Collection[str]) -> list[str]:
+def stand_in_splits(split: str, found: Collection[str], stand_in: bool = True) -> list[str]:
     """Return which of the splits found may serve as `split`, best first.
 
-    Only train serves as train; "val" asked of {"train", "test"} gives ["test"].
+    Only train serves as train; "val" asked of {"train", "test"} gives ["test"], or [] without `stand_in`.
     """
-    return [name for name in (["train"] if split == "train" else [split, *sorted({"val", "test"} - {split})]) if name in found]
+    others = sorted({"val", "test"} - {split}) if stand_in and split != "train" else []
+    return [name for name in (split, *others) if name in found]
 
 
-def split_files(files: list[Path], where: str | Path, split: str) -> list[Path]:
+def split_files(files: list[Path], where: str | Path, split: str, stand_in: bool = True) -> list[Path]:
     """Return the files of a split by a word in their names: train-00000-of-00002.parquet, imagenet-val-0001.tar.
 
-    Without a file of train, they are splits only when each is named for one. UserError where there is no such split.
+    Without a file of train, they are splits only when each is named for one. SplitError where there is no such split.
     """
     split_of = {file: named for file in files if (named := split_of_file(file))}
     if "train" not in split_of.values() and len(split_of) < len(files):
         warn_of_splits(where, [file.stem for file in files])
         return only_train(files, where, split)
-    for name in stand_in_splits(split, split_of.values()):
+    for name in stand_in_splits(split, split_of.values(), stand_in):
         if unnamed := [file.name for file in files if file not in split_of]:
             said = "%s: %d files that no split names are passed over (%s)"
             logging.getLogger(__name__).warning(said, where, len(unnamed), unnamed[0])
         return [file for file in files if split_of.get(file) == name]
     ending = files[0].suffix
-    raise UserError(f"{where}: has no {split} split; name its files {split}-*{ending}, or give those to use: {where}/*{ending}")
+    raise SplitError(
+        f"{where}: has no {split} split; name its files {split}-*{ending}, or give those to use: {where}/*{ending}"
+    )
 
 
 def split_chosen(files: list[Path], where: str | Path, split: str) -> list[Path]:
@@ -94,9 +97,9 @@ def split_of_file(file: Path) -> str | None:
 
 
 def only_train(found: T, where: str | Path, split: str) -> T:
-    """Return what was found at a place without splits; UserError where another split than train is asked for."""
+    """Return what was found at a place without splits; SplitError where another split than train is asked for."""
     if split != "train":
-        raise UserError(f"{where}: has no {split} split; put its images into train/ and {split}/ folders")
+        raise SplitError(f"{where}: has no {split} split; put its images into train/ and {split}/ folders")
     return found
 
 
