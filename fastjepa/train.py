@@ -66,7 +66,7 @@ def train(
         Stop() as stop,
         Heartbeat(world, config.runtime.timeout, state.step) as heart,
     ):
-        log.begin(run.source, average, run.notes)
+        log.begin(run.source, average, run.notes, last)
         loader.bad.update(state.bad_files)
         while state.step < last and not stop.agreed():
             now, tally = schedule(state.step), StepTally()  # lr, weight decay and EMA momentum: functions of the step

@@ -12,7 +12,7 @@ from fastjepa.engine.schedule import Schedule, StepSettings
 from fastjepa.engine.tally import StepTally
 from fastjepa.monitoring.log import Log, Peak
 from fastjepa.monitoring.machine import gemm_rate
-from fastjepa.monitoring.monitor import Monitor
+from fastjepa.monitoring.monitor import Monitor, plan_probes
 from fastjepa.monitoring.skips import Skips
 from fastjepa.plan.flops import flops_per_image
 from fastjepa.ranks.collectives import mean_over_ranks
@@ -29,11 +29,17 @@ class RunLog(Log):
         super().__init__(output if world.is_main else None, schedule.total_steps, config.logging.every, peak, start_step)
         self.config, self.monitor = config, None
 
-    def begin(self, source: Source, average: Average, notes: list[str]) -> None:
-        """Tell the notes, and take readings of the target encoder from now on, which tell of collapse."""
+    def begin(self, source: Source, average: Average, notes: list[str], last: int) -> None:
+        """Tell the notes, and take readings of the target encoder from now on, which tell of collapse, up to step `last`."""
         for note in notes:
             self.message(note)
-        self.monitor = Monitor(self.config, source, average.target_encoder, self.schedule, self.kept, self.peak.flops_per_image)
+        plan = plan_probes(self.config, source, last, self.peak.flops_per_image)
+        warmup_steps = self.config.optimization.warmup * self.schedule.steps_per_epoch
+        self.monitor = Monitor(self.config, source, average.target_encoder, plan, warmup_steps, self.kept)
+
+    def has_line(self, step: int) -> bool:
+        """Return whether `step` gets a line: also where readings fall, so that each stands at its own step."""
+        return super().has_line(step) or self.monitor.due(step)
 
     def record(self, step: int, tally: StepTally, now: StepSettings, skips: Skips, extras: dict[str, float | Tensor]) -> None:
         """Record that `step` steps have been taken; a line and readings are made where they are due."""
@@ -43,10 +49,8 @@ class RunLog(Log):
             self.hold(readings)
             for note in notes:
                 self.message(note)
-        due = step % self.every == 0 or step == self.total_steps
-        self.step(
-            step, step // self.schedule.steps_per_epoch, self._values(tally, now, skips, extras) if due else {}, self.images
-        )
+        values = self._values(tally, now, skips, extras) if self.has_line(step) else {}  # every rank takes part in the mean
+        self.step(step, step // self.schedule.steps_per_epoch, values, self.images)
 
     def _values(
         self, tally: StepTally, now: StepSettings, skips: Skips, extras: dict[str, float | Tensor]
