@@ -4,6 +4,7 @@ Labels of the test images are numbers of the training split's classes, which are
 classes that the other's numbering counts.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -63,12 +64,11 @@ def open_held_out(data: DataConfig | str | Path, train: Source, split: HeldOutNa
         train: the training split of `data`.
     """
     where = data.source or data.image_folder if isinstance(data, DataConfig) else data
-    found, trained = splits_found(data, split), named_classes(train, labels_of(train))
-    if len(trained) < 2:
-        known = f"its training images have labels of {len(trained)} class{'' if len(trained) == 1 else 'es'}"
-        raise UserError(f"{where}: {known}, and a probe needs two; put images into class folders")
-    misfits: list[str] = []
-    for name, source in found.items():
+    trained, misfits = named_classes(train, labels_of(train)), []
+    for name, source in splits_found(data, split):
+        if len(trained) < 2:
+            known = f"its training images have labels of {len(trained)} class{'' if len(trained) == 1 else 'es'}"
+            raise UserError(f"{where}: {known}, and a probe needs two; put images into class folders")
         labels = labels_of(source)
         own = named_classes(source, labels)
         if own and own <= trained:
@@ -83,17 +83,16 @@ def open_held_out(data: DataConfig | str | Path, train: Source, split: HeldOutNa
     raise UserError(f"{where}: the images of {', and those of '.join(misfits)}; {remedy}")
 
 
-def splits_found(data: DataConfig | str | Path, split: HeldOutName | None) -> dict[HeldOutName, Source]:
-    """Open the held-out splits that there are; SplitError where there is none, or not the one asked for."""
-    found, missing = {}, None
-    for name in (split,) if split else get_args(HeldOutName):
+def splits_found(data: DataConfig | str | Path, split: HeldOutName | None) -> Iterator[tuple[HeldOutName, Source]]:
+    """Open the held-out splits that there are, one by one; SplitError where there is none, or not the one asked for."""
+    missing, names = [], (split,) if split else get_args(HeldOutName)
+    for name in names:
         try:
-            found[name] = open_source(data, name, stand_in=False)
+            yield name, open_source(data, name, stand_in=False)
         except SplitError as error:
-            missing = missing or error
-    if not found:
-        raise missing
-    return found
+            missing.append(error)
+    if len(missing) == len(names):
+        raise missing[0]
 
 
 def missing_images(name: str, labels: np.ndarray, classes: set[str]) -> list[str]:

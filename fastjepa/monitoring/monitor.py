@@ -94,8 +94,8 @@ def gather_probe(config: Config, source: Source, share: float = 1.0) -> Probe:
         for where, rows in ((source, bank), (held.source if held else source, queries))
     )
     about = f"a k-NN of {len(queries)} {held.name if held else 'other training'} images"
-    if not len(queries) or not bool((bank_labels >= 0).any()):
-        about, queries, query_labels = "no k-NN, for there are no labelled images for one", {}, query_labels[:0]
+    if not queries or len(bank_labels[bank_labels >= 0].unique()) < 2:
+        about, queries, query_labels = "no k-NN, for there are no labelled images of two classes", {}, query_labels[:0]
     return Probe(
         _as_evaluated(bank, config),
         bank_labels,

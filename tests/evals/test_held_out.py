@@ -136,7 +136,9 @@ def test_fewer_than_two_classes_are_refused(tmp_path: Path, kind: str, labels: L
     data = write_splits(tmp_path / "set", kind, train=labels, val=labels[:2])
     with pytest.raises(UserError, match=f"labels of {known} and a probe needs two"):
         open_splits(data, None, None, 0)
-    assert gather_probe(config(data), open_source(data)).about.startswith("no k-NN, for there are no labelled images for one")
+    assert gather_probe(config(data), open_source(data)).about.startswith(
+        "no k-NN, for there are no labelled images of two classes"
+    )
 
 
 def test_images_without_labels_among_labelled_ones_are_left_out_and_counted(tmp_path: Path, monkeypatch, capsys):

@@ -321,7 +321,7 @@ def test_a_probe_holds_out_what_there_is(file, tmp_path):
     assert len(probe.views) == 11 and len(probe.bank) == len(probe.bank_labels), "a file that cannot be read is passed over"
     flat = load_config(file, [f"data.source={tmp_path / 'split/val/d'}"])
     probe = gather_probe(flat, open_source(flat.data))
-    assert probe.about == "no k-NN, for there are no labelled images for one" and len(probe.bank) == 3
+    assert probe.about == "no k-NN, for there are no labelled images of two classes" and len(probe.bank) == 3
     found = probe.read(build_pair(flat)[1], flat, torch.device("cpu"))
     assert found.keys() == {"image_std", "image_rank", "lidar"}
 
