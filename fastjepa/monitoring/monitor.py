@@ -226,10 +226,10 @@ def plan_probes(config: Config, source: Source, last: int, flops_per_image: floa
     images = bank_size(source) + query_size(source) + LIDAR_VIEWS * lidar_size(config, source)
     steps = images * encoder_flops(config) / (config.data.batch_size * flops_per_image)  # what a full probe costs
     affordable = float(logging.monitor_budget * last / steps)
-    if affordable <= FEWEST_PROBES:
-        return ProbePlan(last, last, max(LEAST_SHARE, affordable / FEWEST_PROBES))
+    if affordable < FEWEST_PROBES + 1:
+        return ProbePlan(last, last, min(1.0, max(LEAST_SHARE, affordable / FEWEST_PROBES)))
     # Two at the ends, and one at each multiple.
-    wanted = max(logging.monitor_every, last / max(1, int(affordable) - 2))
+    wanted = max(logging.monitor_every, last / (int(affordable) - 2))
     return ProbePlan(last, math.ceil(wanted / logging.every) * logging.every)
 
 
