@@ -228,6 +228,8 @@ def test_overrides_may_stand_anywhere(toy_config, tmp_path):
         "--config",
         toy_config,
         "logging.every=2",
+        "logging.probe_every=0",
+        "logging.monitor_every=0",
         "--max-steps",
         4,
         "optimization.epochs=1",
