@@ -11,6 +11,10 @@ class ConfigError(UserError):
     """A configuration that cannot be run; the message names the key, the file and the remedy."""
 
 
+class SplitError(UserError):
+    """A data set without the split that is asked for; the message names the data set and the remedy."""
+
+
 class CheckpointError(OSError):
     """A checkpoint that cannot be written, or cannot be trusted; the message names the file and the remedy."""
 

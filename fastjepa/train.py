@@ -26,7 +26,7 @@ from fastjepa.engine.tally import StepTally
 from fastjepa.errors import RunError
 from fastjepa.loader.loader import Loader
 from fastjepa.loss.jepa_loss import jepa_loss
-from fastjepa.monitoring.monitor import Monitor
+from fastjepa.monitoring.monitor import Monitor, plan_probes
 from fastjepa.monitoring.run_log import RunLog
 from fastjepa.monitoring.skips import Skips
 from fastjepa.plan.plan import workload_of
@@ -68,7 +68,9 @@ def train(
         Stop() as stop,
         Heartbeat(world, config.runtime.timeout, state.step) as heart,
     ):
-        log.begin(Monitor(config, run.source, average.target_encoder, schedule, log.kept, log.peak.flops_per_image), run.notes)
+        probes = plan_probes(config, run.source, last, log.peak.flops_per_image)
+        monitor = Monitor(config, run.source, average.target_encoder, probes, schedule.steps_per_epoch, log.kept)
+        log.begin(monitor, run.notes)
         loader.bad.update(state.bad_files)
         while state.step < last and not stop.agreed():
             now, tally = schedule(state.step), StepTally()  # lr, weight decay and EMA momentum: functions of the step

@@ -185,11 +185,14 @@ class LoggingConfig:
     )
     probe_every: int | None = config_key(
         None,
-        "steps between k-NN, RankMe and LiDAR of the target encoder; 0: never; default: by monitor_budget",
+        "steps between k-NN, RankMe and LiDAR of the target encoder, also taken at the start, the end and at least twice "
+        "between; 0: never; default: by monitor_budget",
         is_not_negative,
     )
     monitor_budget: float = config_key(
-        0.01, "share of a run's time that those may take by default, as estimated from FLOPs", is_share
+        0.01,
+        "share of a run's time that those may take by default, as estimated from FLOPs; short runs take them of fewer images",
+        is_share,
     )
     checkpoint_every: int = config_key(0, "steps between checkpoints; 0: once an epoch", is_not_negative)
     keep_last: int = config_key(2, "checkpoints kept", is_positive)

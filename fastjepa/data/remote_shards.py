@@ -31,7 +31,7 @@ from fastjepa.data.tar_shards import (
     parse_manifest,
     scan_tar,
 )
-from fastjepa.errors import UserError
+from fastjepa.errors import SplitError, UserError
 from fastjepa.files import locked_folder, write_atomic
 
 AT_ONCE = 16  # requests of one process that are waiting for an answer
@@ -84,7 +84,7 @@ def open_directory(where: str, splits: Sequence[str]) -> RemoteShards:
             raw = read_whole(f"{folder}/{SHARDS_MANIFEST}")
             break
     else:
-        raise UserError(
+        raise SplitError(
             f"{root}: no {SHARDS_MANIFEST} in it or in its {' or '.join(splits)}/; give a directory that "
             f"`fastjepa data shard` wrote, or name the shards of others: {root}/{BRACES}"
         )

@@ -28,9 +28,9 @@ from fastjepa.data.parquet import ParquetImages
 from fastjepa.data.prepare.catalog import DATASETS, closest_dataset, find_dataset
 from fastjepa.data.remote_files import is_remote
 from fastjepa.data.remote_shards import RemoteShards, open_directory, open_tars
-from fastjepa.data.splits import only_train, parquet_split, split_folder, stand_in_splits
+from fastjepa.data.splits import only_train, split_files, split_folder, stand_in_splits
 from fastjepa.data.tar_shards import SHARDS_PLAN, TarShards, open_shards, read_manifest, tars_in
-from fastjepa.errors import ConfigError, UserError
+from fastjepa.errors import ConfigError, SplitError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ def _read_idx(directory: Path, stem: str, dims: int) -> tuple[np.ndarray, Path]:
 Source = ImageFolder | TarShards | ParquetImages | IdxPair
 
 
-def open_source(source: str | Path, split: str = "train") -> Source:
+def open_source(source: str | Path, split: str = "train", stand_in: bool = True) -> Source:
     """Open a data set by catalog name, directory, .tar shard, .parquet file, a glob of either, or an address of shards.
 
     A directory holds images at any depth, with or without class folders; *.tar shards; *.parquet files, in it or in its
@@ -183,7 +183,8 @@ def open_source(source: str | Path, split: str = "train") -> Source:
 
     Args:
         source: the data set; a config's is its data.address.
-        split: "train", "val" or "test"; val and test stand in for each other.
+        split: "train", "val" or "test".
+        stand_in: val and test stand in for each other; else SplitError where there is no such split.
 
     UserError, naming the path and the remedy, when there is nothing to read; ConfigError when it is "".
     """
@@ -191,12 +192,12 @@ def open_source(source: str | Path, split: str = "train") -> Source:
     if not where:
         raise ConfigError(f"data.source is not set; give a directory, or one of: {', '.join(DATASETS)}")
     if is_remote(where):
-        return _open_remote(where, split)
+        return _open_remote(where, split, stand_in)
     if where in DATASETS:
-        return _open_directory(find_dataset(where), split, DATASETS[where].classes)
+        return _open_directory(find_dataset(where), split, stand_in, DATASETS[where].classes)
     if os.path.isdir(where):
         try:
-            return _open_directory(Path(where), split)
+            return _open_directory(Path(where), split, stand_in)
         except PermissionError as error:
             raise UserError(f"{error.filename}: cannot be read ({error.strerror}); let it be read and entered") from error
     if where.endswith((".tar", ".parquet")) or glob.has_magic(where):
@@ -204,10 +205,10 @@ def open_source(source: str | Path, split: str = "train") -> Source:
     raise UserError(f"data source {where!r} is neither a directory nor a data set's name; {closest_dataset(where)}")
 
 
-def _open_remote(where: str, split: str) -> RemoteShards:
+def _open_remote(where: str, split: str, stand_in: bool) -> RemoteShards:
     if where.endswith(".tar"):
         return open_tars(only_train(where, where, split))
-    return open_directory(where, stand_in_splits(split, ("train", "val", "test")))
+    return open_directory(where, stand_in_splits(split, ("train", "val", "test"), stand_in))
 
 
 def _open_files(paths: list[str], where: str, split: str) -> Source:
@@ -220,13 +221,15 @@ def _open_files(paths: list[str], where: str, split: str) -> Source:
     return TarShards(shards, where, manifests[0]["classes"] if len(manifests) == 1 and manifests[0] else ())
 
 
-def _open_directory(root: Path, split: str, classes: tuple[str, ...] = ()) -> Source:
+def _open_directory(root: Path, split: str, stand_in: bool, classes: tuple[str, ...] = ()) -> Source:
     if any(root.glob("*-images-idx3-ubyte*")):
+        if split == "val" and not stand_in:
+            raise SplitError(f"{root}: has no val split; its files t10k-* are the test split")
         return IdxPair(root, split, classes)
     tables = sorted(root.glob("*.parquet")) or sorted(root.glob("data/*.parquet"))
     if tables:
-        return ParquetImages(parquet_split(tables, root, split), root)
-    folder = split_folder(root, split)
+        return ParquetImages(split_files(tables, root, split, stand_in), root)
+    folder = split_folder(root, split, stand_in)
     tables = sorted(folder.glob("*.parquet"))
     if tables:
         return ParquetImages(tables, folder)

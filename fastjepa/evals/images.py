@@ -14,6 +14,7 @@ from fastjepa.data.decode_pillow import DecodeError, decode_image
 from fastjepa.data.prepare.processes import console
 from fastjepa.data.sources import Source
 from fastjepa.errors import UserError
+from fastjepa.evals.held_out import label_of
 
 Augmentation = Callable[[Tensor, int, tuple[int, int]], Tensor]  # (image, its row of the source, size) -> image of that size
 MeanStd = tuple[tuple[float, ...], tuple[float, ...]]
@@ -59,9 +60,9 @@ class EvalImages(Dataset):
 
     def labels(self) -> Tensor:
         """Return the classes, (n,) int64; UserError for an image without one."""
-        found = [self.source.label(int(row)) for row in self.rows]
-        if None in found:
-            name = self.source.name(int(self.rows[found.index(None)]))
+        found = [label_of(self.source, int(row)) for row in self.rows]
+        if -1 in found:
+            name = self.source.name(int(self.rows[found.index(-1)]))
             raise UserError(f"{name}: has no label, and probes need labels; put the images into one folder per class")
         return torch.tensor(found, dtype=torch.int64)
 

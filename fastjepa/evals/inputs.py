@@ -24,8 +24,9 @@ from fastjepa.errors import CheckpointError, UserError
 from fastjepa.evals.augment import Augment
 from fastjepa.evals.cache import cached_features, images_fingerprint, weights_fingerprint
 from fastjepa.evals.features import Layers, check_encoder_input, extract_features, raw_pixels
+from fastjepa.evals.held_out import HeldOutName, labels_of, open_held_out
 from fastjepa.evals.images import EvalImages
-from fastjepa.evals.scoring import TEST_DRAW, TRAIN_DRAW, Features, subset
+from fastjepa.evals.scoring import TEST_DRAW, TRAIN_DRAW, Features, stratified_subset, subset
 from fastjepa.files import write_atomic
 from fastjepa.model.jepa import build_pair
 from fastjepa.ranks.world import join_world
@@ -153,16 +154,23 @@ class Subject:
             folder.rmdir()
 
 
-def open_splits(data: str, n_train: int | None, n_test: int | None, seed: int) -> tuple[Split, Split]:
-    """Return the training and test images of `data`; UserError when they have no labels or not the same classes."""
-    train, test = open_source(data, "train"), open_source(data, "test")
-    if len(train.classes) < 2:
-        raise UserError(f"{data}: labels of {len(train.classes)} classes, and a probe needs two; put images into class folders")
-    if test.classes != train.classes[: len(test.classes)]:
-        odd = sorted(set(test.classes) ^ set(train.classes))
-        raise UserError(f"{data}: its train and test splits have different classes ({odd[0]!r} is in one only)")
-    return (Split(str(data), "train", train, subset(n_train, len(train), seed, TRAIN_DRAW)),
-            Split(str(data), "test", test, subset(n_test, len(test), seed, TEST_DRAW)))  # fmt: skip
+def open_splits(
+    data: str, n_train: int | None, n_test: int | None, seed: int, split: HeldOutName | None = None
+) -> tuple[Split, Split]:
+    """Return the training and test images of `data` that have labels; UserError when they cannot be compared.
+
+    What `open_held_out` says of them is printed, and how many training images have no label.
+    """
+    train = open_source(data, "train")
+    held, labels = open_held_out(data, train, split), labels_of(train)
+    for note in held.notes:
+        console.print(note, markup=False, highlight=False)
+    labelled = np.flatnonzero(labels >= 0)
+    if unlabelled := len(labels) - len(labelled):
+        said = f"{data}: {unlabelled} of the {len(labels)} training images have no label and are left out"
+        console.print(said, markup=False, highlight=False)
+    return (Split(str(data), "train", train, labelled[stratified_subset(n_train, labels[labelled], seed, TRAIN_DRAW)]),
+            Split(str(data), held.name, held.source, held.rows[subset(n_test, len(held.rows), seed, TEST_DRAW)]))  # fmt: skip
 
 
 def open_subject(path: str | Path, device: str = "auto", cache: bool = True, image_size: int | None = None) -> Subject:
@@ -198,10 +206,4 @@ def provenance(subject: Subject, which: Inputs, splits: tuple[Split, Split], see
         found, step = subject.path, None
     train, test = splits
     return {"checkpoint": str(found), "step": step, "encoder": which, "image_size": list(subject.size), "data": train.data,
-            "split": split_name(test), "classes": len(train.source.classes), "seed": seed}  # fmt: skip
-
-
-def split_name(split: Split) -> str:
-    """Return the split's own name where it lies in a folder of that name: val may stand in for test."""
-    root = Path(getattr(split.source, "root", "")).name
-    return root if root in ("val", "test") else split.name
+            "split": test.name, "classes": len(train.source.classes), "seed": seed}  # fmt: skip

@@ -33,6 +33,7 @@ COLLAPSE_SIGNS = (
 )
 JUMP = 2.0  # a loss this many times all of the three readings before
 STILL = 0.01  # k-NN accuracy above that at the start which is none
+LEARNING_STEPS = 100  # in fewer steps nothing need have been learned
 SHORT_MEMORY = 10  # steps: a target encoder that averages fewer follows the context encoder at once
 BIG_STEP = 0.25  # Adam moves a weight by about the learning rate a step: this share of its initial size is much
 
@@ -81,7 +82,8 @@ def stagnant_probes(history: Sequence[Mapping[str, float]], warmup_steps: float)
     start, *later = readings_of(probed, "knn")
     steps = [entry["step"] for entry in probed[1:]]
     enough = min(start + STILL, 1 - STILL)  # what is classified without an error cannot be done better
-    return [not knn > enough for step, knn in zip(steps, later, strict=True) if step > warmup_steps]
+    first = max(warmup_steps, LEARNING_STEPS - 1)
+    return [not knn > enough for step, knn in zip(steps, later, strict=True) if step > first]
 
 
 def loss_jumps(losses: Sequence[float]) -> list[bool]:

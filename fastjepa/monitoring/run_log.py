@@ -34,6 +34,10 @@ class RunLog(Log):
             self.message(note)
         self.monitor = monitor
 
+    def has_line(self, step: int) -> bool:
+        """Return whether `step` gets a line: also where readings fall, so that each stands at its own step."""
+        return super().has_line(step) or self.monitor.due(step)
+
     def record(self, step: int, tally: StepTally, now: StepSettings, skips: Skips, extras: dict[str, float | Tensor]) -> None:
         """Record that `step` steps have been taken; a line and readings are made where they are due."""
         if self.writes and self.monitor.due(step):  # the ranks that do not write the log go on meanwhile
@@ -42,10 +46,8 @@ class RunLog(Log):
             self.hold(readings)
             for note in notes:
                 self.message(note)
-        due = step % self.every == 0 or step == self.total_steps
-        self.step(
-            step, step // self.schedule.steps_per_epoch, self._values(tally, now, skips, extras) if due else {}, self.images
-        )
+        values = self._values(tally, now, skips, extras) if self.has_line(step) else {}  # every rank takes part in the mean
+        self.step(step, step // self.schedule.steps_per_epoch, values, self.images)
 
     def _values(
         self, tally: StepTally, now: StepSettings, skips: Skips, extras: dict[str, float | Tensor]

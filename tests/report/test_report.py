@@ -111,6 +111,20 @@ def test_skipped_steps_and_bad_files_are_shown(trained: Path, tmp_path: Path):
     assert "1 value that was not finite left out" in words(render_page([run], pictures=False))
 
 
+def test_a_reading_that_was_made_once_is_a_number_and_no_chart(tmp_path: Path):
+    entries = [{"step": 1, "loss": 1.0, "knn": 0.512, "lidar": 3.25}, {"step": 50, "loss": 0.5, "knn": 0.9}]
+    entries += [{"step": 90, "loss": 0.4, "knn": 0.79}]
+    more, once = write_run(tmp_path / "more", entries), write_run(tmp_path / "once", entries[:1])
+    page = render_page([once], pictures=False)
+    assert 'class="plot"' not in page and page.count('class="numbers"') == 3 and '"charts": []' in page
+    assert "online k-NN 51.2% at step 1" in words(page) and "LiDAR Rank of what" in words(page)
+    page = render_page([more], pictures=False)
+    assert "online k-NN 79.0% at step 90; highest 90.0% at step 50" in words(page)
+    assert page.count('class="plot"') == 2 and page.count('class="numbers"') == 1 and "3.2 at step 1" in words(page)
+    both = words(render_page([more, once], pictures=False))
+    assert "more: 3.2 at step 1; once: 3.2 at step 1" in both and "51.2% at step 1" in both
+
+
 def test_undecodable_files_are_named(trained: Path, tmp_path: Path):
     shutil.copytree(trained, tmp_path / "run")
     state = next((tmp_path / "run" / "checkpoints").glob("*/state.json"))
