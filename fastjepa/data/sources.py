@@ -29,7 +29,7 @@ from fastjepa.data.parquet import ParquetImages
 from fastjepa.data.prepare.catalog import DATASETS, closest_dataset, find_dataset
 from fastjepa.data.remote_files import is_remote
 from fastjepa.data.remote_shards import RemoteShards, open_directory, open_tars
-from fastjepa.data.splits import only_train, parquet_split, split_folder, stand_in_splits
+from fastjepa.data.splits import only_train, split_files, split_folder, stand_in_splits
 from fastjepa.data.tar_shards import SHARDS_PLAN, TarShards, open_shards, read_manifest, tars_in
 from fastjepa.errors import ConfigError, UserError
 
@@ -233,7 +233,7 @@ def _open_directory(root: Path, split: str, classes: tuple[str, ...] = ()) -> So
         return IdxPair(root, split, classes)
     tables = sorted(root.glob("*.parquet")) or sorted(root.glob("data/*.parquet"))
     if tables:
-        return ParquetImages(parquet_split(tables, root, split), root)
+        return ParquetImages(split_files(tables, root, split), root)
     folder = split_folder(root, split)
     tables = sorted(folder.glob("*.parquet"))
     if tables:
