@@ -25,6 +25,7 @@ SPLIT_NAMES = {
 # Words that only look like the name of a split: trainset, the "val" of val2017, testimages.
 SPLIT_WORD = re.compile(f"({'|'.join(SPLIT_NAMES)}|trainval|trn|tst)(set|data|images?|imgs?|split)?")
 T = TypeVar("T")
+F = TypeVar("F", str, Path)  # a file on the disk, or its address
 
 
 def splits_of(folders: Collection[str]) -> dict[str, list[str]]:
@@ -64,33 +65,38 @@ def stand_in_splits(split: str, found: Collection[str]) -> list[str]:
     return [name for name in (["train"] if split == "train" else [split, *sorted({"val", "test"} - {split})]) if name in found]
 
 
-def split_files(files: list[Path], where: str | Path, split: str) -> list[Path]:
+def split_files(files: list[F], where: str | Path, split: str) -> list[F]:
     """Return the files of a split by a word in their names: train-00000-of-00002.parquet, imagenet-val-0001.tar.
 
     Without a file of train, they are splits only when each is named for one. UserError where there is no such split.
     """
     split_of = {file: named for file in files if (named := split_of_file(file))}
     if "train" not in split_of.values() and len(split_of) < len(files):
-        warn_of_splits(where, [file.stem for file in files])
+        warn_of_splits(where, [os.path.basename(file) for file in files])
         return only_train(files, where, split)
     for name in stand_in_splits(split, split_of.values()):
-        if unnamed := [file.name for file in files if file not in split_of]:
+        if unnamed := [os.path.basename(file) for file in files if file not in split_of]:
             said = "%s: %d files that no split names are passed over (%s)"
             logging.getLogger(__name__).warning(said, where, len(unnamed), unnamed[0])
         return [file for file in files if split_of.get(file) == name]
-    ending = files[0].suffix
+    ending = os.path.splitext(files[0])[1]
     raise UserError(f"{where}: has no {split} split; name its files {split}-*{ending}, or give those to use: {where}/*{ending}")
 
 
-def split_chosen(files: list[Path], where: str | Path, split: str) -> list[Path]:
+def split_chosen(files: list[F], where: str | Path, split: str) -> list[F]:
     """Return the files of a split among those that a glob or braces name: all are train unless they are of several splits."""
     several = len({split_of_file(file) for file in files} - {None}) > 1
     return split_files(files, where, split) if several else only_train(files, where, split)
 
 
-def split_of_file(file: Path) -> str | None:
+def split_of_file(file: str | Path) -> str | None:
     """Return the split that a word in a file's name says, the first of several: "val" of imagenet_VAL_01.tar."""
-    return next((SPLIT_NAMES[word] for word in re.findall("[a-z]+", file.stem.lower()) if word in SPLIT_NAMES), None)
+    return next((SPLIT_NAMES[word] for word in _words(os.path.basename(file)) if word in SPLIT_NAMES), None)
+
+
+def _words(name: str) -> list[str]:
+    """Return the words of a name in lower case: ["seg", "test"] of Seg_Test2.tar, without its ending."""
+    return re.findall("[a-z]+", os.path.splitext(name)[0].lower())
 
 
 def only_train(found: T, where: str | Path, split: str) -> T:
@@ -106,7 +112,7 @@ def warn_of_splits(where: str | Path, names: Iterable[str]) -> None:
     One name among others is a class: the train among the vehicles of CIFAR-100.
     """
     names = list(names)
-    words = {name: next(filter(None, map(SPLIT_WORD.fullmatch, re.findall("[a-z]+", name.lower()))), None) for name in names}
+    words = {name: next(filter(None, map(SPLIT_WORD.fullmatch, _words(name))), None) for name in names}
     kinds = {name: SPLIT_NAMES.get(word[1], word[1]) for name, word in words.items() if word}
     if kinds and (len(kinds) == len(names) or len(set(kinds.values())) > 1):
         said = "%s: trained on as a whole, though %s look like splits; name them train and val, or give the one to train on"

@@ -217,7 +217,7 @@ def test_unreadable_images_stop_the_writing_unless_allowed(folder: Path, tmp_pat
     (folder / "cat" / "00.png").symlink_to("nowhere.png")
     command = ["data", "shard", str(folder), str(tmp_path / "out"), "--shard-size", "20kB", "--workers", "2"]
     assert main(command) == 2
-    assert "cat/00.png: cannot be read, as 1 images so far, more than the 0 that may be left out" in capsys.readouterr().err
+    assert "cat/00.png: cannot be read, as 1 so far, more than the 0 that may be left out" in capsys.readouterr().err
     assert main([*command, "--max-bad", "1"]) == 0
     shown = capsys.readouterr()
     assert f"left out: {folder}/cat/00.png" in shown.err and "25 images" in shown.out

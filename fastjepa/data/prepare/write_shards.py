@@ -9,7 +9,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,11 +22,11 @@ from fastjepa.data.endings import image_endings
 from fastjepa.data.prepare.processes import counting_bar, map_in_processes
 from fastjepa.data.sources import Source
 from fastjepa.data.tar_shards import (
+    INDEX_ARRAYS,
     MANIFEST_FORMAT,
     SHARDS_MANIFEST,
     SHARDS_PLAN,
     STALE_INDEX,
-    ShardIndex,
     index_path,
     stored_index,
     tar_fingerprint,
@@ -141,7 +141,8 @@ def _to_json(content: dict) -> str:
 
 def _write_all(job: ShardJob, workers: int) -> dict:
     """Write all shards; return the part of the manifest that is known when every shard is there."""
-    entries, left_out = [], []
+    entries, left_out = [], [f"{path}: {reason}" for path, reason in getattr(job.source, "unreadable", ())]
+    _refuse_more(left_out, job.request.max_bad)
     with (
         contextlib.closing(map_in_processes(_write_shard, job, range(job.shards), workers)) as results,
         counting_bar() as progress,
@@ -270,7 +271,7 @@ def _write_new(job: ShardJob, number: int, tar: Path) -> dict:
     entry = {"file": tar.name, "images": len(places), "bytes": hashed.tell(), "sha256": hashed.sha256.hexdigest()}
     members, *numbers = zip(*places, strict=True) if places else ((), (), (), ())
     arrays = [np.array(members, dtype="S"), *(np.array(values, dtype=np.int64) for values in numbers)]
-    named = {field.name: array for field, array in zip(fields(ShardIndex), arrays, strict=True)}
+    named = dict(zip(INDEX_ARRAYS, arrays, strict=True))
     entry["left_out"] = left_out
     with atomic_path(index_path(tar)) as hidden:
         np.savez(hidden, **named, fingerprint=tar_fingerprint(tar), entry=json.dumps(entry))
@@ -312,6 +313,6 @@ def _refuse_more(left_out: list[str], max_bad: int) -> None:
     """Raise OSError when more images were left out than may be."""
     if len(left_out) > max_bad:
         raise OSError(
-            f"{left_out[0]}: cannot be read, as {len(left_out)} images so far, more than the {max_bad} that may be left out; "
+            f"{left_out[0]}: cannot be read, as {len(left_out)} so far, more than the {max_bad} that may be left out; "
             "see `fastjepa data check`, then mend them or raise --max-bad"
         )
