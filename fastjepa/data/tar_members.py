@@ -93,9 +93,9 @@ class TarMembers:
         if lost is not None:
             end = min(at, self._size) - zeros * BLOCK
             self._lose(f"no header can be read at byte {lost}{self._after()}: what lies there up to byte {end} is lost")
-        if zeros < 2:
+        elif zeros < 2:
             self._lose(f"cut at byte {self._size}{self._after()}: it does not end in end-of-archive blocks")
-        elif not self._before and lost is None and self._size > tarfile.RECORDSIZE:
+        elif not self._before and self._size > tarfile.RECORDSIZE:
             self._lose("nothing but zeros")
 
     def _is_file(self, member: tarfile.TarInfo) -> bool:

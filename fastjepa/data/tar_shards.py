@@ -160,7 +160,7 @@ def _faults_in(shards: Sequence[str], indexes: Sequence[ShardIndex]) -> list[tup
 
 
 def _warn_of_labels(labels: np.ndarray, where: str) -> None:
-    """Log why labels are not used: (3,) labels [4, -1, -2] are one label, an image without .cls, and one .cls without number."""
+    """Log why labels are not used: [4, -1, -2] are a label, an image without .cls, and one with a .cls that holds no number."""
     odd, without = int((labels == ODD_LABEL).sum()), int((labels == NO_LABEL).sum())
     if odd or 0 < without < len(labels):
         said = "%s: labels are not used, as of %d images %d have no .cls and %d one that holds no number; training needs none"

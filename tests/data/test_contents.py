@@ -31,6 +31,10 @@ def write_metadata(path: Path, rows: int, **columns) -> None:
     parquet.write_table(pa.table({"file_name": names, "text": names} | columns), path)
 
 
+def write_images(path: Path, rows: int) -> None:
+    parquet.write_table(pa.table({"image": [encoded(i) for i in range(rows)]}), path)
+
+
 def said(caplog) -> list[str]:
     return [record.getMessage() for record in caplog.records]
 
@@ -64,7 +68,7 @@ def test_an_imagefolder_with_a_table_is_its_images(tmp_path: Path, place: str):
 
 
 def test_a_table_beside_tables_of_images_is_passed_over(tmp_path: Path, caplog):
-    parquet.write_table(pa.table({"image": [encoded(i) for i in range(3)]}), tmp_path / "train-0.parquet")
+    write_images(tmp_path / "train-0.parquet", 3)
     write_metadata(tmp_path / "a_metadata.parquet", 3)
     assert len(open_source(tmp_path)) == 3
     assert said(caplog) == [f"{tmp_path}: 1 file of other kinds passed over (.parquet 1)"]
@@ -80,14 +84,14 @@ STRAYS = {  # what lies beside 30 JPEGs
     "a tar of images": (lambda root: pack_shard(root / "z.tar", jpegs(4)), "and 4 images in 1 tar shards (z.tar) lie in it"),
     "a tar without images": (lambda root: pack_shard(root / "z.tar", {"a.txt": b"x"}), ".tar 1"),
     "an empty tar": (lambda root: pack_shard(root / "z.tar", {}), ".tar 1"),
-    "what is no tar": (lambda root: (root / "z.tar").write_bytes(b"x" * 2000), "z.tar: not a tar shard .* beside 30 image files"),
+    "what is no tar": (lambda root: (root / "z.tar").write_bytes(b"x" * 2000), "z.tar: not a tar shard .* 30 image files"),
     "a folder named as a tar": (lambda root: (root / "z.tar").mkdir(), ""),
     "a folder named as a table": (lambda root: (root / "out.parquet").mkdir(), ""),
     "a note on idx files": (lambda root: (root / "train-images-idx3-ubyte.txt").write_text("about"), ".txt 1"),
     "another's idx file": (lambda root: (root / "my-images-idx3-ubyte").write_bytes(b"x"), "no ending 1"),
     "a folder named as idx files": (lambda root: (root / "train-images-idx3-ubyte").mkdir(), ""),
     "a table": (lambda root: write_metadata(root / "metadata.parquet", 30), ".parquet 1"),
-    "a table of images": (lambda root: parquet.write_table(pa.table({"image": [encoded(0)]}), root / "a.parquet"),
+    "a table of images": (lambda root: write_images(root / "a.parquet", 1),
                           "30 image files and 1 images in 1 Parquet files (a.parquet) lie in it"),
     "shards further down": (lambda root: (root / "more").mkdir() or pack_shard(root / "more/z.tar", jpegs(4)), ".tar 1"),
 }  # fmt: skip
@@ -102,7 +106,14 @@ def test_a_stray_beside_images_does_not_count(tmp_path: Path, stray: str, caplog
     assert sorted(Path(source.name(i)).name for i in range(len(source))) == list(jpegs(30))
     pattern = says if ".*" in says else re.escape(says)
     assert re.search(pattern, "\n".join(said(caplog))) and bool(said(caplog)) == bool(says)
-    assert main(["data", "check", str(tmp_path)]) == 0
+
+
+def test_data_check_takes_what_a_run_takes(tmp_path: Path, capsys):
+    write_files(tmp_path, jpegs(30))
+    for stray in ("a tar of images", "a table", "a note on idx files", "a folder named as idx files"):
+        STRAYS[stray][0](tmp_path)
+    assert main(["data", "check", str(tmp_path), "--workers", "1"]) == 0
+    assert "30 images read" in capsys.readouterr().out
 
 
 def test_a_stray_image_beside_shards_does_not_count(tmp_path: Path, caplog):
@@ -110,14 +121,13 @@ def test_a_stray_image_beside_shards_does_not_count(tmp_path: Path, caplog):
     write_files(tmp_path, {"logo.png": encoded(0)})
     (tmp_path / "README.md").write_text("about")
     assert len(open_source(tmp_path)) == 9
-    assert said(caplog) == [f"{tmp_path}: 9 images in 1 tar shards (0.tar) and 1 image files lie in it; the first are used, the "
-                            "others passed over", f"{tmp_path}: 1 file of other kinds passed over (.md 1)"]  # fmt: skip
+    assert said(caplog) == [f"{tmp_path}: 9 images in 1 tar shards (0.tar) and 1 image files lie in it; the first are used, "
+                            "the others passed over", f"{tmp_path}: 1 file of other kinds passed over (.md 1)"]  # fmt: skip
 
 
 MIXTURES = {
-    "files and a shard": (lambda root: pack_shard(root / "0.tar", jpegs(8)), "8 images in 1 tar shards .0.tar. and 8 image files"),
-    "files and a table": (lambda root: parquet.write_table(pa.table({"image": [encoded(i) for i in range(20)]}), root / "a.parquet"
-                                                           ), "20 images in 1 Parquet files .a.parquet. and 8 image files"),
+    "files and a shard": (lambda root: pack_shard(root / "0.tar", jpegs(8)), "8 images in 1 tar .* 8 image files"),
+    "files and a table": (lambda root: write_images(root / "a.parquet", 20), "20 images in 1 Parquet .* 8 image files"),
     "files and idx files": (lambda root: write_idx_pairs(root), "8 images in idx files and 8 image files"),
 }  # fmt: skip
 
@@ -135,7 +145,7 @@ def test_a_real_mixture_is_refused_with_both_counts(tmp_path: Path, mixture: str
 
 def test_shards_and_tables_of_images_are_a_mixture(tmp_path: Path):
     pack_shard(tmp_path / "0.tar", jpegs(8))
-    parquet.write_table(pa.table({"image": [encoded(i) for i in range(8)]}), tmp_path / "a.parquet")
+    write_images(tmp_path / "a.parquet", 8)
     for where in (tmp_path, f"{tmp_path}/*"):
         with pytest.raises(UserError, match="8 images in 1 Parquet files .* and 8 images in 1 tar shards .*; move one kind"):
             open_source(where)
@@ -181,7 +191,7 @@ def test_idx_files_are_known_by_their_whole_names(tmp_path: Path):
         ("part-0/0.parquet", r"2 Parquet files further down; give \S+/part-0, or all by \S+/\*/\*\.parquet$"),
         (
             "0.tar.gz",
-            r"2 compressed archives in it \(0\.tar\.gz\), and no images; unpack each, .*: a \.tar\.gz to a plain \.tar",
+            r"2 compressed archives in it \(0\.tar\.gz\), and no images; unpack each, .* to a plain \.tar",
         ),
         ("0.zip", r"2 compressed archives in it \(0\.zip\), and no images; unpack each"),
         ("notes.txt", "no image files in it; give a directory that holds image files at any depth, "),

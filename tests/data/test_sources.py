@@ -153,9 +153,8 @@ def test_parquet_equals_the_images_it_was_made_of(tmp_path: Path):
     assert len(one) == 5 and len(open_source(f"{tmp_path}/data/train-*.parquet")) == 11
     for i, image in enumerate(images):
         save_image(tmp_path.with_name("as-files") / f"{i:02d}.png", seed=i).write_bytes(image)
-    pairs = zip(
-        load(settings(tmp_path.with_name("as-files")), range(4)), load(settings(tmp_path, num_workers=2), range(4)), strict=True
-    )
+    from_files = load(settings(tmp_path.with_name("as-files")), range(4))
+    pairs = zip(from_files, load(settings(tmp_path, num_workers=2), range(4)), strict=True)
     assert all(same_batch(a[0], b[0]) for a, b in pairs)
 
 

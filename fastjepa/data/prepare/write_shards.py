@@ -110,6 +110,7 @@ def write_shards(source: Source, folder: Path, origin: dict, request: ShardReque
 
     UserError when the folder holds other shards, OSError when it cannot be written or too many images cannot be read.
     """
+    _refuse_more(_not_opened(source), request.max_bad)
     folder.mkdir(parents=True, exist_ok=True)
     plan = {"format": MANIFEST_FORMAT, "source": origin | {"images": len(source), "sha256": _identity(source)},
             "options": request.options(), "classes": list(source.classes)}  # fmt: skip
@@ -123,6 +124,11 @@ def write_shards(source: Source, folder: Path, origin: dict, request: ShardReque
         write_atomic(folder / SHARDS_MANIFEST, _to_json(manifest))
         (folder / SHARDS_PLAN).unlink()
     return manifest
+
+
+def _not_opened(source: Source) -> list[str]:
+    """Return what the source lost when it was opened: damaged parts of tars, folders that cannot be read."""
+    return [f"{path}: {reason}" for path, reason in getattr(source, "unreadable", ())]
 
 
 @contextlib.contextmanager
@@ -141,8 +147,7 @@ def _to_json(content: dict) -> str:
 
 def _write_all(job: ShardJob, workers: int) -> dict:
     """Write all shards; return the part of the manifest that is known when every shard is there."""
-    entries, left_out = [], [f"{path}: {reason}" for path, reason in getattr(job.source, "unreadable", ())]
-    _refuse_more(left_out, job.request.max_bad)
+    entries, left_out = [], _not_opened(job.source)
     with (
         contextlib.closing(map_in_processes(_write_shard, job, range(job.shards), workers)) as results,
         counting_bar() as progress,
