@@ -30,10 +30,13 @@ def register(commands) -> None:
 
 def run_masks(args: argparse.Namespace) -> None:
     """Print the statistics, and draw the picture where the config names images."""
+    from fastjepa.files import require_writable
     from fastjepa.masks.check import check_masks
     from fastjepa.masks.statistics import mask_statistics
 
     config = load_config(args.config, args.overrides)
+    if args.picture:
+        require_writable(args.picture)
     check_masks(config.mask, config.grid, config.runtime.seed, config.data.batch_size)
     statistics = mask_statistics(config.mask, config.grid, config.runtime.seed, args.groups)
     if args.json:
