@@ -15,6 +15,8 @@ def files_named(where: str) -> list[str]:
     The part of the path that is there is taken as it stands, so a folder may be named "set [1]". [] where nothing is there;
     UserError where one of several that braces name is not.
     """
+    if os.path.exists(where) and not os.path.isfile(where):
+        raise UserError(f"{where}: a pipe or a device, not a file; give a file, which can be read at random")
     if os.path.lexists(where):
         return [where]
     folder = next((parent for parent in Path(where).parents if os.path.isdir(parent)), Path())
