@@ -10,7 +10,7 @@ from fastjepa.data.endings import files_with, image_endings, passed_over
 from fastjepa.data.idx_files import IdxPair
 from fastjepa.data.image_folder import ImageFolder, image_files
 from fastjepa.data.parquet import ParquetImages, may_hold_images
-from fastjepa.data.splits import folders_in
+from fastjepa.data.splits import SPLIT_NAMES, folders_in
 from fastjepa.data.tar_shards import SHARDS_MANIFEST, TarShards, index_of, index_path, read_manifest
 from fastjepa.errors import UserError
 
@@ -92,6 +92,15 @@ def choose_kind(kinds: list[Kind], where: str | Path) -> Source | None:
             raise UserError(f"{where}: {both} lie in it; move one kind elsewhere, or name the files of one: {where}/*.tar")
         log.warning("%s: %s lie in it; the first are used, the others passed over", where, both)
     return best.source
+
+
+def tell_beside(root: Path) -> None:
+    """Log which folders, and how many images and tars, lie in no split beside the folders of splits."""
+    folders = [f"{name}/" for name in sorted(folders_in(root)) if name.lower() not in SPLIT_NAMES]
+    endings = Counter(path.suffix.lower() for path in files_with("", root))
+    counts = [f"{ending} {n}" for ending, n in endings.most_common() if ending == ".tar" or ending in image_endings()]
+    if found := folders + counts:
+        log.warning("%s: passed over, as they lie in none of its splits: %s", root, ", ".join(found))
 
 
 def tell_others(folder: Path) -> None:

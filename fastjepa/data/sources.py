@@ -22,6 +22,7 @@ from fastjepa.data.contents import (
     kind_of,
     shards_among,
     still_packed,
+    tell_beside,
     tell_others,
 )
 from fastjepa.data.endings import PACKED_ENDINGS, UNPACK, files_with
@@ -120,17 +121,20 @@ def _open_files(files: list[Path], where: str, split: str) -> Source:
 def _open_directory(root: Path, split: str, classes: tuple[str, ...] = ()) -> Source:
     kinds = _kinds_by_name(root, split, classes)
     folder = root if kinds or not splits_of(folders_in(root)) else split_folder(root, split)
-    if folder != root and (tables := image_tables(files_with(".parquet", folder))):
-        kinds.append(kind_of(ParquetImages(tables, folder), tables))
+    named = split if folder == root else None  # of the folder of a split, all that lies in it is that split
+    if named is None:
+        tell_beside(root)
+        if tables := image_tables(files_with(".parquet", folder)):
+            kinds.append(kind_of(ParquetImages(tables, folder), tables))
     # A directory of shards that are still being written has a plan, and perhaps no shard yet: `open_shards` says so.
     tars = tars_in(folder) or [folder / SHARDS_PLAN] * (folder / SHARDS_PLAN).exists()
     images = count_images(folder) if kinds or tars else 0
-    if tars and (shards := _shards_in(folder, split if folder == root else "train", images)):
+    if tars and (shards := _shards_in(folder, named, images)):
         kinds.append(shards)
     kinds += [Kind(images, f"{images} image files", None)] * bool(images)
     source = choose_kind(kinds, folder) if kinds else None
     if source is None:
-        return _open_images(folder, split if folder == root else "train")
+        return _open_images(folder, named or "train")
     tell_others(folder)
     return source
 
@@ -145,14 +149,17 @@ def _kinds_by_name(root: Path, split: str, classes: tuple[str, ...]) -> list[Kin
     return kinds
 
 
-def _shards_in(folder: Path, split: str, images: int) -> Kind | None:
-    """Return the shards of a folder beside so many image files: those of its manifest, or those of others."""
+def _shards_in(folder: Path, split: str | None, images: int) -> Kind | None:
+    """Return the shards of a folder beside so many image files: those of its manifest, or those of others.
+
+    Where a split is asked for, the names of the tars say it, and shards with a manifest are train.
+    """
     tars = tars_in(folder)
     if read_manifest(folder) is not None:
-        return kind_of(only_train(open_shards(folder), folder, split), tars)
+        return kind_of(only_train(open_shards(folder), folder, split or "train"), tars)
     if images:
         tars = still_packed(tars, folder)
-    if tars:
+    if tars and split:
         tars = split_files(tars, folder, split)
     shards = shards_among(tars, folder, images)
     return shards and kind_of(shards, tars)

@@ -42,8 +42,8 @@ def write_table(place: Path, count: int) -> None:
 
 KINDS = {
     "folders": lambda root, name, count: write_folder(root / name, count),
-    "shards in folders": lambda root, name, count: write_shard(root / name / "0", count),
-    "Parquet in folders": lambda root, name, count: write_table(root / name / "0", count),
+    "shards in folders": lambda root, name, count: write_shard(root / name / f"{name}-0", count),
+    "Parquet in folders": lambda root, name, count: write_table(root / name / f"test-of-{name}-0", count),
     "shards": lambda root, name, count: write_shard(root / f"my-set_{name}2-000", count),
     "Parquet": lambda root, name, count: write_table(root / "data" / f"{name}-00000-of-00001", count),
 }
@@ -89,6 +89,17 @@ def test_files_that_no_split_names_are_told(tmp_path: Path, caplog):
     write(tmp_path, "shards", "train valid extra")
     assert counts(tmp_path) == (3, 2, 2)
     assert "1 files that no split names are passed over (my-set_extra2-000.tar)" in caplog.text
+
+
+def test_what_lies_in_no_split_is_told(tmp_path: Path, caplog):
+    write(tmp_path, "folders", "train val unlabeled")
+    (tmp_path / "stray.png").write_bytes(encoded(0))
+    (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(b"")
+    (tmp_path / "README.md").write_text("about")
+    assert counts(tmp_path) == (3, 2, 2)
+    assert caplog.messages[0] == f"{tmp_path}: passed over, as they lie in none of its splits: unlabeled/, " + ", ".join(
+        sorted((".png 1", ".tar 1"), key=caplog.messages[0].find)
+    )
 
 
 @pytest.mark.parametrize("names", ["val valid train", "Train train val"])
