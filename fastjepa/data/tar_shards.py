@@ -121,7 +121,8 @@ class TarShards:
         counts = [len(index.members) for index in indexes]
         self.unreadable = _faults_in(self._shards, indexes)
         if not sum(counts):
-            raise UserError(f"{where}: no images in its {len(shards)} tar shards; give .tar files that hold images")
+            lost = ", but {}: {}; get it again, or".format(*self.unreadable[0]) if self.unreadable else ";"
+            raise UserError(f"{where}: no images in its {len(shards)} tar shards{lost} give .tar files that hold images")
         members, offsets, sizes, labels = (np.concatenate([getattr(i, name) for i in indexes]) for name in INDEX_ARRAYS)
         self._members = members
         # (n, 3): shard, offset, bytes. Shards of 2 and 1 images give the first column 0, 0, 1.
