@@ -1,6 +1,7 @@
 """The program `fastjepa`: its list of commands, and one sentence for every mistake."""
 
 import argparse
+import io
 import os
 import sys
 
@@ -19,6 +20,8 @@ COMMANDS = (train, verify, masks, evaluate, data, plan, sweep, convert, decoder,
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code; a mistake gives one sentence and 2 (`--debug` shows the traceback)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as of stderr: a file's name may be no text of the terminal's
     root = build_parser()
     args, rest = root.parse_known_args(argv)  # overrides may stand between options, which argparse cannot say
     unknown = [word for word in rest if word.startswith("-") or "overrides" not in args]

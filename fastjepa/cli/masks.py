@@ -27,11 +27,14 @@ def register(commands) -> None:
 
 def run_masks(args: argparse.Namespace) -> None:
     """Print the statistics, and draw the picture where the config names images."""
+    from fastjepa.files import require_writable
     from fastjepa.masks.check import check_masks
     from fastjepa.masks.layouts import Masking
     from fastjepa.masks.statistics import mask_statistics
 
     config = given_config(args)
+    if args.picture:
+        require_writable(args.picture)
     check_masks(Masking.of(config), config.data.batch_size)
     statistics = mask_statistics(Masking.of(config), args.groups)
     if args.json:

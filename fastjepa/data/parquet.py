@@ -48,15 +48,8 @@ class ParquetImages:
 
     def _file(self, number: int):
         """Return the opened ParquetFile of that number, once in each process."""
-        try:
-            from pyarrow import ArrowException, parquet
-        except ImportError as error:
-            raise UserError("Parquet files need pyarrow; run: pip install 'fastjepa[pyarrow]'") from error
         if number not in self._opened:
-            try:
-                self._opened[number] = parquet.ParquetFile(self._files[number], memory_map=True)
-            except ArrowException as error:
-                raise UserError(f"{self._files[number]}: not a whole Parquet file ({error}); get it again") from error
+            self._opened[number] = _open_table(self._files[number])
         return self._opened[number]
 
     def __len__(self) -> int:
@@ -100,8 +93,25 @@ class ParquetImages:
         return None if self._labels is None else int(self._labels[i])
 
 
-def _image_column(schema, where: str | Path) -> str:
-    """Return the name of the column that holds encoded images; UserError, which names `where`, for none or several."""
+def _open_table(file: str | Path):
+    """Return an opened ParquetFile; UserError for one that is not whole, and where pyarrow is not installed."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise UserError("Parquet files need pyarrow; run: pip install 'fastjepa[pyarrow]'") from error
+    try:
+        return parquet.ParquetFile(file, memory_map=True)
+    except ArrowException as error:
+        raise UserError(f"{file}: not a whole Parquet file ({error}); get it again") from error
+
+
+def may_hold_images(file: str | Path) -> bool:
+    """Return whether a Parquet file has a column of bytes, as images are kept; UserError as `_open_table`."""
+    return bool(_byte_columns(_open_table(file).schema_arrow))
+
+
+def _byte_columns(schema) -> list[str]:
+    """Return the names of the columns of bytes, or of a struct with the field `bytes`."""
     from pyarrow import types
 
     def holds_bytes(kind) -> bool:
@@ -109,7 +119,12 @@ def _image_column(schema, where: str | Path) -> str:
             return kind.get_field_index("bytes") >= 0 and holds_bytes(kind.field("bytes").type)
         return types.is_binary(kind) or types.is_large_binary(kind)
 
-    found = [field.name for field in schema if holds_bytes(field.type)]
+    return [field.name for field in schema if holds_bytes(field.type)]
+
+
+def _image_column(schema, where: str | Path) -> str:
+    """Return the name of the column that holds encoded images; UserError, which names `where`, for none or several."""
+    found = _byte_columns(schema)
     named = [name for name in ("image", "img") if name in found] or found
     if not named or len(named) > 1 and named is found:
         raise UserError(f"{where}: which of the columns {', '.join(schema.names)} holds the images? Name it `image`; "

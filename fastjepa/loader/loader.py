@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from fastjepa.config.schema import Config, DataConfig
 from fastjepa.data.crops import Crops
 from fastjepa.data.decode_dali import DaliDecoder, DaliSettings, dali_installed, require_dali
-from fastjepa.data.sources import IdxPair, Source
+from fastjepa.data.idx_files import IdxPair
+from fastjepa.data.sources import Source
 from fastjepa.errors import ConfigError, UserError
 from fastjepa.loader.batch import Batch
 from fastjepa.loader.micro_batches import BatchRecipe, EncodedBatches, MicroBatches

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastjepa.errors import UserError
-from fastjepa.files import write_atomic
+from fastjepa.files import require_writable, write_atomic
 from fastjepa.report.charts import Curve, dated_number, reading_charts
 from fastjepa.report.evaluations import evaluation_tables
 from fastjepa.report.pictures import gather_pictures
@@ -24,10 +24,11 @@ Compared = list[tuple[str, list[str], bool]]  # (name, a cell for each run, whet
 
 
 def write_page(paths: Sequence[Path], file: Path, pictures: bool = True) -> None:
-    """Write the page of these runs; it is there whole or not at all."""
+    """Write the page of these runs; it is there whole or not at all. Bytes of names that are not UTF-8 are shown as \\udcff."""
     if file.is_dir():
         raise UserError(f"{file}: is a directory; pass --output FILE.html")
-    write_atomic(file, render_page(paths, pictures))
+    require_writable(file)
+    write_atomic(file, render_page(paths, pictures).encode(errors="backslashreplace"))
 
 
 def render_page(paths: Sequence[Path], pictures: bool = True) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastjepa.config.load import load_config
 from fastjepa.config.schema import Config
 from fastjepa.errors import CheckpointError, UserError
-from fastjepa.files import atomic_path
+from fastjepa.files import atomic_path, require_writable
 from fastjepa.weights.hub_folders import write_fastjepa, write_timm, write_transformers
 from fastjepa.weights.official import adopt_training, load_official, official_contents, official_notes, write_official
 from fastjepa.weights.pretrained import LAYER_NORM_EPS, EncoderForm, encoder_of_weights
@@ -47,6 +47,7 @@ def convert_weights(src: str | Path, dst: str | Path, wanted: Conversion) -> tup
     config = load_config(wanted.config) if wanted.config else None
     if os.path.lexists(dst):
         raise UserError(f"{dst}: exists already; remove it or choose another name")
+    require_writable(dst)
     if to == "meta" and wanted.which is None and weights_kind(src) in ("run", "meta"):
         contents = official_contents(src, wanted.steps_per_epoch) if weights_kind(src) == "run" else load_official(src)
         if not contents.get("fastjepa", {}).get("lone"):

@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Iterator
@@ -368,6 +369,36 @@ def test_tars_of_others_are_read_once_then_at_random(server: Server, local: Path
     assert "2 tars" in caplog.text and len(open_source(where)) == 5
 
 
+@pytest.mark.parametrize("damage", ["header", "links", "none"])
+def test_what_is_damaged_is_what_it_is_on_a_disk(server: Server, local: Path, tmp_path: Path, damage: str, capsys):
+    foreign(local.parent / "theirs")
+    first, second = sorted((local.parent / "theirs").glob("*.tar"))
+    if damage == "links":
+        with tarfile.open(second, "a") as opened:
+            link = tarfile.TarInfo("link.png")
+            link.type, link.linkname = tarfile.LNKTYPE, "0.png"
+            opened.addfile(link)
+    with tarfile.open(second) as opened:
+        header = opened.getmembers()[4].offset
+    if damage == "header":
+        with open(second, "r+b") as file:
+            file.seek(header)
+            file.write(b"x")
+    first.write_bytes(first.read_bytes() * 2)  # two joined
+    where = f"{server.url}/theirs/shard-{{000000..000001}}.tar"
+    disk = open_source(local.parent / "theirs")
+    assert bool(disk.unreadable) == (damage != "none")
+    for _ in range(2):  # with an index made now, and with the one that was kept
+        far = open_source(where)
+        assert len(far) == len(disk)
+        assert far.unreadable == [(path.replace(str(local.parent), server.url), why) for path, why in disk.unreadable]
+    assert contents(where) == contents(local.parent / "theirs")
+    wrong = int(damage != "none")
+    assert main(["data", "check", where, "--output", str(tmp_path / "bad.txt")]) == wrong
+    assert f"bad: {wrong}" in capsys.readouterr().out
+    assert main(["data", "shard", where, str(tmp_path / "out")]) == 2 * wrong
+
+
 def test_one_tar_is_a_set_too(server: Server, local: Path):
     assert contents(f"{server.url}/set/train/000001.tar") == contents(local / "train" / "000001.tar")
     with pytest.raises(UserError, match="000001.tar: has no val split"):
@@ -389,6 +420,7 @@ def test_what_is_no_tar_is_named(server: Server, local: Path, content: bytes):
         ("https://me:secret@h/train", "^https://h/train: give it without login"),
         ("https://h/0.tar?signature=x", "^https://h/0.tar: give it without login"),
         ("https://h/shard-{000..009.tar", "its braces do not match; write shard-{000000..000009}.tar"),
+        ("https://h/0.tar.gz", "https://h/0.tar.gz: compressed; unpack each"),
         ("s3://bucket/*.tar", r"\* finds nothing there; name the shards: shard-{000000..000009}.tar"),
     ],
 )

@@ -93,7 +93,7 @@ def test_official_root_path_and_image_folder(folder: Path):
         ("cifar10", "train", "run: fastjepa data get cifar10"),
         ("empty", "train", "empty: no image files in it; give a directory that holds"),
         ("images", "test", "images: has no test split; put its images into train/ and test/ folders"),
-        ("*.tar", "train", "no images in its 0 tar shards"),
+        ("*.tar", "train", "no such file; give a .tar or .parquet file, a glob, or shard-"),
         (DataConfig().address, "train", "data.source is not set"),
     ],
 )

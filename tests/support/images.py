@@ -17,6 +17,13 @@ def save_image(path: Path, seed: int, size: tuple[int, int] = (40, 30)) -> Path:
     return path
 
 
+def encoded(seed: int, kind: str = "PNG") -> bytes:
+    """A file of 9x8 pixels of coloured noise."""
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 9, 3), dtype=np.uint8)).save(stream, kind)
+    return stream.getvalue()
+
+
 def pack_shard(shard: Path, files: dict[str, bytes]) -> None:
     with tarfile.open(shard, "w") as opened:
         for name, content in files.items():

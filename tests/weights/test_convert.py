@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import pickle
 import shutil
 import sys
@@ -59,6 +60,18 @@ def test_a_round_trip_is_bitwise_and_records_which_encoder_it_is(run, tmp_path, 
     if to != "meta":
         assert f'"which": "{which}"' in (middle / "config.json").read_text()
         assert f"**the {which} encoder**" in (middle / "README.md").read_text()
+
+
+def test_what_is_written_has_the_mode_of_the_umask(run, tmp_path, capsys):
+    before = os.umask(0o027)
+    try:
+        for to in ("fastjepa", "timm", "transformers", "meta"):
+            assert main(["convert", str(run), str(tmp_path / to), "--to", to]) == 0
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == dict.fromkeys((p.name for p in files), "0o640")
+    assert sum(path.name == "model.safetensors" for path in files) == 3
 
 
 def test_every_pair_of_formats_is_bitwise(run, tmp_path):

@@ -18,6 +18,7 @@ from fastjepa.data.sources import Source, open_source
 from fastjepa.data.splits import split_folder
 from fastjepa.data.tar_shards import SHARDS_MANIFEST, index_of, read_manifest, tars_in
 from fastjepa.errors import UserError
+from fastjepa.files import write_atomic
 
 IMAGES_A_TASK = 64  # images that a process is given at a time
 MEGA = 1_000_000
@@ -32,7 +33,7 @@ class BadImage:
     detail: str
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+        return f"{one_line(self.path)}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
 
 
 @dataclass
@@ -93,9 +94,9 @@ def check_images(
 
 
 def _read_all(report: CheckReport, source: Source, workers: int, limit: float, show: Callable[[BadImage], None]) -> None:
-    """Add to the report what a reading of all images finds, and the folders that cannot be read; `limit` in megapixels."""
+    """Add to the report what a reading of all images finds, and what the source could not open; `limit` in megapixels."""
     for path, reason in getattr(source, "unreadable", ()):
-        report.bad.append(BadImage(path, "unreadable", reason))
+        report.bad.append(BadImage(path, "damaged shard" if path.endswith(".tar") else "unreadable", reason))
         show(report.bad[-1])
     chunks = [range(start, min(start + IMAGES_A_TASK, len(source))) for start in range(0, len(source), IMAGES_A_TASK)]
     with (
@@ -194,5 +195,10 @@ def _check_shard(folder: Path, entry: dict) -> BadImage | None:
 
 
 def write_bad_list(bad: list[BadImage], path: Path) -> None:
-    """Write one path a line, as the file system spells it."""
-    path.write_bytes(b"".join(os.fsencode(entry.path) + b"\n" for entry in bad))
+    """Write each path once, one a line, as the file system spells it but for line ends and backslashes: see `one_line`."""
+    write_atomic(path, b"".join(os.fsencode(one_line(name)) + b"\n" for name in dict.fromkeys(entry.path for entry in bad)))
+
+
+def one_line(path: str) -> str:
+    r"""Return a path without line ends: a backslash is written as \\, a line feed as \n, a carriage return as \r."""
+    return path.replace("\\", r"\\").replace("\n", r"\n").replace("\r", r"\r")

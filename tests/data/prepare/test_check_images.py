@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -140,6 +141,22 @@ def test_the_command_prints_writes_and_exits_with_1(planted: Path, tmp_path: Pat
     found = json.loads(capsys.readouterr().out)
     assert found["by_reason"]["too large"] == 3 and found["list"] == "other.txt" and len(found["bad"]) == 10
     assert (tmp_path / "other.txt").is_file()
+
+
+def test_a_name_with_line_ends_is_one_line(tmp_path: Path, monkeypatch, capsys):
+    """And the list gives back every name: no two names have the same line."""
+    monkeypatch.chdir(tmp_path)
+    names = ["a\nb.jpg", "a\\nb.jpg", "\n.jpg", "c\r\nd.jpg", "e\\.jpg", "plain.jpg"]
+    (tmp_path / "in").mkdir()
+    for name in names:
+        (tmp_path / "in" / name).write_bytes(b"")
+    assert main(["data", "check", "in", "--workers", "1"]) == 1
+    listed = (tmp_path / "bad.txt").read_text().splitlines()
+    assert sorted(re.sub(r"\\(.)", lambda m: {"n": "\n", "r": "\r"}.get(m[1], m[1]), line) for line in listed) == sorted(
+        f"in/{name}" for name in names
+    )
+    assert capsys.readouterr().out.count(": zero bytes\n") == len(listed) == len(names)
+    assert "in/plain.jpg" in listed and r"in/a\nb.jpg" in listed
 
 
 def test_a_good_source_exits_with_0_and_writes_nothing(tmp_path: Path, monkeypatch, capsys):
