@@ -76,14 +76,16 @@ def split_files(files: list[F], where: str | Path, splits: Sequence[str]) -> lis
             said = "%s: %d files that no split names are passed over (%s)"
             logging.getLogger(__name__).warning(said, where, len(unnamed), unnamed[0])
         return [file for file in files if split_of.get(file) == name]
-    ending, named = os.path.splitext(files[0])[1], splits[0]
+    ending, split = os.path.splitext(files[0])[1], splits[0]
     raise SplitError(
-        f"{where}: has no {named} split; name its files {named}-*{ending}, or give those to use: {where}/*{ending}"
+        f"{where}: has no {split} split; name its files {split}-*{ending}, or give those to use: {where}/*{ending}"
     )
 
 
 def split_chosen(files: list[F], where: str | Path, splits: Sequence[str]) -> list[F]:
-    """Return the files of the first of `splits` among those that a glob or braces name: all are train unless they are of several splits."""
+    """Return the files of the first of `splits` among those that a glob or braces name; all are train unless they are of
+    several splits.
+    """
     several = len({split_of_file(file) for file in files} - {None}) > 1
     return split_files(files, where, splits) if several else only_train(files, where, splits)
 

@@ -15,7 +15,7 @@ from PIL import Image
 from fastjepa.data.decode_pillow import MAX_PIXELS, DecodeError, decode_image, stored_size
 from fastjepa.data.prepare.processes import counting_bar, map_in_processes
 from fastjepa.data.sources import Source, open_source
-from fastjepa.data.splits import split_folder
+from fastjepa.data.splits import acceptable_splits, split_folder
 from fastjepa.data.tar_shards import SHARDS_MANIFEST, index_of, read_manifest, tars_in
 from fastjepa.errors import UserError
 from fastjepa.files import write_atomic
@@ -159,10 +159,9 @@ def _check_shards(report: CheckReport, where: str, split: str, workers: int, sho
     folder = Path(os.path.expanduser(where))
     if not folder.is_dir():
         return
-    with contextlib.suppress(
-        UserError, PermissionError
-    ):  # other formats keep their splits elsewhere; `open_source` has the last word
-        folder = split_folder(folder, split)
+    # Other formats keep their splits elsewhere; `open_source` has the last word.
+    with contextlib.suppress(UserError, PermissionError):
+        folder = split_folder(folder, acceptable_splits(split))
     manifest = read_manifest(folder)
     if manifest is None:
         return
