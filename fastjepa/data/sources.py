@@ -25,7 +25,7 @@ import numpy as np
 
 from fastjepa.config.schema import DataConfig
 from fastjepa.data.endings import image_endings, passed_over
-from fastjepa.data.parquet import ParquetImages
+from fastjepa.data.parquet import ParquetImages, nested_tables
 from fastjepa.data.prepare.catalog import DATASETS, closest_dataset, find_dataset
 from fastjepa.data.remote_files import is_remote
 from fastjepa.data.remote_shards import RemoteShards, open_directory, open_tars
@@ -231,12 +231,12 @@ def _open_files(paths: list[str], where: str, split: str) -> Source:
 def _open_directory(root: Path, split: str, classes: tuple[str, ...] = ()) -> Source:
     if any(root.glob("*-images-idx3-ubyte*")):
         return IdxPair(root, split, classes)
-    tables = sorted(root.glob("*.parquet")) or sorted(root.glob("data/*.parquet"))
+    tables = [sorted(filter(Path.is_file, root.glob(pattern))) for pattern in ("*.parquet", "data/*.parquet")]
+    tables = tables[0] or tables[1]
     if tables:
         return ParquetImages(parquet_split(tables, root, split), root)
+    if tables := nested_tables(root, split):
+        return ParquetImages(tables, root)
     folder = split_folder(root, split)
-    tables = sorted(folder.glob("*.parquet"))
-    if tables:
-        return ParquetImages(tables, folder)
     # A directory of shards that are still being written has a plan, and perhaps no shard yet: `open_shards` says so.
     return open_shards(folder) if (folder / SHARDS_PLAN).exists() or tars_in(folder) else ImageFolder(folder)

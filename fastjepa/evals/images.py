@@ -62,7 +62,9 @@ class EvalImages(Dataset):
         found = [self.source.label(int(row)) for row in self.rows]
         if None in found:
             name = self.source.name(int(self.rows[found.index(None)]))
-            raise UserError(f"{name}: has no label, and probes need labels; put the images into one folder per class")
+            raise UserError(
+                f"{name}: has no label, and probes need one of each image; put the images into class folders, or leave it out"
+            )
         return torch.tensor(found, dtype=torch.int64)
 
     def batches(self, size: int, about: str = "features") -> Iterator[Tensor]:

@@ -83,6 +83,9 @@ def gather_probe(config: Config, source: Source) -> Probe:
     bank = _readable(source, order[: bank_size(source)], config)
     others = shuffled_rows(config, held)[:QUERY_IMAGES] if held else order[len(order) - query_size(source) :]
     queries = _readable(held or source, others, config) if labelled else {}
+    known, queries = _labelled(bank, source), _labelled(queries, held or source)
+    labelled = labelled and bool(known and queries)
+    bank = known if labelled else bank
     viewed = _readable(source, order[: lidar_size(config, source)], config)
     about = f"a k-NN of {len(queries)} {'val or test' if held else 'other training'} images"
     return Probe(
@@ -93,6 +96,11 @@ def gather_probe(config: Config, source: Source) -> Probe:
         torch.stack([_views(image, row, config) for row, image in viewed.items()]),
         about if labelled else "no k-NN, for the data has no labels",
     )
+
+
+def _labelled(images: dict[int, Tensor], source: Source) -> dict[int, Tensor]:
+    """Return the images that have a label: of a Parquet file some rows may have none."""
+    return {row: image for row, image in images.items() if source.label(row) is not None}
 
 
 def _as_evaluated(images: dict[int, Tensor], config: Config) -> Tensor:
