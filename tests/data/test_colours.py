@@ -152,6 +152,6 @@ def test_both_loaders_turn_it_upright(name: str, orientation: int):
 
 @pytest.mark.parametrize("name", [name for name in COLOUR if "cmyk" in name or "rgb" in name[:3] or name == "ycck"])
 def test_what_only_some_decoders_read_truly_is_pillows(name: str):
-    """Of CMYK that of DALI was the negative; nobody here saw RGB on a GPU."""
+    """DALI shows the negative of CMYK without a marker; nobody here saw RGB on a GPU."""
     rgba = name in ("rgba png", "rgba webp", "rgb and a key")
     assert dali_reads(read_header(COLOUR[name]), COLOUR[name]) == rgba
