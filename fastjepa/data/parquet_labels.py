@@ -9,8 +9,6 @@ import numpy as np
 
 from fastjepa.data.tar_shards import labels_and_classes
 
-log = logging.getLogger(__name__)
-
 MOST_NUMBERS = 1_000_000  # integers above are names of their classes, as a barcode is, not numbers from 0
 
 
@@ -53,7 +51,9 @@ def read_labels(columns: Sequence, schema, column: str, where: str | Path) -> tu
         values = _joined(columns, [pa.int64(), pa.uint64()])
     if kinds and values is None:
         held = ", ".join(sorted({str(values.type) for values in columns}))
-        log.warning("%s: its column `%s` holds %s, no classes; its images are taken without labels", where, column, held)
+        logging.getLogger(__name__).warning(
+            "%s: its column `%s` holds %s, no classes; its images are taken without labels", where, column, held
+        )
     if values is None or values.null_count == len(values):
         return None, ()
     if kinds == {"numbers"} and compute.max(values).as_py() < MOST_NUMBERS:
@@ -62,7 +62,7 @@ def read_labels(columns: Sequence, schema, column: str, where: str | Path) -> tu
         labels, names = _numbered(values)
     if values.null_count:
         said = "%s: %d of its %d rows have no label (null, or below 0); the labels of the others are used"
-        log.warning(said, where, values.null_count, len(values))
+        logging.getLogger(__name__).warning(said, where, values.null_count, len(values))
     return labels, labels_and_classes(labels[labels >= 0], names, where)[1]
 
 
@@ -124,6 +124,6 @@ def _hf_names(schema, column: str, where: str | Path) -> tuple[str, ...]:
             raise ValueError("the names of classes are no list of strings")
     except (ValueError, AttributeError) as error:
         said = "%s: the metadata `huggingface` of its Parquet files cannot be read (%s); classes have numbers for names"
-        log.warning(said, where, error)
+        logging.getLogger(__name__).warning(said, where, error)
         return ()
     return tuple(names or ())

@@ -109,7 +109,7 @@ def test_widths_of_bytes_may_differ_and_empty_files_count_nothing(tmp_path: Path
     assert [source.read(i) for i in (0, 5)] == [b"a", b"c"] and source.name(5) == f"{tmp_path}/3.parquet[2]"
     for number in (1, 3):
         (tmp_path / f"{number}.parquet").unlink()
-    with pytest.raises(UserError, match="no rows in its 2 Parquet files"):
+    with pytest.raises(UserError, match="no rows in its [12] Parquet files"):
         open_source(tmp_path)
 
 
