@@ -105,6 +105,7 @@ def run_check(args: argparse.Namespace) -> int:
     if args.json:
         found = dataclasses.asdict(report) | {
             "by_reason": report.by_reason(),
+            "dropped": dict(report.dropped),  # `asdict` would count the counts
             "list": str(args.output) if report.bad else None,
         }
         print(json.dumps({"source": args.source, "split": args.split} | found, indent=1))
@@ -121,6 +122,8 @@ def print_check(report, bad_list: Path) -> None:
     print(f"bad: {len(report.bad)}{''.join(f', {count} {reason}' for reason, count in report.by_reason().items())}")
     if report.bad:
         print(f"their paths are in {bad_list}")
+    for kind, files in report.dropped.most_common():
+        print(f"left out: {files} images hold {kind}")
 
 
 def run_shard(args: argparse.Namespace) -> None:

@@ -28,7 +28,7 @@ from fastjepa.data.contents import (
 from fastjepa.data.endings import PACKED_ENDINGS, UNPACK, files_with
 from fastjepa.data.idx_files import IdxPair, holds_idx
 from fastjepa.data.image_folder import ImageFolder
-from fastjepa.data.parquet import ParquetImages
+from fastjepa.data.parquet import ParquetImages, nested_tables
 from fastjepa.data.patterns import BRACES, files_named
 from fastjepa.data.prepare.catalog import DATASETS, closest_dataset, find_dataset
 from fastjepa.data.remote_files import is_remote
@@ -114,7 +114,10 @@ def _open_files(files: list[Path], where: str, splits: Sequence[str]) -> Source:
 
 def _open_directory(root: Path, splits: Sequence[str], classes: tuple[str, ...] = ()) -> Source:
     kinds = _kinds_by_name(root, splits, classes)
-    folder = root if kinds or not splits_of(folders_in(root)) else split_folder(root, splits)
+    split_named = not kinds and bool(splits_of(folders_in(root)))
+    if not kinds and not split_named and (tables := image_tables(nested_tables(root, splits))):
+        return ParquetImages(tables, root)
+    folder = split_folder(root, splits) if split_named else root
     named = splits if folder == root else None  # of the folder of a split, all that lies in it is that split
     if named is None:
         tell_beside(root)

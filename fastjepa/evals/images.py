@@ -63,7 +63,9 @@ class EvalImages(Dataset):
         found = [label_of(self.source, int(row)) for row in self.rows]
         if -1 in found:
             name = self.source.name(int(self.rows[found.index(-1)]))
-            raise UserError(f"{name}: has no label, and probes need labels; put the images into one folder per class")
+            raise UserError(
+                f"{name}: has no label, and probes need one of each image; put the images into class folders, or leave it out"
+            )
         return torch.tensor(found, dtype=torch.int64)
 
     def batches(self, size: int, about: str = "features") -> Iterator[Tensor]:

@@ -5,6 +5,7 @@ import itertools
 import logging
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
@@ -74,7 +75,7 @@ class Loader(AbstractContextManager):
     """One rank's micro-batches, made ahead of time by data.num_workers processes.
 
     `bad` holds the paths of the undecodable files this rank has met (each rank counts its own); fill it from a checkpoint
-    to go on counting.
+    to go on counting. What files hold beside their images is counted in the first epoch, and said at its end or the loader's.
     """
 
     def __init__(self, config: Config, source: Source, world: World, start_step: int, stop_step: int | None = None):
@@ -86,6 +87,7 @@ class Loader(AbstractContextManager):
         dali = decodes_with_dali(config.data.loader, config.runtime.device, source)
         dataset = (EncodedBatches if dali else MicroBatches)(batch_recipe(config), source, world.rank, world.size)
         self.bad: set[str] = set()
+        self._dropped, self._read = Counter(), 0  # files by kind of `data.dropped`, of so many of the first epoch
         self.steps_per_epoch, self._n_micro, self._max_bad = dataset.steps_per_epoch, dataset.n_micro, dataset.max_bad
         self._device = world.device
         self._steps = range(start_step, sys.maxsize // self._n_micro if stop_step is None else stop_step)
@@ -109,7 +111,10 @@ class Loader(AbstractContextManager):
         self._steps = self._steps[1:]
         for batch in itertools.islice(self._batches, self._n_micro):
             self._count(dict(zip(batch.bad, batch.reasons, strict=True)))
+            self._count_dropped(batch)
             yield batch.to(self._device, non_blocking=True)
+        if step + 1 == self.steps_per_epoch:
+            self._say_dropped()
 
     def _count(self, found: dict[str, str]) -> None:
         """Add {path: reason} to the bad files, naming each once; UserError when they are too many."""
@@ -124,8 +129,24 @@ class Loader(AbstractContextManager):
                 f"for example {path} ({reason}); repair or remove them, or raise data.max_bad"
             )
 
+    def _count_dropped(self, batch: Batch) -> None:
+        """Count what the files of a batch hold beside their images; name the first file of each kind."""
+        self._read += len(batch.images)
+        for name, kind in batch.dropped:
+            if kind not in self._dropped:
+                logging.getLogger(__name__).warning("%s: holds %s; such files are counted in the first epoch", name, kind)
+            self._dropped[kind] += 1
+
+    def _say_dropped(self) -> None:
+        """Say in how many files each kind of thing was left out, once."""
+        for kind, files in self._dropped.most_common():
+            said = "%d of the %d files that this rank read in the first epoch hold %s"
+            logging.getLogger(__name__).warning(said, files, self._read, kind)
+        self._dropped.clear()
+
     def close(self) -> None:
         """End the worker processes and DALI's pipeline."""
+        self._say_dropped()
         atexit.unregister(self.close)
         if isinstance(self._batches, DaliDecoder):
             self._batches.close()

@@ -188,7 +188,6 @@ def test_idx_files_are_known_by_their_whole_names(tmp_path: Path):
     [
         ("part-0/0.tar", r"no image files in it, but 2 tar shards further down; give \S+/part-0, or all by \S+/\*/\*\.tar$"),
         ("a/b/0.tar", r"2 tar shards further down; give \S+/a/b, or all by \S+/\*/\*/\*\.tar$"),
-        ("part-0/0.parquet", r"2 Parquet files further down; give \S+/part-0, or all by \S+/\*/\*\.parquet$"),
         (
             "0.tar.gz",
             r"2 compressed archives in it \(0\.tar\.gz\), and no images; unpack each, .* to a plain \.tar",

@@ -67,7 +67,7 @@ PNG = encode(PICTURE, "PNG")
 LATE_EXIF = PNG[:-12] + encode(PICTURE, "PNG", exif=turned(6))[33:].partition(b"IDAT")[0][:-4] + PNG[-12:]
 JPEG_DAMAGED_INSIDE = encode(PICTURE, progressive=True)[:900] + b"\xff\xd8\xff\xc0" * 60 + b"\xff\xd9"
 BROKEN_CHECKSUM = PNG[:-16] + bytes([PNG[-16] ^ 1]) + PNG[-15:]  # of the last pixels: Pillow does not look
-READ = {f"jpeg {mode}": encode(PICTURE.convert(mode)) for mode in ("L", "RGB", "CMYK")}
+READ = {f"jpeg {mode}": encode(PICTURE.convert(mode)) for mode in ("L", "RGB")}
 READ |= {f"jpeg turned {n}": encode(PICTURE, exif=turned(n)) for n in (2, 3, 5, 6, 7, 8)}
 READ |= {f"png {mode}": encode(PICTURE.convert(mode), "PNG") for mode in ("1", "L", "LA", "P", "RGB", "RGBA")}
 READ |= {
@@ -87,6 +87,7 @@ NOT_READ = {
     "xmp": encode(PICTURE, xmp=XMP),
     "tiff LA": encode(PICTURE.convert("LA"), "TIFF"),
     "tiff": encode(PICTURE, "TIFF"),
+    "cmyk": encode(PICTURE.convert("CMYK")),
     "bmp": encode(PICTURE, "BMP"),
     "webp turned": encode(PICTURE, "WEBP", exif=turned(6)),
     "webp animated": encode(PICTURE, "WEBP", save_all=True, append_images=[natural(121, 90, seed=1)]),

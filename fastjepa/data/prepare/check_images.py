@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from fastjepa.data.decode_pillow import MAX_PIXELS, DecodeError, decode_image, stored_size
+from fastjepa.data.decode_pillow import MAX_PIXELS, DecodeError, decode_file, stored_size
 from fastjepa.data.prepare.processes import counting_bar, map_in_processes
 from fastjepa.data.sources import Source, open_source
 from fastjepa.data.splits import acceptable_splits, split_folder
@@ -36,6 +37,13 @@ class BadImage:
         return f"{one_line(self.path)}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
 
 
+class GoodImage(NamedTuple):
+    """A file that a run can use."""
+
+    size: tuple[int, int]  # (width, height) as stored
+    dropped: frozenset[str]  # kinds of `data.dropped`
+
+
 @dataclass
 class CheckReport:
     """The findings of a check; sizes are (width, height) as stored."""
@@ -43,6 +51,7 @@ class CheckReport:
     images: int = 0
     shards: int = 0  # compared with their manifest
     bad: list[BadImage] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)  # files by kind of `data.dropped`: good, but not taken whole
     smallest: tuple[int, int] | None = None
     largest: tuple[int, int] | None = None
 
@@ -55,6 +64,7 @@ class CheckReport:
         """Take in the findings on a part of the images."""
         self.images += part.images
         self.bad += part.bad
+        self.dropped += part.dropped
         for size in filter(None, (part.smallest, part.largest)):
             self.add_size(size)
 
@@ -70,7 +80,7 @@ def check_images(
     max_pixels: float | None = None,
     show: Callable[[BadImage], None] = lambda bad: None,
 ) -> CheckReport:
-    """Read every image of a source in `workers` processes; bad is what `decode_image` refuses, and what is too large.
+    """Read every image of a source in `workers` processes; bad is what `decode_file` refuses, and what is too large.
 
     Shards are first compared with their manifest, where they have one: counts, sizes and SHA-256. When one is damaged the
     images are not read.
@@ -121,19 +131,20 @@ def _read_chunk(job: tuple[Source, float], chunk: range) -> CheckReport:
         if isinstance(found, BadImage):
             part.bad.append(found)
         else:
-            part.add_size(found)
+            part.add_size(found.size)
+            part.dropped.update(found.dropped)
     return part
 
 
-def judge_image(source: Source, i: int, limit: float) -> BadImage | tuple[int, int]:
-    """Return (width, height) of a sample that a run can use, or why it cannot; `limit` in megapixels."""
+def judge_image(source: Source, i: int, limit: float) -> BadImage | GoodImage:
+    """Return the size of a sample that a run can use, or why it cannot; `limit` in megapixels."""
     try:
         raw = source.read(i)
     except OSError as error:
         reason = "vanished" if isinstance(error, FileNotFoundError) else "unreadable"
         return BadImage(source.name(i), reason, error.strerror or str(error))
     if isinstance(raw, np.ndarray):
-        return raw.shape[1], raw.shape[0]
+        return GoodImage((raw.shape[1], raw.shape[0]), frozenset())
     if not raw:
         return BadImage(source.name(i), "zero bytes", "")
     try:
@@ -145,13 +156,12 @@ def judge_image(source: Source, i: int, limit: float) -> BadImage | tuple[int, i
     if size[0] * size[1] > limit * MEGA:
         return BadImage(source.name(i), "too large", f"{size[0]}x{size[1]}, {size[0] * size[1] / MEGA:.1f} megapixels")
     try:
-        decode_image(raw, 3)
+        return GoodImage(size, decode_file(raw, 3).dropped)
     except MemoryError:
         return BadImage(source.name(i), "too large", f"{size[0]}x{size[1]}, no memory to decode it")
     except DecodeError as error:
         said = str(error.__cause__ or error)
         return BadImage(source.name(i), "truncated" if "truncated" in said else "cannot be decoded", said)
-    return size
 
 
 def _check_shards(report: CheckReport, where: str, split: str, workers: int, show: Callable[[BadImage], None]) -> None:

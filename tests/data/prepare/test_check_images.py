@@ -103,9 +103,14 @@ def test_bad_is_what_a_run_replaces(planted: Path):
 
 
 def test_a_limit_is_judged_before_decoding(tmp_path: Path, monkeypatch):
+
+    def decode_small(raw: bytes, channels: int) -> decode_pillow.Decoded:
+        assert len(raw) < 40_000
+        return decode_pillow.decode_file(raw, channels)
+
     save_image(tmp_path / "large.png", seed=1, size=(200, 100))
     save_image(tmp_path / "small.png", seed=1, size=(100, 100))
-    monkeypatch.setattr("fastjepa.data.prepare.check_images.decode_image", lambda raw, channels: 1 / (len(raw) < 40_000))
+    monkeypatch.setattr("fastjepa.data.prepare.check_images.decode_file", decode_small)
     report = check_images(str(tmp_path), max_pixels=0.01)
     assert [str(bad) for bad in report.bad] == [f"{tmp_path}/large.png: too large (200x100, 0.0 megapixels)"]
 
