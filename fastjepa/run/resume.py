@@ -3,6 +3,8 @@
 import json
 import platform
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,7 +16,7 @@ from fastjepa.checkpoint.directory import latest_checkpoint, verify_checkpoint
 from fastjepa.checkpoint.state import STATE_FILE, read_state, record_differences
 from fastjepa.config.schema import Config
 from fastjepa.data.sources import Source
-from fastjepa.errors import ConfigError
+from fastjepa.errors import MACHINE_FAILED, ConfigError, LoaderError, exit_code, sentence_of
 from fastjepa.loader.loader import decodes_with_dali
 from fastjepa.model.jepa import Jepa
 from fastjepa.model.vit import Encoder
@@ -57,6 +59,23 @@ def checkpoint_to_resume(config: Config, output: Path, resume: str) -> Path | No
     if resume == "must" and found is None:
         raise ConfigError(f"{root}: nothing to resume from; check --output or pass --resume auto")
     return found
+
+
+def last_good_checkpoint(output: Path, tag: str) -> str:
+    """Return the end of a sentence on a run that has stopped: which checkpoint the same command goes on from."""
+    good = latest_checkpoint(output / "checkpoints", tag)
+    return f"the last good checkpoint is {good}" if good else "no checkpoint was written yet"
+
+
+@contextmanager
+def telling_where_to_go_on(where: Callable[[], str]) -> Iterator[None]:
+    """Add `where()` to the sentence of an error for which the machine is to be mended before the run goes on."""
+    try:
+        yield
+    except (LoaderError, OSError) as error:
+        if exit_code(error) != MACHINE_FAILED:
+            raise
+        raise LoaderError(f"{sentence_of(error, 'train')}; {where()}") from error
 
 
 def resume_notes(found: Path, about: dict, init: Path | None) -> list[str]:
