@@ -3,6 +3,7 @@
 import atexit
 import multiprocessing
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -101,6 +102,8 @@ class Workers(Iterator):
 
     def __init__(self, dataset: Dataset, items: Sequence[int], crew: Crew):
         self._crew, self._made, before = crew, None, multiprocessing.active_children()
+        self._waits = self._stalled = False
+        self._closed = threading.Event()
         try:
             self._made = iter(_torch_loader(dataset, items, crew))
         except OSError as error:
@@ -113,20 +116,22 @@ class Workers(Iterator):
             # Knowing them, torch raises when a process dies, in the middle of anything: a checkpoint too.
             signal_handling._remove_worker_pids(id(self._made))
             self._made._worker_pids_set = False
+            threading.Thread(target=self._watch, daemon=True).start()
         atexit.register(self.close)  # before multiprocessing's own, which would wait for ever for deaf processes
 
     def __next__(self) -> Any:
         if self._made is None:
             raise StopIteration
         with _waiting():
+            self._waits = True
             made = self._received() if self.processes else next(self._made)
+            self._waits = False
         if isinstance(made, Exception):
             raise made
         return made.opened() if isinstance(made, Shared) else made
 
     def _received(self) -> Shared | Exception:
         """Return the next item as it was sent; the wait is cut up, so that deaths are seen."""
-        until = time.monotonic() + self._crew.timeout
         while True:
             try:
                 return next(self._made)
@@ -139,13 +144,21 @@ class Workers(Iterator):
                     raise LoaderError(reason) from error  # torch would pass over a dead process's items: never ask it again
                 if not late:
                     raise
-                if time.monotonic() > until:
-                    raise LoaderError(self._crew.stall_sentence()) from error
+
+    def _watch(self) -> None:
+        """End the processes when the main thread has waited for too long, whatever it hangs in: a stopped process's answer, too."""
+        while not self._closed.wait(POLL / 4):
+            if self._waits and seconds_waited() > self._crew.timeout:
+                self._stalled = True
+                for process in self.processes:
+                    process.kill()
 
     def _fault(self, settle: float) -> str | None:
         """Return what is wrong with the processes, or with this one; None where nothing is seen within `settle` seconds."""
         until, pinning = time.monotonic() + settle, getattr(self._made, "_pin_memory_thread", None)
         while True:
+            if self._stalled:
+                return self._crew.stall_sentence()
             if dead := [process for process in self.processes if not process.is_alive()]:
                 return self._crew.death_sentence(dead[0])
             if (settle or pinning) and (told := self._without_descriptors()):
@@ -167,6 +180,7 @@ class Workers(Iterator):
     def close(self) -> None:
         """End the processes at once, in the middle of whatever they do."""
         atexit.unregister(self.close)
+        self._closed.set()
         made, self._made = self._made, None
         if self.processes and made is not None:
             _kill(self.processes)
