@@ -62,7 +62,9 @@ def sentence_of(error: Exception, command: str) -> str:
     """Return the sentence for an error of `is_users_to_mend` that ends `command`."""
     if is_out_of_memory(error):
         return out_of_memory_sentence(error, command)
-    return out_of_files_sentence() if is_out_of_files(error) else str(error)
+    if not is_out_of_files(error):
+        return str(error)
+    return out_of_files_sentence() + (", or lower data.num_workers" if command == "train" else ", or take fewer processes")
 
 
 def out_of_memory_sentence(error: Exception, command: str) -> str:

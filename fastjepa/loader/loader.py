@@ -15,6 +15,9 @@ from fastjepa.errors import ConfigError, UserError
 from fastjepa.loader.batch import Batch
 from fastjepa.loader.micro_batches import EncodedBatches, MicroBatches
 from fastjepa.loader.workers import Crew, Workers
+from fastjepa.masks.draw import draw_masks
+from fastjepa.masks.pack import pack
+from fastjepa.masks.packings import packing_of
 from fastjepa.ranks.world import World
 
 
@@ -124,6 +127,15 @@ def crew_of(config: Config, device: torch.device) -> Crew:
         timeout=config.runtime.timeout,
         remedy=f"lower data.num_workers ({data.num_workers}) or data.prefetch ({data.prefetch})",
     )
+
+
+def batch_bytes(config: Config) -> int:
+    """Return the bytes of a micro-batch with decoded images, by the masks of the first step."""
+    size, total = config.micro_batch, config.data.batch_size
+    drawn = draw_masks(config.mask, config.grid, config.runtime.seed, 0, range(size), total)
+    packed = pack(*drawn, images=total, packing=packing_of(config.meta.predictor, config.loss.target))
+    images = torch.empty(size, config.data.channels, *config.image_size, dtype=torch.uint8, device="meta")
+    return sum(tensor.nbytes for tensor in Batch(images, *packed, bad=()).tensors())
 
 
 def _dali_settings(config: Config, device: torch.device) -> DaliSettings:

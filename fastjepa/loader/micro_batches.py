@@ -20,6 +20,7 @@ from fastjepa.data.decode_dali import Encoded, View, as_pnm, dali_reads
 from fastjepa.data.decode_pillow import DecodeError, decode_image, read_header
 from fastjepa.data.remote_shards import RemoteShards
 from fastjepa.data.sources import Source
+from fastjepa.errors import is_out_of_files
 from fastjepa.loader.batch import Batch
 from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.pack import pack
@@ -124,6 +125,8 @@ class MicroBatches(Dataset):
             try:
                 return make(self.source.read(candidate), crop_of), dict(unreadable.values())
             except (DecodeError, OSError) as error:
+                if is_out_of_files(error):
+                    raise  # no fault of the file
                 reason = getattr(error, "strerror", None) or str(error)
                 unreadable[candidate] = self.source.name(candidate), reason
             if len(unreadable) > self.max_bad:

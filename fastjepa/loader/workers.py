@@ -146,7 +146,7 @@ class Workers(Iterator):
                     raise
 
     def _watch(self) -> None:
-        """End the processes when the main thread has waited for too long, whatever it hangs in: a stopped process's answer, too."""
+        """End the processes when the main thread has waited for too long, be it for the answer of a stopped one."""
         while not self._closed.wait(POLL / 4):
             if self._waits and seconds_waited() > self._crew.timeout:
                 self._stalled = True

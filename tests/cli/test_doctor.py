@@ -10,6 +10,7 @@ import torch
 from fastjepa.cli import survey
 from fastjepa.cli.main import main
 from fastjepa.cli.survey import DEEPSPEED_OPS, OPTIONAL_PACKAGES, deepspeed_op_rows, driver_row, precision_row, survey_machine
+from fastjepa.config.load import config_from_dict
 from fastjepa.engine.precision import settle_dtype
 from tests.support.places import ROOT
 
@@ -18,11 +19,11 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict[str, tuple[str, str]]]:
-    return {topic: {what: (state, why) for what, state, why in rows} for topic, rows in survey_machine().items()}
+    return {topic: {what: (state, why) for what, state, why in rows} for topic, rows in survey_machine(config_from_dict({})).items()}
 
 
 def test_it_covers_the_machine(found):
-    assert found.keys() == {"versions", "decoder", "precision", "attention", "kernels", "DeepSpeed ops", "packages"}
+    assert found.keys() == {"versions", "decoder", "shared memory", "precision", "attention", "kernels", "DeepSpeed ops", "packages"}
     assert {"fastjepa", "fastjepa-kernels", "torch", "triton", "GPU", "driver"} == found["versions"].keys()
     assert found["versions"]["torch"][0] == torch.__version__
 
