@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fastjepa.cli.options import CONFIG_HELP, add_command
 from fastjepa.config.load import config_from_dict, load_config
+from fastjepa.errors import UserError
 
 DOCTOR_EXAMPLES = """examples:
   fastjepa doctor
@@ -29,6 +30,8 @@ def run_doctor(args: argparse.Namespace) -> None:
 
     from fastjepa.cli.survey import survey_machine
 
+    if args.overrides and not args.config:
+        raise UserError(f"{args.overrides[0]}: of which config? give it with --config")
     config = load_config(args.config, args.overrides) if args.config else config_from_dict({})
     found = survey_machine(config)
     if args.json:

@@ -19,11 +19,22 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict[str, tuple[str, str]]]:
-    return {topic: {what: (state, why) for what, state, why in rows} for topic, rows in survey_machine(config_from_dict({})).items()}
+    return {
+        topic: {what: (state, why) for what, state, why in rows} for topic, rows in survey_machine(config_from_dict({})).items()
+    }
 
 
 def test_it_covers_the_machine(found):
-    assert found.keys() == {"versions", "decoder", "shared memory", "precision", "attention", "kernels", "DeepSpeed ops", "packages"}
+    assert found.keys() == {
+        "versions",
+        "decoder",
+        "shared memory",
+        "precision",
+        "attention",
+        "kernels",
+        "DeepSpeed ops",
+        "packages",
+    }
     assert {"fastjepa", "fastjepa-kernels", "torch", "triton", "GPU", "driver"} == found["versions"].keys()
     assert found["versions"]["torch"][0] == torch.__version__
 
