@@ -125,6 +125,7 @@ def crew_of(config: Config, device: torch.device) -> Crew:
         ahead=data.prefetch,
         pinned=data.pin_mem and device.type == "cuda",
         timeout=config.runtime.timeout,
+        key="runtime.timeout",
         remedy=f"lower data.num_workers ({data.num_workers}) or data.prefetch ({data.prefetch})",
     )
 

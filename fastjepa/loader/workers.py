@@ -51,6 +51,7 @@ class Crew:
     ahead: int = 2  # items that each makes before they are asked for
     pinned: bool = False
     timeout: float = 600.0  # seconds without an item that end the wait
+    key: str = ""  # of the config, which gives `timeout`
     remedy: str = "close other programs"  # how to need less
 
     def most_items(self) -> int:
@@ -87,8 +88,9 @@ class Crew:
     def stall_sentence(self) -> str:
         """Return the sentence for processes that live and deliver nothing."""
         free, total = (size // MIB for size in free_and_total() or (0, 0))
+        limit = f"{self.timeout:g} s ({self.key})" if self.key else f"{self.timeout:g} s"
         return (
-            f"the loader has delivered nothing for {self.timeout:g} s (runtime.timeout): look at the storage of the data, at "
+            f"the loader has delivered nothing for {limit}: look at the storage of the data, at "
             f"/dev/shm ({free} of {total} MiB free; docker run --shm-size), or {self.remedy}"
         )
 
@@ -149,7 +151,7 @@ class Workers(Iterator):
         """End the processes when the main thread has waited for too long, be it for the answer of a stopped one."""
         while not self._closed.wait(POLL / 4):
             if self._waits and seconds_waited() > self._crew.timeout:
-                self._stalled = True
+                self._stalled = all(process.is_alive() for process in self.processes)
                 for process in self.processes:
                     process.kill()
 

@@ -115,7 +115,11 @@ def test_a_process_that_ends_by_itself_is_named():
 
 @pytest.mark.parametrize("how", ["stopped", "hanging"])
 def test_processes_that_deliver_nothing_are_given_up(how: str):
-    workers = Workers(Numbers((lambda: time.sleep(60)) if how == "hanging" else (lambda: None)), range(100), Crew(2, timeout=1))
+    workers = Workers(
+        Numbers((lambda: time.sleep(60)) if how == "hanging" else (lambda: None)),
+        range(100),
+        Crew(2, timeout=1, key="runtime.timeout"),
+    )
     assert int(next(workers)[0][0]) == 0
     if how == "stopped":
         for process in workers.processes:
