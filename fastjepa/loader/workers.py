@@ -154,6 +154,7 @@ class Workers(Iterator):
                 self._stalled = all(process.is_alive() for process in self.processes)
                 for process in self.processes:
                     process.kill()
+                return
 
     def _fault(self, settle: float) -> str | None:
         """Return what is wrong with the processes, or with this one; None where nothing is seen within `settle` seconds."""
