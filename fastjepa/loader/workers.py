@@ -3,6 +3,7 @@
 import atexit
 import multiprocessing
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -114,6 +115,9 @@ class Workers(Iterator):
             cannot = LoaderError(f"{crew.processes} loader processes cannot be started ({error.strerror}); {crew.remedy}")
             raise (cannot if told is error else told) from error
         self.processes: list[BaseProcess] = getattr(self._made, "_workers", [])
+        self._pinning, self._pinning_failed = getattr(self._made, "_pin_memory_thread", None), ""
+        if self._pinning:
+            self._pinning._invoke_excepthook = self._note_failure  # else its traceback stands above the sentence
         if self.processes:
             # Knowing them, torch raises when a process dies, in the middle of anything: a checkpoint too.
             signal_handling._remove_worker_pids(id(self._made))
@@ -158,19 +162,23 @@ class Workers(Iterator):
 
     def _fault(self, settle: float) -> str | None:
         """Return what is wrong with the processes, or with this one; None where nothing is seen within `settle` seconds."""
-        until, pinning = time.monotonic() + settle, getattr(self._made, "_pin_memory_thread", None)
+        until = time.monotonic() + (SETTLE if self._pinning_failed else settle)
         while True:
             if self._stalled:
                 return self._crew.stall_sentence()
             if dead := [process for process in self.processes if not process.is_alive()]:
                 return self._crew.death_sentence(dead[0])
-            if (settle or pinning) and (told := self._without_descriptors()):
+            if (settle or self._pinning) and (told := self._without_descriptors()):
                 return told
-            if pinning and not pinning.is_alive():
-                return f"the thread that pins the loader's memory has ended; set data.pin_mem=false, or {self._crew.remedy}"
             if time.monotonic() >= until:
-                return None
+                failed = self._pinning_failed
+                return f"the loader's memory cannot be pinned ({failed}); set data.pin_mem=false" if failed else None
             time.sleep(POLL / 10)
+
+    def _note_failure(self, thread: threading.Thread) -> None:
+        """Note what has ended the thread that pins memory: where a process has died or descriptors ran out, it comes first."""
+        error = sys.exc_info()[1]
+        self._pinning_failed = f"{type(error).__name__}: {error}"
 
     def _without_descriptors(self) -> str | None:
         """Return the sentence for a process that may open no more files; torch's receiving end raises many things then."""
@@ -187,7 +195,8 @@ class Workers(Iterator):
         made, self._made = self._made, None
         if self.processes and made is not None:
             _kill(self.processes)
-            _let_go(made)
+            if not made._shutdown:  # by torch itself, after the last item
+                _let_go(made)
 
 
 def _torch_loader(dataset: Dataset, items: Sequence[int], crew: Crew) -> DataLoader:

@@ -130,6 +130,27 @@ def test_processes_that_deliver_nothing_are_given_up(how: str):
     assert time.monotonic() - began < 20
 
 
+@pytest.fixture
+def pinning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is pinned without a GPU: torch's thread for it runs, and copies."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_thread_that_pins_ends_with_the_processes(pinning, capfd, number: signal.Signals):
+    assert read_all(Workers(Numbers(), range(9), Crew(2, pinned=True))) == list(range(9))
+    workers = Workers(Numbers(), range(200), Crew(1, pinned=True, timeout=3))
+    thread = workers._pinning
+    next(workers)
+    os.kill(workers.processes[0].pid, number)
+    with pytest.raises(LoaderError, match="was killed by SIGKILL|has delivered nothing for 3 s"):
+        read_all(workers)
+    assert not thread.is_alive() and "Traceback" not in capfd.readouterr().err
+
+
 def test_a_mistake_in_a_process_arrives_as_its_sentence():
     def mistake() -> None:
         raise UserError("data.source: is empty")
