@@ -71,7 +71,7 @@ def spare_descriptors(count: int) -> Iterator[None]:
     """Hold so many descriptors more; OSError where this process may not open them."""
     with ExitStack() as spare:
         for _ in range(count):
-            spare.callback(os.close, os.dup(0))
+            spare.callback(os.close, os.open(os.devnull, os.O_RDONLY))
         yield
 
 
