@@ -2,17 +2,24 @@
 
 import argparse
 import json
+from pathlib import Path
 
-from fastjepa.cli.options import add_command
+from fastjepa.cli.options import CONFIG_HELP, add_command
+from fastjepa.config.load import config_from_dict, load_config
+from fastjepa.errors import UserError
 
-DOCTOR_EXAMPLES = """example:
-  fastjepa doctor"""
+DOCTOR_EXAMPLES = """examples:
+  fastjepa doctor
+  fastjepa doctor --config configs/vit_huge14.yaml data.num_workers=16"""
 
 
 def register(commands) -> None:
     """Add `doctor` to the list of commands."""
     about = "what would run on this machine, and what is missing"
-    add_command(commands, "doctor", run_doctor, about, DOCTOR_EXAMPLES).add_argument("--json", action="store_true")
+    sub = add_command(commands, "doctor", run_doctor, about, DOCTOR_EXAMPLES)
+    sub.add_argument("--config", type=Path, help=f"of a run that shall fit into shared memory: {CONFIG_HELP}")
+    sub.add_argument("--json", action="store_true")
+    sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings in place of the file's")
 
 
 def run_doctor(args: argparse.Namespace) -> None:
@@ -23,7 +30,10 @@ def run_doctor(args: argparse.Namespace) -> None:
 
     from fastjepa.cli.survey import survey_machine
 
-    found = survey_machine()
+    if args.overrides and not args.config:
+        raise UserError(f"{args.overrides[0]}: of which config? give it with --config")
+    config = load_config(args.config, args.overrides) if args.config else config_from_dict({})
+    found = survey_machine(config)
     if args.json:
         print(json.dumps(found))
         return

@@ -263,7 +263,9 @@ class RuntimeConfig:
     checkpoint_activations: bool = config_key(False, "recompute activations in the backward pass")
     max_skipped: int = config_key(20, "non-finite steps in a row before the run stops", is_positive)
     timeout: float = config_key(
-        600.0, "seconds that ranks wait for one that does not go on; more than a checkpoint takes", is_positive
+        600.0,
+        "seconds that a run waits for data, and ranks for one that stands still; more than a checkpoint takes",
+        is_positive,
     )
     deterministic: bool = config_key(
         False, "CUDA algorithms that sum in a fixed order, so that a run continues bit for bit on a GPU too"

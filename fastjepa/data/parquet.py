@@ -168,7 +168,7 @@ def nested_tables(root: Path, splits: Sequence[str]) -> list[Path]:
     [] where none or an image or a tar lies there. The nearest folder of a split's name says the split, else the file's name.
     UserError where the folders of splits lie in several folders, each a data set; SplitError where there is none of `splits`.
     """
-    found = _tables_below(root)
+    found = tables_below(root)
     split_of = {path: match for path in found if (match := _nearest_split(path, root))}
     sets = {match.folder for match in split_of.values()}
     if len(sets) > 1:
@@ -194,7 +194,7 @@ def _nearest_split(path: Path, root: Path) -> _NamedSplit | None:
     return None
 
 
-def _tables_below(root: Path) -> list[Path]:
+def tables_below(root: Path) -> list[Path]:
     """Return all Parquet files below a folder in the order of their names; [] as soon as an image or a tar is met."""
     found = []
     for folder, folders, files in os.walk(root):

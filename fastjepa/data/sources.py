@@ -28,7 +28,7 @@ from fastjepa.data.contents import (
 from fastjepa.data.endings import PACKED_ENDINGS, UNPACK, files_with
 from fastjepa.data.idx_files import IdxPair, holds_idx
 from fastjepa.data.image_folder import ImageFolder
-from fastjepa.data.parquet import ParquetImages, nested_tables
+from fastjepa.data.parquet import ParquetImages, nested_tables, tables_below
 from fastjepa.data.patterns import BRACES, files_named
 from fastjepa.data.prepare.catalog import DATASETS, closest_dataset, find_dataset
 from fastjepa.data.remote_files import is_remote
@@ -121,7 +121,7 @@ def _open_directory(root: Path, splits: Sequence[str], classes: tuple[str, ...] 
     named = splits if folder == root else None  # of the folder of a split, all that lies in it is that split
     if named is None:
         tell_beside(root)
-        if tables := image_tables(files_with(".parquet", folder)):
+        if tables := image_tables(files_with(".parquet", folder) or tables_below(folder)):
             kinds.append(kind_of(ParquetImages(tables, folder), tables))
     # A directory of shards that are still being written has a plan, and perhaps no shard yet: `open_shards` says so.
     tars = tars_in(folder) or [folder / SHARDS_PLAN] * (folder / SHARDS_PLAN).exists()

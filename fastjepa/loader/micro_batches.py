@@ -21,6 +21,7 @@ from fastjepa.data.decode_pillow import DecodeError, decode_file, read_header
 from fastjepa.data.dropped import may_be_transparent
 from fastjepa.data.remote_shards import RemoteShards
 from fastjepa.data.sources import Source
+from fastjepa.errors import is_out_of_files
 from fastjepa.loader.batch import Batch
 from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.layouts import Masking
@@ -156,6 +157,8 @@ class MicroBatches(Dataset):
             try:
                 return make(self.source.read(candidate), crop_of), dict(unreadable.values())
             except (DecodeError, OSError) as error:
+                if is_out_of_files(error):
+                    raise  # no fault of the file
                 reason = getattr(error, "strerror", None) or str(error)
                 unreadable[candidate] = self.source.name(candidate), reason
             if len(unreadable) > self.max_bad:

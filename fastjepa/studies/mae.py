@@ -7,6 +7,7 @@ Optimizer, learning rate, weight decay, crops and order of images are those that
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ from fastjepa.plan.plan import workload_of
 from fastjepa.ranks.world import join_world
 from fastjepa.rng import MASK_STREAM, torch_seed
 from fastjepa.run.build import apply_process_settings, build_networks, describe_run
-from fastjepa.run.resume import start_directory
+from fastjepa.run.resume import last_good_checkpoint, start_directory
 from fastjepa.run.stop import Stop
 
 MASKED_SHARE = 0.75  # of the patches
@@ -92,7 +93,7 @@ def train_mae(file: Path, folder: Path, steps: int) -> None:
     with (
         Loader(cfg, source, world, state.step, max(steps, state.step)) as loader,
         Log(folder, steps, cfg.logging.every, Peak(mae_flops_per_image(cfg), 0.0), state.step) as log,
-        Stop() as stop,
+        Stop(cfg.runtime.timeout, partial(last_good_checkpoint, folder, "jepa")) as stop,
     ):
         while state.step < steps and not stop.received:
             apply_schedule(state.optimizer, schedule(state.step))

@@ -328,11 +328,11 @@ def test_workers_outlive_an_interrupt_and_die_with_the_loader(folder: Path):
     with Loader(settings(folder, num_workers=2), open_source(folder), World(0, 0, 1, CPU), 0) as loader:
         iterator = loader._workers  # held, as a traceback would: its end must not wait for the garbage collector
         list(loader.micro_batches(0))
-        for worker in iterator._workers:
+        for worker in iterator.processes:
             os.kill(worker.pid, signal.SIGINT)
             os.kill(worker.pid, signal.SIGTERM)
         assert all(len(list(loader.micro_batches(step))) == 1 for step in range(1, 12))
-    for worker in iterator._workers:
+    for worker in iterator.processes:
         worker.join(timeout=10)
         assert not worker.is_alive()
 

@@ -18,7 +18,7 @@ from fastjepa.data.prepare.processes import counting_bar, map_in_processes
 from fastjepa.data.sources import Source, open_source
 from fastjepa.data.splits import acceptable_splits, split_folder
 from fastjepa.data.tar_shards import SHARDS_MANIFEST, index_of, read_manifest, tars_in
-from fastjepa.errors import UserError
+from fastjepa.errors import UserError, is_out_of_files
 from fastjepa.files import write_atomic
 
 IMAGES_A_TASK = 64  # images that a process is given at a time
@@ -141,6 +141,8 @@ def judge_image(source: Source, i: int, limit: float) -> BadImage | GoodImage:
     try:
         raw = source.read(i)
     except OSError as error:
+        if is_out_of_files(error):
+            raise  # no fault of the file
         reason = "vanished" if isinstance(error, FileNotFoundError) else "unreadable"
         return BadImage(source.name(i), reason, error.strerror or str(error))
     if isinstance(raw, np.ndarray):
@@ -195,6 +197,8 @@ def _check_shard(folder: Path, entry: dict) -> BadImage | None:
     except FileNotFoundError:
         return BadImage(str(path), "vanished", f"listed in {SHARDS_MANIFEST}")
     except OSError as error:
+        if is_out_of_files(error):
+            raise
         return BadImage(str(path), "unreadable", error.strerror or str(error))
     stated = entry["bytes"], entry["sha256"], entry["images"]
     for name, is_, said in zip(("bytes", "SHA-256", "images"), (size, digest, images), stated, strict=True):
