@@ -12,8 +12,8 @@ def load_encoder(path, which=None, positions=None, grid=None):
         which: "target" (what the paper evaluates) or "context"; default: target where there is a choice, else the one
             there is. The encoder's `which` says it; its other attributes are image_size, patch_size, channels, mean_std
             and origin.
-        positions: those that patches of images of another size have: "scaled" (the default, with a warning), "interpolated"
-            or "computed"; docs/evaluation.md compares them.
+        positions: those that patches of images of another size have: "computed" (the default, with a warning), "interpolated"
+            or "scaled"; docs/evaluation.md compares them.
         grid: (rows, columns) of patches, for a file that does not say them.
     """
     from fastjepa.weights import read

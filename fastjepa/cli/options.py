@@ -4,7 +4,7 @@ import argparse
 import re
 from collections.abc import Callable
 
-POSITION_WAYS = ("scaled", "interpolated", "computed")  # the default first; as in model/positions.py, which imports torch
+POSITION_WAYS = ("computed", "interpolated", "scaled")  # the default first; as in model/positions.py, which imports torch
 
 
 def add_command(commands, name: str, run, about: str, examples: str) -> argparse.ArgumentParser:
@@ -67,7 +67,7 @@ def patch_grid(text: str) -> tuple[int, int]:
 
 def positions_option(sub: argparse.ArgumentParser, where: str) -> None:
     """Add --positions; `where` begins its help with when it counts."""
-    ways = "scaled, computed: sine-cosine at the trained grid's coordinates or its own; interpolated: the trained ones resized"
+    ways = "computed, scaled: sine-cosine at the grid's own or the trained coordinates; interpolated: the trained ones resized"
     sub.add_argument("--positions", choices=POSITION_WAYS, help=f"{where}{ways} (default {POSITION_WAYS[0]})")
 
 

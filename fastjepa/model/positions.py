@@ -14,7 +14,7 @@ from fastjepa.errors import ConfigError
 
 Positions = Literal["computed", "interpolated", "scaled"]
 POSITIONS: tuple[Positions, ...] = get_args(Positions)
-DEFAULT_POSITIONS: Positions = "scaled"
+DEFAULT_POSITIONS: Positions = "computed"  # docs/evaluation.md has the measurement
 
 
 def sincos_positions(dim: int, grid: tuple[int, int], trained: tuple[int, int] | None = None) -> Tensor:

@@ -177,7 +177,7 @@ class PretrainedEncoder(Encoder):
                 remedy = 'resize the images to that, or load with positions="interpolated" (--positions interpolated)'
                 raise UserError(f"{self.origin}: positions were learned for {height}x{width} pixels; {remedy}")
             if not self.chose_positions and not torch.compiler.is_compiling():
-                told = f"positions of {shown_grid(grid)} patches are {self.other_positions} from {shown_grid(self.grid)}"
+                told = f"positions of {shown_grid(grid)} patches are {self.other_positions}, trained on {shown_grid(self.grid)}"
                 warnings.warn(f"{self.origin}: {told}; load_encoder(..., positions=...) chooses and is quiet", stacklevel=2)
         return super().positions(grid)
 

@@ -38,7 +38,7 @@ def load_encoder(
     Args:
         which: target or context; default: the target encoder where there is a choice, else the one there is.
         positions: those of images of another size: computed, interpolated (bicubically, as transformers does for a folder of
-            its own, else as timm does) or scaled; default: scaled, and a warning says it.
+            its own, else as timm does) or scaled; default: computed, and a warning says it.
         grid: (rows, columns) of patches, where a file does not say them.
 
     Returns:

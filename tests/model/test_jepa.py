@@ -70,7 +70,6 @@ def test_patches_outside_the_context_are_never_seen():
 @pytest.mark.parametrize("size", [(32, 48), (16, 16), (64, 32)])
 def test_other_resolutions_get_their_own_positions(size):
     encoder = build_pair(small())[0].encoder
-    encoder.other_positions = "computed"
     images = torch.randn(2, 3, *size)
     native = build_pair(small(data={"crop_size": list(size)}))[0].encoder
     native.load_state_dict(encoder.state_dict() | {"pos_embed": native.pos_embed})

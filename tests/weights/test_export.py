@@ -75,7 +75,7 @@ def test_each_kind_of_positions_is_that_of_the_trainer(run, positions, antialias
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("positions", ["computed", "interpolated"])
+@pytest.mark.parametrize("positions", ["scaled", "interpolated"])
 @pytest.mark.parametrize("to", ["pt2", "onnx"])
 def test_a_program_of_any_size_has_the_positions_that_were_asked_for(run, tmp_path, to, positions):
     convert(run, tmp_path / f"encoder.{to}", "--to", to, "--dynamic", "--positions", positions)

@@ -271,7 +271,7 @@ def test_the_trained_size_is_the_same_whatever_is_asked_for(run):
 
 def test_another_size_is_told_unless_its_positions_were_chosen(run):
     images = torch.zeros(1, 3, 64, 96)
-    with pytest.warns(UserWarning, match=f"positions of 8x12 patches are {DEFAULT_POSITIONS} from 4x6; load_encoder"):
+    with pytest.warns(UserWarning, match=f"positions of 8x12 patches are {DEFAULT_POSITIONS}, trained on 4x6; load_encoder"):
         found = load_encoder(run).forward_features(images)
     with warnings.catch_warnings(action="error"):
         load_encoder(run).forward_features(images[:, :, :32, :48])
