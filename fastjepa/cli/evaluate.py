@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from fastjepa.cli.options import add_command, positive_int
+from fastjepa.cli.options import add_command, positions_option, positive_int
 
 EVAL_EXAMPLES = {
     "eval": """examples:
@@ -84,6 +84,7 @@ def shared_options(sub: argparse.ArgumentParser, several: dict, pixels: bool, ki
         none = "; pixels: none at all" if pixels else ""
         sub.add_argument("--encoder", choices=encoders, default="target", help=f"random: untrained{none} (default target)")
         sub.add_argument("--image-size", type=positive_int, metavar="SIDE", help="of the square images (default: the run's)")
+        positions_option(sub, "with --image-size: ")
     if kind != "lowlevel":
         split = "to test on (default: test where its images have labels of training classes, else val)"
         sub.add_argument("--split", choices=("test", "val"), help=split)

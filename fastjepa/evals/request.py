@@ -6,6 +6,7 @@ from pathlib import Path
 from fastjepa.evals.features import Layers
 from fastjepa.evals.held_out import HeldOutName
 from fastjepa.evals.inputs import Inputs, Split, Subject, open_splits, open_subject
+from fastjepa.model.positions import Positions
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class EvalRequest:
     encoder: Inputs = "target"  # target, context, random (untrained), or pixels (none at all)
     layers: Layers = "last"  # or concat4: the last four blocks side by side
     image_size: int | None = None  # side of the square images; None: the run's
+    positions: Positions | None = None  # of patches, in another size than the run's; None: the default
     n_train: int | None = None  # at most this many images, drawn by `seed`, some of each class; None: all
     n_test: int | None = None
     seed: int = 0
@@ -30,4 +32,4 @@ class EvalRequest:
 
     def subject(self) -> Subject:
         """Open the run or the weights."""
-        return open_subject(self.checkpoint, self.device, self.cache, self.image_size)
+        return open_subject(self.checkpoint, self.device, self.cache, self.image_size, self.positions)
