@@ -55,9 +55,8 @@ def train(
         deepspeed_config: a JSON file of what DeepSpeed shall do beyond what the config says.
     """
     run = build_run(config, output, resume, init, deepspeed_config)
-    config, world, engine, average, state, objective = (
-        run.config, run.world, run.engine, run.average, run.state, run.objective
-    )  # fmt: skip
+    config, state = run.config, run.state
+    world, engine, average, objective = run.world, run.engine, run.average, run.objective
     schedule = Schedule(config.optimization, len(run.source) // (config.data.batch_size * world.size))
     last = min(schedule.total_steps, max_steps or schedule.total_steps)
     every = config.logging.checkpoint_every or schedule.steps_per_epoch
@@ -72,8 +71,7 @@ def train(
         Heartbeat(world, config.runtime.timeout, state.step) as heart,
     ):
         probes = plan_probes(config, run.source, last, log.peak.flops_per_image)
-        monitor = Monitor(config, run.source, average.target_encoder, probes, schedule.steps_per_epoch, log.kept)
-        log.begin(monitor, run.notes)
+        log.begin(Monitor(config, run.source, average.target_encoder, probes, schedule.steps_per_epoch, log.kept), run.notes)
         loader.bad.update(state.bad_files)
         while state.step < last and not stop.agreed():
             now, tally = schedule(state.step), StepTally()  # lr, weight decay and EMA momentum: functions of the step

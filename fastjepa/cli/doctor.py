@@ -4,8 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from fastjepa.cli.options import CONFIG_HELP, add_command
-from fastjepa.config.load import config_from_dict, load_config
+from fastjepa.cli.options import CONFIG_HELP, add_command, given_config
 from fastjepa.errors import UserError
 
 DOCTOR_EXAMPLES = """examples:
@@ -24,16 +23,18 @@ def register(commands) -> None:
 
 def run_doctor(args: argparse.Namespace) -> None:
     """Print the survey of this machine as a table, or as JSON."""
+    import torch
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from fastjepa.cli.survey import survey_machine
+    from fastjepa.loader.loader import batch_bytes, crew_of
 
     if args.overrides and not args.config:
         raise UserError(f"{args.overrides[0]}: of which config? give it with --config")
-    config = load_config(args.config, args.overrides) if args.config else config_from_dict({})
-    found = survey_machine(config)
+    config = given_config(args)
+    found = survey_machine(crew_of(config, torch.device("cpu")), batch_bytes(config))
     if args.json:
         print(json.dumps(found))
         return

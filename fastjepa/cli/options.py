@@ -4,7 +4,7 @@ import argparse
 import re
 from collections.abc import Callable
 
-from fastjepa.config.load import load_config
+from fastjepa.config.load import config_from_dict, load_config
 from fastjepa.config.schema import Config
 
 POSITION_WAYS = ("computed", "interpolated", "scaled")  # the default first; as in model/positions.py, which imports torch
@@ -23,8 +23,10 @@ def add_command(commands, name: str, run, about: str, examples: str) -> argparse
 
 
 def given_config(args: argparse.Namespace, *added: str) -> Config:
-    """Return the config that `--config` names, with the overrides of the command line and those that are `added`."""
-    return load_config(args.config, [*args.overrides, *added])
+    """Return the config that `--config` names, the default one without it, with the overrides of the command line and those
+    that are `added`.
+    """
+    return load_config(args.config, [*args.overrides, *added]) if args.config else config_from_dict({})
 
 
 def positive_int(text: str) -> int:

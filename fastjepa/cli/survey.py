@@ -10,13 +10,12 @@ import torch
 
 import fastjepa_kernels
 from fastjepa import __version__
-from fastjepa.config.schema import Config
 from fastjepa.data.decode_dali import dali_installed
 from fastjepa.engine.precision import has_bf16
 from fastjepa.engine.zero import deepspeed_ops
-from fastjepa.loader.loader import batch_bytes, choose_decoder, crew_of
+from fastjepa.loader.loader import choose_decoder
 from fastjepa.loader.shared import free_and_total
-from fastjepa.loader.workers import MIB
+from fastjepa.loader.workers import MIB, Crew
 
 OPTIONAL_PACKAGES = {  # (distributions, any of which will do): (what needs them, what installs them)
     ("nvidia-dali-cuda130", "nvidia-dali-cuda120"): ("data.loader: dali", "pip install 'fastjepa[dali]'"),
@@ -37,13 +36,17 @@ DEEPSPEED_OPS = {  # {a compiled part of DeepSpeed: whether a run needs it}
 ATTENTION_WAYS = ("flash", "varlen", "xformers", "short", "sdpa", "matmul")
 
 
-def survey_machine(config: Config) -> dict[str, list[tuple[str, str, str]]]:
-    """Return {topic: [(thing, state, reason)]}; `config` is of a run that shall fit."""
+def survey_machine(crew: Crew, item: int) -> dict[str, list[tuple[str, str, str]]]:
+    """Return {topic: [(thing, state, reason)]}.
+
+    Args:
+        crew: processes that a run asks for, whose micro-batches of `item` bytes shall fit into shared memory.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "versions": version_rows(device),
         "decoder": decoder_rows(),
-        "shared memory": [shared_memory_row(config, max(1, torch.cuda.device_count()))],
+        "shared memory": [shared_memory_row(crew, item, max(1, torch.cuda.device_count()))],
         "precision": [precision_row(device)],
         "attention": attention_rows(device),
         "kernels": kernel_rows(device),
@@ -93,12 +96,12 @@ def decoder_rows() -> list[tuple[str, str, str]]:
     return [("auto", *choose_decoder("auto", "auto")), ("dali", *dali), ("torch", "yes", "Pillow, in the loader's processes")]
 
 
-def shared_memory_row(config: Config, ranks: int) -> tuple[str, str, str]:
-    """Return whether /dev/shm holds what the loaders of so many ranks ask for."""
-    space, crew = free_and_total(), crew_of(config, torch.device("cpu"))
+def shared_memory_row(crew: Crew, item: int, ranks: int) -> tuple[str, str, str]:
+    """Return whether /dev/shm holds what the loaders of so many ranks ask for, in micro-batches of `item` bytes."""
+    space = free_and_total()
     if space is None:
         return "/dev/shm", "none", "this system has none: its size is no limit"
-    item, free, total = batch_bytes(config), space[0] / MIB, space[1] / MIB
+    free, total = space[0] / MIB, space[1] / MIB
     asked = ranks * crew.most_items() * item / MIB
     sums = (
         f"{ranks} rank{'s' if ranks > 1 else ''} x {crew.most_items()} micro-batches of {item / MIB:.1f} MiB (data.num_workers "

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from fastjepa.data.decode_dali import Encoded, View
 from fastjepa.data.sources import open_source
 from fastjepa.errors import LoaderError, UserError
-from fastjepa.loader.loader import Loader
+from fastjepa.loader.loader import Loader, batch_recipe
 from fastjepa.loader.micro_batches import MicroBatches
 from fastjepa.loader.shared import share
 from fastjepa.loader.workers import Crew, Workers, seconds_waited
@@ -59,7 +59,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_micro_batch_in_shared_memory_is_the_same_to_the_last_bit(folder: Path):
-    batch = MicroBatches(settings(folder), open_source(folder), 0, 1)[0]
+    batch = MicroBatches(batch_recipe(settings(folder)), open_source(folder), 0, 1)[0]
     sent = share(batch).opened()
     assert (sent.bad, sent.context.max_len, sent.context.length) == (batch.bad, batch.context.max_len, batch.context.length)
     for ours, theirs in zip(sent.tensors(), batch.tensors(), strict=True):

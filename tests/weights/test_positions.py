@@ -208,7 +208,8 @@ def test_a_row_for_a_class_token_is_named(tmp_path, official, tiny, positions):
 def test_a_training_that_goes_on_has_the_grid_of_its_file(tmp_path):
     path, _ = official_file(tmp_path / "jepa.pth.tar", meta={"depth": 1})
     config = {"meta": {"model_name": "vit_tiny", "depth": 1, "pred_depth": 1, "pred_emb_dim": 12}, "mask": {"patch_size": 8}}
-    wide = config_from_dict(config | {"data": {"crop_size": [16, 64]}})
+    wide = tmp_path / "wide.yaml"
+    wide.write_text(json.dumps(config | {"data": {"crop_size": [16, 64]}}))  # JSON is YAML
     with pytest.raises(CheckpointError, match=r"encoder.pos_embed is of 4x4 patches in the file and 2x8 by the config"):
         convert_weights(path, tmp_path / "run", Conversion("run", config=wide, steps_per_epoch=5))
 
