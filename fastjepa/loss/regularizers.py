@@ -27,8 +27,8 @@ def pool_sequences(features: Tensor, sequences: Packed) -> Tensor:
     return sums / lengths[:, None]
 
 
-def regularizer_term(config: LossConfig, seed: int = 0) -> RegularizerTerm | None:
-    """Return the term that the config asks for, or None.
+def regularizer_term(config: LossConfig, seed: int = 0, device: torch.device | str = "cpu") -> RegularizerTerm | None:
+    """Return the term that the config asks for on the device of the features, or None.
 
     vicreg: variance hinge plus off-diagonal covariance (Bardes et al. 2022; with I-JEPA: C-JEPA, Mo & Tong 2024), with
     the authors' constants.
@@ -37,7 +37,7 @@ def regularizer_term(config: LossConfig, seed: int = 0) -> RegularizerTerm | Non
     """
     if config.regularizer == "none":
         return None
-    return _vicreg(config) if config.regularizer == "vicreg" else _sigreg(config, seed)
+    return _vicreg(config) if config.regularizer == "vicreg" else _sigreg(config, seed, device)
 
 
 def variance_hinge(x: Tensor) -> Tensor:
@@ -60,19 +60,19 @@ def _vicreg(config: LossConfig) -> RegularizerTerm:
     return lambda pooled, step: weight * (variance_hinge(pooled) + share * covariance_penalty(pooled))
 
 
-def _sigreg(config: LossConfig, seed: int) -> RegularizerTerm:
+def _sigreg(config: LossConfig, seed: int, device: torch.device | str) -> RegularizerTerm:
     try:
         from lightly.loss.lejepa_loss import SIGReg
     except ImportError as error:
         raise UserError("loss.regularizer: sigreg needs lightly; pip install 'fastjepa[lightly]', or set vicreg") from error
 
-    sigreg = SIGReg()
+    sigreg = SIGReg().to(device)  # its constants are copied now: in a step the host would wait for that
 
     def term(pooled: Tensor, step: int) -> Tensor:
         """Return N times the statistic: a sum over the batch, as in the paper's listing."""
         with torch.random.fork_rng([pooled.device] if pooled.is_cuda else []):  # it draws from the device's generator
             torch.manual_seed(torch_seed(seed, SLICE_STREAM, step))
-            return config.regularizer_weight * sigreg.to(pooled.device)(pooled)
+            return config.regularizer_weight * sigreg(pooled)
 
     return term
 

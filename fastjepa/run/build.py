@@ -177,7 +177,7 @@ def build_objective(config: Config, engine: PlainEngine | ZeroEngine, world: Wor
         with autocast_of(COMPUTE_DTYPES[config.runtime.dtype], world.device):
             return engine.features(batch.images, batch.context, batch.blocks)
 
-    term = regularizer_term(config.loss, config.runtime.seed)
+    term = regularizer_term(config.loss, config.runtime.seed, world.device)
     pieces = config.data.batch_size // config.micro_batch
     regularizer = BatchRegularizer(term, pieces, world, context_features) if term else NoRegularizer()
     return choose_objective(config.loss, regularizer)
