@@ -1,6 +1,6 @@
 """Launches of every op on a fake card: `python -m tests.gpu_path.launches cuda:1`; Triton's launch is checked, not made.
 
-The cases and the ways to call them are those of `make gpu-check` (benchmarks/gpu_check.py), on the same default device.
+The cases and the ways to call them are those of tests/ops/test_paths.py, which `make gpu-check` runs, with a default device.
 """
 
 import inspect
@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.library import CustomOpDef
 from triton.runtime.jit import JITFunction
 
-import gpu_check
-
 from fastjepa_kernels.cases import CASES
+from tests.ops.paths import called, compiled, outcome, replayed
 from tests.support.card_cases import tell_faults
 
 MODULES = [module for name, module in sys.modules.items() if name.startswith("fastjepa_kernels.")]
@@ -24,6 +23,7 @@ OPS = {thing._qualname: thing for module in MODULES for thing in vars(module).va
 KERNELS = {
     name for module in MODULES for name, thing in vars(module).items() if isinstance(thing, JITFunction) and "_kernel" in name
 }
+WAYS = {"called": called, "replayed": replayed}
 launched: set[str] = set()
 
 
@@ -58,20 +58,17 @@ def layout_of(returned: Tensor | tuple | None) -> list[tuple]:
 
 def take_case(name: str, device: str) -> None:
     """Call one case in one way: plainly, compiled as one graph, or in a capture, which waits for nothing."""
-    op, number, way = name.split()
-    make, variants = CASES[op]
+    op, variant, way = name.split()
     with LaunchCard() as card, torch.device(device):
         JITFunction.run = lambda kernel, *args, **options: card.launch(kernel, *args, **options)
-        case = make(*variants[int(number)])
         if way == "compiled":
             with counted_graphs() as graphs:
-                gpu_check.outcome(case, gpu_check.whole_graph)
+                outcome(op, int(variant), compiled)
             assert len(graphs) == 1, graphs
         else:
-            card.waits.clear()
-            gpu_check.outcome(case, gpu_check.called if way == "called" else gpu_check.replayed)
-            allowed = ["torch.cuda.synchronize"] if way == "replayed" else []  # its own, at the end
-            assert [wait.what for wait in card.waits] == allowed, card.waits
+            outcome(op, int(variant), WAYS[way])
+            waits = [wait for wait in card.waits if wait.callers & {"called", "replayed"}]  # not while the case is made
+            assert [wait.what for wait in waits] == ["torch.cuda.synchronize"] * (way == "replayed"), waits  # at its end
 
 
 def case_names() -> list[str]:

@@ -1,6 +1,5 @@
 """Whole programs on a fake card: a run with its log, probes and checkpoints, evaluations, benchmarks."""
 
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path

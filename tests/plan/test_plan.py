@@ -27,6 +27,7 @@ from fastjepa.masks.pack import pack
 from fastjepa.masks.packings import packing_of
 from fastjepa.model.jepa import build_pair
 from fastjepa.model.vit import use_attention
+from fastjepa.plan.datasheets import DATASHEETS
 from fastjepa.plan.flops import flops_per_image
 from fastjepa.plan.memory import (
     FP32_BYTES,
@@ -38,7 +39,7 @@ from fastjepa.plan.memory import (
     network_sizes,
     state_bytes,
 )
-from fastjepa.plan.plan import CARD_PEAKS, Cards, largest_micro_batch, plan_run, plan_traffic
+from fastjepa.plan.plan import Cards, largest_micro_batch, plan_run, plan_traffic
 from fastjepa.plan.sharding import RESERVED_SHARE
 from fastjepa.plan.traffic import INFINIBAND_RATE, NVLINK_RATE, TOTAL_BATCH, bytes_sent
 from fastjepa.ranks import collectives
@@ -320,7 +321,7 @@ def test_stages_2_and_3_send_gradients_for_every_micro_batch(stage: int, times: 
 
 def test_traffic_binds_where_bytes_take_as_long_as_flops():
     c = small("bf16")
-    peak = CARD_PEAKS["a100"]["bf16"] / 2
+    peak = DATASHEETS["a100"].bf16 / 2
     for row in plan_traffic(c, Cards(name="a100", utilisation=0.5), (8, 16)):
         assert row["binding_batch"] * flops_per_image(c) / peak == pytest.approx(row["seconds"])
         assert row["total"] == sum(row[name] for name in ("gradients", "parameters", "target_copy"))

@@ -27,7 +27,7 @@ TORCHES = (
     "2.14.1",
 )  # whose internals are replaced here; with another version, run tests/gpu_path and mend what fails
 CARDS = 2
-OURS = tuple(str(ROOT / folder) for folder in ("fastjepa", "kernels", "benchmarks", "tests/gpu_path"))
+OURS = tuple(str(ROOT / folder) for folder in ("fastjepa", "kernels", "benchmarks", "tests/gpu_path", "tests/ops"))
 # The answers that autograd wants of c10 and the driver before it runs a backward over CUDA tensors: `cards` without a context.
 # With none, torch's fake mode puts a guard that does nothing in the place of CUDA's; there are some from then on.
 DRIVER = """
