@@ -207,6 +207,7 @@ class FakeCard(FakeTensorMode):
         yield Tensor, "record_stream", lambda tensor, stream: None
         yield Tensor, "is_pinned", lambda tensor, *a: is_pinned(tensor)
         yield from ((torch, name, _pinning(getattr(torch, name))) for name in ("empty", "zeros"))
+        yield torch._subclasses.fake_tensor, "init_gpu_context", lambda *a: None  # of 2.11: makes a tensor on the card
         yield torch, "Generator", HostGenerator
         yield torch._C, "_select_conv_backend", lambda *a, **k: torch._C._ConvBackend.Cudnn
         yield torch._C, "_conv_determine_backend_memory_format", lambda *a: torch.contiguous_format
