@@ -50,10 +50,6 @@ HOURS = (("vit_base", "packed,same"), ("vit_huge", "packed,compile,graph"), ("vi
 PARTS = ("ops", "steps", "hours", "data")
 
 
-class Stopped(BaseException):
-    """A signal asks the run to end: what was measured until then is told."""
-
-
 class CheckRun:
     """The steps so far, and the time that is left for those to come."""
 
@@ -88,6 +84,9 @@ class CheckRun:
                 return ""
         except subprocess.TimeoutExpired as error:
             passed, out, told = False, "", f"{(error.stdout or b'').decode(errors='replace')}\nout of time after {left:.0f} s"
+            if may_refuse:
+                self.skip(name, f"out of time after {left:.0f} s")
+                return ""
         self.steps[name] = {"passed": passed, "seconds": round(time.monotonic() - begun, 1), "output": told[-KEPT:]}
         print(told.strip().rpartition("\n")[2][:KEPT] if passed else told[-KEPT:], flush=True)
         self.save()
@@ -106,10 +105,8 @@ class CheckRun:
 
     def begin(self, part: str | None, output: Path | None) -> None:
         """Note what the report says of every row, and where it is written after every step: SIGKILL takes one alone."""
-        about, card = (
-            results.certificate(["python", "benchmarks/gpu_check.py", *sys.argv[1:]]),
-            "cpu" if self.dry else card_name(),
-        )
+        about = results.certificate(["python", "benchmarks/gpu_check.py", *sys.argv[1:]])
+        card = "cpu" if self.dry else card_name()
         words = (re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-"), about["date"][:10], *([part] if part else []))
         self.about = {"name": "-".join(words), **about, "card": card, "dry_run": self.dry}
         self.predictions = results.read_predictions() if "H200" in card else {}
@@ -216,10 +213,10 @@ def card_name() -> str:
 
 
 def stop(number: int, frame: object) -> None:
-    """Raise Stopped once; a second signal finds the tables being printed."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise Stopped(signal.Signals(number).name)
+    """Raise KeyboardInterrupt with the signal's name; a second signal finds the tables being printed."""
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt(signal.Signals(number).name)
 
 
 def parse_options() -> argparse.Namespace:
@@ -237,29 +234,19 @@ def main() -> None:
         sys.exit("gpu-check: there is no CUDA device here; --dry-run tries everything on a CPU")
     run, ended = CheckRun(asked.dry_run, 60 * asked.minutes), ""
     run.begin(asked.part, asked.output)
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, stop)
     try:
         check_and_measure(run, (asked.part,) if asked.part else PARTS)
-    except Stopped as signal_name:
-        ended = str(signal_name)
-        run.skip("the rest", f"stopped by {ended}")
-    tell(run, ended)
-
-
-def tell(run: CheckRun, ended: str) -> None:
-    """Print all tables and write the file; exit with the reason where a check failed or a signal ended the run."""
+    except KeyboardInterrupt as interrupt:
+        ended = f"stopped by {interrupt}"
+        run.skip("the rest", ended)
     run.save()
     print(result_tables(run.report()))
-    print(
-        f"== {len(run.rows)} measurements, {len(run.not_measured)} not measured{f'; {run.file}' if run.file else ''}",
-        flush=True,
-    )
-    failed = [name for name, step in run.steps.items() if not step["passed"]]
-    if failed:
-        sys.exit(f"gpu-check: failed: {', '.join(failed)}; the output of each is above")
-    if ended:
-        sys.exit(f"gpu-check: stopped by {ended}; what was measured until then is above")
+    print(f"== {len(run.rows)} measurements, {len(run.not_measured)} not measured", run.file or "", flush=True)
+    failed = ", ".join(name for name, step in run.steps.items() if not step["passed"])
+    if failed or ended:
+        sys.exit(f"gpu-check: {f'failed: {failed}' if failed else ended}; what was measured or went wrong is above")
 
 
 if __name__ == "__main__":

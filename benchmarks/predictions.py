@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gpu_check
@@ -38,15 +39,12 @@ ATTENTION = {"ours": 0.25, "torch varlen": 0.25, "flash-attn": 0.3, "padded SDPA
 WORKERS = 8
 
 
-class CardSizes(protocol.Setting):
-    """The sizes of a card's benches, with tensors that nobody writes and so take no memory; indices and lengths are real."""
-
-    def __init__(self):
-        super().__init__(torch.device("cpu"), toy=False)
-        self.scale, self.dtype = "cuda", torch.bfloat16
-
-    def randn(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype or self.dtype)
+def card_sizes() -> protocol.Setting:
+    """Return the sizes of a card's benches, with tensors that nobody writes and so take no memory; indices are real."""
+    setting = protocol.Setting(torch.device("cpu"), toy=False)
+    setting.scale, setting.dtype = "cuda", torch.bfloat16
+    setting.randn = lambda *shape, dtype=None: torch.empty(shape, dtype=dtype or setting.dtype)
+    return setting
 
 
 def step_rows() -> Iterator[dict]:
@@ -86,16 +84,10 @@ def data_rows() -> Iterator[dict]:
             yield {"part": "data", **about, "predicted": WORKERS * rate, "unit": "images/s", "arithmetic": text}
 
 
-class Collected:
-    items: list[pytest.Function] = []
-
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        self.items = session.items
-
-
 def op_rows() -> Iterator[dict]:
     """Yield a row for each bench, by the name that pytest-benchmark gives it, from the inputs of its own file."""
-    found, folder = Collected(), Path(__file__).parent / "ops"
+    found, folder = SimpleNamespace(), Path(__file__).parent / "ops"
+    found.pytest_collection_finish = lambda session: setattr(found, "items", session.items)
     files = [str(folder / f"bench_{op}.py") for op in gpu_check.BENCHES]
     pytest.main(["--collect-only", "-q", "-c", os.devnull, "--confcutdir", str(folder.parent), *files], plugins=[found])
     for item in found.items:
@@ -116,7 +108,7 @@ def op_rows() -> Iterator[dict]:
 def bench_inputs(bench_test: Any, given: tuple) -> tuple[protocol.Inputs, str]:
     """Call a bench with what it asks for, and take its inputs instead of timing them."""
     asked = []
-    bench_test(bench=lambda make, direction: asked.extend((make(CardSizes()), direction)), **dict(given))
+    bench_test(bench=lambda make, direction: asked.extend((make(card_sizes()), direction)), **dict(given))
     return tuple(asked)
 
 
@@ -125,9 +117,5 @@ def predict(options: argparse.Namespace) -> list[dict]:
     return [{"estimate": True, "card": "h200", **row} for row in rows]
 
 
-def main(argv: list[str] | None = None) -> int:
-    return run_script("predictions.py", make_parser("Predict the rows of an H200.", "").parse_args(argv), predict)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script("predictions.py", make_parser("Predict the rows of an H200.", "").parse_args(), predict))

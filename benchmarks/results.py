@@ -146,7 +146,7 @@ def read_results(folder: Path) -> list[dict]:
 
 
 def parts_of(checked: dict) -> list[dict]:
-    """Split the result or the predictions of gpu_check.py into one a part (step, data, ...) or op; the last one has the gaps."""
+    """Split the result or the predictions of gpu_check.py into one a part (step, data) or op; the last one has the gaps."""
     parts: dict[str, list[dict]] = {}
     for row in checked["rows"]:
         parts.setdefault(row.get("part") or row["op"], []).append({key: value for key, value in row.items() if key != "part"})

@@ -256,7 +256,7 @@ def _let_backward_run() -> None:
 
 
 def _init_without_nccl(backend: str, device_id: torch.device | None = None, **options: Any) -> None:
-    """Make a process group of one rank; in NCCL's place, which reduces tensors of cards alone, one that leaves them as they are."""
+    """Make a process group of one rank; in NCCL's place, which reduces tensors of cards alone, one that changes nothing."""
     from torch.testing._internal.distributed import fake_pg  # noqa: F401  # registers "fake"
 
     INIT_PROCESS_GROUP("cuda:fake" if backend == "nccl" else backend.replace("nccl", "fake"), **options)
