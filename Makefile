@@ -52,7 +52,7 @@ test-slow: $(VENV)/dev.stamp ## the slow tests: launchers, ZeRO, compiled networ
 test-long: $(VENV)/dev.stamp ## the long tests: leaks, NVMe, wheels, ViT-H, every command of the pages (each night on GitHub)
 	$(PYTEST) -m long --durations 20
 
-gpu-check: ## the kernels on a card: tests, compiled and graph paths, benches (any PYTHON with torch; under 10 minutes)
+gpu-check: ## all that needs a card: tests, steps, benches (any PYTHON with torch; ARGS='--part ops|steps|hours|data')
 	PYTHONPATH=kernels:. $(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
 bench: $(VENV)/dev.stamp ## time the ops, and save the result of this machine (ARGS='-k "not compiled"', '--toy')

@@ -65,7 +65,8 @@ def step_rows() -> Iterator[dict]:
 def rate_of(flops: float, share: float) -> dict[str, Any]:
     images = share * SHEET.gemm / flops
     about = f"{share:.1%} of {SHEET.gemm / 1e12:.0f} TFLOP/s / {flops / 1e9:.0f} GFLOP an image"
-    return {"predicted": images, "unit": "images/s", "of_datasheet": images * flops / SHEET.bf16, "arithmetic": about}
+    facts = {"gflop_per_image": flops / 1e9, "of_datasheet": images * flops / SHEET.bf16, "arithmetic": about}
+    return {"predicted": images, "unit": "images/s", **facts}
 
 
 def hours_rows() -> Iterator[dict]:

@@ -161,9 +161,12 @@ def read_predictions(file: Path = RESULTS / "predictions.json") -> dict[tuple, d
 
 
 def with_prediction(row: dict, predictions: dict[tuple, dict]) -> dict:
-    """Return a measured row with the number that was predicted for it, in its own unit, where there is one."""
+    """Return a measured row with the number that was predicted for it, at the FLOPs of the masks that it drew."""
     found = predictions.get(tuple(row.get(key) for key in IDENTITY))
-    return row | {"predicted": found["predicted"]} if found else row
+    if not found:
+        return row
+    drawn = found["gflop_per_image"] / row["gflop_per_image"] if "gflop_per_image" in found.keys() & row.keys() else 1.0
+    return row | {"predicted": found["predicted"] * drawn}
 
 
 def results_document(results: Sequence[dict]) -> str:
