@@ -35,7 +35,7 @@ CASES = {
     "graphs": [
         *(f"{TINY} runtime.cuda_graph=true mask.truncate_group=8 {keys}" for keys in (
             "", "runtime.micro_batch=4", "meta.predictor=joint", "runtime.attention=short", "loss.target=pixels",
-            "runtime.checkpoint_activations=true", "loss.regularizer=vicreg",
+            "runtime.checkpoint_activations=true",
         )),
         f"vit_base16 {SHALLOW} runtime.cuda_graph=true mask.truncate_group=8 runtime.target_fp8=true",
     ],
