@@ -40,8 +40,8 @@ CASES = {
         f"vit_base16 {SHALLOW} runtime.cuda_graph=true mask.truncate_group=8 runtime.target_fp8=true",
     ],
     "compiled": [f"{TINY} runtime.compile=true {keys}" for keys in (
-        "", "runtime.micro_batch=4", "runtime.checkpoint_activations=true", "runtime.attention=short", "meta.predictor=joint",
-        "mask.truncate=none mask.num_enc_masks=2", "loss.target=input",
+        "", "runtime.micro_batch=4 runtime.checkpoint_activations=true", "runtime.attention=short meta.predictor=joint",
+        "mask.truncate=none mask.num_enc_masks=2 loss.target=input",
     )],
 }  # fmt: skip
 

@@ -404,6 +404,13 @@ def test_options_reach_the_plan(file, capsys):
     assert found["hours"] == pytest.approx(found["flops_per_image"] * 7000 / (2 * 312e12 * 0.5) / 3600)
 
 
+@pytest.mark.parametrize(("card", "memory", "peak"), [("h200", 141e9, 989e12), ("h100", 80e9, 989e12), ("a100", 80e9, 312e12)])
+def test_a_card_brings_its_memory_and_peak(card, memory, peak, file, capsys):
+    assert main(["plan", "--config", file, "--zero", "0", "--json", "--card", card]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["card"], found["gpu_memory"], found["peak_flops"]) == (card, memory, peak)
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

@@ -20,7 +20,7 @@ def faults_of(program: str, *words: str) -> dict[str, str]:
         [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "ops"), os.environ.get("PYTHONPATH", "")]
     )
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=240
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=540
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     told = [json.loads(line.removeprefix("case: ")) for line in done.stdout.splitlines() if line.startswith("case: ")]
