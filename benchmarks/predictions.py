@@ -50,14 +50,8 @@ def card_sizes() -> protocol.Setting:
 def step_rows() -> Iterator[dict]:
     for model, keys in gpu_check.STEPS.items():
         for masks, cut in gpu_check.MASKS.items():
-            words = (
-                f"meta.model_name={model}",
-                "data.batch_size=128",
-                "mask.truncate_group=128",
-                f"mask.truncate={cut}",
-                *keys,
-            )
-            flops = flops_per_image(load_config(os.devnull, words))
+            batch = ("data.batch_size=128", "mask.truncate_group=128", f"mask.truncate={cut}")
+            flops = flops_per_image(load_config(os.devnull, (f"meta.model_name={model}", *batch, *keys)))
             above = {"to_pass": PUBLISHED[model] * SHEET.bf16 / flops} if model in PUBLISHED else {}
             yield {"part": "step", "model": model, "masks": masks, **rate_of(flops, STEP[model]), **above}
 
@@ -92,11 +86,9 @@ def op_rows() -> Iterator[dict]:
     files = [str(folder / f"bench_{op}.py") for op in gpu_check.BENCHES]
     pytest.main(["--collect-only", "-q", "-c", os.devnull, "--confcutdir", str(folder.parent), *files], plugins=[found])
     for item in found.items:
-        given = tuple(
-            (name, item.callspec.params[name]) for name in inspect.signature(item.function).parameters if name != "bench"
-        )
-        inputs, direction = bench_inputs(item.function, given)
-        op, provider, both = item.path.stem.removeprefix("bench_"), item.callspec.params["provider"], direction != "forward"
+        params, asks = item.callspec.params, inspect.signature(item.function).parameters
+        inputs, direction = bench_inputs(item.function, tuple((name, params[name]) for name in asks if name != "bench"))
+        op, provider, both = item.path.stem.removeprefix("bench_"), params["provider"], direction != "forward"
         work, share, rate = inputs.forward + both * inputs.backward, COPIED.get(provider, OTHERS), SHEET.copied
         if inputs.flops:
             work, share, rate = inputs.flops * (1 + both * protocol.ATTENTION_BACKWARD), ATTENTION[provider], SHEET.gemm

@@ -91,6 +91,17 @@ def test_a_row_of_a_card_stands_beside_its_prediction():
     assert [one.get("predicted") for one in run.rows] == [pytest.approx(770, rel=0.01), pytest.approx(385, rel=0.01), None]
 
 
+def test_every_row_that_a_card_will_fill_has_a_prediction():
+    rows = json.loads((results.RESULTS / "predictions.json").read_text())["rows"]
+    by_part = {part: [row for row in rows if row.get("part") == part] for part in ("step", "gpu_hours", "data", None)}
+    cases = {(model, masks) for model in gpu_check.STEPS for masks in gpu_check.MASKS}
+    assert {(row["model"], row["masks"]) for row in by_part["step"]} == cases
+    asked = {(model, column) for model, columns in gpu_check.HOURS for column in columns.split(",")}
+    assert {(row["model"], row["column"]) for row in by_part["gpu_hours"]} == asked and by_part["data"]
+    assert {row["op"] for row in by_part[None]} == OPS == set(gpu_check.BENCHES)
+    assert all(row["estimate"] and row["predicted"] > 0 and row["arithmetic"] for row in rows)
+
+
 @pytest.mark.parametrize(
     ("script", "passed", "reason"),
     [
