@@ -26,8 +26,11 @@ def pool_sequences(features: Tensor, sequences: Packed) -> Tensor:
     return sums / lengths[:, None]
 
 
-def regularizer_term(name: str, weight: float, covariance_weight: float, seed: int = 0) -> RegularizerTerm | None:
-    """Return the term of that name, as `loss.regularizer` has it, or None; arguments are the keys of the config.
+def regularizer_term(
+    name: str, weight: float, covariance_weight: float, seed: int = 0, device: torch.device | str = "cpu"
+) -> RegularizerTerm | None:
+    """Return the term of that name on the device of the features, as `loss.regularizer` has it, or None; the other arguments
+    are the keys of the config.
 
     vicreg: variance hinge plus off-diagonal covariance (Bardes et al. 2022; with I-JEPA: C-JEPA, Mo & Tong 2024), with
     the authors' constants.
@@ -36,7 +39,7 @@ def regularizer_term(name: str, weight: float, covariance_weight: float, seed: i
     """
     if name == "none":
         return None
-    return _vicreg(weight, covariance_weight) if name == "vicreg" else _sigreg(weight, seed)
+    return _vicreg(weight, covariance_weight) if name == "vicreg" else _sigreg(weight, seed, device)
 
 
 def variance_hinge(x: Tensor) -> Tensor:
@@ -58,19 +61,19 @@ def _vicreg(weight: float, share: float) -> RegularizerTerm:
     return lambda pooled, step: weight * (variance_hinge(pooled) + share * covariance_penalty(pooled))
 
 
-def _sigreg(weight: float, seed: int) -> RegularizerTerm:
+def _sigreg(weight: float, seed: int, device: torch.device | str) -> RegularizerTerm:
     try:
         from lightly.loss.lejepa_loss import SIGReg
     except ImportError as error:
         raise UserError("loss.regularizer: sigreg needs lightly; pip install 'fastjepa[lightly]', or set vicreg") from error
 
-    sigreg = SIGReg()
+    sigreg = SIGReg().to(device)  # its constants are copied now: in a step the host would wait for that
 
     def term(pooled: Tensor, step: int) -> Tensor:
         """Return N times the statistic: a sum over the batch, as in the paper's listing."""
         with torch.random.fork_rng([pooled.device] if pooled.is_cuda else []):  # it draws from the device's generator
             torch.manual_seed(torch_seed(seed, SLICE_STREAM, step))
-            return weight * sigreg.to(pooled.device)(pooled)
+            return weight * sigreg(pooled)
 
     return term
 

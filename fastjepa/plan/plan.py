@@ -12,14 +12,13 @@ from fastjepa.loss.jepa_loss import NORMALIZATIONS
 from fastjepa.loss.targets import TARGETS
 from fastjepa.masks.layouts import Masking
 from fastjepa.model.jepa import NetworkShape
+from fastjepa.plan.datasheets import DATASHEETS
 from fastjepa.plan.flops import flops_per_image, muon_flops
 from fastjepa.plan.memory import ZERO_STAGES, ActivationBytes, activation_bytes, network_sizes, row_counts, tensor_bytes
 from fastjepa.plan.sharding import recommend_stage, usable_bytes
 from fastjepa.plan.traffic import TRAFFIC_GPUS, traffic_rows
 from fastjepa.plan.workload import Workload
 
-# Dense peaks of NVIDIA's data sheets (SXM), FLOP/s.
-CARD_PEAKS = {"h100": {"bf16": 989e12, "fp32": 67e12}, "a100": {"bf16": 312e12, "fp32": 19.5e12}}
 IMAGENET_IMAGES = 1_281_167  # images of ImageNet-1k's training set
 
 
@@ -29,12 +28,12 @@ class Cards:
 
     count: int = 1
     memory: float = 80.0  # GB (1e9 bytes) of each
-    name: str = "h100"  # a key of CARD_PEAKS
+    name: str = "h100"  # a key of DATASHEETS
     utilisation: float = 0.4  # FLOP/s as a share of the card's dense peak in runtime.dtype
 
     def rate(self, dtype: str) -> float:
         """Return the FLOP/s of one card."""
-        return CARD_PEAKS[self.name][dtype] * self.utilisation
+        return DATASHEETS[self.name].peak(dtype) * self.utilisation
 
 
 def workload_of(config: Config) -> Workload:
@@ -75,7 +74,7 @@ def plan_run(
     return {
         "model": config.meta.model_name, "gpus": cards.count, "dtype": dtype, "micro_batch": work.micro_batch,
         "gpu_memory": cards.memory * 1e9, "usable": usable, "stages": needs,
-        "flops_per_image": per_image, "card": cards.name, "peak_flops": CARD_PEAKS[cards.name][dtype],
+        "flops_per_image": per_image, "card": cards.name, "peak_flops": DATASHEETS[cards.name].peak(dtype),
         "utilisation": cards.utilisation, "images_per_epoch": images, "epochs": config.optimization.epochs,
         "hours": hours, "gpu_hours": hours * cards.count, "recommended_stage": stage, "why": why,
         "notes": warmup_notes(config.optimization) + muon_notes(config, per_image),

@@ -218,8 +218,8 @@ def build_objective(config: Config, engine: PlainEngine | ZeroEngine, world: Wor
         with autocast_of(COMPUTE_DTYPES[config.runtime.dtype], world.device):
             return engine.features(batch.images, batch.context, batch.blocks)
 
-    loss = config.loss
-    term = regularizer_term(loss.regularizer, loss.regularizer_weight, loss.covariance_weight, config.runtime.seed)
+    loss, seed = config.loss, config.runtime.seed
+    term = regularizer_term(loss.regularizer, loss.regularizer_weight, loss.covariance_weight, seed, world.device)
     pieces = config.data.batch_size // config.micro_batch
     regularizer = BatchRegularizer(term, pieces, world, context_features) if term else NoRegularizer()
     return choose_objective(loss, regularizer)

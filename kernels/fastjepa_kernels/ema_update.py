@@ -137,7 +137,7 @@ def make_table(owners: Tensor, device: torch.device) -> Table:
             if start < stop:
                 first = torch.arange(start, stop, CHUNK, device="cpu")
                 launches.setdefault(of, []).append(torch.stack([torch.full_like(first, row), first], dim=1))
-    chunks = [torch.cat(parts).to(device) for parts in launches.values()]  # (C, 2) each
+    chunks = [upload(torch.cat(parts), device) for parts in launches.values()]  # (C, 2) each
     return Table(owners, upload(owners, device), chunks, list(launches))
 
 

@@ -28,6 +28,7 @@ from fastjepa.masks.layouts import Masking
 from fastjepa.masks.pack import pack
 from fastjepa.model.jepa import NetworkShape, build_pair
 from fastjepa.model.vit import use_attention
+from fastjepa.plan.datasheets import DATASHEETS
 from fastjepa.plan.flops import flops_per_image, muon_flops
 from fastjepa.plan.memory import (
     FP32_BYTES,
@@ -39,7 +40,7 @@ from fastjepa.plan.memory import (
     network_sizes,
     state_bytes,
 )
-from fastjepa.plan.plan import CARD_PEAKS, Cards, largest_micro_batch, plan_run, plan_traffic, workload_of
+from fastjepa.plan.plan import Cards, largest_micro_batch, plan_run, plan_traffic, workload_of
 from fastjepa.plan.sharding import RESERVED_SHARE
 from fastjepa.plan.traffic import INFINIBAND_RATE, NVLINK_RATE, TOTAL_BATCH, bytes_sent
 from fastjepa.ranks import collectives
@@ -340,7 +341,7 @@ def test_stages_2_and_3_send_gradients_for_every_micro_batch(stage: int, times: 
 
 def test_traffic_binds_where_bytes_take_as_long_as_flops():
     c = small("bf16")
-    peak = CARD_PEAKS["a100"]["bf16"] / 2
+    peak = DATASHEETS["a100"].bf16 / 2
     for row in plan_traffic(c, Cards(name="a100", utilisation=0.5), (8, 16)):
         assert row["binding_batch"] * flops_per_image(workload_of(c)) / peak == pytest.approx(row["seconds"])
         assert row["total"] == sum(row[name] for name in ("gradients", "parameters", "target_copy"))
@@ -421,6 +422,13 @@ def test_options_reach_the_plan(file, capsys):
     assert list(found["stages"]) == ["3"] and found["recommended_stage"] == 3
     assert (found["gpu_memory"], found["micro_batch"], found["peak_flops"]) == (24e9, 6, 312e12)
     assert found["hours"] == pytest.approx(found["flops_per_image"] * 7000 / (2 * 312e12 * 0.5) / 3600)
+
+
+@pytest.mark.parametrize(("card", "memory", "peak"), [("h200", 141e9, 989e12), ("h100", 80e9, 989e12), ("a100", 80e9, 312e12)])
+def test_a_card_brings_its_memory_and_peak(card, memory, peak, file, capsys):
+    assert main(["plan", "--config", file, "--zero", "0", "--json", "--card", card]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["card"], found["gpu_memory"], found["peak_flops"]) == (card, memory, peak)
 
 
 @pytest.mark.parametrize(
