@@ -41,10 +41,12 @@ def test_a_warm_up_longer_than_the_run_is_said_at_the_start(toy_config, tmp_path
 @pytest.mark.parametrize("regularizer", ["none", "vicreg", "sigreg"])
 def test_a_run_interrupted_mid_epoch_continues_bit_for_bit(toy_config, tmp_path, regularizer):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    expected = trained(toy_config, whole, f"loss.regularizer={regularizer}")
+    # Every step is probed: by default a run cut short is probed at its own end as well.
+    settings = [f"loss.regularizer={regularizer}", "logging.probe_every=1"]
+    expected = trained(toy_config, whole, *settings)
     for stop in (3, 7, 8):
-        trained(toy_config, parts, "--max-steps", stop, "data.num_workers=0", f"loss.regularizer={regularizer}")
-    entries = trained(toy_config, parts, "--resume", "must", f"loss.regularizer={regularizer}")
+        trained(toy_config, parts, "--max-steps", stop, "data.num_workers=0", *settings)
+    entries = trained(toy_config, parts, "--resume", "must", *settings)
     assert without_times(entries) == without_times(expected)
     assert same_weights(weights(whole, 10), weights(parts, 10))
 
@@ -53,13 +55,14 @@ ARMS = {
     "masked input": ["mask.strategy=rasterized", "loss.target=input", "loss.normalize=none"],
     "pixels": ["mask.strategy=block", "mask.share=batch", "loss.target=pixels"],
     "batch": ["mask.strategy=random", "loss.normalize=batch", "loss.regularizer=sigreg", "optimization.pred_lr_scale=2"],
+    "rotary": ["meta.positions=rope", "meta.qk_norm=true", "meta.pred_emb_dim=16", "runtime.checkpoint_activations=true"],
     "muon": ["optimization.optimizer=muon", "optimization.muon_lr=0.01"],
 }
 
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_the_arms_of_the_ablations_train_resume_and_keep_their_objective(toy_config, tmp_path, arm):
-    settings = [*ARMS[arm], "logging.monitor_every=2", "data.num_workers=0"]
+    settings = [*ARMS[arm], "logging.monitor_every=2", "logging.probe_every=1", "data.num_workers=0"]
     expected = trained(toy_config, tmp_path / "whole", "--max-steps", 6, *settings)
     trained(toy_config, tmp_path / "parts", "--max-steps", 3, *settings)
     entries = trained(toy_config, tmp_path / "parts", "--max-steps", 6, *settings)
@@ -247,6 +250,8 @@ def test_overrides_may_stand_anywhere(toy_config, tmp_path):
         "--config",
         toy_config,
         "logging.every=2",
+        "logging.probe_every=0",
+        "logging.monitor_every=0",
         "--max-steps",
         4,
         "optimization.epochs=1",

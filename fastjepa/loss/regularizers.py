@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from fastjepa.config.schema import LossConfig
 from fastjepa.errors import UserError
 from fastjepa.loader.batch import Batch
 from fastjepa.masks.packed import Packed
@@ -27,17 +26,20 @@ def pool_sequences(features: Tensor, sequences: Packed) -> Tensor:
     return sums / lengths[:, None]
 
 
-def regularizer_term(config: LossConfig, seed: int = 0) -> RegularizerTerm | None:
-    """Return the term that the config asks for, or None.
+def regularizer_term(
+    name: str, weight: float, covariance_weight: float, seed: int = 0, device: torch.device | str = "cpu"
+) -> RegularizerTerm | None:
+    """Return the term of that name on the device of the features, as `loss.regularizer` has it, or None; the other arguments
+    are the keys of the config.
 
     vicreg: variance hinge plus off-diagonal covariance (Bardes et al. 2022; with I-JEPA: C-JEPA, Mo & Tong 2024), with
     the authors' constants.
     sigreg: distance of 1,024 random projections to a standard Gaussian (LeJEPA, Balestriero & LeCun 2025), with lightly's
     constants; the projections are a function of (seed, step) and of the kind of device.
     """
-    if config.regularizer == "none":
+    if name == "none":
         return None
-    return _vicreg(config) if config.regularizer == "vicreg" else _sigreg(config, seed)
+    return _vicreg(weight, covariance_weight) if name == "vicreg" else _sigreg(weight, seed, device)
 
 
 def variance_hinge(x: Tensor) -> Tensor:
@@ -55,24 +57,23 @@ def covariance_penalty(x: Tensor) -> Tensor:
     return covariance.square().fill_diagonal_(0).sum() / x.shape[1]
 
 
-def _vicreg(config: LossConfig) -> RegularizerTerm:
-    weight, share = config.regularizer_weight, config.covariance_weight
+def _vicreg(weight: float, share: float) -> RegularizerTerm:
     return lambda pooled, step: weight * (variance_hinge(pooled) + share * covariance_penalty(pooled))
 
 
-def _sigreg(config: LossConfig, seed: int) -> RegularizerTerm:
+def _sigreg(weight: float, seed: int, device: torch.device | str) -> RegularizerTerm:
     try:
         from lightly.loss.lejepa_loss import SIGReg
     except ImportError as error:
         raise UserError("loss.regularizer: sigreg needs lightly; pip install 'fastjepa[lightly]', or set vicreg") from error
 
-    sigreg = SIGReg()
+    sigreg = SIGReg().to(device)  # its constants are copied now: in a step the host would wait for that
 
     def term(pooled: Tensor, step: int) -> Tensor:
         """Return N times the statistic: a sum over the batch, as in the paper's listing."""
         with torch.random.fork_rng([pooled.device] if pooled.is_cuda else []):  # it draws from the device's generator
             torch.manual_seed(torch_seed(seed, SLICE_STREAM, step))
-            return config.regularizer_weight * sigreg.to(pooled.device)(pooled)
+            return weight * sigreg(pooled)
 
     return term
 

@@ -44,9 +44,9 @@ def grid_rotation(head_dim: int, grid: tuple[int, int], device: torch.device, sh
 
 
 def rotate(x: Tensor, by: Rotation) -> Tensor:
-    """Turn the pairs of channels (j, j + d / 2) of rows x (T, H, d) by their angles, in fp32.
+    """Turn the pairs of channels (j, j + d / 2) of rows x (..., T, H, d) by their angles, in fp32.
 
     Example: (1, 0) turned by pi / 2 is (0, 1).
     """
-    first, second = x.float().chunk(2, dim=2)
-    return torch.cat((first * by.cos - second * by.sin, second * by.cos + first * by.sin), dim=2)
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * by.cos - second * by.sin, second * by.cos + first * by.sin), dim=-1)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastjepa.errors import ConfigError
 from fastjepa.masks.packed import Packed, full_sequences
+from fastjepa.model.positions import DEFAULT_POSITIONS, Positions, interpolated_positions, sincos_positions
 from fastjepa.model.rotary import Rotation, grid_rotation, rotate
 from fastjepa_kernels import attention_way, gather_tokens, gather_tokens_repeated, varlen_attention
 from fastjepa_kernels.layers import MaskedPatchEmbed
@@ -117,9 +118,14 @@ class Attention(nn.Module):
             return rows
         held = rows.view(len(rows), parts, self.num_heads, -1).unbind(1)  # parts x (M, H, d)
         norms = {3: (self.q_norm, self.k_norm), 2: (self.k_norm,), 1: (self.q_norm,)}[parts]
-        done = [x if norm is None else norm(x) for x, norm in zip(held, norms, strict=False)]
-        done = [x if rotation is None else rotate(x, rotation) for x in done]
+        done = [turned_heads(x, norm, rotation) for x, norm in zip(held, norms, strict=False)]
         return torch.stack([*(x.type_as(rows) for x in done), *held[len(done) :]], dim=1).flatten(1)
+
+
+def turned_heads(x: Tensor, norm: nn.LayerNorm | None, rotation: Rotation | None) -> Tensor:
+    """Return queries or keys (..., H, d) normalised by head and turned, each where it is asked for."""
+    x = x if norm is None else norm(x)
+    return x if rotation is None else rotate(x, rotation)
 
 
 class Mlp(nn.Module):
@@ -177,6 +183,8 @@ class Encoder(nn.Module):
         super().__init__()
         dim, depth, num_heads, mlp_ratio = shape
         self.grid, self.embed_dim, self.checkpointed, self.attention_form = grid, dim, False, form
+        self.other_positions: Positions = DEFAULT_POSITIONS  # of grids that are not the training grid
+        self.antialias = True  # of interpolated positions
         if not form.rotary:
             self.register_buffer("pos_embed", sincos_positions(dim, grid))  # (1, N, D)
         self.patch_embed = MaskedPatchEmbed(patch_size, channels, dim, mean=mean_std[0], std=mean_std[1])
@@ -222,10 +230,13 @@ class Encoder(nn.Module):
         return self(images).view(len(images), -1, self.embed_dim)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """Return the position embeddings (N, D) of a grid, computed anew where it is not the training grid."""
+        """Return the position embeddings (N, D) of a grid; where it is not the training grid, as `other_positions` says."""
         if grid == self.grid:
             return self.pos_embed[0]
-        return sincos_positions(self.embed_dim, grid)[0].to(self.pos_embed)
+        if self.other_positions == "interpolated":
+            return interpolated_positions(self.pos_embed, self.grid, grid, self.antialias)[0]
+        trained = self.grid if self.other_positions == "scaled" else None
+        return sincos_positions(self.embed_dim, grid, trained)[0].to(self.pos_embed)
 
 
 def use_attention(network: nn.Module, way: str) -> None:
@@ -256,16 +267,3 @@ def init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
-
-
-def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
-    """Return (1, N, dim) fp32: the first half of the channels encodes the column, the second the row, each sines then cosines.
-
-    Example of dim 4: patch (row 1, column 2) is sin 2, cos 2, sin 1, cos 1.
-    """
-    if dim % 4:
-        raise ConfigError(f"positions need a width divisible by 4, not {dim}")
-    rate = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
-    angles = [axis.reshape(-1, 1) * rate for axis in (columns, rows)]  # 2 x (N, dim / 4)
-    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)[None].float()

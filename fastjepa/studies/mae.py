@@ -7,6 +7,7 @@ Optimizer, learning rate, weight decay, crops and order of images are those that
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,10 +32,11 @@ from fastjepa.masks.packed import Packed
 from fastjepa.model.vit import Encoder
 from fastjepa.monitoring.log import Log, Peak
 from fastjepa.plan.flops import count_flops
+from fastjepa.plan.plan import workload_of
 from fastjepa.ranks.world import join_world
 from fastjepa.rng import MASK_STREAM, torch_seed
-from fastjepa.run.build import apply_process_settings, build_networks
-from fastjepa.run.resume import describe_run, start_directory
+from fastjepa.run.build import apply_process_settings, build_networks, describe_run
+from fastjepa.run.resume import last_good_checkpoint, start_directory
 from fastjepa.run.stop import Stop
 
 MASKED_SHARE = 0.75  # of the patches
@@ -81,7 +83,7 @@ def train_mae(file: Path, folder: Path, steps: int) -> None:
     dtype = settle_dtype(cfg.runtime.dtype, world.device)
     cfg = dataclasses.replace(cfg, runtime=dataclasses.replace(cfg.runtime, dtype=dtype))
     apply_process_settings(cfg)
-    source = open_source(cfg.data)
+    source = open_source(cfg.data.address)
     state, encoder, decoder = build_mae(cfg, world.device)
     state.record = describe_run(cfg, world, source)
     found = latest_checkpoint(folder / "checkpoints")
@@ -91,7 +93,7 @@ def train_mae(file: Path, folder: Path, steps: int) -> None:
     with (
         Loader(cfg, source, world, state.step, max(steps, state.step)) as loader,
         Log(folder, steps, cfg.logging.every, Peak(mae_flops_per_image(cfg), 0.0), state.step) as log,
-        Stop() as stop,
+        Stop(cfg.runtime.timeout, partial(last_good_checkpoint, folder, "jepa")) as stop,
     ):
         while state.step < steps and not stop.received:
             apply_schedule(state.optimizer, schedule(state.step))
@@ -160,7 +162,7 @@ def mae_flops_per_image(cfg: Config) -> float:
     rows, columns = cfg.grid
     tokens, width, dim = rows * columns, cfg.meta.pred_emb_dim, cfg.encoder_shape[0]
     kept = int(tokens * (1 - MASKED_SHARE))
-    encoder = count_flops(cfg, kept, 1, 1)
+    encoder = count_flops(workload_of(cfg), kept, 1, 1)
     # A block's four linear layers have 12 width^2 weights, 2 FLOPs each a token; attention has two N x N x width products.
     blocks = cfg.meta.pred_depth * (24 * tokens * width**2 + 4 * tokens**2 * width)
     pixels = cfg.data.channels * cfg.mask.patch_size**2

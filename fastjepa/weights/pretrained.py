@@ -1,8 +1,8 @@
 """A pretrained encoder on its own: the form it has, and the module that gives features."""
 
 import dataclasses
-import math
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,10 @@ from fastjepa.config.load import config_from_dict
 from fastjepa.config.schema import MODELS, Config, DataConfig
 from fastjepa.errors import UserError
 from fastjepa.masks.packed import Packed
-from fastjepa.model.vit import Encoder, sincos_positions
+from fastjepa.model.jepa import attention_form
+from fastjepa.model.positions import Positions
+from fastjepa.model.vit import AttentionForm, Encoder
+from fastjepa.weights.positions import grid_of_positions, possible_grids
 
 LAYER_NORM_EPS = 1e-6  # in the layer norms of this trainer, the official code and timm
 UNSTATED_WHICH = "unstated"  # `which`, where nothing says whether an encoder is the target or the context encoder
@@ -53,6 +56,8 @@ class EncoderForm:
     layer_norm_eps: float
     which: str  # target, context or UNSTATED_WHICH
     origin: str  # where the weights came from, in words
+    rotary: bool = False  # positions turn queries and keys, in place of a code that is added
+    qk_norm: bool = False  # queries and keys are normalised by head
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -77,7 +82,8 @@ class EncoderForm:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> "EncoderForm":
         """Make a form of what `to_dict` gave; UserError names the file `where` it is not whole."""
-        names = [field.name for field in dataclasses.fields(cls)]
+        fields = [field for field in dataclasses.fields(cls) if field.name in values or field.default is dataclasses.MISSING]
+        names = [field.name for field in fields]
         if missing := [name for name in names if name not in values]:
             raise UserError(f"{where}: does not say the encoder's {', '.join(missing)}; convert the weights again")
         return cls(**{name: tuple(v) if isinstance(v := values[name], list) else v for name in names})
@@ -87,57 +93,69 @@ class EncoderForm:
         """Make the form of a run's encoder."""
         dim, depth, heads, ratio = config.encoder_shape
         return cls(config.image_size, config.mask.patch_size, config.data.channels, *config.mean_std,
-                   dim, depth, heads, round(dim * ratio), LAYER_NORM_EPS, which, origin)  # fmt: skip
+                   dim, depth, heads, round(dim * ratio), LAYER_NORM_EPS, which, origin, *attention_form(config))  # fmt: skip
 
     @classmethod
-    def of_weights(cls, tensors: Mapping[str, Tensor], where: str, which: str, origin: str) -> "EncoderForm":
-        """Guess a form from shapes alone: a square image, ImageNet's mean and deviation, and the heads of a known model."""
+    def of_weights(
+        cls, tensors: Mapping[str, Tensor], where: str, which: str, origin: str, grid: tuple[int, int] | None = None
+    ) -> "EncoderForm":
+        """Infer a form from weights alone: the grid of their positions, ImageNet's mean and deviation, a known model's heads.
+
+        Args:
+            grid: (rows, columns) of patches where positions were learned, which say nothing of it.
+        """
         try:
             dim, channels, patch, _ = tensors["patch_embed.proj.weight"].shape
-            patches, hidden = tensors["pos_embed"].shape[1], tensors["blocks.0.mlp.fc1.weight"].shape[0]
+            _, hidden = tensors["pos_embed"], tensors["blocks.0.mlp.fc1.weight"].shape[0]
         except (KeyError, ValueError) as error:
-            raise UserError(f"{where}: not the weights of an I-JEPA encoder ({error} is not there)") from error
+            remedy = "one with rotary positions needs its run directory or --config"
+            raise UserError(f"{where}: not the weights of an I-JEPA encoder ({error} is not there; {remedy})") from error
         depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
         heads = {(d, n, round(d * ratio)): heads for d, n, heads, ratio in MODELS.values()}.get((dim, depth, hidden))
-        side = math.isqrt(patches)
-        if heads is None or side**2 != patches:
-            unknown = f"how its {patches} patches lie" if heads else f"the heads of width {dim}, depth {depth}"
-            remedy = "name the run directory or model folder it belongs to, or its YAML with --config"
-            raise UserError(f"{where}: does not say {unknown}; {remedy}")
-        image = (side * patch, side * patch), patch, channels, *default_mean_std(channels)
-        return cls(*image, dim, depth, heads, hidden, LAYER_NORM_EPS, which, origin)
+        if heads is None:
+            remedy = "name the run directory or model folder it belongs to, or its YAML with fastjepa convert --config"
+            raise UserError(f"{where}: does not say the heads of width {dim}, depth {depth}; {remedy}")
+        rows, columns = grid or told_grid(tensors, where)
+        image = (rows * patch, columns * patch), patch, channels, *default_mean_std(channels)
+        qk_norm = "blocks.0.attn.q_norm.weight" in tensors
+        return cls(*image, dim, depth, heads, hidden, LAYER_NORM_EPS, which, origin, qk_norm=qk_norm)
 
     def config(self) -> Config:
         """Return the config of such an encoder, all else at its default; UserError where none describes it."""
         found = self.model_name
         own = {"embed_dim": self.embed_dim, "depth": self.depth, "num_heads": self.num_heads}
+        attention = {"positions": "rope" if self.rotary else "sincos", "qk_norm": self.qk_norm}
         if found is None and self.mlp_hidden != 4 * self.embed_dim:
             raise UserError(f"{self.origin}: an MLP {self.mlp_hidden} wide on {self.embed_dim} is in no config")
         return config_from_dict(
             {
                 "data": {"crop_size": list(self.image_size), "channels": self.channels, "mean": self.mean, "std": self.std},
                 "mask": {"patch_size": self.patch_size},
-                "meta": {"model_name": found} if found else own | {"pred_emb_dim": 4 * self.num_heads},
+                "meta": ({"model_name": found} if found else own | {"pred_emb_dim": 4 * self.num_heads}) | attention,
             },
             self.origin,
         )
 
 
+Shape = EncoderForm | tuple[int, int] | None  # what a user says of weights: their form, or their (rows, columns) alone
+
+
 class PretrainedEncoder(Encoder):
     """An encoder that says what it is; `forward_features(images)` gives (b, N, D).
 
-    Images are (b, C, H, W), uint8, or floats already normalised with `mean_std`; H and W any multiple of the patch
-    where positions are the fixed sine-cosine ones, else those of `image_size`.
+    Images are (b, C, H, W), uint8, or floats already normalised with `mean_std`; H and W any multiple of the patch.
+    `other_positions` says what positions patches have in other sizes than `image_size`.
     """
 
     def __init__(self, form: EncoderForm):
         ratio = form.mlp_hidden / form.embed_dim
         shape = form.embed_dim, form.depth, form.num_heads, ratio
-        super().__init__(form.grid, form.patch_size, form.channels, form.mean_std, shape)
+        attention = AttentionForm(form.rotary, form.qk_norm)
+        super().__init__(form.grid, form.patch_size, form.channels, form.mean_std, shape, attention)
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = form.layer_norm_eps
-        self.form, self.fixed_positions = form, True
+        self.form, self.fixed_positions, self.chose_positions = form, True, False
         self.image_size, self.patch_size, self.channels = form.image_size, form.patch_size, form.channels
         self.mean_std, self.which, self.origin = form.mean_std, form.which, form.origin
 
@@ -157,11 +175,37 @@ class PretrainedEncoder(Encoder):
         return self.features(images)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """Return positions (N, D) of a grid; UserError for another than the encoder's own where they were learned."""
-        if grid != self.grid and not self.fixed_positions:
+        """Return positions (N, D) of a grid; UserError where they were learned for another, and are not interpolated.
+
+        A warning says which positions another grid has where nobody chose them.
+        """
+        if grid != self.grid:
             height, width = self.image_size
-            raise UserError(f"{self.origin}: positions were learned for {height}x{width} pixels; resize the images to that")
+            if not self.fixed_positions and self.other_positions != "interpolated":
+                remedy = 'resize the images to that, or load with positions="interpolated" (--positions interpolated)'
+                raise UserError(f"{self.origin}: positions were learned for {height}x{width} pixels; {remedy}")
+            if not self.chose_positions and not torch.compiler.is_compiling():
+                told = f"positions of {shown_grid(grid)} patches are {self.other_positions}, trained on {shown_grid(self.grid)}"
+                warnings.warn(f"{self.origin}: {told}; load_encoder(..., positions=...) chooses and is quiet", stacklevel=2)
         return super().positions(grid)
+
+
+def shown_grid(grid: tuple[int, int]) -> str:
+    """Return (rows, columns) as a sentence names them: "8x32"."""
+    return f"{grid[0]}x{grid[1]}"
+
+
+def told_grid(tensors: Mapping[str, Tensor], where: str) -> tuple[int, int]:
+    """Return the grid that sine-cosine positions are of; UserError, with the grids there may be, where they were learned."""
+    stored = tensors["pos_embed"]
+    if found := grid_of_positions(stored):
+        return found
+    if "cls_token" in tensors or grid_of_positions(stored[:, 1:]):
+        remedy = "only ViTs without one are read (in timm class_token=False)"
+        raise UserError(f"{where}: pos_embed has a row for a class token; {remedy}")
+    grids = ", ".join(map(shown_grid, possible_grids(stored.shape[1])))
+    remedy = "load_encoder(grid=(ROWS, COLUMNS)), or fastjepa convert --grid ROWSxCOLUMNS or --config YAML, says which"
+    raise UserError(f"{where}: positions were learned, and its {stored.shape[1]} patches may lie as {grids}; {remedy}")
 
 
 def encoder_skeleton(form: EncoderForm) -> PretrainedEncoder:
@@ -170,13 +214,21 @@ def encoder_skeleton(form: EncoderForm) -> PretrainedEncoder:
         return PretrainedEncoder(form)
 
 
-def encoder_of_weights(form: EncoderForm, tensors: Mapping[str, Tensor]) -> PretrainedEncoder:
-    """Return the encoder in fp32, frozen, on the CPU; `tensors` have been checked."""
+def encoder_of_weights(
+    form: EncoderForm, tensors: Mapping[str, Tensor], positions: Positions | None = None, antialias: bool = True
+) -> PretrainedEncoder:
+    """Return the encoder in fp32, frozen, on the CPU; `tensors` have been checked.
+
+    UserError for `positions` of rotary ones, which follow any size by themselves.
+    """
+    if form.rotary and positions:
+        raise UserError(f"{form.origin}: rotary positions follow any size by themselves; leave positions (--positions) out")
     encoder = encoder_skeleton(form)
     encoder.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     encoder.patch_embed.mean, encoder.patch_embed.std = (torch.tensor(values) for values in form.mean_std)
-    fixed = sincos_positions(form.embed_dim, form.grid)
-    encoder.fixed_positions = torch.allclose(encoder.pos_embed, fixed, rtol=0, atol=1e-4)
+    encoder.fixed_positions = form.rotary or grid_of_positions(tensors["pos_embed"]) == form.grid
+    encoder.antialias, encoder.chose_positions = antialias, positions is not None
+    encoder.other_positions = positions or encoder.other_positions
     return encoder.eval().requires_grad_(False)
 
 
@@ -191,3 +243,9 @@ def check_weights(form: EncoderForm, tensors: Mapping[str, Tensor], where: str) 
                               f"layer scale and fc_norm are read (in timm class_token=False, fc_norm=False)")  # fmt: skip
         if tuple(tensors[name].shape) != expected[name]:
             raise UserError(f"{where}: {name} is {tuple(tensors[name].shape)}, and {expected[name]} by its config")
+    if form.rotary:
+        return
+    if (found := grid_of_positions(tensors["pos_embed"])) not in (None, form.grid):
+        stated = f"{shown_grid(form.grid)} patches by its config or --grid"
+        raise UserError(f"{where}: pos_embed holds the positions of {shown_grid(found)} patches, and there are {stated}; "
+                        f"mend the image size there")  # fmt: skip

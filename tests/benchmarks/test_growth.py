@@ -17,9 +17,12 @@ from hypothesis import strategies as st
 from fastjepa.errors import UserError
 from fastjepa.masks.check import check_masks
 from fastjepa.masks.draw import draw_masks
+from fastjepa.masks.layouts import Masking
 from fastjepa.masks.pack import pack
+from fastjepa.model.jepa import NetworkShape
 from fastjepa.plan.flops import flops_of_packed
 from fastjepa.plan.memory import activation_bytes, network_sizes, row_counts
+from fastjepa.plan.plan import workload_of
 
 CPU = torch.device("cpu")
 VALUES = (4, 8, 16, 32)
@@ -105,33 +108,33 @@ def test_masks_can_be_drawn_at_every_default_value():
     values = {"batch": options.batch, "tokens": options.size, "width": options.width, "depth": options.depth}
     for axis, value in ((name, one) for name in values for one in values[name]):
         config = growth.along(growth.to_config(options), axis, value)[1]
-        check_masks(config.mask, config.grid, config.runtime.seed, config.data.batch_size)
+        check_masks(Masking.of(config), config.data.batch_size)
 
 
 def test_the_maths_of_a_step_are_flops_and_memory():
     config = growth.to_config(growth.parse_options(SMALL))
     point = growth.step_point(config, "batch", 4, CPU)
     _, config = growth.along(config, "batch", 4)
-    drawn = [draw_masks(config.mask, config.grid, 0, number, range(4), 4) for number in range(step.DISTINCT)]
-    each = [4 * flops_of_packed(config, *pack(*one)).total for one in drawn]
+    drawn = [draw_masks(Masking.of(config), number, range(4), 4) for number in range(step.DISTINCT)]
+    each = [4 * flops_of_packed(workload_of(config), *pack(*one)).total for one in drawn]
     assert point.work == pytest.approx(np.mean(each))
-    size = network_sizes(config)
+    size = network_sizes(NetworkShape.of(config))
     states = 4 * (4 * size.trained + size.encoder)
-    held = activation_bytes(config, row_counts(config, 4))
+    held = activation_bytes(workload_of(config), row_counts(workload_of(config), 4))
     assert point.counted == states + held.saved + held.loss
 
 
 def test_a_real_run_of_everything_but_ranks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Every part of the host is there, and a step along its batch; sizes that are exact have exact exponents."""
-    sizes = ["--batch=2,4,8", "--depth=1,2,4", "--drawn=8,16,32", "--images=50,100,200"]
+    sizes = ["--batch=2,4,8", "--depth=1,2,4", "--drawn=8,16,32"]
     monkeypatch.setattr(growth.step, "peak_of_contender", lambda config, *rest: 10**6 * config.data.batch_size)
     monkeypatch.setattr(growth.timing, "in_fresh_process", lambda function, *args: function(*args))
-    names = "batch,masks,packing,checkpoint,folder,shards,order"
+    names = "batch,masks,packing,checkpoint"
     assert growth.main([*SMALL, *sizes, f"--along={names}", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [(row["cost"], row["quantity"]) for row in rows] == [
         ("step", "ms"), ("step", "bytes"), ("drawing masks", "ms"), ("packing", "ms"), ("checkpoint", "ms"),
-        ("checkpoint", "bytes"), ("finding files", "ms"), ("reading a tar's index", "ms"), ("order of an epoch", "ms"),
+        ("checkpoint", "bytes"),
     ]  # fmt: skip
     by_name = {(row["cost"], row["quantity"]): row for row in rows}
     assert by_name["step", "bytes"]["exponent"] == pytest.approx(1)
@@ -168,16 +171,6 @@ def test_what_ended_a_rank_is_said(end: str, said: str, tmp_path: Path, monkeypa
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     with pytest.raises(UserError, match=f"stage 0 on 2 ranks failed: .*{said}"):
         sharded.start_ranks(growth.to_config(growth.parse_options(SMALL)), 0, 2)
-
-
-def test_what_start_up_reads_is_what_it_says(tmp_path: Path):
-    """Folders and tars of so many images."""
-    place = growth.Place(growth.to_config(growth.parse_options(SMALL)), CPU, tmp_path)
-    for count in (3, 1200):
-        point = growth.folder_point(place, count)
-        assert len(point.run(0)) == point.value == point.work == count
-    point = growth.shard_point(place, 40)
-    assert len(point.run(0).members) == point.value == point.work == 40
 
 
 @pytest.mark.parametrize(

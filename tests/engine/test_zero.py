@@ -18,7 +18,6 @@ from fastjepa.checkpoint.state import read_state
 from fastjepa.cli.main import main
 from fastjepa.config.load import config_from_dict
 from fastjepa.engine import zero
-from fastjepa.engine.build import build_engine
 from fastjepa.engine.deepspeed_config import BUCKET_ELEMENTS, deepspeed_settings
 from fastjepa.engine.zero import deepspeed_ops
 from fastjepa.errors import ConfigError, UserError
@@ -26,6 +25,7 @@ from fastjepa.model.jepa import build_pair
 from fastjepa.ranks.collectives import rank_count, this_rank
 from fastjepa.ranks.shard import Piece
 from fastjepa.ranks.world import World
+from fastjepa.run.build import build_engine
 from tests.support import ranks
 from tests.support.runs import TINY, lines, losses, trained
 
@@ -66,6 +66,15 @@ def test_every_stage_gives_the_run_of_one_process(toy_config, one, tmp_path, cou
     entries = sharded(toy_config, tmp_path, count, stage, *(["runtime.micro_batch=2"] if count == 2 else []))
     assert losses(entries) == pytest.approx(losses(one[1]), rel=1e-5)
     assert displacement_error(tmp_path, one[0]) < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_gradients_of_any_norm_are_stepped_as_they_are(toy_config, tmp_path, stage):
+    """The recipe clips none; those of this loss have norms above 1."""
+    keys = ["loss.kind=l2", "loss.normalize=none", "data.num_workers=0"]
+    expected = trained(toy_config, tmp_path / "one", *WHOLE, *keys)
+    assert losses(sharded(toy_config, tmp_path / "many", 2, stage, *keys)) == pytest.approx(losses(expected), rel=1e-5)
 
 
 BF16 = ["runtime.dtype=bf16", "logging.monitor_every=0", "logging.probe_every=0"]  # readings take long where bf16 is emulated
