@@ -22,6 +22,7 @@ def deepspeed_settings(
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": micro_batches,
         "zero_optimization": {"stage": stage},
+        "gradient_clipping": 0.0,  # DeepSpeed's own default is a norm of 1
         "torch_autocast": {"enabled": dtype == "bf16", "dtype": "bfloat16"},
     }
     ours["torch_autocast"]["lower_precision_safe_modules"] = []  # which would reduce gradients in bf16

@@ -68,6 +68,15 @@ def test_every_stage_gives_the_run_of_one_process(toy_config, one, tmp_path, cou
     assert displacement_error(tmp_path, one[0]) < 1e-3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_gradients_of_any_norm_are_stepped_as_they_are(toy_config, tmp_path, stage):
+    """The recipe clips none; those of this loss have norms above 1."""
+    keys = ["loss.kind=l2", "loss.normalize=none", "data.num_workers=0"]
+    expected = trained(toy_config, tmp_path / "one", *WHOLE, *keys)
+    assert losses(sharded(toy_config, tmp_path / "many", 2, stage, *keys)) == pytest.approx(losses(expected), rel=1e-5)
+
+
 BF16 = ["runtime.dtype=bf16", "logging.monitor_every=0", "logging.probe_every=0"]  # readings take long where bf16 is emulated
 
 
