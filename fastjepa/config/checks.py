@@ -92,7 +92,21 @@ def _check_objective(config: Config, require: Callable[[bool, str], None]) -> No
     require(not (config.meta.predictor == "joint" and loss.target == "input"),
             "meta.predictor: joint has one target for a patch, and loss.target input one for each of its blocks; "
             "change one of them")  # fmt: skip
+    _check_layers(config, require)
     require(loss.normalize != "batch" or config.micro_batch == config.data.batch_size,
             "runtime.micro_batch: loss.normalize batch takes its mean over a whole step; leave it out")  # fmt: skip
     require(not runtime.target_fp8 or loss.target != "pixels",
             "runtime.target_fp8: loss.target pixels has no target network to speed up; switch it off")  # fmt: skip
+
+
+def _check_layers(config: Config, require: Callable[[bool, str], None]) -> None:
+    """Refuse layers of the target network that it has not, or that nobody reads."""
+    loss, depth = config.loss, config.encoder_shape[1]
+    require(loss.layers == "each" or loss.target_layers != "last",
+            "loss.layers: mean means nothing to loss.target_layers last; leave it out, or name the layers")  # fmt: skip
+    require(config.target_depth <= depth,
+            f"loss.target_layers: {config.target_depth} is no block of an encoder of {depth}; "
+            f"name blocks from 1 to {depth}")  # fmt: skip
+    require(loss.target != "pixels" or loss.target_layers == "last",
+            "loss.target_layers: loss.target pixels has no target network whose layers could be predicted; "
+            "leave one of them out")  # fmt: skip

@@ -188,6 +188,19 @@ class LossConfig:
         "what is predicted: the target network's output on the whole image; input: its output on each target block alone; "
         "pixels: those of the patch, without a target network, whose average goes on for evaluation",
     )
+    target_layers: Literal["last"] | tuple[int, ...] = config_key(
+        "last",
+        "blocks of the target network, counted from 1, whose outputs are the targets, such as [2, 4]; last: the output of the "
+        "final norm",
+        ValueCheck(
+            lambda v: v == "last" or bool(v) and v[0] > 0 and all(map(int.__lt__, v, v[1:])), "last or rising block numbers"
+        ),
+    )
+    layers: Literal["each", "mean"] = config_key(
+        "each",
+        "of target_layers: each, all are predicted, and the loss is the mean of theirs; mean: the average of the normalised "
+        "layers, normalised again",
+    )
     normalize: Literal["layer", "none", "batch"] = config_key(
         "layer",
         "targets: each row to mean 0 and variance 1; none: as they are; batch: each feature, over all targets of a step, of "
@@ -297,6 +310,21 @@ class Config:
         """Return the width of a target: features, or the values of a patch."""
         pixels = self.data.channels * self.mask.patch_size**2
         return pixels if self.loss.target == "pixels" else self.encoder_shape[0]
+
+    @property
+    def target_layers(self) -> int:
+        """Return how many layers of the target network are targets."""
+        return 1 if self.loss.target_layers == "last" else len(self.loss.target_layers)
+
+    @property
+    def target_depth(self) -> int:
+        """Return how many blocks of the target network are run."""
+        return self.encoder_shape[1] if self.loss.target_layers == "last" else self.loss.target_layers[-1]
+
+    @property
+    def predicted_dim(self) -> int:
+        """Return the width of a prediction: that of a target, or of those of all layers."""
+        return self.target_dim * (self.target_layers if self.loss.layers == "each" else 1)
 
     @property
     def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:

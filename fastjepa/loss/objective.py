@@ -3,15 +3,15 @@
 from typing import NamedTuple
 
 from fastjepa.config.schema import LossConfig
-from fastjepa.loss.jepa_loss import NORMALIZATIONS, LayerNormalization
+from fastjepa.loss.normalizations import NORMALIZATIONS, LayerNormalization
 from fastjepa.loss.regularizers import NoRegularizer
-from fastjepa.loss.targets import TARGETS, OutputTargets
+from fastjepa.loss.targets import OutputTargets, choose_targets
 
 
 class Objective(NamedTuple):
     """The variant that a run trains."""
 
-    targets: OutputTargets  # by loss.target
+    targets: OutputTargets  # by loss.target and loss.target_layers
     normalization: LayerNormalization  # by loss.normalize
     distance: str  # loss.kind: smooth_l1 or l2
     regularizer: NoRegularizer  # by loss.regularizer
@@ -19,4 +19,4 @@ class Objective(NamedTuple):
 
 def choose_objective(loss: LossConfig, regularizer: NoRegularizer) -> Objective:
     """Return the objective that the config asks for."""
-    return Objective(TARGETS[loss.target], NORMALIZATIONS[loss.normalize], loss.kind, regularizer)
+    return Objective(choose_targets(loss), NORMALIZATIONS[loss.normalize], loss.kind, regularizer)

@@ -35,7 +35,7 @@ def build_pair(config: Config) -> tuple[Jepa, Encoder]:
         patch, channels = config.mask.patch_size, config.data.channels
         encoder = Encoder(config.grid, patch, channels, config.mean_std, config.encoder_shape)
         pred_heads = meta.pred_num_heads or heads
-        predictor = Predictor(config.grid, dim, meta.pred_emb_dim, meta.pred_depth, pred_heads, config.target_dim)
+        predictor = Predictor(config.grid, dim, meta.pred_emb_dim, meta.pred_depth, pred_heads, config.predicted_dim)
     for network in (encoder, predictor):
         network.checkpointed = config.runtime.checkpoint_activations
     return Jepa(encoder, predictor), copy.deepcopy(encoder).requires_grad_(False)

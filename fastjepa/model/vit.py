@@ -141,16 +141,24 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_weights)
 
-    def forward(self, images: Tensor, visible: Packed | None = None, wanted: Packed | None = None) -> Tensor:
-        """Return the features of patches after the final norm.
+    def forward(
+        self,
+        images: Tensor,
+        visible: Packed | None = None,
+        wanted: Packed | None = None,
+        layers: tuple[int, ...] | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Return the features of patches after the final norm, or the outputs of some blocks.
 
         Args:
             images: (b, C, H, W), uint8, or floats that are normalised; any resolution that is a multiple of the patch.
             visible: the patches that are seen, as sequences of flat rows; default: every image whole.
             wanted: the rows (of the T that are seen) to return; default: all.
+            layers: rising numbers of blocks, counted from 1, whose outputs to return in place of the final norm's; blocks
+                after the last of them are not run.
 
         Returns:
-            (T, D), or (Q, D) for the wanted rows.
+            (T, D), or (Q, D) for the wanted rows; a tuple of those of each of the layers.
         """
         p = self.patch_embed.proj.kernel_size[0]
         grid = images.shape[2] // p, images.shape[3] // p
@@ -161,9 +169,20 @@ class Encoder(nn.Module):
             x = (x.view(len(images), *positions.shape) + positions).flatten(0, 1)
         else:
             x = x + positions.index_select(0, visible.idx % len(positions))
+        if layers is not None:
+            return self._outputs(x, visible, wanted, layers)
         for block in self.blocks[:-1]:
             x = run_block(block, self.checkpointed, x, visible)
         return self.norm(run_block(self.blocks[-1], self.checkpointed, x, visible, wanted))
+
+    def _outputs(self, x: Tensor, visible: Packed, wanted: Packed | None, layers: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """Return the outputs of some blocks on the wanted rows, which are all that the last of them finishes."""
+        found, last = [], layers[-1]
+        for number, block in enumerate(self.blocks[:last], 1):
+            x = run_block(block, self.checkpointed, x, visible, wanted if number == last else None)
+            if number in layers:
+                found.append(x if number == last or wanted is None else gather_tokens(x, wanted.idx))
+        return tuple(found)
 
     def features(self, images: Tensor) -> Tensor:
         """Map whole images (b, C, H, W) to (b, N, D)."""

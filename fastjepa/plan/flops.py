@@ -133,7 +133,8 @@ def _target_flops(config: Config, tokens: np.ndarray, wanted: np.ndarray) -> tup
     """Count the target network's embedding and blocks over sequences of `tokens` patches; none where pixels are predicted."""
     if not TARGETS[config.loss.target].runs_network:
         return 0.0, 0.0
-    dim, depth, _, mlp_ratio = config.encoder_shape
+    dim, _, _, mlp_ratio = config.encoder_shape
+    depth = config.target_depth
     blocks = (depth - 1) * _block_flops(dim, mlp_ratio, tokens, tokens) + _block_flops(dim, mlp_ratio, tokens, wanted)
     return _embed_flops(config, tokens.sum()), blocks
 
@@ -143,7 +144,7 @@ def _predictor_flops(config: Config, rows: _Rows) -> float:
     dim, narrow, depth = config.encoder_shape[0], config.meta.pred_emb_dim, config.meta.pred_depth
     seen, queries, sequences = rows.context.sum(), rows.queries, rows.sequences
     ends = _linear_flops(seen, dim, narrow) + _linear_flops(
-        queries.sum(), narrow, config.target_dim
+        queries.sum(), narrow, config.predicted_dim
     )  # predictor_embed, predictor_proj
     table = 3 * _linear_flops(seen + _token_counts(config), narrow, narrow)
     first = table + _mix_flops(narrow, PREDICTOR_MLP_RATIO, sequences, queries if depth == 1 else sequences)

@@ -11,7 +11,7 @@ import numpy as np
 
 from fastjepa.config.schema import Config
 from fastjepa.engine.deepspeed_config import BUCKET_ELEMENTS
-from fastjepa.loss.jepa_loss import NORMALIZATIONS
+from fastjepa.loss.normalizations import NORMALIZATIONS, LossSize
 from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.pack import pack
 from fastjepa.masks.packed import Blocks, Packed
@@ -43,7 +43,7 @@ def network_sizes(config: Config) -> NetworkSizes:
     patch = config.data.channels * config.mask.patch_size**2 * dim
     encoder, vectors = _layers([patch], [dim], dim, depth, round(dim * mlp_ratio))
     predictor, narrow_vectors = _layers([narrow, dim * narrow], [narrow], narrow, config.meta.pred_depth, 4 * narrow)
-    out = config.target_dim
+    out = config.predicted_dim
     predictor, narrow_vectors = [*predictor, narrow * out], [*narrow_vectors, out]
     groups = tuple(map(tuple, (encoder, predictor, vectors, narrow_vectors)))
     counts = [count for group in groups for count in group]
@@ -206,8 +206,10 @@ def activation_bytes(config: Config, count: RowCounts) -> ActivationBytes:
     ends = patches + features + _norm_bytes(count.queries, narrow) + count.queries * narrow * e  # and those of predictor_proj
     layers = blocks_bytes(config, count)
     inputs = sum(kept for kept, _ in layers)
-    loss = count.target * config.target_dim * FP32_BYTES + 2 * count.queries * config.target_dim * e
-    loss += config.target_dim * NORMALIZATIONS[config.loss.normalize].extra_bytes(count.queries, count.target, e)
+    targets = count.target * config.target_layers  # rows
+    loss = targets * config.target_dim * FP32_BYTES + 2 * count.queries * config.predicted_dim * e
+    size = LossSize(count.queries, config.predicted_dim, count.target, config.target_layers, config.target_dim, e)
+    loss += NORMALIZATIONS[config.loss.normalize].extra_bytes(size)
     saved = ends + sum(inside for _, inside in layers)
     return ActivationBytes(saved, ends + inputs + max(inside - kept for kept, inside in layers), loss)
 

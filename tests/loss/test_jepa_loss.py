@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from fastjepa.config.schema import LossConfig
 from fastjepa.errors import UserError
-from fastjepa.loss.jepa_loss import NORMALIZATIONS, jepa_loss, standardised_targets
+from fastjepa.loss.jepa_loss import jepa_loss
+from fastjepa.loss.normalizations import NORMALIZATIONS, standardised_targets
 from fastjepa.loss.regularizers import (
     BatchRegularizer,
     covariance_penalty,

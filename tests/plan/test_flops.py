@@ -48,6 +48,17 @@ def test_other_targets_match_torch(monkeypatch: pytest.MonkeyPatch, target: str,
     assert flops_per_image(c, steps=1) == pytest.approx(found.total)
 
 
+@pytest.mark.parametrize("target", ["output", "input"])
+@pytest.mark.parametrize(("numbers", "layers"), [((1, 3), "each"), ((1, 2), "each"), ((1, 2, 3), "mean")])
+def test_targets_of_several_layers_match_torch(monkeypatch: pytest.MonkeyPatch, numbers, layers: str, target: str):
+    """A head as wide as all of them, and no block that comes after the last."""
+    loss = LossConfig(target=target, target_layers=numbers, layers=layers)
+    c = dataclasses.replace(tiny(images=4, truncate="none"), loss=loss)
+    packed = pack(*draw(c), packing=packing_of(c.meta.predictor, c.loss.target))
+    monkeypatch.setattr(vit, "packed_attention", loop)
+    assert_close(flops_of_packed(c, *packed), counted(c, *packed))
+
+
 def test_a_block_by_itself_is_counted_as_it_is_packed():
     c = dataclasses.replace(tiny(num_pred_masks=2), loss=LossConfig(target="input"))
     context_mask, target_mask = np.zeros((2, 1, 48), bool), np.zeros((2, 2, 48), bool)

@@ -21,7 +21,8 @@ from fastjepa.engine.build import build_engine
 from fastjepa.engine.deepspeed_config import BUCKET_ELEMENTS
 from fastjepa.engine.precision import COMPUTE_DTYPES, autocast_of
 from fastjepa.engine.schedule import StepSettings
-from fastjepa.loss.jepa_loss import NORMALIZATIONS, jepa_loss
+from fastjepa.loss.jepa_loss import jepa_loss
+from fastjepa.loss.normalizations import NORMALIZATIONS
 from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.pack import pack
 from fastjepa.masks.packings import packing_of
@@ -185,7 +186,7 @@ def saved(c: Config) -> tuple[int, RowCounts]:
 
     def keep(tensor: Tensor) -> Tensor:
         if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()  # of a part, those of the whole
         return tensor
 
     images = torch.zeros(c.micro_batch, 3, *c.image_size, dtype=torch.uint8)
@@ -256,25 +257,34 @@ def test_twice_the_ranks_halve_what_is_sharded_and_nothing_else(stage: int, dtyp
             assert four[name] == pytest.approx(two[name] / (2 if sharded else 1), abs=8)
 
 
+SEVERAL = {"target_layers": (1, 2, 4)}
+
+
 @pytest.mark.parametrize("normalize", ["none", "batch"])
-@pytest.mark.parametrize("target", ["output", "input", "pixels"])
-def test_the_loss_holds_what_is_planned_for_it(normalize: str, target: str):
+@pytest.mark.parametrize(
+    "keys",
+    [{"target": "output"}, {"target": "input"}, {"target": "pixels"}, SEVERAL, SEVERAL | {"layers": "mean"}],
+    ids=lambda keys: " ".join(map(str, keys.values())),
+)
+def test_the_loss_holds_what_is_planned_for_it(normalize: str, keys: dict):
     """Targets, what autograd keeps of the loss, and the gradient that a backward makes; `layer` is the fused kernel's."""
-    c = dataclasses.replace(small(), loss=LossConfig(normalize=normalize, target=target))
+    c = dataclasses.replace(small(), loss=LossConfig(normalize=normalize, **keys))
     _, seen, blocks = pack(*draw_masks(c.mask, c.grid, 0, 0, range(2), 2), packing=packing_of(c.meta.predictor, c.loss.target))
-    features = torch.randn(len(seen.idx), c.target_dim)
-    prediction = torch.randn(len(blocks.target_rows), c.target_dim, requires_grad=True)
+    features = tuple(torch.randn(len(seen.idx), c.target_dim) for _ in range(c.target_layers))
+    prediction = torch.randn(len(blocks.target_rows), c.predicted_dim, requires_grad=True)
     kept = {}
 
     def keep(tensor: Tensor) -> Tensor:
         if tensor.ndim == 2:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()  # of a part, those of the whole
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         jepa_loss(prediction, features, blocks, normalization=NORMALIZATIONS[normalize])
-    standard = features.nbytes if normalize == "batch" else 0
-    held = sum(tensor.nbytes for tensor in kept.values()) + features.nbytes + standard + prediction.nbytes
+    one = features[0].nbytes  # the average is one more, and standardised another
+    averaged = one if c.loss.layers == "mean" else 0
+    standard = len(features) * one + averaged if normalize == "batch" else 0
+    held = sum(kept.values()) + len(features) * one + averaged + standard + prediction.nbytes
     rows = RowCounts(1, len(seen.idx), 1, len(blocks.target_rows))
     assert activation_bytes(c, rows).loss == held
 
@@ -287,10 +297,10 @@ def test_each_stage_holds_no_more_than_the_one_before(gpus: int):
 
 
 @pytest.mark.parametrize("change", [{}, {"pred_depth": 1, "pred_emb_dim": 64}, {"model_name": "vit_giant", "depth": 2}])
-@pytest.mark.parametrize("target", ["output", "pixels"])
-def test_sizes_are_the_networks(change: dict, target: str):
+@pytest.mark.parametrize("keys", [{"target": "output"}, {"target": "pixels"}, {"target_layers": (1, 2)}], ids=str)
+def test_sizes_are_the_networks(change: dict, keys: dict):
     """Tensor by tensor, in the optimizer's groups and order."""
-    c = dataclasses.replace(small(), loss=LossConfig(target=target))
+    c = dataclasses.replace(small(), loss=LossConfig(**keys))
     c = dataclasses.replace(c, meta=dataclasses.replace(c.meta, **change))
     jepa, target = build_pair(c)
     size = network_sizes(c)

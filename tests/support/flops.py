@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastjepa.config.load import config_from_dict
 from fastjepa.config.schema import Config
 from fastjepa.loader.batch import Batch
-from fastjepa.loss.targets import TARGETS
+from fastjepa.loss.targets import choose_targets
 from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.pack import pack
 from fastjepa.masks.packed import Blocks, Packed
@@ -58,7 +58,7 @@ def counted(config: Config, context: Packed, target: Packed, blocks: Blocks) -> 
         return result
 
     with torch.no_grad():
-        spent(lambda: TARGETS[config.loss.target](target_encoder, Batch(images, context, target, blocks, bad=())))
+        spent(lambda: choose_targets(config.loss)(target_encoder, Batch(images, context, target, blocks, bad=())))
     features = spent(lambda: jepa.encoder(images, context))
     spent(lambda: features.sum().backward())
     features = features.detach().requires_grad_()

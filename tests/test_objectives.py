@@ -1,0 +1,62 @@
+"""Variants of the objective as a user starts them: each is resumed, cut into micro-batches and shared by ranks unchanged."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support import ranks
+from tests.support.runs import lines, losses, same_weights, trained, weights, without_times
+
+VARIANTS = {
+    "each layer": ["loss.target_layers=[1,2]"],
+    "mean of layers": ["loss.target_layers=[1,2]", "loss.layers=mean", "loss.kind=l2"],
+}
+QUIET = ["data.num_workers=0", "logging.monitor_every=0", "logging.probe_every=0"]
+
+
+def alike(ours: Path, theirs: Path, step: int) -> None:
+    """The same losses and weights but for rounding, which Adam makes steps of where gradients are near zero."""
+    assert losses(lines(ours)) == pytest.approx(losses(lines(theirs)), rel=2e-5)
+    found, expected = weights(ours, step), weights(theirs, step)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert (found[name] - expected[name]).norm() <= 2e-3 * expected[name].norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_is_resumed_to_the_bit_and_cut_into_micro_batches(toy_config, tmp_path, name):
+    whole, parts, micro = (tmp_path / run for run in ("whole", "parts", "micro"))
+    settings = [*VARIANTS[name], *QUIET]
+    expected = trained(toy_config, whole, "--max-steps", 6, *settings)
+    trained(toy_config, parts, "--max-steps", 3, *settings)
+    entries = trained(toy_config, parts, "--max-steps", 6, *settings)
+    assert without_times(entries) == without_times(expected)
+    assert same_weights(weights(whole, 6), weights(parts, 6))
+    assert losses(expected) != losses(trained(toy_config, tmp_path / "base", "--max-steps", 6, *QUIET))
+    trained(toy_config, micro, "--max-steps", 6, *settings, "runtime.micro_batch=2")
+    alike(micro, whole, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_two_ranks_give_the_run_of_one(toy_config, tmp_path, name):
+    settings = [*VARIANTS[name], *QUIET]
+    trained(toy_config, tmp_path / "one", "--max-steps", 6, *settings)
+    more = ["--max-steps", 6, "data.batch_size=4", "runtime.micro_batch=2", *settings]
+    ranks.succeeded(ranks.train(2, "--config", toy_config, "--output", tmp_path / "two", *more))
+    alike(tmp_path / "two", tmp_path / "one", 6)
+    for stage in (1, 3):
+        words = ["--config", toy_config, "--output", tmp_path / f"zero{stage}", f"runtime.zero={stage}"]
+        ranks.succeeded(ranks.train(2, *words, *more))
+        assert losses(lines(tmp_path / f"zero{stage}")) == pytest.approx(losses(lines(tmp_path / "one")), rel=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_checkpointed_activations_give_the_same_bits_and_bf16_and_compile_the_same_run(toy_config, tmp_path, name):
+    settings = ["--max-steps", 3, *VARIANTS[name], *QUIET]
+    plain = trained(toy_config, tmp_path / "plain", *settings)
+    again = trained(toy_config, tmp_path / "again", *settings, "runtime.checkpoint_activations=true")
+    assert losses(again) == losses(plain)
+    for output, key, apart in (("bf16", "runtime.dtype=bf16", 2e-2), ("compiled", "runtime.compile=true", 1e-4)):
+        assert losses(trained(toy_config, tmp_path / output, *settings, key)) == pytest.approx(losses(plain), rel=apart)
