@@ -15,7 +15,7 @@ from fastjepa.loader.batch import Batch
 from fastjepa.masks.check import check_masks
 from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.pack import pack
-from fastjepa.masks.packings import packing_of
+from fastjepa.masks.packer import packer_of
 from fastjepa.masks.padding import padding_budget
 from fastjepa.plan.flops import flops_of_packed
 from fastjepa.ranks.world import join_world
@@ -45,11 +45,12 @@ class Work:
         images = len(self.images)
         room = padding_budget(config, images) if pad and config.runtime.cuda_graph else None
         found = []
+        packer = packer_of(config)
         for start in range(0, images, config.micro_batch):
             part = slice(start, start + config.micro_batch)
             drawn = self.context_mask[part], self.target_mask[part]
-            rows = pack(*drawn, images, packing_of(config.meta.predictor, config.loss.target), room)
-            found.append(Batch(self.images[part], *rows, bad=()))
+            rows = packer.rows(0, range(part.start, part.stop), *drawn)
+            found.append(Batch(self.images[part], *pack(*drawn, images, packer.packing, room, rows), bad=()))
         return found
 
     def flops_per_image(self, config: Config) -> float:

@@ -93,6 +93,7 @@ def _check_objective(config: Config, require: Callable[[bool, str], None]) -> No
             "meta.predictor: joint has one target for a patch, and loss.target input one for each of its blocks; "
             "change one of them")  # fmt: skip
     _check_layers(config, require)
+    _check_context_use(config, require)
     require(loss.normalize != "batch" or config.micro_batch == config.data.batch_size,
             "runtime.micro_batch: loss.normalize batch takes its mean over a whole step; leave it out")  # fmt: skip
     require(not runtime.target_fp8 or loss.target != "pixels",
@@ -110,3 +111,20 @@ def _check_layers(config: Config, require: Callable[[bool, str], None]) -> None:
     require(loss.target != "pixels" or loss.target_layers == "last",
             "loss.target_layers: loss.target pixels has no target network whose layers could be predicted; "
             "leave one of them out")  # fmt: skip
+
+
+def _check_context_use(config: Config, require: Callable[[bool, str], None]) -> None:
+    """Refuse a predictor that sees less, or predicts what is visible, where that cannot be."""
+    meta, loss = config.meta, config.loss
+    require(meta.predictor_repeats == 1 or meta.predictor_context < 1,
+            f"meta.predictor_repeats: {meta.predictor_repeats} draws of a whole context are all the same; lower "
+            "meta.predictor_context or leave it at 1")  # fmt: skip
+    for name, used in (
+        ("meta.predictor_context", meta.predictor_context < 1),
+        ("loss.visible_weight", loss.visible_weight > 0),
+    ):
+        require(not (used and config.runtime.cuda_graph),
+                f"runtime.cuda_graph: its padding knows no {name}; switch it off, or leave that out")  # fmt: skip
+    require(loss.visible_weight == 0 or loss.target != "input",
+            "loss.visible_weight: loss.target input shows the target network the target blocks alone, so context patches have "
+            "no target; leave one of them out")  # fmt: skip

@@ -126,6 +126,12 @@ class MetaConfig:
         "per_block: the paper's, which sees the context once for every target block; joint, another objective: once, with "
         "the patches of all blocks, which attend to each other",
     )
+    predictor_context: float = config_key(
+        1.0, "share of a context's patches that the predictor sees, drawn at random; the encoder sees all of them", is_share
+    )
+    predictor_repeats: int = config_key(
+        1, "of predictor_context: how often a context is drawn, each time to predict all target blocks", is_positive
+    )
     use_bfloat16: bool | None = config_key(None, "official: bf16 autocast; runtime.dtype says the same")
     load_checkpoint: bool = config_key(False, "official: resume, and fail when there is nothing to resume from")
     read_checkpoint: str | None = config_key(None, "official: the checkpoint in the output directory to resume from")
@@ -205,6 +211,17 @@ class LossConfig:
         "layer",
         "targets: each row to mean 0 and variance 1; none: as they are; batch: each feature, over all targets of a step, of "
         "every rank",
+    )
+    visible_weight: float = config_key(
+        0.0,
+        "weight of a loss on the context's patches too, each divided by the root of its distance in patches to the nearest "
+        "target; 0: none",
+        is_not_negative,
+    )
+    visible_rise: tuple[float, float] = config_key(
+        (0.1, 0.2),
+        "shares of the run between which that weight rises from 0",
+        ValueCheck(lambda v: 0 <= v[0] <= v[1] <= 1, "two rising numbers in [0, 1]"),
     )
     regularizer: Literal["none", "vicreg", "sigreg"] = config_key(
         "none", "term on the mean-pooled context features: vicreg, variance and covariance; sigreg, LeJEPA's"

@@ -21,9 +21,7 @@ from fastjepa.data.decode_pillow import DecodeError, decode_image, read_header
 from fastjepa.data.remote_shards import RemoteShards
 from fastjepa.data.sources import Source
 from fastjepa.loader.batch import Batch
-from fastjepa.masks.draw import draw_masks
-from fastjepa.masks.pack import pack
-from fastjepa.masks.packings import packing_of
+from fastjepa.masks.packer import packer_of
 from fastjepa.masks.padding import padding_budget
 from fastjepa.rng import BOX_STREAM, ORDER_STREAM, SUBSTITUTE_STREAM, generator
 
@@ -42,7 +40,7 @@ class MicroBatches(Dataset):
         self.config, self.source, self.rank = config, source, rank
         self.total = config.data.batch_size * ranks
         self.n_micro = config.data.batch_size // config.micro_batch
-        self.packing = packing_of(config.meta.predictor, config.loss.target)
+        self.packer = packer_of(config)
         self.budget = padding_budget(config, self.total) if config.runtime.cuda_graph else None
         self.steps_per_epoch = len(source) // self.total
         # However large max_bad is, a source without one readable image must stop the run.
@@ -63,8 +61,8 @@ class MicroBatches(Dataset):
             self.source.ahead(samples)
         shown, bad = images(step // self.steps_per_epoch, samples)
         slots = range(start, start + size)
-        drawn = draw_masks(self.config.mask, self.config.grid, self.config.runtime.seed, step, slots, self.total)
-        packed = pack(*drawn, images=data.batch_size, packing=self.packing, budget=self.budget)
+        progress = step / max(1, self.steps_per_epoch * self.config.optimization.epochs)
+        packed = self.packer.packed(step, slots, self.total, data.batch_size, self.budget, progress)
         return Batch(shown, *packed, bad=tuple(bad), reasons=tuple(bad.values()))
 
     @torch.inference_mode()  # saves a fifth of the time at 28 pixels

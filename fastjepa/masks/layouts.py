@@ -22,6 +22,7 @@ Ranges = tuple[tuple[float, float], tuple[float, float]]  # (scale, aspect) of a
 # has the sizes that a step's blocks share, 1 the target blocks, 2 the choice of patches (mask.truncate fraction), and
 # 3, 4, 5, ... the first, second, third, ... attempt at the contexts.
 SIZE_LANE, TARGET_LANE, CHOICE_LANE, CONTEXT_LANE = range(4)
+SEEN_LANE = 1 << 32  # the patches of a context that the predictor sees: past every attempt
 CONTEXT_TRIES = 20  # context blocks tried before one more target block is no longer excluded (official)
 HIDDEN_SHARE = 0.6  # of the grid that is target in block and random masks (paper)
 

@@ -29,10 +29,10 @@ class Predictor(nn.Module):
         positions = self.predictor_pos_embed[0]
         seen = self.predictor_embed(features) + positions.index_select(0, context.idx % len(positions))
         table = torch.cat((seen, positions + self.mask_token[0]))  # (T + N, P): every distinct row, once
-        last = len(self.predictor_blocks) - 1
+        last, everything = len(self.predictor_blocks) - 1, len(blocks.queries.idx) == len(blocks.sequences.idx)
         x = table
         for i, block in enumerate(self.predictor_blocks):
-            queries = blocks.queries if i == last else None
+            queries = blocks.queries if i == last and not everything else None
             repeats = (blocks.order, blocks.starts) if i == 0 else None
             x = run_block(block, self.checkpointed, x, blocks.sequences, queries, repeats)
         return self.predictor_proj(self.predictor_norm(x))

@@ -12,9 +12,8 @@ import numpy as np
 
 from fastjepa.config.schema import Config
 from fastjepa.loss.targets import TARGETS
-from fastjepa.masks.draw import draw_masks
-from fastjepa.masks.pack import pack
 from fastjepa.masks.packed import Blocks, Packed
+from fastjepa.masks.packer import packer_of
 from fastjepa.masks.packings import PerBlockPacking, packing_of
 
 PREDICTOR_MLP_RATIO = 4.0
@@ -42,8 +41,8 @@ class _Rows:
 
     images: int
     context: np.ndarray  # (K*b,) patches of each context
-    queries: np.ndarray  # (R*K*b,) masked rows of each predictor sequence
-    sequences: np.ndarray  # (R*K*b,) all rows of each predictor sequence
+    queries: np.ndarray  # (R*M*K*b,) predicted rows of each predictor sequence
+    sequences: np.ndarray  # (R*M*K*b,) all rows of each predictor sequence
 
 
 def count_flops(
@@ -55,7 +54,8 @@ def count_flops(
 ) -> Flops:
     """Count the FLOPs per image of this package's step, for masks of equal (or mean) lengths; exact when they are equal.
 
-    A joint predictor's only block is the union. For FLOPs a view divide by mask.num_enc_masks: all contexts of an image
+    A joint predictor's only block is the union. Visible patches that are predicted are taken to be those of one context,
+    all of them seen and no targets. For FLOPs a view divide by mask.num_enc_masks: all contexts of an image
     share its target pass.
 
     Args:
@@ -69,8 +69,8 @@ def count_flops(
     packing, lengths = _packing(config), (target_block_tokens, target_union)
     rows = _equal_lengths(config, context_tokens, packing.predicted_tokens(*lengths), images)
     sequences = images * packing.target_sequences(config.mask.target_blocks)
-    finished = np.full(sequences, float(packing.finished_tokens(*lengths)))
-    return _flops_of_rows(config, rows, finished)
+    finished = packing.finished_tokens(*lengths) + (context_tokens if config.loss.visible_weight else 0)
+    return _flops_of_rows(config, rows, np.full(sequences, float(finished)))
 
 
 def flops_of_packed(config: Config, context: Packed, target: Packed, blocks: Blocks) -> Flops:
@@ -90,9 +90,8 @@ def flops_per_image(config: Config, total: int | None = None, steps: int = 16) -
     `total` is the number of images in a global batch, which decides who shares a cut (default: one rank's).
     """
     total = total or config.data.batch_size
-    mask, grid, seed, slots = config.mask, config.grid, config.runtime.seed, range(config.micro_batch)
-    draws = (draw_masks(mask, grid, seed, step, slots, total) for step in range(steps))
-    found = (pack(*drawn, packing=_packing(config)) for drawn in draws)
+    packer, slots = packer_of(config), range(config.micro_batch)
+    found = (packer.packed(step, slots, total) for step in range(steps))
     return float(np.mean([flops_of_packed(config, *one).total for one in found]))
 
 
@@ -184,10 +183,12 @@ def _qkv_split_flops(images: int, target_embed: float, target: float, embed: flo
 
 
 def _equal_lengths(config: Config, context_tokens: float, target_block_tokens: float, images: int) -> _Rows:
-    contexts = config.mask.num_enc_masks * images
-    sequences = contexts * _packing(config).predictor_sequences(config.mask.target_blocks)
-    queries = np.full(sequences, float(target_block_tokens))
-    return _Rows(images, np.full(contexts, float(context_tokens)), queries, queries + context_tokens)
+    contexts, meta = config.mask.num_enc_masks * images, config.meta
+    sequences = contexts * _packing(config).predictor_sequences(config.mask.target_blocks) * meta.predictor_repeats
+    masked = np.full(sequences, float(target_block_tokens))
+    seen = context_tokens if meta.predictor_context == 1 else max(1.0, round(meta.predictor_context * context_tokens))
+    queries = masked + (seen if config.loss.visible_weight else 0)
+    return _Rows(images, np.full(contexts, float(context_tokens)), queries, masked + seen)
 
 
 def _packing(config: Config) -> PerBlockPacking:

@@ -12,10 +12,8 @@ import numpy as np
 from fastjepa.config.schema import Config
 from fastjepa.engine.deepspeed_config import BUCKET_ELEMENTS
 from fastjepa.loss.normalizations import NORMALIZATIONS, LossSize
-from fastjepa.masks.draw import draw_masks
-from fastjepa.masks.pack import pack
 from fastjepa.masks.packed import Blocks, Packed
-from fastjepa.masks.packings import packing_of
+from fastjepa.masks.packer import packer_of
 from fastjepa.masks.padding import padding_budget
 
 ZERO_STAGES = (0, 1, 2, 3)
@@ -169,10 +167,8 @@ def row_counts(config: Config, micro_batch: int, gpus: int = 1, steps: int = 4) 
     if config.runtime.cuda_graph:
         size = padding_budget(config, total, micro_batch).size
         return RowCounts(size.context, size.target, size.sequences, size.queries)
-    mask, grid, seed, slots = config.mask, config.grid, config.runtime.seed, range(micro_batch)
-    drawn = (draw_masks(mask, grid, seed, step, slots, total) for step in range(steps))
-    packing = packing_of(config.meta.predictor, config.loss.target)
-    found = [RowCounts.of(*pack(*one, packing=packing)) for one in drawn]
+    packer = packer_of(config)
+    found = [RowCounts.of(*packer.packed(step, range(micro_batch), total)) for step in range(steps)]
     return RowCounts(
         *(max(counts) for counts in zip(*((r.context, r.target, r.sequences, r.queries) for r in found), strict=True))
     )

@@ -1,10 +1,8 @@
 """The cost of padding micro-batches to one shape."""
 
 from fastjepa.config.schema import Config
-from fastjepa.masks.draw import draw_masks
-from fastjepa.masks.pack import pack
 from fastjepa.masks.packed import PackedSize
-from fastjepa.masks.packings import packing_of
+from fastjepa.masks.packer import packer_of
 from fastjepa.masks.padding import BUDGET_DRAWS, drawn_sizes, padding_budget
 from fastjepa.plan.flops import flops_of_packed
 
@@ -17,11 +15,11 @@ def draws_over_budget(config: Config, total: int) -> int:
 
 def padding_share(config: Config, total: int, steps: int = 16) -> float:
     """Return the FLOPs that the padding adds, as a share of those of the same micro-batches without."""
-    mask, seed = config.mask, config.runtime.seed
-    pairs = [draw_masks(mask, config.grid, seed, step, range(config.micro_batch), total) for step in range(steps)]
-    packing = packing_of(config.meta.predictor, config.loss.target)
-    plain, padded = (sum(flops_of_packed(config, *pack(*pair, packing=packing, budget=room)).total for pair in pairs)
-                     for room in (None, padding_budget(config, total)))  # fmt: skip
+    packer, slots = packer_of(config), range(config.micro_batch)
+    plain, padded = (
+        sum(flops_of_packed(config, *packer.packed(step, slots, total, budget=room)).total for step in range(steps))
+        for room in (None, padding_budget(config, total))
+    )
     return padded / plain - 1
 
 

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from fastjepa.config.load import config_from_dict
 from fastjepa.config.schema import LossConfig
 from fastjepa.masks.pack import pack
+from fastjepa.masks.packer import packer_of
 from fastjepa.masks.packings import SEPARATE, packing_of
 from fastjepa.model import vit
 from fastjepa.plan.flops import count_flops, encoder_flops, flops_of_packed, flops_per_image, official_flops
+from fastjepa.plan.memory import RowCounts, row_counts
 from tests.support.flops import assert_close, counted, draw, lengths, loop, tiny
 
 
@@ -57,6 +59,29 @@ def test_targets_of_several_layers_match_torch(monkeypatch: pytest.MonkeyPatch, 
     packed = pack(*draw(c), packing=packing_of(c.meta.predictor, c.loss.target))
     monkeypatch.setattr(vit, "packed_attention", loop)
     assert_close(flops_of_packed(c, *packed), counted(c, *packed))
+
+
+USES = {
+    "drawn": ({"predictor_context": 0.25, "predictor_repeats": 3}, {}),
+    "visible": ({}, {"visible_weight": 0.5}),
+    "both, jointly": ({"predictor_context": 0.5, "predictor_repeats": 2, "predictor": "joint"}, {"visible_weight": 0.5}),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("pred_depth", [1, 3])
+def test_what_the_predictor_does_with_the_context_matches_torch(monkeypatch: pytest.MonkeyPatch, use: str, pred_depth: int):
+    meta, loss = USES[use]
+    c = tiny(3, pred_depth, images=4, truncate="none")
+    c = dataclasses.replace(c, meta=dataclasses.replace(c.meta, **meta), loss=LossConfig(**loss))
+    packed = packer_of(c).packed(0, range(4), 4)
+    monkeypatch.setattr(vit, "packed_attention", loop)
+    found = flops_of_packed(c, *packed)
+    assert_close(found, counted(c, *packed))
+    assert flops_per_image(c, steps=1) == pytest.approx(found.total)
+    rows = RowCounts.of(*packed)
+    assert row_counts(c, 4, steps=1) == rows
+    assert (rows.queries == rows.sequences) == bool(loss)
 
 
 def test_a_block_by_itself_is_counted_as_it_is_packed():

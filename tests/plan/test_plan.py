@@ -186,7 +186,7 @@ def saved(c: Config) -> tuple[int, RowCounts]:
 
     def keep(tensor: Tensor) -> Tensor:
         if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()  # of a part, those of the whole
+            kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     images = torch.zeros(c.micro_batch, 3, *c.image_size, dtype=torch.uint8)
