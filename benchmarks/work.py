@@ -75,7 +75,7 @@ class TrainerStep:
         pieces, static = config.data.batch_size // config.micro_batch, config.runtime.cuda_graph
         self.engine = PlainEngine(self.jepa, micro_batches=pieces, static_gradients=static)
         self.average = self.engine.follow(self.target_encoder)
-        objective = build_objective(config, self.engine, join_world(config.runtime.device))
+        objective = build_objective(config, self.engine, self.average.target_encoder, join_world(config.runtime.device))
         dtype = COMPUTE_DTYPES[config.runtime.dtype]
         self.step = Step(self.engine, self.average, objective, dtype, build_runs(config, self.engine))
         self.now = Schedule(config.optimization, STEPS_PER_EPOCH)(0)

@@ -70,7 +70,7 @@ def train(
         loader.bad.update(state.bad_files)
         while state.step < last and not stop.agreed():
             now, tally = schedule(state.step), StepTally()  # lr, weight decay and EMA momentum: functions of the step
-            batches = objective.regularizer.surveyed(heart.batches(loader.micro_batches(state.step)), now.step)
+            batches = objective.surveyed(heart.batches(loader.micro_batches(state.step)), now.step)
             for batch in runs.over(batches, tally):  # images (b, C, H, W), packed context and target blocks
                 with autocast_of(dtype, world.device):
                     with torch.no_grad():
@@ -81,6 +81,7 @@ def train(
                 tally.note(loss, objective.targets.watched(target, context))
             finite = engine.step(now)  # on the device: a step that is not finite changes no weight, moment or average
             average.update(now.ema_momentum, finite)
+            objective.normalization.update(finite)
             skips.update(finite)
             state.step += 1
             heart.finished(state.step)

@@ -12,6 +12,10 @@ VARIANTS = {
     "starved predictor": ["meta.predictor_context=0.25", "meta.predictor_repeats=3", "mask.num_enc_masks=2"],
     "visible": ["loss.visible_weight=0.5", "loss.visible_rise=[0,0.3]"],
     "visible, starved and joint": ["loss.visible_weight=0.5", "meta.predictor_context=0.5", "meta.predictor=joint"],
+    "over the batch": ["loss.target_layers=[1,2]", "loss.layers=mean", "loss.normalize=batch", "loss.regularizer=vicreg"],
+    "running": ["loss.normalize=running"],
+    "running over the mean of layers": ["loss.target_layers=[1,2]", "loss.layers=mean", "loss.normalize=running"],
+    "dyntanh": ["loss.normalize=dyntanh"],
     "mean of layers": ["loss.target_layers=[1,2]", "loss.layers=mean", "loss.kind=l2"],
 }
 QUIET = ["data.num_workers=0", "logging.monitor_every=0", "logging.probe_every=0"]

@@ -85,17 +85,17 @@ def _check_objective(config: Config, require: Callable[[bool, str], None]) -> No
                 f"mask.{name}: means nothing to mask.strategy {mask.strategy}; leave it out, or at {default}")  # fmt: skip
     require(not runtime.cuda_graph or loss.regularizer == "none",
             "runtime.cuda_graph: not with loss.regularizer, which would pool the padding; switch one of them off")  # fmt: skip
-    require(
-        not runtime.cuda_graph or loss.target != "input" and loss.normalize != "batch",
-        "runtime.cuda_graph: its padding knows no loss.target input and no loss.normalize batch; switch it off",
-    )
+    require(not runtime.cuda_graph or loss.target != "input" and loss.normalize not in ("batch", "running"),
+            "runtime.cuda_graph: its padding knows no loss.target input and no loss.normalize batch or running; "
+            "switch it off")  # fmt: skip
     require(not (config.meta.predictor == "joint" and loss.target == "input"),
             "meta.predictor: joint has one target for a patch, and loss.target input one for each of its blocks; "
             "change one of them")  # fmt: skip
     _check_layers(config, require)
     _check_context_use(config, require)
-    require(loss.normalize != "batch" or config.micro_batch == config.data.batch_size,
-            "runtime.micro_batch: loss.normalize batch takes its mean over a whole step; leave it out")  # fmt: skip
+    require(loss.normalize != "dyntanh" or loss.target != "pixels" and loss.target_layers == "last",
+            "loss.normalize: dyntanh is the last norm of the target network, which loss.target pixels and the blocks of "
+            "loss.target_layers do not pass; change one of them")  # fmt: skip
     require(not runtime.target_fp8 or loss.target != "pixels",
             "runtime.target_fp8: loss.target pixels has no target network to speed up; switch it off")  # fmt: skip
 

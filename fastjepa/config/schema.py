@@ -207,10 +207,11 @@ class LossConfig:
         "of target_layers: each, all are predicted, and the loss is the mean of theirs; mean: the average of the normalised "
         "layers, normalised again",
     )
-    normalize: Literal["layer", "none", "batch"] = config_key(
+    normalize: Literal["layer", "none", "batch", "running", "dyntanh"] = config_key(
         "layer",
         "targets: each row to mean 0 and variance 1; none: as they are; batch: each feature, over all targets of a step, of "
-        "every rank",
+        "every rank; running: each feature, by its mean and variance averaged over steps; dyntanh: as they are, and the "
+        "encoder's last norm is an element-wise tanh of learned scale",
     )
     visible_weight: float = config_key(
         0.0,
@@ -223,8 +224,10 @@ class LossConfig:
         "shares of the run between which that weight rises from 0",
         ValueCheck(lambda v: 0 <= v[0] <= v[1] <= 1, "two rising numbers in [0, 1]"),
     )
-    regularizer: Literal["none", "vicreg", "sigreg"] = config_key(
-        "none", "term on the mean-pooled context features: vicreg, variance and covariance; sigreg, LeJEPA's"
+    regularizer: Literal["none", "vicreg", "sigreg", "visreg"] = config_key(
+        "none",
+        "term on the mean-pooled context features: vicreg, variance and covariance; sigreg, LeJEPA's; visreg, scale, centre "
+        "and the shape of a Gaussian",
     )
     regularizer_weight: float = config_key(0.1, "weight of the regularizer", is_not_negative)
     covariance_weight: float = config_key(0.04, "vicreg: weight of the covariance inside the regularizer", is_not_negative)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastjepa.masks.packed import Blocks
+from fastjepa.model.moments import RunningMoments
 from fastjepa.ranks.collectives import mean_over_ranks
 from fastjepa_kernels import target_loss
 from fastjepa_kernels.target_loss import layers_of, predicts_average
@@ -29,6 +30,7 @@ class LossSize(NamedTuple):
     layers: int
     dim: int  # width of a layer's targets
     element: int  # bytes of a number of the prediction
+    pieces: int = 1  # micro-batches of a step
 
     @property
     def averaged(self) -> bool:
@@ -46,6 +48,10 @@ class LayerNormalization:
     def extra_bytes(self, size: LossSize) -> int:
         """Return the bytes that the loss keeps beside predictions and targets."""
         return 0
+
+    def update(self, finite: Tensor) -> None:
+        """Take in what a step has shown of the targets; `finite`, 0-dim bool on the device: whether the step was taken."""
+        return None
 
 
 class NoNormalization(LayerNormalization):
@@ -78,21 +84,49 @@ class BatchNormalization(NoNormalization):
     """Targets standardised over the batch: every feature over the U rows of a step, of every rank."""
 
     def normalized(self, rows: Tensor, number: int) -> Tensor:
-        return standardised_targets(rows.float())
+        return standardised_targets([rows.float()])[0]
+
+    def extra_bytes(self, size: LossSize) -> int:
+        """Count the standardised targets as well: of a whole step, where it has several micro-batches."""
+        return super().extra_bytes(size) + 4 * size.targets * size.dim * (size.layers + size.averaged) * size.pieces
+
+
+class RunningNormalization(NoNormalization):
+    """Targets standardised by moments that are averaged over steps, those of this step not among them.
+
+    The average of several layers has moments of its own, those of layer number L.
+    """
+
+    def __init__(self, moments: RunningMoments | None = None):
+        """Take the moments of a run; without them the object tells its bytes alone."""
+        self.moments = moments
+
+    def normalized(self, rows: Tensor, number: int) -> Tensor:
+        return self.moments.standardised(rows.float(), number)
 
     def extra_bytes(self, size: LossSize) -> int:
         """Count the standardised targets as well."""
         return super().extra_bytes(size) + 4 * size.targets * size.dim * (size.layers + size.averaged)
 
+    def update(self, finite: Tensor) -> None:
+        self.moments.update(finite)
 
-NORMALIZATIONS = {"layer": LayerNormalization(), "none": NoNormalization(), "batch": BatchNormalization()}  # loss.normalize
+
+NORMALIZATIONS = {  # by loss.normalize
+    "layer": LayerNormalization(),
+    "none": NoNormalization(),
+    "batch": BatchNormalization(),
+    "running": RunningNormalization(),
+    "dyntanh": NoNormalization(),  # the encoder's last norm has bounded them
+}
 
 
-def standardised_targets(target: Tensor) -> Tensor:
-    """Return (U, D) with every feature at mean 0 and variance 1 over the U rows of all ranks, without affine, eps 1e-5.
-
-    Every rank must take part. The rows of a step's other micro-batches are not seen: the config refuses them.
+def standardised_targets(pieces: list[Tensor]) -> list[Tensor]:
+    """Return the pieces (U, D) with every feature at mean 0 and variance 1 over all rows of all pieces of all ranks, without
+    affine, eps 1e-5. Every rank must take part.
     """
-    rows = mean_over_ranks(target.new_full((), len(target)))  # a rank's, in the mean: sums are taken as means too
-    centred = target - mean_over_ranks(target.sum(dim=0)) / rows
-    return centred * torch.rsqrt(mean_over_ranks(centred.square().sum(dim=0)) / rows + 1e-5)
+    rows = mean_over_ranks(pieces[0].new_full((), sum(map(len, pieces))))  # a rank's, in the mean: sums are taken as means too
+    mean = mean_over_ranks(sum(piece.sum(dim=0) for piece in pieces)) / rows
+    centred = [piece - mean for piece in pieces]
+    scale = torch.rsqrt(mean_over_ranks(sum(piece.square().sum(dim=0) for piece in centred)) / rows + 1e-5)
+    return [piece * scale for piece in centred]

@@ -1,5 +1,6 @@
 """Targets: what the predictor is to predict, chosen by `loss.target`, before the loss normalises it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,6 +26,10 @@ class OutputTargets:
     def __call__(self, target_encoder: Encoder, batch: Batch) -> Target:
         """Return the targets, (U, D), or those of each layer."""
         return target_encoder(batch.images, wanted=batch.target, layers=self.layers)
+
+    def surveyed(self, batches: Iterable[Batch]) -> Iterable[Batch]:
+        """Return the micro-batches of a step, after a look at them where a target depends on all of them."""
+        return batches
 
     def watched(self, target: Target, context: Tensor) -> Tensor:
         """Return the features whose collapse is to be seen: the targets, of the deepest layer, or, where they are none, those

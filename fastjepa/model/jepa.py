@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastjepa.config.schema import Config
 from fastjepa.masks.packed import Blocks, Packed
+from fastjepa.model.moments import RunningMoments
 from fastjepa.model.predictor import Predictor
 from fastjepa.model.vit import Encoder
 
@@ -33,9 +34,12 @@ def build_pair(config: Config) -> tuple[Jepa, Encoder]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.runtime.seed)
         patch, channels = config.mask.patch_size, config.data.channels
-        encoder = Encoder(config.grid, patch, channels, config.mean_std, config.encoder_shape)
+        norm = "dyntanh" if config.loss.normalize == "dyntanh" else "layer"
+        encoder = Encoder(config.grid, patch, channels, config.mean_std, config.encoder_shape, norm)
         pred_heads = meta.pred_num_heads or heads
         predictor = Predictor(config.grid, dim, meta.pred_emb_dim, meta.pred_depth, pred_heads, config.predicted_dim)
+    if config.loss.normalize == "running":
+        predictor.target_moments = RunningMoments(config.target_layers + (config.loss.layers == "mean"), config.target_dim)
     for network in (encoder, predictor):
         network.checkpointed = config.runtime.checkpoint_activations
     return Jepa(encoder, predictor), copy.deepcopy(encoder).requires_grad_(False)

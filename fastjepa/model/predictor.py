@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastjepa.masks.packed import Blocks, Packed
+from fastjepa.model.moments import RunningMoments
 from fastjepa.model.vit import Block, init_weights, run_block, sincos_positions
 
 
@@ -15,6 +16,7 @@ class Predictor(nn.Module):
         """Build it; `target_dim` is the width of what is predicted, by default the encoder's."""
         super().__init__()
         self.checkpointed = False
+        self.target_moments: RunningMoments | None = None  # of the targets, where they are standardised by them
         self.predictor_embed = nn.Linear(embed_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.register_buffer("predictor_pos_embed", sincos_positions(dim, grid))  # (1, N, P)

@@ -121,6 +121,23 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+class DynTanh(nn.Module):
+    """Bounded last norm: weight * tanh(alpha * x) + bias, each of them learned for every feature (Colton, 2508.02829).
+
+    It looks at no other feature, so tokens keep their energies, which a layer norm makes equal. The target network has the
+    average of what the encoder learns: a loss that could learn the scale of its own targets would shrink them.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.full((dim,), 0.5))
+        self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (T, D) to (T, D) fp32 or wider."""
+        return self.weight * torch.tanh(self.alpha * x) + self.bias
+
+
 class Encoder(nn.Module):
     """Vision transformer without a class token, fixed 2-d sine-cosine positions (paper, appendix A)."""
 
@@ -131,14 +148,16 @@ class Encoder(nn.Module):
         channels: int,
         mean_std: tuple[Sequence[float], Sequence[float]],
         shape: EncoderShape,
+        norm: str = "layer",
     ):
+        """Build it; `norm` is the last norm, a layer norm or the `dyntanh` of that name."""
         super().__init__()
         dim, depth, num_heads, mlp_ratio = shape
         self.grid, self.embed_dim, self.checkpointed = grid, dim, False
         self.register_buffer("pos_embed", sincos_positions(dim, grid))  # (1, N, D)
         self.patch_embed = MaskedPatchEmbed(patch_size, channels, dim, mean=mean_std[0], std=mean_std[1])
         self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = DynTanh(dim) if norm == "dyntanh" else nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_weights)
 
     def forward(

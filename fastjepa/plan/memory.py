@@ -40,6 +40,7 @@ def network_sizes(config: Config) -> NetworkSizes:
     (dim, depth, _, mlp_ratio), narrow = config.encoder_shape, config.meta.pred_emb_dim
     patch = config.data.channels * config.mask.patch_size**2 * dim
     encoder, vectors = _layers([patch], [dim], dim, depth, round(dim * mlp_ratio))
+    vectors = vectors + [dim] * (config.loss.normalize == "dyntanh")  # the scale inside of the tanh
     predictor, narrow_vectors = _layers([narrow, dim * narrow], [narrow], narrow, config.meta.pred_depth, 4 * narrow)
     out = config.predicted_dim
     predictor, narrow_vectors = [*predictor, narrow * out], [*narrow_vectors, out]
@@ -198,13 +199,16 @@ def activation_bytes(config: Config, count: RowCounts) -> ActivationBytes:
     e = compute_width(config.runtime.dtype)
     patches = count.context * config.data.channels * config.mask.patch_size**2 * e
     features = _norm_bytes(count.context, dim) + count.context * dim * e  # the last norm, and the input of predictor_embed
+    if config.loss.normalize == "dyntanh":  # saves its tanh in place of a mean and a deviation
+        features += count.context * (dim - 2) * FP32_BYTES
     narrow = config.meta.pred_emb_dim
     ends = patches + features + _norm_bytes(count.queries, narrow) + count.queries * narrow * e  # and those of predictor_proj
     layers = blocks_bytes(config, count)
     inputs = sum(kept for kept, _ in layers)
     targets = count.target * config.target_layers  # rows
     loss = targets * config.target_dim * FP32_BYTES + 2 * count.queries * config.predicted_dim * e
-    size = LossSize(count.queries, config.predicted_dim, count.target, config.target_layers, config.target_dim, e)
+    size = LossSize(count.queries, config.predicted_dim, count.target, config.target_layers, config.target_dim, e,
+                    config.data.batch_size // config.micro_batch)  # fmt: skip
     loss += NORMALIZATIONS[config.loss.normalize].extra_bytes(size)
     saved = ends + sum(inside for _, inside in layers)
     return ActivationBytes(saved, ends + inputs + max(inside - kept for kept, inside in layers), loss)

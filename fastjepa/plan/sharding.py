@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from fastjepa.config.schema import Config
-from fastjepa.plan.memory import ZERO_STAGES, activation_bytes, network_sizes, row_counts, tensor_bytes
+from fastjepa.errors import ConfigError
+from fastjepa.plan.memory import FP32_BYTES, ZERO_STAGES, activation_bytes, network_sizes, row_counts, tensor_bytes
 
 RESERVED_SHARE = 0.1  # of a rank's memory: what plan.memory does not count
 STAGE_NAMES = ("plain DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3")
@@ -36,6 +37,24 @@ def choose_zero_stage(config: Config, ranks: int, memory: int) -> ZeroChoice:
     words = _fitting_words(stage, needs, usable) if fits else _lacking_words(needs[stage], usable, config)
     named = STAGE_NAMES[stage] if ranks > 1 else "one rank shards nothing"
     return ZeroChoice(stage, fits, f"runtime.zero: auto is {stage} ({named}): {words}")
+
+
+def check_step_targets(config: Config, ranks: int, stage: int, memory: int) -> None:
+    """Raise ConfigError where the targets of a whole step, which `loss.normalize: batch` keeps where a step has several
+    micro-batches, do not fit the `memory` bytes of a rank beside the rest.
+    """
+    pieces = config.data.batch_size // config.micro_batch
+    if config.loss.normalize != "batch" or pieces == 1:
+        return
+    count = row_counts(config, config.micro_batch, ranks)
+    kept = FP32_BYTES * pieces * count.target * config.target_layers * config.target_dim
+    rest = sum(tensor_bytes(network_sizes(config), config.runtime.dtype, ranks, stage).values())
+    usable = usable_bytes(memory) - rest
+    if kept > usable:
+        raise ConfigError(
+            f"loss.normalize: batch keeps the targets of a whole step, about {_gigabytes(kept)} GB where "
+            f"{_gigabytes(max(usable, 0))} are left; take running, fewer images a step (data.batch_size) or more ranks"
+        )
 
 
 def possible_stages(config: Config, ranks: int) -> tuple[int, ...]:

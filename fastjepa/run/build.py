@@ -23,15 +23,17 @@ from fastjepa.engine.zero import ZeroEngine
 from fastjepa.errors import ConfigError
 from fastjepa.loader.batch import Batch
 from fastjepa.loader.loader import check_loader
-from fastjepa.loss.objective import Objective, choose_objective
+from fastjepa.loss.normalizations import Target
+from fastjepa.loss.objective import Objective, choose_objective, over_micro_batches
 from fastjepa.loss.regularizers import BatchRegularizer, NoRegularizer, regularizer_term
+from fastjepa.loss.targets import choose_targets
 from fastjepa.masks.check import check_masks
 from fastjepa.masks.padding import padding_budget
 from fastjepa.model.fp8 import check_fp8, use_fp8
 from fastjepa.model.jepa import Jepa, build_pair
 from fastjepa.model.vit import Encoder, choose_attention, use_attention
 from fastjepa.plan.padding_cost import padding_note
-from fastjepa.plan.sharding import choose_zero_stage
+from fastjepa.plan.sharding import check_step_targets, choose_zero_stage
 from fastjepa.ranks.memory import rank_memory_bytes
 from fastjepa.ranks.world import World, join_world
 from fastjepa.run.resume import checkpoint_to_resume, describe_run, resume_notes, start_run
@@ -75,7 +77,9 @@ def build_run(config: Config, output: Path, resume: str, init: Path | None, deep
     if found:
         restore_checkpoint(found, state)
     notes += reason + run_warnings(config, world.device)
-    return Run(config, world, source, engine, average, state, build_objective(config, engine, world), notes)
+    check_step_targets(config, world.size, stage, rank_memory_bytes(world.device))
+    objective = build_objective(config, engine, average.target_encoder, world)
+    return Run(config, world, source, engine, average, state, objective, notes)
 
 
 def zero_stage(config: Config, world: World) -> tuple[int, list[str]]:
@@ -169,18 +173,29 @@ def check_compute(config: Config, device: torch.device, ranks: int = 1) -> Atten
     return ways
 
 
-def build_objective(config: Config, engine: PlainEngine | ZeroEngine, world: World) -> Objective:
-    """Return the objective; a regularizer looks at the whole batch with the engine's features, of every rank."""
+def build_objective(config: Config, engine: PlainEngine | ZeroEngine, target_encoder: Encoder, world: World) -> Objective:
+    """Return the objective; a regularizer looks at the whole batch with the engine's features, of every rank, and so does a
+    normalisation over the batch with the target encoder's.
+    """
 
     def context_features(batch: Batch) -> Tensor:
         """Return the context features (T, D) of a micro-batch, without gradient."""
         with autocast_of(COMPUTE_DTYPES[config.runtime.dtype], world.device):
             return engine.features(batch.images, batch.context, batch.blocks)
 
+    @torch.no_grad()
+    def targets(batch: Batch) -> Target:
+        """Return the targets of a micro-batch."""
+        with autocast_of(COMPUTE_DTYPES[config.runtime.dtype], world.device):
+            return choose_targets(config.loss)(target_encoder, batch)
+
     term = regularizer_term(config.loss, config.runtime.seed)
     pieces = config.data.batch_size // config.micro_batch
     regularizer = BatchRegularizer(term, pieces, world, context_features) if term else NoRegularizer()
-    return choose_objective(config.loss, regularizer)
+    objective = choose_objective(config.loss, regularizer, engine.jepa.predictor.target_moments)
+    if config.loss.normalize == "batch" and pieces > 1:
+        return over_micro_batches(objective, config.loss.layers == "mean", targets)
+    return objective
 
 
 def build_runs(config: Config, engine: PlainEngine) -> EagerRuns:

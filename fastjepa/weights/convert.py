@@ -76,6 +76,10 @@ def adopt_official(src: Path, dst: Path, config: Config | None, steps_per_epoch:
 
 def write_encoder(path: Path, to: str, form: EncoderForm, tensors: dict[str, Tensor], dynamic: bool = False) -> None:
     """Write one encoder as `to`: a name of FOLDER_WRITERS, meta, onnx or pt2."""
+    if form.norm != "layer" and to in ("timm", "transformers", "meta"):
+        raise UserError(
+            f"{form.origin}: its last norm is a tanh (loss.normalize dyntanh), which {to} has not; use --to fastjepa"
+        )
     if to in FOLDER_WRITERS:
         FOLDER_WRITERS[to](path, form, tensors)
     elif to == "meta":
