@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from fastjepa.model.moments import MOMENTUM
 from tests.support import ranks
 from tests.support.runs import lines, losses, same_weights, trained, weights, without_times
 
@@ -27,7 +28,7 @@ def alike(ours: Path, theirs: Path, step: int) -> None:
     found, expected = weights(ours, step), weights(theirs, step)
     assert found.keys() == expected.keys()
     for name in expected:
-        assert (found[name] - expected[name]).norm() <= 2e-3 * expected[name].norm() + 1e-6, name
+        assert (found[name] - expected[name]).norm() <= 5e-3 * expected[name].norm() + 1e-6, name
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -42,24 +43,28 @@ def test_a_variant_is_resumed_to_the_bit_and_cut_into_micro_batches(toy_config, 
     assert losses(expected) != losses(trained(toy_config, tmp_path / "base", "--max-steps", 6, *QUIET))
     trained(toy_config, micro, "--max-steps", 6, *settings, "runtime.micro_batch=2")
     alike(micro, whole, 6)
+    moments = weights(whole, 6).get("predictor.target_moments.weight")
+    assert (moments is not None) == name.startswith("running")
+    assert moments is None or float(moments) == pytest.approx(1 - MOMENTUM**6)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", VARIANTS)
-def test_two_ranks_give_the_run_of_one(toy_config, tmp_path, name):
+@pytest.mark.parametrize(
+    "name", ["each layer", "visible, starved and joint", "over the batch", "running over the mean of layers", "dyntanh"]
+)
+def test_two_ranks_give_the_run_of_one_sharded_or_not(toy_config, tmp_path, name):
     settings = [*VARIANTS[name], *QUIET]
     trained(toy_config, tmp_path / "one", "--max-steps", 6, *settings)
     more = ["--max-steps", 6, "data.batch_size=4", "runtime.micro_batch=2", *settings]
-    ranks.succeeded(ranks.train(2, "--config", toy_config, "--output", tmp_path / "two", *more))
-    alike(tmp_path / "two", tmp_path / "one", 6)
-    for stage in (1, 3):
+    for stage in (0, 3):
         words = ["--config", toy_config, "--output", tmp_path / f"zero{stage}", f"runtime.zero={stage}"]
         ranks.succeeded(ranks.train(2, *words, *more))
         assert losses(lines(tmp_path / f"zero{stage}")) == pytest.approx(losses(lines(tmp_path / "one")), rel=2e-5)
+    alike(tmp_path / "zero0", tmp_path / "one", 6)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ["mean of layers", "visible, starved and joint", "running"])
 def test_checkpointed_activations_give_the_same_bits_and_bf16_and_compile_the_same_run(toy_config, tmp_path, name):
     settings = ["--max-steps", 3, *VARIANTS[name], *QUIET]
     plain = trained(toy_config, tmp_path / "plain", *settings)
