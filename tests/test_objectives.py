@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+import fastjepa
+from fastjepa.cli.main import main
 from fastjepa.model.moments import MOMENTUM
 from tests.support import ranks
 from tests.support.runs import lines, losses, same_weights, trained, weights, without_times
@@ -46,6 +49,27 @@ def test_a_variant_is_resumed_to_the_bit_and_cut_into_micro_batches(toy_config, 
     moments = weights(whole, 6).get("predictor.target_moments.weight")
     assert (moments is not None) == name.startswith("running")
     assert moments is None or float(moments) == pytest.approx(1 - MOMENTUM**6)
+
+
+def test_an_encoder_whose_last_norm_is_a_tanh_is_read_and_written_for_those_that_have_one(toy_config, tmp_path, capsys):
+    trained(toy_config, tmp_path / "run", "--max-steps", 1, *VARIANTS["dyntanh"], *QUIET)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    features = fastjepa.load_encoder(tmp_path / "run").forward_features(images)
+    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "kept"), "--to", "fastjepa"]) == 0
+    assert torch.equal(fastjepa.load_encoder(tmp_path / "kept").forward_features(images), features)
+    for to, more, said in (("timm", [], "its last norm is a tanh"), ("transformers", [], "its last norm is a tanh"),
+                           ("meta", [], "has a state that the official code has not"),
+                           ("meta", ["--which", "target"], "its last norm is a tanh")):  # fmt: skip
+        assert main(["convert", str(tmp_path / "run"), str(tmp_path / "other"), "--to", to, *more]) == 2
+        assert said in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+def test_other_weights_start_with_moments_of_their_own(toy_config, tmp_path):
+    trained(toy_config, tmp_path / "a", "--max-steps", 2, *QUIET)
+    for run, init in (("b", "a"), ("c", "b")):
+        trained(toy_config, tmp_path / run, "--max-steps", 3, "--init", tmp_path / init, *VARIANTS["running"], *QUIET)
+        moments = weights(tmp_path / run, 3)["predictor.target_moments.weight"]
+        assert float(moments) == pytest.approx(1 - MOMENTUM**3)
 
 
 @pytest.mark.slow

@@ -291,7 +291,7 @@ def test_an_unknown_picture_is_refused_by_name(place: Path, capsys: pytest.Captu
     assert "'dreams' is none of masks, pca, neighbours" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("loss", [{"target": "pixels"}, {"target_layers": (1,)}])
+@pytest.mark.parametrize("loss", [{"target": "pixels"}, {"target_layers": (1,)}, {"normalize": "running"}])
 def test_a_predictor_of_something_else_than_the_last_layer_is_refused(place: Path, loss: dict):
     subject = open_subject(place / "run")
     config = dataclasses.replace(subject.config, loss=dataclasses.replace(subject.config.loss, **loss))
