@@ -16,15 +16,23 @@ from fastjepa.masks.layouts import Slots
 from fastjepa.masks.pack import pack
 from fastjepa.masks.packer import packer_of
 from fastjepa.model.jepa import build_pair
-from tests.support.networks import masks, perturbed, plain_block, plain_outputs, small
+from tests.support.networks import perturbed, plain_block, plain_outputs, small
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 STEP = 7
 
 
+def sparse():
+    """Contexts of any patches, which may be targets too, and blocks of few: some patches are far from all of them."""
+    random = np.random.default_rng(2)
+    context, target = random.random((3, 2, 16)) < 0.6, random.random((3, 3, 16)) < 0.08
+    context[:, :, 0] = target[:, :, 15] = True
+    return context, target
+
+
 def learned(config):
     jepa, target_encoder = (perturbed(network, seed) for seed, network in enumerate(build_pair(config)))
-    packer, objective, drawn = packer_of(config), choose_objective(config.loss, NoRegularizer()), masks()
+    packer, objective, drawn = packer_of(config), choose_objective(config.loss, NoRegularizer()), sparse()
     rows = packer.rows(STEP, range(4, 7), *drawn)
     batch = Batch(IMAGES, *pack(*drawn, packing=packer.packing, rows=rows), bad=())
     with torch.no_grad():
@@ -37,7 +45,7 @@ def learned(config):
 
 def by_hand(config):
     jepa, target_encoder = (perturbed(network, seed) for seed, network in enumerate(build_pair(config)))
-    (context, target), meta = masks(), config.meta
+    (context, target), meta = sparse(), config.meta
     seen = draw_seen(context, meta.predictor_context, meta.predictor_repeats, Slots(config.runtime.seed, STEP, 4, 7))
     if meta.predictor_context == 1:
         assert np.array_equal(seen, context[:, None])
