@@ -68,7 +68,7 @@ def by_hand(config):
         said = predictor.predictor_proj(predictor.predictor_norm(x))[0]
         apart = F.smooth_l1_loss(said, wanted[torch.cat((shown, hidden))], reduction="none").mean(dim=1)
         even = target[i] / target[i].sum(axis=1, keepdims=True)  # (R, N): a patch's share of each block
-        share = even.mean(axis=0)[hidden] if joint else even[r][hidden]
+        share = (even.mean(axis=0) if joint else even[r])[hidden.numpy()]
         total = total + (apart[len(shown) :] * torch.from_numpy(share).float()).sum()
         masked = place[target[i].any(axis=0)]
         for row, patch in zip(apart, shown.tolist(), strict=False):
