@@ -43,15 +43,16 @@ browser: ## Chromium, which the tests of the report's page need, by apt where th
 test: $(VENV)/dev.stamp ## every test that needs no GPU and is neither slow nor long (under 6 minutes on 2 cores)
 	$(PYTEST) -m "not slow and not long"
 	@echo "== The ops, on Triton's interpreter where there is no GPU"
-	$(PYTEST) tests/ops
+	$(PYTEST) -m "not slow" tests/ops
 
 test-slow: $(VENV)/dev.stamp ## the slow tests: launchers, ZeRO, compiled networks, other architectures (under 10 minutes on 2 cores)
 	$(PYTEST) -m slow --durations 20
+	$(PYTEST) -m slow tests/ops
 
 test-long: $(VENV)/dev.stamp ## the long tests: leaks, NVMe, wheels, ViT-H, every command of the pages (each night on GitHub)
 	$(PYTEST) -m long --durations 20
 
-gpu-check: ## the kernels on a card: tests, compiled and graph paths, benches (any PYTHON with torch; under 10 minutes)
+gpu-check: ## all that needs a card: tests, steps, benches (any PYTHON with torch; ARGS='--part ops|steps|hours|data')
 	PYTHONPATH=kernels:. $(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
 bench: $(VENV)/dev.stamp ## time the ops, and save the result of this machine (ARGS='-k "not compiled"', '--toy')

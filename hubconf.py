@@ -10,8 +10,8 @@ if importlib.util.find_spec("fastjepa_kernels") is None:
     sys.path.append(str(Path(__file__).parent / "kernels"))
 
 
-def encoder(path, which=None):
+def encoder(path, which=None, positions=None, grid=None):
     """Load a pretrained encoder, as `fastjepa.load_encoder` does: `forward_features(images)` gives (B, N, D)."""
     from fastjepa import load_encoder
 
-    return load_encoder(path, which)
+    return load_encoder(path, which, positions, grid)

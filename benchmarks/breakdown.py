@@ -30,6 +30,7 @@ from fastjepa.errors import UserError
 from fastjepa.loader.batch import Batch
 from fastjepa.loader.loader import Loader
 from fastjepa.plan.flops import flops_of_packed
+from fastjepa.plan.plan import workload_of
 from fastjepa.ranks.world import World, join_world
 
 WAIT, REST = "data wait", "remainder"  # the remainder is Python between the parts
@@ -113,7 +114,7 @@ def measure_parts(config: Config, rounds: int, trace: Path | None = None) -> lis
     device, packed = join_world(config.runtime.device).device, []
     with (
         with_images(config) as config,
-        Loader(config, open_source(config.data), World(0, 0, 1, device), 0) as loader,
+        Loader(config, open_source(config.data.address), World(0, 0, 1, device), 0) as loader,
         PartMarks(TrainerStep(config, device)) as marks,
     ):
         steps = (marks.take(kept(loader.micro_batches(number), packed)) for number in range(2**40))
@@ -127,7 +128,11 @@ def measure_parts(config: Config, rounds: int, trace: Path | None = None) -> lis
         clocks = [next(steps) for _ in range(rounds)]
         timing.synchronize(device)
         seconds = (time.perf_counter() - start) / rounds
-        spent = np.sum([astuple(flops_of_packed(config, *micro)) for micro in packed], axis=0) * config.micro_batch / rounds
+        spent = (
+            np.sum([astuple(flops_of_packed(workload_of(config), *micro)) for micro in packed], axis=0)
+            * config.micro_batch
+            / rounds
+        )
         ceiling(1)
         if trace:
             write_trace(steps, device, trace)

@@ -97,7 +97,7 @@ def spaced_images(where: str, images: int) -> Iterator[tuple[str, bytes]]:
 def our_batches(one: Contender, config: Config, sets: Sets, device: torch.device) -> Iterator[Iterator[Tensor]]:
     source = sets.folder if one.source == "folder" else sets.shards
     config = replace(config, data=replace(config.data, source=str(source), loader=one.loader, num_workers=one.workers))
-    with Loader(config, open_source(config.data), World(0, 0, 1, device), 0) as loader:
+    with Loader(config, open_source(config.data.address), World(0, 0, 1, device), 0) as loader:
         yield (batch.images for step in itertools.count() for batch in loader.micro_batches(step))
 
 

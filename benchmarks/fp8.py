@@ -22,6 +22,7 @@ from fastjepa.data.crops import crop_image
 from fastjepa.data.decode_pillow import decode_image
 from fastjepa.data.sources import open_source
 from fastjepa.errors import CheckpointError, UserError
+from fastjepa.loader.loader import batch_recipe
 from fastjepa.loader.micro_batches import MicroBatches
 from fastjepa.model.fp8 import use_fp8
 from fastjepa.model.jepa import build_pair
@@ -33,7 +34,7 @@ from fastjepa.weights.read import starting_networks
 def input_images(config: Config, count: int) -> Tensor:
     """Return (count, C, H, W) uint8: crops of data.source, or of images that decode like photographs."""
     if config.data.source:
-        views = MicroBatches(config, open_source(config.data), 0, 1)
+        views = MicroBatches(batch_recipe(config), open_source(config.data.address), 0, 1)
         return torch.stack([views.view(0, sample)[0] for sample in range(count)])
     decoded = [decode_image(raw, config.data.channels) for raw in photographs(count)]
     return torch.stack([crop_image(image, (0, 0, *image.shape[1:]), config.image_size, False) for image in decoded])

@@ -1,11 +1,13 @@
 """All checks and measurements of the kernels that need a card: `make gpu-check PYTHON=python3`, in under 10 minutes.
 
-The tests of the ops run natively, then each op whole under torch.compile and from a replayed CUDA graph, then under
-compute-sanitizer where it is installed. Then come whole training steps with the official cut and packed, the benches of the
-ops, the loaders, and I-JEPA beside MAE and iBOT. No speed is reported by a run whose tests fail. The result is a JSON file,
-also printed as tables: versions, commit, every measurement, and the reason for each that is missing. It needs torch, triton,
-pytest, pytest-benchmark and timm, no installation and no network; a measurement that needs more is left out without it.
-`--dry-run` does the same at toy size on a CPU, in Triton's interpreter.
+First come the checks: the tests of the ops, then each op under torch.compile and from a replayed CUDA graph, then under
+compute-sanitizer where it is installed. What is worth most is measured first: whole training steps with the official cut and
+packed, the benches of the ops, I-JEPA beside MAE and iBOT, the loaders. `--part ops|steps|hours|data` takes one of these;
+all but ops begin with a short check of every op against its definition. No speed is reported by a run whose checks fail.
+The result is a JSON file, also printed as tables: versions, commit, every measurement beside its prediction, and the reason
+for each that is missing. Tables are printed and the file written wherever the run is stopped, by its time, SIGTERM or Ctrl-C.
+It needs torch, triton, pytest, pytest-benchmark and timm, no installation and no network; a measurement that needs more is
+left out without it. `--dry-run` does the same at toy size on a CPU, in Triton's interpreter.
 """
 
 import argparse
@@ -13,11 +15,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +30,24 @@ ROOT = Path(__file__).resolve().parent.parent
 MARKERS = "markers=gpu: needs a CUDA device\n    slow: takes more than about five seconds\n    long: takes minutes"
 PYTEST = (sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir", str(ROOT), "-p", "no:cacheprovider", "-q",
           "--tb=short", "-o", MARKERS)  # fmt: skip
+TESTS, PATHS = (*PYTEST, "--confcutdir", "tests/ops"), "tests/ops/test_paths.py"
 KEPT = 4000  # characters of the output of a step
 REFUSED = 2  # exit code of a benchmark that says why it cannot run
 MASKS = {"parity": "batch_min", "packed": "none"}  # contexts cut as the official code does, or whole
-STEPS = {  # model: images a step, and the further keys of the published recipe
-    "vit_small": ("128",),
-    "vit_base": ("128",),
-    "vit_large": ("128", "meta.pred_depth=12"),
-    "vit_huge": ("128", "meta.pred_depth=12", "mask.patch_size=14"),
+STEPS = {  # model: the further keys of the published recipe; the first is worth most
+    "vit_huge": ("meta.pred_depth=12", "mask.patch_size=14"),
+    "vit_large": ("meta.pred_depth=12",),
+    "vit_small": (),
+    "vit_base": (),
 }
+BENCHES = ("adamw_ema_step", "ema_update", "varlen_attention", "short_attention", "target_loss", "assemble_predictor",
+           "gather_tokens", "patchify_tokens", "scatter_tokens")  # fmt: skip
 TINY = ("--device", "cpu", "--size", "64", "--batch", "2", "mask.patch_size=8", "mask.min_keep=0", "runtime.threads=1")
 TOY_STEP = ("--model", "vit_tiny", *TINY, "--dtype", "fp32", "--rounds", "2", "meta.depth=2", "meta.pred_depth=1")
 TOY_HOURS = ("--models", "vit_tiny", *TINY, "--dtype", "fp32", "--rounds", "2", "--methods", "ijepa")
 TOY_DATA = (*TINY, "--images", "8", "--rounds", "1", "--seconds", "0.1", "--workers", "0", "--sources", "folder")
-HOURS = ("--device", "cuda", "--models", "vit_base")
-VARIANTS = ("packed,same", "compile,graph,fp8")  # columns of gpu_hours.py that take turns
+HOURS = (("vit_base", "packed,same"), ("vit_huge", "packed,compile,graph"), ("vit_base", "compile,graph,fp8"))  # take turns
+PARTS = ("ops", "steps", "hours", "data")
 
 
 class CheckRun:
@@ -50,6 +56,7 @@ class CheckRun:
     def __init__(self, dry: bool, seconds: float):
         self.dry, self.end = dry, time.monotonic() + seconds
         self.steps, self.rows, self.not_measured = {}, [], []
+        self.about, self.file, self.predictions = {}, None, {}
         self.environment = os.environ | {"PYTHONPATH": f"{ROOT / 'kernels'}{os.pathsep}{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"}
         if dry:
             self.environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -70,49 +77,109 @@ class CheckRun:
         print(f"== {name}", flush=True)
         begun, left = time.monotonic(), max(self.end - time.monotonic(), 1)
         try:
-            done = subprocess.run(command, cwd=ROOT, env=self.environment | environment, timeout=left, capture_output=True,
-                                  text=True, errors="replace")  # fmt: skip
-            passed, out, told = done.returncode == 0, done.stdout, done.stdout + done.stderr
-            last = (done.stderr.strip().splitlines() or [""])[-1]
-            if may_refuse and (done.returncode == REFUSED or last.startswith("ModuleNotFoundError")):
+            code, out, errors = run_group(command, self.environment | environment, left)
+            passed, told, last = code == 0, out + errors, (errors.strip().splitlines() or [""])[-1]
+            if may_refuse and (code == REFUSED or last.startswith("ModuleNotFoundError")):
                 self.skip(name, last)
                 return ""
         except subprocess.TimeoutExpired as error:
             passed, out, told = False, "", f"{(error.stdout or b'').decode(errors='replace')}\nout of time after {left:.0f} s"
+            if may_refuse:
+                self.skip(name, f"out of time after {left:.0f} s")
+                return ""
         self.steps[name] = {"passed": passed, "seconds": round(time.monotonic() - begun, 1), "output": told[-KEPT:]}
-        print(told.strip().rpartition("\n")[2] if passed else told[-KEPT:], flush=True)
+        print(told.strip().rpartition("\n")[2][:KEPT] if passed else told[-KEPT:], flush=True)
+        self.save()
         return out if passed else ""
 
     def keep(self, rows: list[dict], gaps: list[dict]) -> None:
+        rows = [results.with_prediction(row, self.predictions) for row in rows]
         self.rows += rows
         self.not_measured += gaps
+        print("\n".join(results.rows_table(results.measured_rows(rows))), flush=True)
+        self.save()
 
     def skip(self, what: str, reason: str) -> None:
         print(f"== {what}: not measured: {reason}", flush=True)
         self.not_measured.append({"what": what, "reason": reason})
 
+    def begin(self, part: str | None, output: Path | None) -> None:
+        """Note what the report says of every row, and where it is written after every step: SIGKILL takes one alone."""
+        about = results.certificate(["python", "benchmarks/gpu_check.py", *sys.argv[1:]])
+        card = "cpu" if self.dry else card_name()
+        words = (re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-"), about["date"][:10], *([part] if part else []))
+        self.about = {"name": "-".join(words), **about, "card": card, "dry_run": self.dry}
+        self.predictions = results.read_predictions() if "H200" in card else {}
+        self.file = output or (None if self.dry else results.RESULTS / f"{self.about['name']}.json")
 
-def check_and_measure(run: CheckRun) -> None:
+    def report(self) -> dict[str, Any]:
+        found = {"passed": self.passed, "steps": self.steps, "rows": self.rows, "not_measured": self.not_measured}
+        return self.about | found
+
+    def save(self) -> None:
+        if self.file:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.file.write_text(json.dumps(self.report(), indent=1) + "\n")
+
+
+def run_group(command: Sequence[str], environment: dict[str, str], seconds: float) -> tuple[int, str, str]:
+    """Return exit code, output and errors of a command; end it with all that it has started where it is left early."""
+    child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             text=True, errors="replace", start_new_session=True)  # fmt: skip
+    try:
+        out, errors = child.communicate(timeout=seconds)
+        return child.returncode, out, errors
+    except BaseException:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+        raise
+
+
+def check_and_measure(run: CheckRun, parts: Sequence[str] = PARTS) -> None:
+    if "ops" in parts:
+        check_ops(run)
+    else:
+        run.step("definitions", *TESTS, "-k", "definition", PATHS)
+    if not run.passed:
+        run.skip("measurements", "a check failed, and no speed is reported by a run whose checks fail")
+        return
+    for part, measure in (("steps", measure_steps), ("ops", measure_ops), ("hours", measure_hours), ("data", measure_data)):
+        if part in parts:
+            measure(run)
+
+
+def check_ops(run: CheckRun) -> None:
     chosen = ("-k", "registered or says or wants") if run.dry else ()  # CI runs the others by themselves
-    run.step("tests", *PYTEST, "--confcutdir", "tests/ops", "-m", "not gpu" if run.dry else "", *chosen, "tests/ops")
-    run.step("paths", sys.executable, __file__, "--paths")
+    run.step("tests", *TESTS, *chosen, "tests/ops", "--ignore", PATHS)
+    run.step("paths", *TESTS, PATHS)
     if sanitizer := shutil.which("compute-sanitizer"):
-        command = (sanitizer, "--error-exitcode", "1", sys.executable, __file__, "--paths", "--plain")
+        command = (sanitizer, "--error-exitcode", "1", *TESTS, "-k", "definition", PATHS)
         run.step("compute-sanitizer", *command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     else:
         run.skip("compute-sanitizer", "it is not installed")
-    if not run.passed:
-        run.skip("benches", "a check failed, and no speed is reported by a run whose checks fail")
-        return
-    for model, arguments in list(STEPS.items())[: 1 if run.dry else None]:
-        full = ("--device", "cuda", "--dtype", "bf16", "--rounds", "8", "--model", model, "--batch", *arguments)
+
+
+def measure_steps(run: CheckRun) -> None:
+    for model, keys in list(STEPS.items())[: 1 if run.dry else None]:
+        full = ("--device", "cuda", "--dtype", "bf16", "--rounds", "8", "--model", model, "--batch", "128", *keys)
         for masks, cut in MASKS.items():
-            run_benchmark(run, "step", {"masks": masks}, *(TOY_STEP if run.dry else full), f"mask.truncate={cut}")
-    for bench in sorted((ROOT / "benchmarks" / "ops").glob("bench_*.py")):
-        run_bench(run, bench)
+            about = {"model": model, "masks": masks}
+            run_benchmark(run, "step", about, *(TOY_STEP if run.dry else full), f"mask.truncate={cut}")
+
+
+def measure_ops(run: CheckRun) -> None:
+    for op in BENCHES:
+        run_bench(run, ROOT / "benchmarks" / "ops" / f"bench_{op}.py")
+
+
+def measure_hours(run: CheckRun) -> None:
+    for model, columns in HOURS[: 1 if run.dry else None]:
+        full = ("--device", "cuda", "--models", model)
+        run_benchmark(run, "gpu_hours", {}, *(TOY_HOURS if run.dry else full), "--columns", columns)
+
+
+def measure_data(run: CheckRun) -> None:
     run_benchmark(run, "data", {}, *(TOY_DATA if run.dry else ("--device", "cuda", "--workers", "8", "--batch", "128")))
-    for columns in VARIANTS[: 1 if run.dry else None]:
-        run_benchmark(run, "gpu_hours", {}, *(TOY_HOURS if run.dry else HOURS), "--columns", columns)
 
 
 def run_benchmark(run: CheckRun, name: str, about: dict[str, str], *arguments: str) -> None:
@@ -133,74 +200,6 @@ def run_bench(run: CheckRun, bench: Path) -> None:
             run.keep(*results.rows_and_gaps(json.loads(file.read_text())))
 
 
-def check_paths(plain: bool) -> None:
-    """Insist that every op and its gradient are the same plainly, under torch.compile as one graph, and from a CUDA graph."""
-    import torch
-
-    import fastjepa_kernels
-    from fastjepa_kernels.cases import CASES
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_default_device(device)
-    fastjepa_kernels.use("triton")
-    ways = {"compiled": whole_graph} | ({"CUDA graph": replayed} if device == "cuda" else {})
-    for op, (make, variants) in CASES.items():
-        for variant in variants if plain else variants[:1]:
-            torch.manual_seed(0)
-            expected = outcome(make(*variant), called)
-            for way, how in {} if plain else ways.items():
-                torch.manual_seed(0)
-                torch.testing.assert_close(outcome(make(*variant), how), expected, msg=lambda said: f"{op}, {way}: {said}")  # noqa: B023
-        print(f"{op}: {', '.join(ways) if not plain else 'plain'}", flush=True)
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def outcome(case: Any, how: Callable) -> list:
-    for leaf in case.leaves:
-        leaf.requires_grad_()
-    return [tensor.detach().clone() for tensor in (*how(case), *case.writes)]
-
-
-def called(case: Any, call: Callable | None = None) -> list:
-    """Return the result of the op and its gradients."""
-    import torch
-
-    out = (call or case.call)()
-    if not case.leaves:
-        return [] if out is None else [out]
-    return [out, *torch.autograd.grad(out, case.leaves, torch.ones_like(out))]
-
-
-def whole_graph(case: Any) -> list:
-    import torch
-
-    torch._dynamo.reset()
-    backend = "inductor" if torch.cuda.is_available() else "aot_eager"
-    return called(case, torch.compile(case.call, fullgraph=True, backend=backend))
-
-
-def replayed(case: Any) -> list:
-    """Replay a CUDA graph once, captured after a call to warm up; changes of the inputs are undone before."""
-    import torch
-
-    inputs = [tensor.detach() for tensor in (*case.reads, *case.writes)]
-    before = [tensor.clone() for tensor in inputs]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        called(case)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = called(case)
-    for tensor, value in zip(inputs, before, strict=True):
-        tensor.copy_(value)
-    graph.replay()
-    torch.cuda.synchronize()
-    return out
-
-
 def result_tables(report: dict[str, Any]) -> str:
     """Return all measurements, a table a part."""
     parts = [(one["name"], results.measured_rows(one["rows"])) for one in results.parts_of(report)]
@@ -213,36 +212,41 @@ def card_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
-def main() -> None:
+def stop(number: int, frame: object) -> None:
+    """Raise KeyboardInterrupt with the signal's name; a second signal finds the tables being printed."""
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--part", choices=PARTS, help="measure this alone, in under 9 minutes (default: all, in this order)")
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on a CPU; writes nothing without --output")
-    parser.add_argument("--output", type=Path, help="file to write (default benchmarks/results/<card>-<date>.json)")
-    parser.add_argument("--minutes", type=float, default=10, help="a measurement is left out after that (default 10)")
-    parser.add_argument("--paths", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.paths:
-        check_paths(asked.plain)
-        return
+    parser.add_argument("--output", type=Path, help="file to write (default benchmarks/results/<card>-<date>[-<part>].json)")
+    parser.add_argument("--minutes", type=float, default=8.5, help="a measurement is left out after that (default 8.5)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    asked = parse_options()
     if not asked.dry_run and card_name() == "cpu":
         sys.exit("gpu-check: there is no CUDA device here; --dry-run tries everything on a CPU")
-    run = CheckRun(asked.dry_run, 60 * asked.minutes)
-    check_and_measure(run)
-    about = results.certificate(["python", "benchmarks/gpu_check.py", *sys.argv[1:]])
-    card = "cpu" if asked.dry_run else card_name()
-    name = f"{re.sub(r'[^a-z0-9]+', '-', card.lower()).strip('-')}-{about['date'][:10]}"
-    report = {"name": name, **about, "card": card, "dry_run": asked.dry_run, "passed": run.passed, "steps": run.steps}
-    report |= {"rows": run.rows, "not_measured": run.not_measured}
-    file = asked.output or results.RESULTS / f"{name}.json"
-    if asked.output or not asked.dry_run:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"== {file}")
-    failed = [name for name, step in run.steps.items() if not step["passed"]]
-    print(result_tables(report))
-    print(f"== {len(run.rows)} measurements, {len(run.not_measured)} not measured")
-    if failed:
-        sys.exit(f"gpu-check: failed: {', '.join(failed)}; the output of each is above")
+    run, ended = CheckRun(asked.dry_run, 60 * asked.minutes), ""
+    run.begin(asked.part, asked.output)
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, stop)
+    try:
+        check_and_measure(run, (asked.part,) if asked.part else PARTS)
+    except KeyboardInterrupt as interrupt:
+        ended = f"stopped by {interrupt}"
+        run.skip("the rest", ended)
+    run.save()
+    print(result_tables(run.report()))
+    print(f"== {len(run.rows)} measurements, {len(run.not_measured)} not measured", run.file or "", flush=True)
+    failed = ", ".join(name for name, step in run.steps.items() if not step["passed"])
+    if failed or ended:
+        sys.exit(f"gpu-check: {f'failed: {failed}' if failed else ended}; what was measured or went wrong is above")
 
 
 if __name__ == "__main__":

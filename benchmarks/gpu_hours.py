@@ -35,7 +35,8 @@ from fastjepa.config.schema import MODELS, Config
 from fastjepa.engine.precision import COMPUTE_DTYPES
 from fastjepa.errors import UserError
 from fastjepa.model.vit import choose_attention
-from fastjepa.plan.plan import CARD_PEAKS, IMAGENET_IMAGES
+from fastjepa.plan.datasheets import DATASHEETS
+from fastjepa.plan.plan import IMAGENET_IMAGES
 from fastjepa.ranks.world import join_world
 from fastjepa.run.build import check_compute
 
@@ -124,6 +125,8 @@ def varied(row: Row, config: Config) -> Config:
 def refusal(row: Row, config: Config) -> str:
     """Say why the column of a row cannot run on this device; an empty text where it can."""
     try:
+        if row.column == "same":
+            vit.import_libraries()
         check_compute(varied(row, config), join_world(config.runtime.device).device)
     except UserError as error:
         return str(error)
@@ -233,14 +236,14 @@ def projected(row: Row, images_per_s: float) -> dict:
 
 
 def datasheet_flops(name: str, dtype: str) -> float | None:
-    """Return the dense FLOP/s of a card's data sheet; None for a CPU and for cards that `fastjepa.plan.plan` does not know."""
-    alike = {"h100": "h100", "h200": "h100", "a100": "a100"}  # an H200 computes as an H100 does
-    return next((CARD_PEAKS[card][dtype] for word, card in alike.items() if word in name.lower()), None)
+    """Return the dense FLOP/s of a card's data sheet; None for a CPU and for cards that `fastjepa.plan` does not know."""
+    return next((sheet.peak(dtype) for card, sheet in DATASHEETS.items() if card in name.lower()), None)
 
 
 def estimate_rows(options: argparse.Namespace) -> list[dict]:
     """Return rows without a measurement: FLOPs over a stated share of the peak of a data sheet."""
-    peak, rows = CARD_PEAKS[options.estimate]["bf16"], []
+    peak, rows = DATASHEETS[options.estimate].bf16, []
+    vit.import_libraries()
     for row in asked_rows(options):
         if row.column in ("reference", "fp8"):  # there is no one peak for fp8
             continue
@@ -273,7 +276,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
                         help="packed,same, and variants of packed: " + ",".join(VARIANTS))  # fmt: skip
     parser.add_argument("--reference", metavar="DIR", help="clone of the official I-JEPA code, for a column of its own")
     parser.add_argument("--steps", type=positive_int, default=1, help="steps of a round in a row, timed together (default 1)")
-    parser.add_argument("--estimate", choices=tuple(CARD_PEAKS), help="measure nothing: FLOPs over a share of this card's peak")
+    parser.add_argument("--estimate", choices=tuple(DATASHEETS), help="measure nothing: FLOPs over a share of this card's peak")
     parser.add_argument("--share", type=float, default=0.4, help="of the peak, for --estimate (default 0.4)")
     return parser.parse_intermixed_args(argv)
 
@@ -290,7 +293,6 @@ def to_config(options: argparse.Namespace, model: str) -> Config:
 
 
 def measure_asked(options: argparse.Namespace) -> dict:
-    vit.import_libraries()
     if not 0 < options.share <= 1:
         raise UserError(f"--share {options.share}: give a number above 0 and up to 1")
     return {"rows": estimate_rows(options), "formula": FORMULA} if options.estimate else measure_rows(options)

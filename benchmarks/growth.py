@@ -33,11 +33,15 @@ from fastjepa.config.schema import Config
 from fastjepa.data.sources import ImageFolder
 from fastjepa.data.tar_shards import scan_tar
 from fastjepa.errors import UserError
+from fastjepa.loader.loader import batch_recipe
 from fastjepa.loader.micro_batches import MicroBatches
 from fastjepa.masks.check import check_masks
 from fastjepa.masks.draw import draw_masks
+from fastjepa.masks.layouts import Masking
 from fastjepa.masks.pack import pack
+from fastjepa.model.jepa import NetworkShape
 from fastjepa.plan.memory import FP32_BYTES, activation_bytes, buffer_bytes, network_sizes, row_counts, state_bytes
+from fastjepa.plan.plan import workload_of
 
 TOLERANCE, CONFIDENCE = 0.15, 0.975
 LEAST = 3  # values, so that the fit has an error
@@ -120,7 +124,7 @@ def along(config: Config, axis: str, value: int) -> tuple[float, Config]:
 
 def step_point(config: Config, axis: str, value: int, device: torch.device) -> Point:
     value, config = along(config, axis, value)
-    check_masks(config.mask, config.grid, config.runtime.seed, config.data.batch_size)
+    check_masks(Masking.of(config), config.data.batch_size)
     works = [Work.draw(config, device, number) for number in range(step.DISTINCT)]
     run = step.OurStep(config, device, works)
     return Point(value, run, config.data.batch_size * float(np.mean(run.flops)),
@@ -129,8 +133,8 @@ def step_point(config: Config, axis: str, value: int, device: torch.device) -> P
 
 def step_bytes(config: Config) -> int:
     """Return the bytes that a step on one device holds at its peak, as `fastjepa.plan.memory` counts them."""
-    size, rows = network_sizes(config), row_counts(config, config.micro_batch)
-    held = activation_bytes(config, rows)
+    size, rows = network_sizes(NetworkShape.of(config)), row_counts(workload_of(config), config.micro_batch)
+    held = activation_bytes(workload_of(config), rows)
     parts = state_bytes(size, config.runtime.dtype, 1, 0) | buffer_bytes(size, config.runtime.dtype, 0)
     return sum(parts.values()) + held.saved + held.loss
 
@@ -151,19 +155,23 @@ def on_ranks(config: Config, counts: Sequence[int], rounds: int, device: torch.d
 
 def mask_point(place: Place, batch: int) -> Point:
     config = place.config
-    return Point(batch, lambda n: draw_masks(config.mask, config.grid, config.runtime.seed, n, range(batch), batch), batch)
+    return Point(batch, lambda n: draw_masks(Masking.of(config), n, range(batch), batch), batch)
 
 
 def packing_point(place: Place, batch: int) -> Point:
     config = place.config
-    drawn = draw_masks(config.mask, config.grid, config.runtime.seed, 0, range(batch), batch)
+    drawn = draw_masks(Masking.of(config), 0, range(batch), batch)
     return Point(batch, lambda number: pack(*drawn), batch)
 
 
 def checkpoint_point(place: Place, depth: int) -> Point:
     """Save checkpoints, against the numbers that one has to hold: weights, two moments and the average."""
     _, config = along(place.config, "depth", depth)
-    run, root, size = TrainerStep(config, place.device), place.scratch / f"checkpoint-{depth}", network_sizes(config)
+    run, root, size = (
+        TrainerStep(config, place.device),
+        place.scratch / f"checkpoint-{depth}",
+        network_sizes(NetworkShape.of(config)),
+    )
     run.take(batch.to(place.device) for batch in Work.draw(config, place.device, 0).packed(config))
     networks = {"encoder": run.jepa.encoder, "predictor": run.jepa.predictor, "target_encoder": run.target_encoder}
     state = TrainState(0, networks, run.engine.optimizer)
@@ -199,7 +207,7 @@ def shard_point(place: Place, images: int) -> Point:
 def order_point(place: Place, images: int) -> Point:
     """Take the first sample of a new epoch: its permutation is drawn."""
     count = INDICES * images
-    return Point(count, lambda number: MicroBatches(place.config, range(count), 0, 1).samples(0, 0, 1), count)
+    return Point(count, lambda number: MicroBatches(batch_recipe(place.config), range(count), 0, 1).samples(0, 0, 1), count)
 
 
 STEP_AXES = {"batch": "batch", "tokens": "size", "width": "width", "depth": "depth"}  # and the option with their values

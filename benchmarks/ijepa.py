@@ -12,8 +12,10 @@ from work import Work
 
 from fastjepa.config.schema import Config
 from fastjepa.masks.draw import draw_masks
+from fastjepa.masks.layouts import Masking
 from fastjepa.model.vit import init_weights, sincos_positions
 from fastjepa.plan.flops import official_flops
+from fastjepa.plan.plan import workload_of
 
 GROUP = 128  # the official batch of a GPU: that many images share a cut, however few of them are measured
 TRIED = 64
@@ -29,8 +31,8 @@ def typical_batches(config: Config, count: int) -> list[int]:
 
     Masks differ in size from step to step, and so do the FLOPs.
     """
-    drawn = [draw_masks(config.mask, config.grid, config.runtime.seed, n, range(1), GROUP) for n in range(TRIED)]
-    cost = np.array([official_flops(config, *(mask.sum(axis=2).mean() for mask in pair)).total for pair in drawn])
+    drawn = [draw_masks(Masking.of(config), n, range(1), GROUP) for n in range(TRIED)]
+    cost = np.array([official_flops(workload_of(config), *(mask.sum(axis=2).mean() for mask in pair)).total for pair in drawn])
     return np.argsort(np.abs(cost - cost.mean()), kind="stable")[:count].tolist()
 
 

@@ -29,6 +29,7 @@ KEYS = ("name", "command", "commit", "changed_files", "date", "machine", "versio
 SPREAD = {"median", "p20", "p80"}
 PROJECTED = ("epochs", "epochs_published", "hours", "accuracy", "hours_per_point", "arithmetic")  # of rates, not measured
 PROJECTED_OF = ("method", "model", "column", "device", "images_per_s")
+IDENTITY = ("part", "model", "masks", "method", "column", "source", "loader", "workers", "benchmark")  # of a card's rows
 CONSTANT = 3  # rows from which on a column that never changes is said once, above the table
 INTRODUCTION = """# Results
 
@@ -140,17 +141,32 @@ def read_results(folder: Path) -> list[dict]:
         missing = [key for key in KEYS if not isinstance(found, dict) or key not in found]
         if missing:
             raise ResultError(f"{path}: has no {missing[0]}; save it with `python benchmarks/results.py save`")
-        results += parts_of(found) if "steps" in found else [found]
+        results += parts_of(found) if "steps" in found or found["name"] == "predictions" else [found]
     return results
 
 
 def parts_of(checked: dict) -> list[dict]:
-    """Split the result of gpu_check.py into one a part (step, data, ...) or op; the last one holds what was not measured."""
+    """Split the result or the predictions of gpu_check.py into one a part (step, data) or op; the last one has the gaps."""
     parts: dict[str, list[dict]] = {}
     for row in checked["rows"]:
         parts.setdefault(row.get("part") or row["op"], []).append({key: value for key, value in row.items() if key != "part"})
     found = [checked | {"name": f"{checked['name']}: {part}", "rows": rows, "not_measured": []} for part, rows in parts.items()]
     return [*found[:-1], *({**last, "not_measured": checked["not_measured"]} for last in found[-1:])]
+
+
+def read_predictions(file: Path = RESULTS / "predictions.json") -> dict[tuple, dict]:
+    """Return the predictions of benchmarks/predictions.py by the values of IDENTITY of the rows that they are for."""
+    rows = json.loads(file.read_text())["rows"] if file.is_file() else []
+    return {tuple(row.get(key) for key in IDENTITY): row for row in rows}
+
+
+def with_prediction(row: dict, predictions: dict[tuple, dict]) -> dict:
+    """Return a measured row with the number that was predicted for it, at the FLOPs of the masks that it drew."""
+    found = predictions.get(tuple(row.get(key) for key in IDENTITY))
+    if not found:
+        return row
+    drawn = found["gflop_per_image"] / row["gflop_per_image"] if "gflop_per_image" in found.keys() & row.keys() else 1.0
+    return row | {"predicted": found["predicted"] * drawn}
 
 
 def results_document(results: Sequence[dict]) -> str:

@@ -18,7 +18,6 @@ from work import STEPS_PER_EPOCH, Work
 
 from fastjepa.config.load import config_from_dict
 from fastjepa.config.schema import Config
-from fastjepa.engine.build import build_engine
 from fastjepa.engine.plain import PlainEngine
 from fastjepa.engine.precision import COMPUTE_DTYPES
 from fastjepa.engine.schedule import Schedule
@@ -26,7 +25,7 @@ from fastjepa.engine.zero import ZeroEngine
 from fastjepa.errors import UserError
 from fastjepa.ranks.collectives import barrier, gather_objects
 from fastjepa.ranks.world import join_world, leave_world
-from fastjepa.run.build import apply_process_settings, build_networks, build_objective
+from fastjepa.run.build import apply_process_settings, build_engine, build_networks, build_objective
 from fastjepa.run.step import Step
 
 STEPS, WARMUP = 3, 1  # of each start

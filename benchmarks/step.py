@@ -26,6 +26,7 @@ from fastjepa.config.schema import Config
 from fastjepa.engine.precision import COMPUTE_DTYPES
 from fastjepa.errors import UserError
 from fastjepa.plan.flops import official_flops
+from fastjepa.plan.plan import workload_of
 
 DISTINCT = 4  # batches that the rounds take turns with
 AGREE_STEPS, LOSS_TOLERANCE = 3, 1e-4  # relative, between the two losses of each of these steps
@@ -63,7 +64,7 @@ class OfficialStep:
         self.official, self.device = official.Official(directory, config, device), device
         self.works = [(w.images, w.indices(w.context_mask), w.indices(w.target_mask)) for w in works]
         lengths = [(contexts[0].shape[1], blocks[0].shape[1]) for _, contexts, blocks in self.works]
-        self.flops = [official_flops(config, *pair).total for pair in lengths]
+        self.flops = [official_flops(workload_of(config), *pair).total for pair in lengths]
 
     def __call__(self, number: int, mark: Callable[[str], None] = lambda phase: None) -> float:
         return self.official.step(*self.works[number % len(self.works)], mark)

@@ -14,10 +14,10 @@ from fastjepa.engine.schedule import Schedule
 from fastjepa.loader.batch import Batch
 from fastjepa.masks.check import check_masks
 from fastjepa.masks.draw import draw_masks
-from fastjepa.masks.pack import pack
-from fastjepa.masks.packer import packer_of
-from fastjepa.masks.padding import padding_budget
+from fastjepa.masks.layouts import Masking
+from fastjepa.masks.packer import Packer
 from fastjepa.plan.flops import flops_of_packed
+from fastjepa.plan.plan import workload_of
 from fastjepa.ranks.world import join_world
 from fastjepa.run.build import apply_process_settings, build_networks, build_objective, build_runs
 from fastjepa.run.step import Step
@@ -36,26 +36,25 @@ class Work:
     @classmethod
     def draw(cls, config: Config, device: torch.device, number: int, group: int | None = None) -> "Work":
         """Draw the batch of a step; its contexts are cut to the shortest of `group` images (default: of the batch)."""
-        batch, seed = config.data.batch_size, config.runtime.seed
-        drawn = draw_masks(config.mask, config.grid, seed, number, range(batch), group or batch)
+        batch = config.data.batch_size
+        drawn = draw_masks(Masking.of(config), number, range(batch), group or batch)
         return cls(synthetic_images(config, number, batch).to(device), *drawn)
 
     def packed(self, config: Config, pad: bool = True) -> list[Batch]:
         """Return the trainer's micro-batches, on the host but for their images; for a CUDA graph they are padded."""
         images = len(self.images)
-        room = padding_budget(config, images) if pad and config.runtime.cuda_graph else None
-        found = []
-        packer = packer_of(config)
+        room = workload_of(config).padding_budget(images) if pad and config.runtime.cuda_graph else None
+        found, packer = [], Packer(Masking.of(config))
         for start in range(0, images, config.micro_batch):
             part = slice(start, start + config.micro_batch)
             drawn = self.context_mask[part], self.target_mask[part]
-            rows = packer.rows(0, range(part.start, part.stop), *drawn)
-            found.append(Batch(self.images[part], *pack(*drawn, images, packer.packing, room, rows), bad=()))
+            rows = packer.pack_drawn(drawn, 0, range(part.start, part.stop), images, room)
+            found.append(Batch(self.images[part], *rows, bad=()))
         return found
 
     def flops_per_image(self, config: Config) -> float:
         """Return the FLOPs of this package's step on the batch, without padding, by `fastjepa.plan.flops`."""
-        parts = [flops_of_packed(config, b.context, b.target, b.blocks) for b in self.packed(config, pad=False)]
+        parts = [flops_of_packed(workload_of(config), b.context, b.target, b.blocks) for b in self.packed(config, pad=False)]
         return float(np.mean([part.total for part in parts]))
 
     def indices(self, mask: np.ndarray) -> list[Tensor]:
@@ -95,7 +94,7 @@ def synthetic_images(config: Config, number: int, count: int, side: int | None =
 def prepare_device(config: Config, group: int) -> torch.device:
     """Check that masks can be drawn for `group` images, apply the settings of the process, and return the device."""
     device = join_world(config.runtime.device).device
-    check_masks(config.mask, config.grid, config.runtime.seed, group)
+    check_masks(Masking.of(config), group)
     apply_process_settings(config)
     torch.manual_seed(config.runtime.seed)
     return device

@@ -14,24 +14,27 @@ if __name__ == "__main__":
     sys.exit(runpy.run_module("fastjepa.cli", run_name="__main__", alter_sys=True))
 
 import signal
+from functools import partial
 
 import torch
 
-from fastjepa.checkpoint.directory import latest_checkpoint
 from fastjepa.checkpoint.save import save_checkpoint
-from fastjepa.config.schema import Config, LoggingConfig
+from fastjepa.config.schema import Config
 from fastjepa.engine.precision import COMPUTE_DTYPES, autocast_of
 from fastjepa.engine.schedule import Schedule
 from fastjepa.engine.tally import StepTally
 from fastjepa.errors import RunError
 from fastjepa.loader.loader import Loader
 from fastjepa.loss.jepa_loss import jepa_loss
+from fastjepa.monitoring.monitor import Monitor, plan_probes
 from fastjepa.monitoring.run_log import RunLog
 from fastjepa.monitoring.skips import Skips
+from fastjepa.plan.plan import workload_of
 from fastjepa.ranks.collectives import union_of_names
 from fastjepa.ranks.heartbeat import Heartbeat
 from fastjepa.ranks.world import leave_world
 from fastjepa.run.build import Run, build_run, build_runs
+from fastjepa.run.resume import last_good_checkpoint, telling_where_to_go_on
 from fastjepa.run.stop import Stop
 
 
@@ -52,21 +55,22 @@ def train(
         deepspeed_config: a JSON file of what DeepSpeed shall do beyond what the config says.
     """
     run = build_run(config, output, resume, init, deepspeed_config)
-    config, world, engine, average, state, objective = (
-        run.config, run.world, run.engine, run.average, run.state, run.objective
-    )  # fmt: skip
-    schedule = Schedule(config.optimization, len(run.source) // (config.data.batch_size * world.size))
+    config, world, source, engine, average, state, objective, notes = run
+    schedule = Schedule(config.optimization, len(source) // (config.data.batch_size * world.size))
     last = min(schedule.total_steps, max_steps or schedule.total_steps)
     every = config.logging.checkpoint_every or schedule.steps_per_epoch
     skips = Skips(world.device, state.skipped, state.skipped_in_row, state.step)
     dtype, runs = COMPUTE_DTYPES[config.runtime.dtype], build_runs(config, engine)  # eager runs, or a CUDA graph of the body
+    where = partial(last_good_checkpoint, output, config.logging.write_tag)
     with (
-        Loader(config, run.source, world, state.step, max(last, state.step)) as loader,
-        RunLog(config, output, world, schedule, state.step) as log,
-        Stop() as stop,
+        telling_where_to_go_on(where),
+        Loader(config, source, world, state.step, max(last, state.step)) as loader,
+        RunLog(workload_of(config), output, world, schedule, state.step, config.logging.every) as log,
+        Stop(config.runtime.timeout, where) as stop,
         Heartbeat(world, config.runtime.timeout, state.step) as heart,
     ):
-        log.begin(run.source, average, run.notes)
+        probes = plan_probes(config, source, last, log.peak.flops_per_image)
+        log.begin(Monitor(config, source, average.target_encoder, probes, schedule.steps_per_epoch, log.kept), notes)
         loader.bad.update(state.bad_files)
         while state.step < last and not stop.agreed():
             now, tally = schedule(state.step), StepTally()  # lr, weight decay and EMA momentum: functions of the step
@@ -87,7 +91,7 @@ def train(
             heart.finished(state.step)
             log.record(state.step, tally, now, skips, objective.regularizer.logged() | runs.logged())
             if skips.poll()[1] >= config.runtime.max_skipped:
-                raise RunError(too_many_skips(state.step, config.runtime.max_skipped, output, config.logging))
+                raise RunError(too_many_skips(state.step, config.runtime.max_skipped, where()))
             if state.step % every == 0 and state.step < last:
                 save(run, output, loader, skips, log)
         saved = save(run, output, loader, skips, log)
@@ -104,10 +108,8 @@ def save(run: Run, output: Path, loader: Loader, skips: Skips, log: RunLog) -> P
         return save_checkpoint(output / "checkpoints", run.state, run.config.logging.write_tag, run.config.logging.keep_last)
 
 
-def too_many_skips(step: int, most: int, output: Path, logging: LoggingConfig) -> str:
+def too_many_skips(step: int, most: int, where: str) -> str:
     """Return the sentence for a run whose gradients were not finite for `most` steps in a row."""
-    good = latest_checkpoint(output / "checkpoints", logging.write_tag)
-    where = f"the last good checkpoint is {good}" if good else "no checkpoint was written yet"
     return (
         f"step {step}: {most} steps in a row had gradients that are not finite (runtime.max_skipped); {where}; "
         "lower optimization.lr or look at the data"

@@ -23,6 +23,17 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none, and the only test that may be")
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Refuse a pytest that keeps the group of a test from pytest-xdist: each process would make anew what a group shares."""
+    if not getattr(session.config.option, "loadgroup", False):
+        return
+    lost = [item.nodeid for item in session.items if item.get_closest_marker("xdist_group") and "@" not in item.nodeid]
+    if lost:
+        raise pytest.UsageError(
+            f"pytest {pytest.__version__} hides the group of {lost[0]} from pytest-xdist; install the versions of setup.py"
+        )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

@@ -125,6 +125,13 @@ def accepted(words: list[str]) -> None:
     assert not [word for word in rest if word.startswith("-")] and (not rest or "overrides" in args), rest
 
 
+@functools.cache
+def help_of(script: str) -> str:
+    """Return what a script of benchmarks/ says of its options."""
+    asked = [sys.executable, script, "--help"]
+    return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.parametrize("command", commands())
 def test_a_command_is_accepted(command: str):
     """The parser of a command accepts its words, and everything of this repository that it reads is there."""
@@ -141,10 +148,7 @@ def test_a_command_is_accepted(command: str):
     elif words[:2] == ["python", "-m"]:
         assert (ROOT / "kernels" / f"{words[2].replace('.', '/')}.py").is_file()
     elif words[0] == "python" and words[1].startswith("benchmarks/"):
-        shown = subprocess.run(
-            [sys.executable, words[1], "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout
-        assert [word for word in words[2:] if word.startswith("--") and word not in shown] == []
+        assert [word for word in words[2:] if word.startswith("--") and word not in help_of(words[1])] == []
     elif words[:2] != ["python", "docs/curves.py"]:
         accepted(started(command))
 

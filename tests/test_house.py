@@ -64,6 +64,8 @@ FOLDERS = ("errors", "files", "rng", "config", "ranks", "data", "masks", "loader
 SHARED_NAMES = {"main", "register"}  # what every command and program has
 NO_NOUN = re.compile(r"(What|Of|By|Its|Those)\b")  # beginnings of a docstring that leave the noun out
 
+CONFIG_READERS = 20  # modules outside of config/ that may import from it, at most
+
 Sources = dict[str, str]  # module -> text
 
 
@@ -99,6 +101,13 @@ def upward(sources: Sources) -> list[str]:
         (module, other) for module, others in imported(sources).items() for other in sorted(others) if module != "fastjepa"
     ]
     return [f"{module} -> {other}" for module, other in pairs if place[folder(other)] > place[folder(module)]]
+
+
+def config_readers(sources: Sources) -> list[str]:
+    """Return the modules outside of config/ that import from it, whatever they take and wherever they do."""
+    found = imported(sources).items()
+    outside = [module for module, others in found if "config" in map(folder, others) and folder(module) != "config"]
+    return sorted(outside)
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
@@ -163,6 +172,12 @@ def test_imports_go_down():
     assert upward(package()) == []
 
 
+def test_few_modules_know_the_config():
+    """The others take the values they need, or the object that was made of the config in one place."""
+    readers = config_readers(package())
+    assert len(readers) <= CONFIG_READERS, readers
+
+
 def test_no_imports_go_in_circles():
     assert circles(imported(package())) == []
 
@@ -192,6 +207,15 @@ def test_the_law_sees_planted_faults():
     up = sound | {"fastjepa.rng": "def draw():\n    from fastjepa.masks.draw import draw_masks"}
     assert upward(up) == ["fastjepa.rng -> fastjepa.masks.draw"]
     assert circles(imported(up)) == [["fastjepa.rng", "fastjepa.masks.draw", "fastjepa.rng"]]
+    reads = {name: "def f():\n    from fastjepa.config.schema import Config" for name in ("fastjepa.loss.a", "fastjepa.train")}
+    schema = {"fastjepa.config.schema": "Config = dict", "fastjepa.config.load": "from fastjepa.config.schema import Config"}
+    whole = {
+        "fastjepa.config": "",
+        "fastjepa.cli.a": "from fastjepa import config",
+        "fastjepa.cli.b": "import fastjepa.config.load",
+    }
+    assert config_readers(sound | schema) == [] and config_readers(reads | schema) == list(reads)
+    assert config_readers(whole | schema) == ["fastjepa.cli.a", "fastjepa.cli.b"]
     thrice = {f"fastjepa.masks.{name}": "def load(): return 1\ndef main(): return 2" for name in "abc"}
     assert set(crowded_names(thrice)) == {"load"}
     assert long_signatures("class A:\n    def f(self, a, b, c, d, e, *, g): pass") == []
@@ -280,7 +304,8 @@ def test_no_function_is_a_stub():
 
 def test_every_op_has_a_definition_a_test_and_a_bench():
     ops = {path.stem for path in below("kernels/fastjepa_kernels")} - OPS_SUPPORT
-    assert {path.stem.removeprefix("test_") for path in below("tests/ops") if path.stem.startswith("test_")} == ops
+    tested = {path.stem.removeprefix("test_") for path in below("tests/ops") if path.stem.startswith("test_")}
+    assert tested == ops | {"dispatch", "paths"}  # what all ops share, tried on each of them
     assert {path.stem.removeprefix("bench_") for path in below("benchmarks/ops") if path.stem.startswith("bench_")} == ops
     for op in ops:
         assert f"{op}_ref" in {f.name for f in functions(Path(f"kernels/fastjepa_kernels/{op}.py"))}

@@ -41,10 +41,12 @@ def test_a_warm_up_longer_than_the_run_is_said_at_the_start(toy_config, tmp_path
 @pytest.mark.parametrize("regularizer", ["none", "vicreg", "sigreg"])
 def test_a_run_interrupted_mid_epoch_continues_bit_for_bit(toy_config, tmp_path, regularizer):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    expected = trained(toy_config, whole, f"loss.regularizer={regularizer}")
+    # Every step is probed: by default a run cut short is probed at its own end as well.
+    settings = [f"loss.regularizer={regularizer}", "logging.probe_every=1"]
+    expected = trained(toy_config, whole, *settings)
     for stop in (3, 7, 8):
-        trained(toy_config, parts, "--max-steps", stop, "data.num_workers=0", f"loss.regularizer={regularizer}")
-    entries = trained(toy_config, parts, "--resume", "must", f"loss.regularizer={regularizer}")
+        trained(toy_config, parts, "--max-steps", stop, "data.num_workers=0", *settings)
+    entries = trained(toy_config, parts, "--resume", "must", *settings)
     assert without_times(entries) == without_times(expected)
     assert same_weights(weights(whole, 10), weights(parts, 10))
 
@@ -53,12 +55,13 @@ ARMS = {
     "masked input": ["mask.strategy=rasterized", "loss.target=input", "loss.normalize=none"],
     "pixels": ["mask.strategy=block", "mask.share=batch", "loss.target=pixels"],
     "batch": ["mask.strategy=random", "loss.normalize=batch", "loss.regularizer=sigreg", "optimization.pred_lr_scale=2"],
+    "muon": ["optimization.optimizer=muon", "optimization.muon_lr=0.01"],
 }
 
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_the_arms_of_the_ablations_train_resume_and_keep_their_objective(toy_config, tmp_path, arm):
-    settings = [*ARMS[arm], "logging.monitor_every=2", "data.num_workers=0"]
+    settings = [*ARMS[arm], "logging.monitor_every=2", "logging.probe_every=1", "data.num_workers=0"]
     expected = trained(toy_config, tmp_path / "whole", "--max-steps", 6, *settings)
     trained(toy_config, tmp_path / "parts", "--max-steps", 3, *settings)
     entries = trained(toy_config, tmp_path / "parts", "--max-steps", 6, *settings)
@@ -88,6 +91,26 @@ def test_micro_batches_give_the_same_run(toy_config, tmp_path):
     ours, theirs = weights(tmp_path / "micro", 4), weights(tmp_path / "whole", 4)
     for name in theirs:  # Adam turns rounding in near-zero gradients into steps: compare in norm
         assert (ours[name] - theirs[name]).norm() <= 1e-3 * theirs[name].norm() + 1e-6, name
+
+
+def test_muon_on_two_ranks_is_muon_on_one(toy_config, tmp_path):
+    """Every rank steps all matrices, with the gradient of all; the average of one step tells no rounding from a mistake."""
+    settings = ["optimization.optimizer=muon", "--max-steps", 3]
+    trained(toy_config, tmp_path / "one", *settings)
+    two = ranks.train(2, "--config", toy_config, "--output", tmp_path / "two", "data.batch_size=4", *settings)
+    ranks.succeeded(two)
+    assert "runtime.zero: auto is 0 (plain DDP)" in two[0].stdout
+    assert losses(lines(tmp_path / "two")) == pytest.approx(losses(lines(tmp_path / "one")), rel=1e-4)
+    ours, theirs = weights(tmp_path / "two", 3), weights(tmp_path / "one", 3)
+    for name in theirs:
+        assert (ours[name] - theirs[name]).norm() <= 1e-2 * theirs[name].norm() + 1e-6, name
+
+
+def test_a_run_with_adamw_does_not_go_on_with_muon(toy_config, tmp_path, capsys):
+    trained(toy_config, tmp_path, "--max-steps", 1)
+    command = ["train", "--config", str(toy_config), "--output", str(tmp_path), "optimization.optimizer=muon"]
+    assert main(command) == 2
+    assert "encoder.blocks.0.attn" in (said := capsys.readouterr().err) and "resume with the configuration" in said
 
 
 def test_other_weights_to_start_from(toy_config, tmp_path):
@@ -226,6 +249,8 @@ def test_overrides_may_stand_anywhere(toy_config, tmp_path):
         "--config",
         toy_config,
         "logging.every=2",
+        "logging.probe_every=0",
+        "logging.monitor_every=0",
         "--max-steps",
         4,
         "optimization.epochs=1",

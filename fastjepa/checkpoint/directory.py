@@ -2,17 +2,20 @@
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 import socket
 import time
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from fastjepa.errors import CheckpointError
 from fastjepa.files import fsync
+from fastjepa.ranks.collectives import this_rank
 
 MANIFEST = "manifest.json"
 # A checkpoint on its way in or out is ".tmp-<name>@<host>@<pid>"; one that a rewrite has set aside keeps its place among
@@ -23,18 +26,33 @@ FOREIGN_SECONDS = 24 * 3600  # after which an unfinished directory of another ma
 
 def complete_checkpoints(root: str | Path, tag: str | None = "jepa") -> list[Path]:
     """Return the checkpoints with a manifest whose sizes all match, by rising step; `tag` None takes any tag."""
-    pattern = re.compile(rf"({'.+' if tag is None else re.escape(tag)})-(\d{{8,}})({re.escape(REPLACED_SUFFIX)})?")
     found: dict[tuple[int, str], Path] = {}
-    for path in sorted(Path(root).glob("[!.]*")):  # a name sorts before the same name with a suffix
-        match = pattern.fullmatch(path.name)
-        if match and _is_complete(path):
-            found.setdefault((int(match[2]), match[1]), path)
+    for path in named_checkpoints(root, tag):  # a name sorts before the same name with a suffix
+        if _is_complete(path):
+            found.setdefault((step_of(path), path.name.removesuffix(REPLACED_SUFFIX)), path)
     return [found[key] for key in sorted(found)]
 
 
+def named_checkpoints(root: str | Path, tag: str | None) -> list[Path]:
+    """Return the directories that have a checkpoint's name, complete or not, sorted by name; `tag` None takes any tag."""
+    pattern = re.compile(rf"({'.+' if tag is None else re.escape(tag)})-(\d{{8,}})({re.escape(REPLACED_SUFFIX)})?")
+    return [path for path in sorted(Path(root).glob("[!.]*")) if pattern.fullmatch(path.name)]
+
+
 def latest_checkpoint(root: str | Path, tag: str | None = "jepa") -> Path | None:
-    """Return the complete checkpoint of the highest step, or None."""
-    return next(reversed(complete_checkpoints(root, tag)), None)
+    """Return the complete checkpoint of the highest step, or None; a warning names each later one and what it lacks."""
+    latest = next(reversed(complete_checkpoints(root, tag)), None)
+    later = [path for path in named_checkpoints(root, tag) if latest and step_of(path) > step_of(latest)]
+    for path in later:
+        _warn_once(f"{path}: passed over, {lack_of(path)}; {latest.name} is the newest complete checkpoint")
+    return latest
+
+
+@cache
+def _warn_once(sentence: str) -> None:
+    """Warn, on one rank, of a thing that is looked at several times."""
+    if this_rank() == 0:
+        logging.getLogger(__name__).warning("%s", sentence)
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -49,8 +67,12 @@ def find_checkpoint(path: str | Path) -> Path:
     for root in (path / "checkpoints", path):
         if newest := latest_checkpoint(root, tag=None):
             return newest
+    damaged = [
+        f" ({found.name}: {lack_of(found)})" for root in (path / "checkpoints", path) for found in named_checkpoints(root, None)
+    ]
     raise CheckpointError(
-        f"{path}: holds no complete checkpoint; name a run directory, a checkpoint in it or a .safetensors file"
+        f"{path}: holds no complete checkpoint{damaged[-1] if damaged else ''}; name a run directory, a checkpoint in it or a "
+        ".safetensors file"
     )
 
 
@@ -83,11 +105,22 @@ def manifest_entries(path: Path) -> dict[str, dict[str, Any]] | None:
         return None
 
 
-def _is_complete(path: Path) -> bool:
+def lack_of(path: Path) -> str | None:
+    """Return what a checkpoint lacks by its manifest, without reading the files; None for a complete one."""
     listed = manifest_entries(path)
-    return listed is not None and all(
-        (path / name).is_file() and (path / name).stat().st_size == entry["bytes"] for name, entry in listed.items()
-    )
+    if listed is None:
+        return f"its {MANIFEST} is missing or unreadable"
+    for name, entry in listed.items():
+        file = path / name
+        if not file.is_file():
+            return f"its {name} is missing"
+        if (size := file.stat().st_size) != entry["bytes"]:
+            return f"its {name} has {size} of {entry['bytes']} bytes"
+    return None
+
+
+def _is_complete(path: Path) -> bool:
+    return lack_of(path) is None
 
 
 def step_of(path: Path) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastjepa.checkpoint.directory import find_checkpoint, manifest_entries, verify_checkpoint
 from fastjepa.checkpoint.shard_files import StoredGroup
 from fastjepa.checkpoint.state import TrainState, optimized_parameters, read_state
-from fastjepa.engine.adamw import MOMENTS
+from fastjepa.engine.adamw import moment_names
 from fastjepa.engine.shards import OPTIMIZER, Shards
 from fastjepa.errors import CheckpointError
 from fastjepa.model.jepa import NETWORKS
@@ -61,8 +61,9 @@ def _copy_whole(path: Path, state: TrainState) -> None:
         for name, tensors in (*targets.items(), (OPTIMIZER, moments)):
             for key, tensor in tensors.items():
                 tensor.copy_(stored[name][key])
+    known = moment_names(state.optimizer)
     for name, parameter in parameters.items():
-        kept = {moment: moments[f"{name}.{moment}"] for moment in MOMENTS if f"{name}.{moment}" in moments}
+        kept = {moment: moments[f"{name}.{moment}"] for moment in known[parameter] if f"{name}.{moment}" in moments}
         # Assigned only now, so that a mismatch has changed nothing.
         state.optimizer.state[parameter].update(kept) if kept else state.optimizer.state.pop(parameter, None)
 
@@ -116,12 +117,12 @@ def _moment_targets(state: TrainState, parameters: dict[str, nn.Parameter], stor
     hosted = {
         p: group.get("fused") or group.get("capturable") for group in state.optimizer.param_groups for p in group["params"]
     }
-    moments = {}
+    moments, known = {}, moment_names(state.optimizer)
     for name, p in parameters.items():
-        if not any(f"{name}.{moment}" in stored for moment in MOMENTS):
+        if not any(f"{name}.{moment}" in stored for moment in known[p]):
             continue
         present = state.optimizer.state.get(p, {})
-        for moment in MOMENTS:
+        for moment in known[p]:
             if moment in present:
                 moments[f"{name}.{moment}"] = present[moment]
             elif moment == "step":  # AdamW counts on the host unless it is fused or capturable

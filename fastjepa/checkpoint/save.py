@@ -34,7 +34,7 @@ from fastjepa.checkpoint.directory import (
 )
 from fastjepa.checkpoint.shard_files import shard_name, write_shard_file
 from fastjepa.checkpoint.state import STATE_FILE, TrainState, optimized_parameters
-from fastjepa.engine.adamw import MOMENTS
+from fastjepa.engine.adamw import moment_names
 from fastjepa.engine.shards import OPTIMIZER, Shards
 from fastjepa.errors import CheckpointError, UserError
 from fastjepa.files import fsync
@@ -92,12 +92,13 @@ def _tensors(state: TrainState) -> dict[str, dict[str, Tensor]]:
     """Return {file: {name: tensor}} of a state that this rank has whole."""
     files = {name: network.state_dict() for name, network in state.networks.items()}
     files[OPTIMIZER] = {}
+    expected = moment_names(state.optimizer)
     for name, parameter in optimized_parameters(state).items():
-        moments = state.optimizer.state.get(parameter, {})
-        if moments and set(moments) != set(MOMENTS):
-            raise CheckpointError(f"{name}: optimizer state {sorted(moments)} is not AdamW's {sorted(MOMENTS)}; use AdamW")
+        moments, known = state.optimizer.state.get(parameter, {}), expected[parameter]
+        if moments and set(moments) != set(known):
+            raise CheckpointError(f"{name}: optimizer state {sorted(moments)} is not {sorted(known)}; use AdamW or MuonAdamW")
         files[OPTIMIZER] |= {f"{name}.{moment}": tensor for moment, tensor in moments.items()}
-        if moments:  # parameters may share one counter, which safetensors refuses
+        if "step" in moments:  # parameters may share one counter, which safetensors refuses
             files[OPTIMIZER][f"{name}.step"] = moments["step"].clone()
     return {file: {name: tensor.detach().contiguous() for name, tensor in tensors.items()} for file, tensors in files.items()}
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastjepa.engine.muon import MuonAdamW
 from fastjepa.engine.shards import Shards
 from fastjepa.errors import CheckpointError
 
@@ -21,7 +22,7 @@ class TrainState:
 
     step: int
     networks: dict[str, nn.Module]  # by the names in model.jepa.NETWORKS, unwrapped
-    optimizer: torch.optim.Optimizer  # AdamW: step, exp_avg and exp_avg_sq per parameter
+    optimizer: torch.optim.Optimizer | MuonAdamW  # its state per parameter: `moment_names`
     skipped: int = 0
     skipped_in_row: int = 0
     bad_files: list[str] = field(default_factory=list)

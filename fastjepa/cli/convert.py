@@ -4,8 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from fastjepa.cli.options import add_command, positive_int
-from fastjepa.config.load import load_config
+from fastjepa.cli.options import add_command, patch_grid, positions_option, positive_int
 
 CONVERT_EXAMPLES = """examples:
   fastjepa convert IN1K-vit.h.14-300e.pth.tar encoders/h14 --to fastjepa
@@ -31,20 +30,21 @@ def register(commands) -> None:
     default = "target where SRC has both, else the one there is"
     sub.add_argument("--which", choices=("target", "context"), help=f"which encoder (default: {default})")
     sub.add_argument("--config", type=Path, help="YAML: the shape of weights that do not say theirs; to run, the training")
+    sub.add_argument("--grid", type=patch_grid, metavar="ROWSxCOLUMNS", help="of patches, where SRC does not say it")
     sub.add_argument(
         "--steps-per-epoch", type=positive_int, metavar="N", help="to run; to meta from a run that does not say it"
     )
     sub.add_argument(
         "--dynamic", action="store_true", help="to onnx and pt2: images of any size in whole patches, two or more a side"
     )
+    positions_option(sub, "with --dynamic: ")
 
 
 def run_convert(args: argparse.Namespace) -> None:
     """Write the weights in the other format, and say which encoders they hold and what was left out."""
     from fastjepa.weights.convert import Conversion, convert_weights
 
-    config = load_config(args.config) if args.config else None
-    wanted = Conversion(args.to, args.which, config, args.steps_per_epoch, args.dynamic)
+    wanted = Conversion(args.to, args.which, args.config, args.steps_per_epoch, args.dynamic, args.positions, args.grid)
     encoders, notes = convert_weights(args.source, args.destination, wanted)
     print(f"{args.destination}: {args.to}, the {' and the '.join(encoders)} encoder")
     for note in notes:

@@ -92,17 +92,20 @@ def run_get(args: argparse.Namespace) -> None:
 def run_check(args: argparse.Namespace) -> int:
     """Read every image once and list the bad ones; return 1 where there are any."""
     from fastjepa.data.prepare.check_images import BadImage, check_images, write_bad_list
+    from fastjepa.files import require_writable
 
     def show(bad: BadImage) -> None:
         if not args.json:
-            print(str(bad).encode(errors="backslashreplace").decode(), flush=True)
+            print(bad, flush=True)
 
+    require_writable(args.output)
     report = check_images(args.source, args.split, args.workers, args.max_pixels, show)
     if report.bad:
         write_bad_list(report.bad, args.output)
     if args.json:
         found = dataclasses.asdict(report) | {
             "by_reason": report.by_reason(),
+            "dropped": dict(report.dropped),  # `asdict` would count the counts
             "list": str(args.output) if report.bad else None,
         }
         print(json.dumps({"source": args.source, "split": args.split} | found, indent=1))
@@ -119,6 +122,8 @@ def print_check(report, bad_list: Path) -> None:
     print(f"bad: {len(report.bad)}{''.join(f', {count} {reason}' for reason, count in report.by_reason().items())}")
     if report.bad:
         print(f"their paths are in {bad_list}")
+    for kind, files in report.dropped.most_common():
+        print(f"left out: {files} images hold {kind}")
 
 
 def run_shard(args: argparse.Namespace) -> None:
@@ -126,7 +131,9 @@ def run_shard(args: argparse.Namespace) -> None:
     from fastjepa.data.prepare.catalog import DATASETS
     from fastjepa.data.prepare.write_shards import ShardRequest, write_shards
     from fastjepa.data.sources import open_source
+    from fastjepa.files import require_writable
 
+    require_writable(args.destination, folder=True)
     source = open_source(args.source, args.split)
     anywhere = args.source in DATASETS or "://" in args.source
     named = args.source if anywhere else os.path.abspath(os.path.expanduser(args.source))

@@ -32,10 +32,13 @@ def register(commands) -> None:
 def run_decoder(args: argparse.Namespace) -> None:
     """Train the decoder, or go on with the one there is, and print where its file lies."""
     from fastjepa.evals.inputs import open_subject
+    from fastjepa.files import require_writable
     from fastjepa.visualize.decoder import DecoderSettings, decoder_folder, train_decoder
     from fastjepa.visualize.sheets import open_drawn_split
 
     subject = open_subject(args.checkpoint, args.device, cache=False)
+    output = args.output or decoder_folder(subject)
+    require_writable(output, folder=True)
     split = open_drawn_split(args.data, "train", None, args.seed)
     settings = DecoderSettings(args.steps, args.batch, seed=args.seed)
-    print(train_decoder(subject, split, args.output or decoder_folder(subject), settings))
+    print(train_decoder(subject, split, output, settings))

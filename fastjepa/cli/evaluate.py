@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from fastjepa.cli.options import add_command, positive_int
+from fastjepa.cli.options import add_command, positions_option, positive_int
 
 EVAL_EXAMPLES = {
     "eval": """examples:
@@ -84,8 +84,13 @@ def shared_options(sub: argparse.ArgumentParser, several: dict, pixels: bool, ki
         none = "; pixels: none at all" if pixels else ""
         sub.add_argument("--encoder", choices=encoders, default="target", help=f"random: untrained{none} (default target)")
         sub.add_argument("--image-size", type=positive_int, metavar="SIDE", help="of the square images (default: the run's)")
+        positions_option(sub, "with --image-size: ")
+    if kind != "lowlevel":
+        split = "to test on (default: test where its images have labels of training classes, else val)"
+        sub.add_argument("--split", choices=("test", "val"), help=split)
     if kind != "lowshot":
-        sub.add_argument("--n-train", type=positive_int, help="use at most this many training images, drawn at random")
+        drawn = "drawn by --seed: each class gets its share as far as 6 images, and at least 1; beyond that chance decides"
+        sub.add_argument("--n-train", type=positive_int, help=f"use at most this many training images, {drawn}")
     sub.add_argument("--n-test", type=positive_int, help="use at most this many test images, drawn at random")
     sub.add_argument("--seed", type=int, default=0, help="of every draw (default 0)")
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

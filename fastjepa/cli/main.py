@@ -1,11 +1,12 @@
 """The program `fastjepa`: its list of commands, and one sentence for every mistake."""
 
 import argparse
+import io
 import os
 import sys
 
 from fastjepa.cli import convert, data, decoder, doctor, evaluate, masks, plan, report, sweep, train, verify, visualize
-from fastjepa.errors import is_out_of_memory, is_users_to_mend, out_of_memory_sentence
+from fastjepa.errors import exit_code, is_users_to_mend, sentence_of
 
 # These two must be set before torch is imported. By default its CPU threads spin while they wait for each other, and a loader
 # process, or any other, then halts them for whole time slices: steps were measured up to 12 times slower on 2 busy cores.
@@ -18,7 +19,9 @@ COMMANDS = (train, verify, masks, evaluate, data, plan, sweep, convert, decoder,
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command and return its exit code; a mistake gives one sentence and 2 (`--debug` shows the traceback)."""
+    """Run a command and return its exit code; an error gives one sentence and 2 or 1 (`--debug` shows the traceback)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as of stderr: a file's name may be no text of the terminal's
     root = build_parser()
     args, rest = root.parse_known_args(argv)  # overrides may stand between options, which argparse cannot say
     unknown = [word for word in rest if word.startswith("-") or "overrides" not in args]
@@ -34,11 +37,11 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if args.debug or not is_users_to_mend(error):
             raise
-        said = out_of_memory_sentence(error, args.command) if is_out_of_memory(error) else error
+        said = sentence_of(error, args.command)
         sys.stderr.write(f"fastjepa {args.command}: {said}\n")  # in one piece: other ranks speak at the same moment
         if started := sys.modules.get("fastjepa.ranks.world"):  # not imported for this: without it there are no other ranks
             started.wait_for_ranks()
-        return 2
+        return exit_code(error)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -4,6 +4,11 @@ import argparse
 import re
 from collections.abc import Callable
 
+from fastjepa.config.load import config_from_dict, load_config
+from fastjepa.config.schema import Config
+
+POSITION_WAYS = ("computed", "interpolated", "scaled")  # the default first; as in model/positions.py, which imports torch
+
 
 def add_command(commands, name: str, run, about: str, examples: str) -> argparse.ArgumentParser:
     """Add a command `name` that calls `run(args)`.
@@ -15,6 +20,13 @@ def add_command(commands, name: str, run, about: str, examples: str) -> argparse
     sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
     sub.set_defaults(run=run)
     return sub
+
+
+def given_config(args: argparse.Namespace, *added: str) -> Config:
+    """Return the config that `--config` names, the default one without it, with the overrides of the command line and those
+    that are `added`.
+    """
+    return load_config(args.config, [*args.overrides, *added]) if args.config else config_from_dict({})
 
 
 def positive_int(text: str) -> int:
@@ -53,6 +65,20 @@ def byte_count(text: str) -> int:
     if count < 1:
         raise argparse.ArgumentTypeError(f"{text} is no size such as 256MB, 512MiB or 1GB")
     return count
+
+
+def patch_grid(text: str) -> tuple[int, int]:
+    """Read the rows and columns of a grid of patches, such as 8x32."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text} is no grid such as 8x32, rows x columns")
+    return int(match[1]), int(match[2])
+
+
+def positions_option(sub: argparse.ArgumentParser, where: str) -> None:
+    """Add --positions; `where` begins its help with when it counts."""
+    ways = "computed, scaled: sine-cosine at the grid's own or the trained coordinates; interpolated: the trained ones resized"
+    sub.add_argument("--positions", choices=POSITION_WAYS, help=f"{where}{ways} (default {POSITION_WAYS[0]})")
 
 
 CONFIG_HELP = "YAML file, or the name of one that comes with fastjepa: demo, cifar10, vit_base16 ..."

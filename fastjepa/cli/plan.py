@@ -4,8 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from fastjepa.cli.options import add_command, positive_int
-from fastjepa.config.load import load_config
+from fastjepa.cli.options import add_command, given_config, positive_int
 
 PLAN_EXAMPLES = """examples:
   fastjepa plan --config configs/vit_huge14.yaml --gpus 16
@@ -13,8 +12,8 @@ PLAN_EXAMPLES = """examples:
   fastjepa plan --config configs/vit_huge14.yaml --gpus 64 --zero 3 --micro-batch 64 --json
   fastjepa plan --config configs/vit_huge14.yaml --traffic
 
-Every number is an estimate; with --json bytes, FLOPs, hours and seconds. Peaks are dense ones of NVIDIA's data sheets:
-h100 989 TFLOP/s in bf16 and 67 in fp32, a100 312 and 19.5. A tenth of --gpu-memory is kept for what is not counted."""
+Every number is an estimate; with --json bytes, FLOPs, hours and seconds. Peaks are dense ones of NVIDIA's data sheets: h200
+and h100 989 TFLOP/s in bf16 and 67 in fp32, a100 312 and 19.5. A tenth of --gpu-memory is kept for what is not counted."""
 # Rows of the memory table: {name: note at the end of the row}.
 MEMORY_ROWS = {
     "parameters": "fp32",
@@ -38,12 +37,11 @@ def register(commands) -> None:
     sub = add_command(commands, "plan", run_plan, about, PLAN_EXAMPLES)
     sub.add_argument("--config", required=True, type=Path, help="YAML file")
     sub.add_argument("--gpus", type=positive_int, default=1, metavar="N", help="ranks, one a GPU (default 1)")
-    sub.add_argument(
-        "--gpu-memory", type=positive_float, default=80.0, metavar="GB", help="of a GPU, in 1e9 bytes (default 80)"
-    )
+    sub.add_argument("--gpu-memory", type=positive_float, metavar="GB", help="of a GPU, in 1e9 bytes (default: the card's)")
     sub.add_argument("--zero", type=int, choices=range(4), help="this ZeRO stage alone (default: all four side by side)")
     sub.add_argument("--micro-batch", type=positive_int, metavar="M", help="images a forward, in place of runtime.micro_batch")
-    sub.add_argument("--card", choices=("h100", "a100"), default="h100", help="whose peak is meant (default h100)")
+    about = "whose peak and memory are meant: 141, 80 and 80 GB (default h100)"
+    sub.add_argument("--card", choices=("h200", "h100", "a100"), default="h100", help=about)
     sub.add_argument("--utilisation", type=share_of_peak, default=0.4, help="share of that peak that is reached (default 0.4)")
     sub.add_argument("--images", type=positive_int, help="images of an epoch (default: ImageNet-1k's 1281167)")
     sub.add_argument("--traffic", action="store_true", help="bytes sent a step on 8 to 512 GPUs, instead (docs/scaling.md)")
@@ -67,12 +65,14 @@ def share_of_peak(text: str) -> float:
 
 def run_plan(args: argparse.Namespace) -> None:
     """Print memory and hours of the config, or its traffic."""
+    from fastjepa.plan.datasheets import DATASHEETS
     from fastjepa.plan.memory import ZERO_STAGES
     from fastjepa.plan.plan import IMAGENET_IMAGES, Cards, plan_run, plan_traffic
 
     micro_batch = [f"runtime.micro_batch={args.micro_batch}"] if args.micro_batch else []
-    config = load_config(args.config, [*args.overrides, *micro_batch])
-    cards = Cards(args.gpus, args.gpu_memory, args.card, args.utilisation)
+    config = given_config(args, *micro_batch)
+    memory = args.gpu_memory or DATASHEETS[args.card].memory
+    cards = Cards(args.gpus, memory, args.card, args.utilisation)
     if args.traffic:
         rows = plan_traffic(config, cards)
         print(json.dumps(rows) if args.json else traffic_table(rows))

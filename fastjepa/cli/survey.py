@@ -14,6 +14,8 @@ from fastjepa.data.decode_dali import dali_installed
 from fastjepa.engine.precision import has_bf16
 from fastjepa.engine.zero import deepspeed_ops
 from fastjepa.loader.loader import choose_decoder
+from fastjepa.loader.shared import free_and_total
+from fastjepa.loader.workers import MIB, Crew
 
 OPTIONAL_PACKAGES = {  # (distributions, any of which will do): (what needs them, what installs them)
     ("nvidia-dali-cuda130", "nvidia-dali-cuda120"): ("data.loader: dali", "pip install 'fastjepa[dali]'"),
@@ -34,12 +36,17 @@ DEEPSPEED_OPS = {  # {a compiled part of DeepSpeed: whether a run needs it}
 ATTENTION_WAYS = ("flash", "varlen", "xformers", "short", "sdpa", "matmul")
 
 
-def survey_machine() -> dict[str, list[tuple[str, str, str]]]:
-    """Return {topic: [(thing, state, reason)]}."""
+def survey_machine(crew: Crew, item: int) -> dict[str, list[tuple[str, str, str]]]:
+    """Return {topic: [(thing, state, reason)]}.
+
+    Args:
+        crew: processes that a run asks for, whose micro-batches of `item` bytes shall fit into shared memory.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "versions": version_rows(device),
         "decoder": decoder_rows(),
+        "shared memory": [shared_memory_row(crew, item, max(1, torch.cuda.device_count()))],
         "precision": [precision_row(device)],
         "attention": attention_rows(device),
         "kernels": kernel_rows(device),
@@ -87,6 +94,22 @@ def decoder_rows() -> list[tuple[str, str, str]]:
     """Return which decoder would turn files into images, and which are installed."""
     dali = ("yes", "on CPU threads or a GPU") if dali_installed() else ("no", "pip install 'fastjepa[dali]'")
     return [("auto", *choose_decoder("auto", "auto")), ("dali", *dali), ("torch", "yes", "Pillow, in the loader's processes")]
+
+
+def shared_memory_row(crew: Crew, item: int, ranks: int) -> tuple[str, str, str]:
+    """Return whether /dev/shm holds what the loaders of so many ranks ask for, in micro-batches of `item` bytes."""
+    space = free_and_total()
+    if space is None:
+        return "/dev/shm", "none", "this system has none: its size is no limit"
+    free, total = space[0] / MIB, space[1] / MIB
+    asked = ranks * crew.most_items() * item / MIB
+    sums = (
+        f"{ranks} rank{'s' if ranks > 1 else ''} x {crew.most_items()} micro-batches of {item / MIB:.1f} MiB (data.num_workers "
+        f"{crew.processes}, data.prefetch {crew.ahead}) ask for {asked:.0f} of {total:.0f} MiB, {free:.0f} free"
+    )
+    if asked <= free:
+        return "/dev/shm", "enough", sums
+    return "/dev/shm", "too small", f"{sums}: docker run --shm-size={asked + 1:.0f}m, or {crew.remedy}"
 
 
 def precision_row(device: torch.device) -> tuple[str, str, str]:

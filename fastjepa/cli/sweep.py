@@ -59,13 +59,15 @@ def run_sweep(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from fastjepa.evals.inputs import open_splits
+    from fastjepa.files import require_writable
     from fastjepa.studies.report import arm_results, fill_page, picture_markdown, show_study, study_markdown, write_study
     from fastjepa.studies.sweep import STUDIES, Sweep, job_rows, plan_jobs, run_jobs
 
     study, console = STUDIES[args.study], Console(width=None if sys.stdout.isatty() else 130)
     asked = Sweep(args.study, args.output, args.data, args.seeds, args.budget, args.arms, args.overrides)
-    jobs = plan_jobs(asked)
     folder, failed = args.write or args.output, []
+    require_writable(folder, folder=True)
+    jobs = plan_jobs(asked)
     if not args.report:
         open_splits(args.data, None, None, 0)  # refused here, once, rather than by every arm
         failed = run_jobs(jobs, args.jobs or jobs_at_once(), console, folder)

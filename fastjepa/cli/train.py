@@ -4,8 +4,7 @@ import argparse
 import time
 from pathlib import Path
 
-from fastjepa.cli.options import CONFIG_HELP, add_command, positive_int
-from fastjepa.config.load import load_config
+from fastjepa.cli.options import CONFIG_HELP, add_command, given_config, positive_int
 
 TRAIN_EXAMPLES = """examples:
   fastjepa train --config demo
@@ -37,7 +36,7 @@ def run_train(args: argparse.Namespace) -> None:
     from fastjepa.run.directory import held_by_ranks
     from fastjepa.train import train
 
-    config = load_config(args.config, args.overrides)
+    config = given_config(args)
     named = args.output or (config.logging.folder and Path(config.logging.folder))
     fresh = Path("runs") / f"{args.config.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     check_launch()

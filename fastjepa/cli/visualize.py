@@ -49,13 +49,14 @@ def register(commands) -> None:
 def run_visualize(args: argparse.Namespace) -> None:
     """Draw the pictures, write them and their numbers, and print the names of the files and the numbers."""
     from fastjepa.evals.inputs import open_subject
-    from fastjepa.files import write_atomic
+    from fastjepa.files import require_writable, write_atomic
     from fastjepa.visualize.decoder import decoder_folder
     from fastjepa.visualize.images import save_picture
     from fastjepa.visualize.sheets import drawn_masks_sheet, open_drawn_split, pca_sheet, shown_images
 
     subject = open_subject(args.checkpoint, args.device, cache=False)
     output = args.output or (subject.home or Path()) / "pictures"
+    require_writable(output, folder=True)
     args.decoder = args.decoder or decoder_folder(subject)
     what = args.what or pictures_possible(args.checkpoint, args.decoder)
     held_out = open_drawn_split(args.data, "test", max(args.images, args.n_test), args.seed)

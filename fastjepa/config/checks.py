@@ -54,6 +54,7 @@ def check_config(config: Config, raw: Mapping[str, Any], where: str) -> Config:
             f"runtime.target_fp8: an encoder {dim} wide is below ViT-B's {FP8_WIDTH}, where rounding costs more than it "
             "saves; switch it off")  # fmt: skip
     _check_objective(config, require)
+    _check_optimizer(config, require)
     for name in ("mean", "std"):
         values = getattr(data, name)
         require(values is None or len(values) == data.channels, f"data.{name}: needs {data.channels} numbers, one a channel")
@@ -73,6 +74,16 @@ def normalisation_fault(name: str, values: Sequence[float]) -> str:
         divided = ", ".join(f"{value / 255:.3f}" for value in values)
         return f"{max(values):g} is not of pixels that count from 0 to 1; divide values of 0..255 by 255: [{divided}]"
     return ""
+
+
+def _check_optimizer(config: Config, require: Callable[[bool, str], None]) -> None:
+    """Refuse an optimizer where it cannot run."""
+    optimization, zero = config.optimization, config.runtime.zero
+    require(optimization.optimizer == "adamw" or zero in ("auto", 0),
+            f"optimization.optimizer: muon needs whole matrices, and runtime.zero {zero} shards them (DeepSpeed's own Muon is "
+            "another one); set runtime.zero 0, or optimizer adamw")  # fmt: skip
+    require(optimization.optimizer == "adamw" or optimization.lr > 0,
+            "optimization.lr: 0 has no schedule for optimization.muon_lr to follow; set it above 0")  # fmt: skip
 
 
 def _check_objective(config: Config, require: Callable[[bool, str], None]) -> None:

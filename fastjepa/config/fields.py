@@ -22,6 +22,7 @@ class ValueCheck(NamedTuple):
 
 is_positive = ValueCheck(lambda v: v > 0, "greater than 0")
 is_not_negative = ValueCheck(lambda v: v >= 0, "0 or greater")
+is_not_negative_pair = ValueCheck(lambda v: min(v) >= 0, "two numbers, 0 or greater")
 is_share = ValueCheck(lambda v: 0 < v <= 1, "in (0, 1]")
 is_share_or_zero = ValueCheck(lambda v: 0 <= v <= 1, "in [0, 1]")
 is_share_range = ValueCheck(lambda v: 0 < v[0] <= v[1] <= 1, "two rising numbers in (0, 1]")

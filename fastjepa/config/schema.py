@@ -6,6 +6,7 @@ An official key either acts or raises: nothing is accepted and ignored.
 """
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from fastjepa.config.fields import (
     config_key,
     is_momentum_range,
     is_not_negative,
+    is_not_negative_pair,
     is_one_of,
     is_positive,
     is_positive_range,
@@ -71,6 +73,11 @@ class DataConfig:
     channels: int = config_key(3, "image channels: 1 (grey) or 3 (RGB)", ValueCheck(lambda v: v in (1, 3), "1 or 3"))
     mean: tuple[float, ...] | None = config_key(None, "per-channel mean of pixels that count from 0 to 1; default: ImageNet's")
     std: tuple[float, ...] | None = config_key(None, "per-channel standard deviation of the same; default: ImageNet's")
+
+    @property
+    def address(self) -> str:
+        """Return the name, path or address of the data set, the official keys joined to one path; "" where none is set."""
+        return self.source or os.path.join(self.root_path or "", self.image_folder or "")
 
 
 @dataclass(frozen=True)
@@ -152,6 +159,16 @@ class OptimizationConfig:
     pred_lr_scale: float = config_key(1.0, "learning rate of the predictor over the encoder's", is_not_negative)
     weight_decay: float = config_key(0.04, "weight decay at the start", is_not_negative)
     final_weight_decay: float = config_key(0.4, "weight decay at the end", is_not_negative)
+    optimizer: Literal["adamw", "muon"] = config_key(
+        "adamw",
+        "muon: Muon for hidden matrices (2-d weights) of encoder and predictor, AdamW for the rest; one rank, or plain DDP",
+    )
+    muon_lr: float = config_key(
+        0.005, "muon: learning rate after the warm-up; it rises and falls in proportion to AdamW's", is_positive
+    )
+    muon_weight_decay: tuple[float, float] = config_key(
+        (0.05, 0.05), "muon: weight decay of the hidden matrices, first and last step", is_not_negative_pair
+    )
     ema: tuple[float, float] = config_key(
         (0.996, 1.0), "momentum of the target encoder, first and last step", is_momentum_range
     )
@@ -174,11 +191,14 @@ class LoggingConfig:
     )
     probe_every: int | None = config_key(
         None,
-        "steps between k-NN, RankMe and LiDAR of the target encoder; 0: never; default: by monitor_budget",
+        "steps between k-NN, RankMe and LiDAR of the target encoder, also taken at the start, the end and at least twice "
+        "between; 0: never; default: by monitor_budget",
         is_not_negative,
     )
     monitor_budget: float = config_key(
-        0.01, "share of a run's time that those may take by default, as estimated from FLOPs", is_share
+        0.01,
+        "share of a run's time that those may take by default, as estimated from FLOPs; short runs take them of fewer images",
+        is_share,
     )
     checkpoint_every: int = config_key(0, "steps between checkpoints; 0: once an epoch", is_not_negative)
     keep_last: int = config_key(2, "checkpoints kept", is_positive)
@@ -276,7 +296,9 @@ class RuntimeConfig:
     checkpoint_activations: bool = config_key(False, "recompute activations in the backward pass")
     max_skipped: int = config_key(20, "non-finite steps in a row before the run stops", is_positive)
     timeout: float = config_key(
-        600.0, "seconds that ranks wait for one that does not go on; more than a checkpoint takes", is_positive
+        600.0,
+        "seconds that a run waits for data, and ranks for one that stands still; more than a checkpoint takes",
+        is_positive,
     )
     deterministic: bool = config_key(
         False, "CUDA algorithms that sum in a fixed order, so that a run continues bit for bit on a GPU too"

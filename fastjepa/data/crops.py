@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -11,6 +12,20 @@ CROP_ASPECT = (3 / 4, 4 / 3)  # width / height of a crop
 CROP_TRIES = 10  # boxes tried before the central crop
 BLOCKS_PER_SAMPLE = CROP_TRIES + 1  # random blocks of four doubles: one a try, and one for the flip
 CROP_MARGIN = 256 / 224  # the short side before the central crop, as a share of the crop
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Random resized crops of a run's images."""
+
+    size: tuple[int, int]  # (H, W) in pixels
+    channels: int
+    scale: tuple[float, float]  # least and greatest area of the box as a share of the image
+    flip: bool  # whether half of them are mirrored
+
+    def draw(self, height: int, width: int, uniforms: Sequence[float]) -> tuple[Box, bool]:
+        """Return a crop's box, as `crop_box` draws it, and whether it is mirrored, which the number after those says."""
+        return crop_box(height, width, self.scale, uniforms), self.flip and uniforms[4 * CROP_TRIES] < 0.5
 
 
 def crop_box(height: int, width: int, scale: tuple[float, float], uniforms: Sequence[float]) -> Box:

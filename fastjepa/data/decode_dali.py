@@ -6,6 +6,7 @@ does (`dali_reads`); the pixels of any other travel to it as a PNM file, so that
 
 import dataclasses
 import itertools
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from fastjepa.errors import ConfigError
 Decodable = TypeVar("Decodable")  # a dataclass with a field `images`
 TAIL = 64  # last bytes of a JPEG, among which its end marker is looked for
 NOT_IN_PNG = (b"eXIf", b"Raw profile type", b"adobe.xmp")  # where a PNG may hide an orientation, even behind its pixels
+
+RGB_FRAME = re.compile(rb"\xff[\xc0-\xc2]\0\x11\x08.{4}\x03R..G..B", re.DOTALL)  # 8 bits, 3 components named R, G and B
 
 
 def dali_installed() -> bool:
@@ -44,16 +47,26 @@ def dali_reads(header: Header, raw: bytes) -> bool:
 
     Of a truncated JPEG DALI decodes the boxes that end before the cut, and of a file with 16 bits a channel it rounds
     what Pillow cuts; it knows no GIF, no orientation in XMP, no damaged metadata, and takes the alpha of a TIFF for a colour.
+    CMYK without Adobe's marker is its negative, and turned CMYK is off by one; JPEGs of RGB are few, and a GPU may take them
+    for YCbCr.
     """
     if header.animated or DAMAGED in header.info:
         return False
     if header.format == "JPEG":
         turned_by_xmp = header.orientation != 1 and b"tiff:Orientation" in header.info.get("xmp", b"")
-        return header.mode in ("L", "RGB", "CMYK") and b"\xff\xd9" in raw[-TAIL:] and not turned_by_xmp
+        usual = header.mode == "L" or header.mode == "RGB" and not _holds_rgb(header.info, raw)
+        return usual and b"\xff\xd9" in raw[-TAIL:] and not turned_by_xmp
     if header.format == "PNG":
         depth = raw[24]  # bits a channel, after signature, length, "IHDR", width and height: 8 + 4 + 4 + 4 + 4 bytes
         return depth <= 8 and header.orientation == 1 and not any(word in raw for word in NOT_IN_PNG)
     return header.format == "WEBP" and not header.info.keys() & {"exif", "xmp"}
+
+
+def _holds_rgb(info: dict, raw: bytes) -> bool:
+    """Return whether a JPEG of three components holds RGB, not YCbCr: by JFIF's marker, Adobe's or the names of components."""
+    if "jfif" in info:
+        return False
+    return info["adobe_transform"] == 0 if "adobe_transform" in info else RGB_FRAME.search(raw) is not None
 
 
 def as_pnm(image: Tensor) -> bytes:

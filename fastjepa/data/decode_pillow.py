@@ -7,8 +7,10 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
+
+from fastjepa.data.dropped import ALPHA, BITS, NARROW, dropped_by_header, is_transparent
 
 MAX_PIXELS = 89_478_485  # where Pillow starts to warn of decompression bombs; here they are refused
 
@@ -27,6 +29,12 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PIXEL_CHUNKS = {b"IHDR", b"PLTE", b"IDAT", b"IEND"}  # of a PNG; the others are metadata, or name colours to leave out
 T = TypeVar("T")
 
+# Kinds of grey TIFF that Pillow does not know, beside twins that it does: 12 bits in the other byte order, and what has a white
+# zero. Their pixels are unpacked like the twins'; `_grey_levels` turns white zeros.
+GREY_TIFFS = {(order, zero, (1,), 1, (12,), ()): ("I;16", "I;12") for order in (b"II", b"MM") for zero in (0, 1)}
+GREY_TIFFS |= {(b"MM", 0, (1,), 1, (16,), ()): ("I;16B", "I;16B"), (b"II", 0, (1,), 2, (16,), ()): ("I;16", "I;16R")}
+TiffImagePlugin.OPEN_INFO.update(GREY_TIFFS)
+
 
 class Header(NamedTuple):
     """The facts that a file states about its image, read before any pixel is decoded."""
@@ -44,6 +52,13 @@ class DecodeError(ValueError):
     """Bytes that are no image this project can read; the message says why."""
 
 
+class Decoded(NamedTuple):
+    """The image in a file, and what the file holds beside it."""
+
+    image: Tensor  # (channels, H, W) uint8, upright
+    dropped: frozenset[str]  # kinds of `dropped`
+
+
 def decode_image(raw: bytes | np.ndarray, channels: int) -> Tensor:
     """Return an image as (channels, H, W) uint8, upright.
 
@@ -51,15 +66,21 @@ def decode_image(raw: bytes | np.ndarray, channels: int) -> Tensor:
         raw: an encoded file, or pixels (H, W) or (H, W, 3) uint8, which need no decoding.
         channels: 1 (luminance, ITU-R 601-2) or 3 (RGB); alpha is dropped.
 
-    EXIF rotation is applied; 16-bit grey is scaled to 8 bits (x * 255 / 65535, rounded). 16-bit colour keeps its high
-    bytes, as Pillow reads it. Damaged metadata are passed over. DecodeError for pixels that Pillow cannot read in full, for
-    images above MAX_PIXELS, and for 32-bit integer and floating-point pixels, which have no known range.
+    EXIF rotation is applied; 16-bit grey is scaled to 8 bits (x * 255 / 65535, rounded), and a zero that is white is white.
+    16-bit colour keeps its high bytes, as Pillow reads it. Damaged metadata are passed over. DecodeError for pixels that
+    Pillow cannot read in full, for images above MAX_PIXELS, and for signed, 32-bit and floating-point pixels, which have no
+    known range.
     """
-    pixels = raw if isinstance(raw, np.ndarray) else _to_pixels(raw, channels)
+    return decode_file(raw, channels).image
+
+
+def decode_file(raw: bytes | np.ndarray, channels: int) -> Decoded:
+    """Return the image as `decode_image` does, with the kinds of what the file holds beside it."""
+    pixels, dropped = (raw, frozenset()) if isinstance(raw, np.ndarray) else _to_pixels(raw, channels)
     if pixels.ndim == 3 and channels == 1:
         pixels = np.array(Image.fromarray(pixels).convert("L"))
     image = torch.from_numpy(pixels)
-    return image.permute(2, 0, 1) if image.ndim == 3 else image.expand(channels, -1, -1)
+    return Decoded(image.permute(2, 0, 1) if image.ndim == 3 else image.expand(channels, -1, -1), dropped)
 
 
 def read_header(raw: bytes) -> Header:
@@ -153,31 +174,53 @@ def _orientation(image: Image.Image) -> int:
     return value if value in UPRIGHT else 1
 
 
-def _to_pixels(raw: bytes, channels: int) -> np.ndarray:
-    """Return the upright pixels of an encoded file, (H, W) or (H, W, 3) uint8."""
+def _to_pixels(raw: bytes, channels: int) -> tuple[np.ndarray, frozenset[str]]:
+    """Return the upright pixels of an encoded file, (H, W) or (H, W, 3) uint8, and the kinds of what else it holds."""
 
-    def pixels(image: Image.Image) -> np.ndarray:
+    def pixels(image: Image.Image) -> tuple[np.ndarray, frozenset[str]]:
+        dropped = dropped_by_header(image, raw)
         image.load()  # a PNG's EXIF may follow its pixels
+        _refuse_unknown_range(image)
+        if is_transparent(image):
+            dropped.add(ALPHA)
+        values, lost = _grey_levels(image) if image.mode.startswith("I") else (None, set())
+        upright = image if values is None else Image.fromarray(values)
         turn = UPRIGHT.get(_orientation(image))
-        return np.array(_eight_bit(image if turn is None else image.transpose(turn), channels))
+        return np.array(_eight_bit(upright if turn is None else upright.transpose(turn), channels)), frozenset(dropped | lost)
 
     return _opened(raw, pixels)
 
 
-def _eight_bit(image: Image.Image, channels: int) -> Image.Image | np.ndarray:
-    """Return an image with 8 bits a channel: (H, W) for grey images or one channel, else RGB."""
-    if image.mode == "F":
-        raise DecodeError("floating-point pixels have no known range; save them as 8 or 16 bits")
-    if image.mode.startswith("I"):
-        return _scale_16_bit(np.asarray(image))
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    grey = channels == 1 or image.mode in ("1", "L", "LA", "La")
+def _refuse_unknown_range(image: Image.Image) -> None:
+    """Raise DecodeError for values of which nobody knows what is black and what is white; 32 bits that 16 hold count as 16."""
+    signed_bytes = image.mode == "L" and 2 in getattr(image, "tag_v2", {}).get(TiffImagePlugin.SAMPLEFORMAT, ())
+    low, high = image.getextrema() if image.mode == "I" else (0, 0)
+    kind = "floating-point" if image.mode == "F" else "signed" if signed_bytes or low < 0 else "32-bit" if high > 65535 else ""
+    if kind:
+        raise DecodeError(f"{kind} pixels have no known range; save them as 8 or 16 bits")
+
+
+def _eight_bit(image: Image.Image, channels: int) -> Image.Image:
+    """Return an image with 8 bits a channel: L for grey images or one channel, else RGB."""
+    if image.mode == "La":  # grey times alpha: Pillow turns it into nothing else
+        image = image.convert("LA")
+    if image.mode == "LAB" or image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGB" if image.mode == "LAB" else "RGBA")
+    grey = channels == 1 or image.mode in ("1", "L", "LA")
     return image.convert("L" if grey else "RGB")
 
 
-def _scale_16_bit(values: np.ndarray) -> np.ndarray:
-    """Return 16-bit grey values as 8 bits, rounded: x * 255 / 65535 is x / 257, so 128 gives 0 and 129 gives 1."""
-    if values.min() < 0 or values.max() > 65535:
-        raise DecodeError("32-bit pixels have no known range; save them as 8 or 16 bits")
-    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+def _grey_levels(image: Image.Image) -> tuple[np.ndarray, set[str]]:
+    """Return the pixels of an image with more than 8 bits of grey as (H, W) uint8, and the kinds of what they lose.
+
+    Rounded, x * 255 / 65535 is x / 257: 128 gives 0 and 129 gives 1, and of multiples of 257 nothing is lost. A TIFF with 12
+    bits has 4095 in place of 65535.
+    """
+    values, tags = np.asarray(image).astype(np.int32), getattr(image, "tag_v2", {})
+    top = 4095 if tags.get(TiffImagePlugin.BITSPERSAMPLE) == (12,) else 65535
+    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # zero is white
+        values = top - values
+    scaled = (values * 255 + top // 2) // top
+    if not np.any(scaled * top != values * 255):
+        return scaled.astype(np.uint8), set()
+    return scaled.astype(np.uint8), {NARROW if top == 65535 and values.max() < 4096 else BITS}

@@ -17,9 +17,11 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from fastjepa.data.patterns import BRACES, expand_braces
 from fastjepa.data.prepare.catalog import data_dir, make_folder
 from fastjepa.data.prepare.processes import counting_bar, map_in_processes
 from fastjepa.data.remote_files import FEW_TRIES, read_range, read_whole, require_ranges, size_of
+from fastjepa.data.splits import SPLIT_NAMES, split_chosen
 from fastjepa.data.tar_shards import (
     SHARDS_MANIFEST,
     STALE_INDEX,
@@ -31,13 +33,12 @@ from fastjepa.data.tar_shards import (
     parse_manifest,
     scan_tar,
 )
-from fastjepa.errors import UserError
+from fastjepa.errors import SplitError, UserError
 from fastjepa.files import locked_folder, write_atomic
 
 AT_ONCE = 16  # requests of one process that are waiting for an answer
 SCANNERS = 4  # processes that read tars without an index
 HEADER_BLOCK = 1 << 22  # bytes that they ask for at a time
-BRACES = "shard-{000000..000009}.tar"  # as WebDataset names many
 
 ScannedResult = TypeVar("ScannedResult")
 
@@ -78,13 +79,14 @@ def open_directory(where: str, splits: Sequence[str]) -> RemoteShards:
     UserError, or FileNotFoundError, naming the address and the remedy, where shards or index are not those of the manifest.
     """
     root = where.rstrip("/")
+    names = [name for split in splits for name, named in SPLIT_NAMES.items() if named == split]
     # Images that are in no split count as training images: splits ("train",) look in root and root/train.
-    for folder in [root] * (splits[0] == "train") + [f"{root}/{split}" for split in splits]:
+    for folder in [root] * (splits[0] == "train") + [f"{root}/{case(name)}" for name in names for case in (str, str.title)]:
         with contextlib.suppress(FileNotFoundError):
             raw = read_whole(f"{folder}/{SHARDS_MANIFEST}")
             break
     else:
-        raise UserError(
+        raise SplitError(
             f"{root}: no {SHARDS_MANIFEST} in it or in its {' or '.join(splits)}/; give a directory that "
             f"`fastjepa data shard` wrote, or name the shards of others: {root}/{BRACES}"
         )
@@ -120,19 +122,14 @@ def _written_index(folder: str, cache: Path, entry: dict) -> ShardIndex:
     return index
 
 
-def open_tars(where: str) -> RemoteShards:
+def open_tars(where: str, splits: Sequence[str]) -> RemoteShards:
     """Open tars named by braces, shard-{000000..000009}.tar, without an index: all are read once, and an index is kept here.
+
+    They are the training images, unless their names say several splits: {train,val}-{000..009}.tar.
 
     UserError, or FileNotFoundError, naming the address and the remedy, where they cannot be had.
     """
-    try:
-        from braceexpand import UnbalancedBracesError, braceexpand
-    except ImportError as error:
-        raise UserError("remote shards need braceexpand; run: pip install 'fastjepa[remote]'") from error
-    try:
-        shards = list(braceexpand(where))
-    except UnbalancedBracesError as error:
-        raise UserError(f"{where}: its braces do not match; write {BRACES}") from error
+    shards = [str(name) for name in split_chosen(expand_braces(where, where), where, splits)]
     if glob := set("*[") & set(where):
         raise UserError(f"{where}: {min(glob)} finds nothing there; name the shards: {BRACES}")
     with _index_cache(where, b"") as cache:
@@ -163,7 +160,8 @@ def _scan_job_of(tar: tuple[str, int, Path]) -> ScanJob:
 def _kept_index(job: ScanJob) -> ShardIndex | None:
     """Return the index that is kept of a tar; None where there is none, or that of another tar."""
     with contextlib.suppress(*STALE_INDEX):
-        return index_in(arrays_of(job.kept, job.fingerprint))
+        stored = arrays_of(job.kept, job.fingerprint)
+        return index_in(stored) if "faults" in stored else None
     return None
 
 

@@ -1,25 +1,30 @@
 """WebDataset shards, read at random through an index: the one that `fastjepa data shard` writes beside each, or a scan."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
+import re
 import tarfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from fastjepa.data.endings import image_endings, passed_over
+from fastjepa.data.endings import files_with, image_endings, passed_over
+from fastjepa.data.tar_members import TarMembers
 from fastjepa.errors import UserError
 
 SHARDS_MANIFEST = "manifest.json"  # in a directory of shards when all of them are there
 SHARDS_PLAN = "unfinished-shards.json"  # in it before that
 MANIFEST_FORMAT = "fastjepa shards 1"
+INDEX_ARRAYS = "members", "offsets", "sizes", "labels"
+NO_LABEL, ODD_LABEL = -1, -2  # without .cls, and with one that holds no number
 STALE_INDEX = OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile  # what `stored_index` raises
 
 
@@ -33,7 +38,8 @@ class ShardIndex:
     members: np.ndarray  # (n,) bytes, names inside the tar
     offsets: np.ndarray  # (n,) int64, of the first byte
     sizes: np.ndarray  # (n,) int64, bytes
-    labels: np.ndarray  # (n,) int64, -1 without a label
+    labels: np.ndarray  # (n,) int64; NO_LABEL, ODD_LABEL
+    faults: np.ndarray = field(default_factory=lambda: np.empty((0, 2), "U1"))  # (k, 2) str: `TarFault`, of a scanned tar
 
 
 def index_path(shard: str | Path) -> Path:
@@ -43,7 +49,7 @@ def index_path(shard: str | Path) -> Path:
 
 def tars_in(folder: Path) -> list[Path]:
     """Return the tars of a folder in the order of their names; hidden ones are being written, or are no shards at all."""
-    return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
+    return files_with(".tar", folder)
 
 
 def tar_fingerprint(shard: str | Path) -> str:
@@ -78,7 +84,8 @@ def arrays_of(index: Path | BinaryIO, expected: str | None) -> dict[str, np.ndar
 
 def index_in(stored: dict[str, np.ndarray]) -> ShardIndex:
     """Return the index among the arrays of an index file; KeyError where there is none."""
-    return ShardIndex(*(stored[field.name] for field in fields(ShardIndex)))
+    scanned = {"faults": stored["faults"]} if "faults" in stored else {}
+    return ShardIndex(*(stored[name] for name in INDEX_ARRAYS), **scanned)
 
 
 def index_of(shard: str | Path) -> ShardIndex:
@@ -112,14 +119,15 @@ class TarShards:
         self._shards = list(shards)
         indexes = [index_of(shard) for shard in shards] if indexes is None else indexes
         counts = [len(index.members) for index in indexes]
+        self.unreadable = _faults_in(self._shards, indexes)
         if not sum(counts):
-            raise UserError(f"{where}: no images in its {len(shards)} tar shards; give .tar files that hold images")
-        members, offsets, sizes, labels = (
-            np.concatenate([getattr(i, field.name) for i in indexes]) for field in fields(ShardIndex)
-        )
+            lost = ", but {}: {}; get it again, or".format(*self.unreadable[0]) if self.unreadable else ";"
+            raise UserError(f"{where}: no images in its {len(shards)} tar shards{lost} give .tar files that hold images")
+        members, offsets, sizes, labels = (np.concatenate([getattr(i, name) for i in indexes]) for name in INDEX_ARRAYS)
         self._members = members
         # (n, 3): shard, offset, bytes. Shards of 2 and 1 images give the first column 0, 0, 1.
         self._places = np.array([np.repeat(np.arange(len(counts)), counts), offsets, sizes]).T
+        _warn_of_labels(labels, where)
         self._labels, self.classes = labels_and_classes(labels, classes, where)
 
     def __len__(self) -> int:
@@ -140,40 +148,77 @@ class TarShards:
         return None if self._labels is None else int(self._labels[i])
 
 
+def _faults_in(shards: Sequence[str], indexes: Sequence[ShardIndex]) -> list[tuple[str, str]]:
+    """Return (path, reason) of all that was found damaged or passed over in shards, and log how much in each."""
+    found = []
+    for shard, index in zip(shards, indexes, strict=True):
+        faults = [(f"{shard}/{member}" if member else shard, reason) for member, reason in index.faults.tolist()]
+        if faults:
+            said = "%s: %d of its parts damaged or passed over, for example %s (%s); see `fastjepa data check`"
+            logging.getLogger(__name__).warning(said, shard, len(faults), *faults[0])
+        found += faults
+    return found
+
+
+def _warn_of_labels(labels: np.ndarray, where: str) -> None:
+    """Log why labels are not used: [4, -1, -2] are a label, an image without .cls, and one with a .cls that holds no number."""
+    odd, without = int((labels == ODD_LABEL).sum()), int((labels == NO_LABEL).sum())
+    if odd or 0 < without < len(labels):
+        said = "%s: labels are not used, as of %d images %d have no .cls and %d one that holds no number; training needs none"
+        logging.getLogger(__name__).warning(said, where, len(labels), without, odd)
+
+
 def scan_tar(shard: str | Path, file: BinaryIO | None = None) -> ShardIndex:
-    """Return the index of a tar from its headers, read from `file` where it is not on a disk; UserError for a damaged tar."""
+    """Return the index of a tar from its headers, read from `file` where it is not on a disk.
+
+    UserError for what is no tar, and for a file that cannot be read.
+    """
     try:
-        with tarfile.open(shard, "r:", fileobj=file) as opened:
-            images, labels, others = _sorted_members(opened)
+        with contextlib.nullcontext(file) if file else open(shard, "rb") as opened:
+            members = TarMembers(opened)
+            images, labels, others = _sorted_members(members, opened)
     except UserError:  # of a remote file, which has said it
         raise
-    except (OSError, tarfile.TarError, ValueError) as error:
-        raise UserError(f"{shard}: not a tar shard that can be read ({error}); make it again, uncompressed") from error
+    except OSError as error:
+        raise UserError(f"{shard}: cannot be read ({error.strerror or error}); mend that, or leave it out") from error
+    except ValueError as error:
+        mend = "unpack it to a plain .tar" if "compressed" in str(error) else "make it again, uncompressed"
+        raise UserError(f"{shard}: not a tar shard that can be read ({error}); {mend}") from error
     images = _one_a_sample(images, others)
     if others:
         logging.getLogger(__name__).warning("%s: %s", shard, passed_over(others))
     # One row an image, without a row (0, 3): offset, bytes, label. a.input.jpg has the label in a.input.cls, else in a.cls.
-    numbers = [(m.offset_data, m.size, labels.get(key, labels.get(_sample_of(key), -1))) for key, m in images]
+    numbers = [(m.offset_data, m.size, labels.get(key, labels.get(_sample_of(key), NO_LABEL))) for key, m in images]
     offsets, sizes, label = np.array(numbers, dtype=np.int64).reshape(-1, 3).T
-    return ShardIndex(np.array([os.fsencode(member.name) for _, member in images], dtype="S"), offsets, sizes, label)
+    names = np.array([os.fsencode(member.name) for _, member in images], dtype="S")
+    return ShardIndex(names, offsets, sizes, label, np.array(members.faults, dtype="U").reshape(-1, 2))
 
 
-def _sorted_members(opened: tarfile.TarFile) -> tuple[list[tuple[MemberKey, tarfile.TarInfo]], dict[MemberKey, int], Counter]:
+def _sorted_members(
+    members: TarMembers, file: BinaryIO
+) -> tuple[list[tuple[MemberKey, tarfile.TarInfo]], dict[MemberKey, int], Counter]:
     """Return a tar's images, its labels, and how many files of each other ending belong to no image; hidden files are none."""
     images, labels, others = [], {}, []
-    for member in opened:
+    for member in members:
         folder, _, name = member.name.rpartition("/")
         stem, ending = os.path.splitext(name)
-        if not member.isfile() or name.startswith("."):
+        if name.startswith("."):
             continue
         if ending == ".cls":
-            labels[folder, stem] = int(opened.extractfile(member).read())
+            labels[folder, stem] = _label_in(file, member)
         elif ending.lower() in image_endings():
             images.append(((folder, stem), member))
         else:
             others.append(((folder, stem), ending.lower()))
     samples = {_sample_of(key) for key, _ in images}
     return images, labels, Counter(ending for key, ending in others if _sample_of(key) not in samples)
+
+
+def _label_in(file: BinaryIO, member: tarfile.TarInfo) -> int:
+    """Return the label in a .cls member; ODD_LABEL where it holds no number, or one that no class can have."""
+    file.seek(member.offset_data)
+    number = re.fullmatch(rb"\s*(-?)(\d{1,6})\s*", file.read(min(member.size, 16)))
+    return ODD_LABEL if number is None else NO_LABEL if number[1] else int(number[2])
 
 
 def _one_a_sample(images: list[tuple[MemberKey, tarfile.TarInfo]], others: Counter) -> list[tuple[MemberKey, tarfile.TarInfo]]:

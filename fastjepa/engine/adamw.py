@@ -7,6 +7,7 @@ from fastjepa.engine.schedule import StepSettings
 from fastjepa_kernels.layers import FusedAdamWEMA
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # the state of a parameter
+MUON_MOMENTS = ("momentum_buffer",)  # of one that Muon steps
 ADAMW = {"lr": 0.0, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}  # the schedule sets lr and decay at each step
 
 
@@ -45,8 +46,14 @@ def build_adamw_ema(
     return optimizer
 
 
+def moment_names(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, tuple[str, ...]]:
+    """Return the names of each parameter's state."""
+    return {p: MUON_MOMENTS if group.get("muon") else MOMENTS for group in optimizer.param_groups for p in group["params"]}
+
+
 def apply_schedule(optimizer: torch.optim.Optimizer, now: StepSettings) -> None:
     """Set the learning rate and weight decay of every group."""
     for group in optimizer.param_groups:
-        group["lr"] = now.lr * group["lr_scale"]
-        group["weight_decay"] = now.weight_decay if group["decayed"] else 0.0
+        lr, decay = (now.muon_lr, now.muon_weight_decay) if group.get("muon") else (now.lr, now.weight_decay)
+        group["lr"] = lr * group["lr_scale"]
+        group["weight_decay"] = decay if group["decayed"] else 0.0

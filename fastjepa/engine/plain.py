@@ -1,4 +1,4 @@
-"""The plain engine: torch's AdamW on one process, or on several with DistributedDataParallel."""
+"""The plain engine: torch's AdamW, or Muon beside it, on one process, or on several with DistributedDataParallel."""
 
 from collections.abc import Mapping
 from inspect import signature
@@ -10,6 +10,7 @@ from torch.nn.utils import get_total_norm
 
 from fastjepa.engine.adamw import apply_schedule, build_adamw, build_adamw_ema
 from fastjepa.engine.average import Average, FollowedAverage
+from fastjepa.engine.muon import MuonAdamW
 from fastjepa.engine.schedule import StepSettings
 from fastjepa.masks.packed import Blocks, Packed
 from fastjepa.model.jepa import Jepa
@@ -28,10 +29,10 @@ class PlainEngine:
     """
 
     def __init__(self, jepa: Jepa, world: int = 1, micro_batches: int = 1, static_gradients: bool = False,
-                 pred_lr_scale: float = 1.0):  # fmt: skip
+                 pred_lr_scale: float = 1.0, muon: bool = False):  # fmt: skip
         self.jepa, self.micro_batches, self.static_gradients = jepa, micro_batches, static_gradients
-        self.pred_lr_scale = pred_lr_scale
-        self.optimizer = build_adamw(jepa.encoder, jepa.predictor, pred_lr_scale)
+        self.pred_lr_scale, self.muon = pred_lr_scale, muon
+        self.optimizer = (MuonAdamW if muon else build_adamw)(jepa.encoder, jepa.predictor, pred_lr_scale)
         self.advance = self._advance
         self.parameters = list(jepa.parameters())
         fixed = {SYNC_BUFFERS: False}  # positions: no forward needs to exchange them
@@ -46,9 +47,9 @@ class PlainEngine:
         """Return the average that follows the encoder; it starts as `target_encoder`, which holds it.
 
         Where `runtime.kernels` takes the kernel of adamw_ema_step (by default on CUDA), AdamW and the average are one pass
-        over the weights, which `step` makes. Elsewhere the average is a pass of its own, after torch's AdamW.
+        over the weights, which `step` makes. Elsewhere, and beside Muon, the average is a pass of its own.
         """
-        if not dispatch.runs_triton("adamw_ema_step", self.parameters[0]):
+        if self.muon or not dispatch.runs_triton("adamw_ema_step", self.parameters[0]):
             return Average(target_encoder, self.jepa.encoder)
         self.optimizer = build_adamw_ema(self.jepa.encoder, self.jepa.predictor, target_encoder, self.pred_lr_scale)
         self.advance = self._advance_with_average

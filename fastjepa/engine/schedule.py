@@ -14,6 +14,8 @@ class StepSettings:
     weight_decay: float
     ema_momentum: float
     step: int = 0
+    muon_lr: float = 0.0
+    muon_weight_decay: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,9 @@ class Schedule:
             lr = cosine_between(o.lr, o.final_lr, (step + 1 - warmup) / max(1, horizon - warmup))
         weight_decay = cosine_between(o.weight_decay, o.final_weight_decay, (step + 1) / max(1, horizon))
         momentum = o.ema[0] + step * (o.ema[1] - o.ema[0]) / stretched if step < stretched else o.ema[1]
-        return StepSettings(lr, weight_decay, momentum, step)
+        muon_lr = o.muon_lr * lr / o.lr if o.lr else 0.0
+        muon_decay = cosine_between(*o.muon_weight_decay, (step + 1) / max(1, horizon))
+        return StepSettings(lr, weight_decay, momentum, step, muon_lr, muon_decay)
 
 
 def warmup_notes(optimization: OptimizationConfig) -> list[str]:

@@ -1,5 +1,6 @@
 """Images as an evaluation sees them: decoded, fitted to one size, in batches."""
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 
@@ -7,13 +8,15 @@ import numpy as np
 import torch
 from rich.progress import track
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from fastjepa.data.crops import fit_to
 from fastjepa.data.decode_pillow import DecodeError, decode_image
 from fastjepa.data.prepare.processes import console
 from fastjepa.data.sources import Source
-from fastjepa.errors import UserError
+from fastjepa.errors import UserError, is_out_of_files
+from fastjepa.evals.held_out import label_of
+from fastjepa.loader.workers import Crew, Workers
 
 Augmentation = Callable[[Tensor, int, tuple[int, int]], Tensor]  # (image, its row of the source, size) -> image of that size
 MeanStd = tuple[tuple[float, ...], tuple[float, ...]]
@@ -46,45 +49,59 @@ class EvalImages(Dataset):
         return len(self.rows)
 
     def __getitem__(self, i: int) -> Tensor | str:
-        """Return the image, or the sentence that says what is wrong with it.
-
-        An exception would arrive from a worker as its whole traceback.
-        """
+        """Return the image, or the sentence that says what is wrong with it."""
         row = int(self.rows[i])
         try:
             image = decode_image(self.source.read(row), self.channels)
             return self.augment(image, row, self.size) if self.augment else fit_to(image, self.size)
         except (DecodeError, OSError) as error:
+            if is_out_of_files(error):
+                raise  # no fault of the file
             return f"{self.source.name(row)}: cannot be evaluated ({error}); repair or remove it"
 
     def labels(self) -> Tensor:
         """Return the classes, (n,) int64; UserError for an image without one."""
-        found = [self.source.label(int(row)) for row in self.rows]
-        if None in found:
-            name = self.source.name(int(self.rows[found.index(None)]))
-            raise UserError(f"{name}: has no label, and probes need labels; put the images into one folder per class")
+        found = [label_of(self.source, int(row)) for row in self.rows]
+        if -1 in found:
+            name = self.source.name(int(self.rows[found.index(-1)]))
+            raise UserError(
+                f"{name}: has no label, and probes need one of each image; put the images into class folders, or leave it out"
+            )
         return torch.tensor(found, dtype=torch.int64)
 
     def batches(self, size: int, about: str = "features") -> Iterator[Tensor]:
-        """Yield blocks (b, C, H, W) uint8 in order, with a progress bar on a terminal; OSError names a bad file."""
+        """Yield blocks (b, C, H, W) uint8 in order, with a progress bar on a terminal.
+
+        OSError names a bad file, LoaderError what is wrong with the decoding processes.
+        """
         workers = self.workers
         if workers is None:
             here = len(self) < FEW_IMAGES or isinstance(self.source.read(int(self.rows[0])), np.ndarray)
             workers = 0 if here else min(4, os.cpu_count() or 1)
-        loader = DataLoader(self, size, num_workers=workers, collate_fn=_stack)
-        for block in watched(loader, about):
-            if isinstance(block, str):
-                raise OSError(block)
-            yield block
+        blocks = -(-len(self) // size)
+        with contextlib.closing(Workers(_Blocks(self, size), range(blocks), Crew(workers))) as made:
+            for block in watched(made, about, blocks):
+                if isinstance(block, str):
+                    raise OSError(block)
+                yield block
 
 
-def watched(items: Iterable, about: str) -> Iterable:
+def watched(items: Iterable, about: str, total: int | None = None) -> Iterable:
     """Return the same items, with a progress bar on a terminal that leaves nothing behind."""
-    return track(items, about, console=console, transient=True, disable=not console.is_terminal)
+    return track(items, about, total, console=console, transient=True, disable=not console.is_terminal)
 
 
-def _stack(items: list[Tensor | str]) -> Tensor | str:
-    return next((item for item in items if isinstance(item, str)), None) or torch.stack(items)
+class _Blocks(Dataset):
+    """Blocks of images: of 10 images, block 2 of size 4 holds the last two."""
+
+    def __init__(self, images: EvalImages, size: int):
+        self.images, self.size = images, size
+
+    def __getitem__(self, i: int) -> Tensor | str:
+        """Return a block (b, C, H, W), or the sentence for the first image that is not readable."""
+        rows = range(i * self.size, min((i + 1) * self.size, len(self.images)))
+        items = [self.images[row] for row in rows]
+        return next((item for item in items if isinstance(item, str)), None) or torch.stack(items)
 
 
 def normalise_pixels(pixels: Tensor, mean_std: MeanStd) -> Tensor:

@@ -24,10 +24,12 @@ from fastjepa.errors import CheckpointError, UserError
 from fastjepa.evals.augment import Augment
 from fastjepa.evals.cache import cached_features, images_fingerprint, weights_fingerprint
 from fastjepa.evals.features import Layers, check_encoder_input, extract_features, raw_pixels
+from fastjepa.evals.held_out import HeldOutName, labels_of, open_held_out
 from fastjepa.evals.images import EvalImages
-from fastjepa.evals.scoring import TEST_DRAW, TRAIN_DRAW, Features, subset
+from fastjepa.evals.scoring import TEST_DRAW, TRAIN_DRAW, Features, stratified_subset, subset
 from fastjepa.files import write_atomic
 from fastjepa.model.jepa import build_pair
+from fastjepa.model.positions import DEFAULT_POSITIONS, Positions
 from fastjepa.ranks.world import join_world
 from fastjepa.run.directory import run_directory
 from fastjepa.weights.official import recorded_config
@@ -64,6 +66,7 @@ class Subject:
     device: torch.device
     cache: Path | None  # the folder of features; its parent holds the unfinished work of probes that train
     size: tuple[int, int]  # (H, W) the images are brought to
+    positions: Positions = DEFAULT_POSITIONS  # of patches, where that is not the run's own size
 
     @property
     def home(self) -> Path | None:
@@ -77,6 +80,11 @@ class Subject:
         low = self.device.type == "cuda" and self.config.runtime.dtype != "fp32"
         return torch.bfloat16 if low else torch.float32
 
+    @property
+    def resized(self) -> bool:
+        """Tell whether images are of another size than the run's own."""
+        return self.size != self.config.image_size
+
     def encoder(self, which: Which, split: Split | None = None) -> nn.Module:
         """Return one of the run's encoders, frozen, on the CPU; UserError when it cannot take images of this size.
 
@@ -85,7 +93,8 @@ class Subject:
         if which == "random":
             encoder = build_pair(self.config)[1].eval().requires_grad_(False)
         else:
-            encoder = load_encoder(self.path, which)
+            encoder = load_encoder(self.path, which, self.positions)
+        encoder.other_positions = self.positions
         encoder.checkpointed = self.config.runtime.checkpoint_activations  # of use to fine-tuning alone
         check_encoder_input(encoder, self.size, self.config.data.channels)
         if split is not None and self.config.data.channels == 1:
@@ -97,8 +106,9 @@ class Subject:
     def encoder_key(self, encoder: nn.Module) -> dict[str, Any]:
         """Return the entries of a cache's key that name the encoder and how it sees images."""
         config = self.config
-        return {"weights": weights_fingerprint(encoder), "size": self.size, "mean_std": config.mean_std,
-                "patch_size": config.mask.patch_size, "heads": config.encoder_shape[2], "dtype": str(self.dtype)}  # fmt: skip
+        key = {"weights": weights_fingerprint(encoder), "size": self.size, "mean_std": config.mean_std,
+               "patch_size": config.mask.patch_size, "heads": config.encoder_shape[2], "dtype": str(self.dtype)}  # fmt: skip
+        return key | ({"positions": self.positions, "antialias": encoder.antialias} if self.resized else {})
 
     def features(
         self, which: Inputs, splits: tuple[Split, Split], layers: Layers = "last", n_views: int = 0, seed: int = 0
@@ -153,28 +163,49 @@ class Subject:
             folder.rmdir()
 
 
-def open_splits(data: str, n_train: int | None, n_test: int | None, seed: int) -> tuple[Split, Split]:
-    """Return the training and test images of `data`; UserError when they have no labels or not the same classes."""
-    train, test = open_source(data, "train"), open_source(data, "test")
-    if len(train.classes) < 2:
-        raise UserError(f"{data}: labels of {len(train.classes)} classes, and a probe needs two; put images into class folders")
-    if test.classes != train.classes[: len(test.classes)]:
-        odd = sorted(set(test.classes) ^ set(train.classes))
-        raise UserError(f"{data}: its train and test splits have different classes ({odd[0]!r} is in one only)")
-    return (Split(str(data), "train", train, subset(n_train, len(train), seed, TRAIN_DRAW)),
-            Split(str(data), "test", test, subset(n_test, len(test), seed, TEST_DRAW)))  # fmt: skip
+def open_splits(
+    data: str, n_train: int | None, n_test: int | None, seed: int, split: HeldOutName | None = None
+) -> tuple[Split, Split]:
+    """Return the training and test images of `data` that have labels; UserError when they cannot be compared.
+
+    What `open_held_out` says of them is printed, and how many training images have no label.
+    """
+    train = open_source(data, "train")
+    held, labels = open_held_out(data, train, split), labels_of(train)
+    for note in held.notes:
+        console.print(note, markup=False, highlight=False)
+    labelled = np.flatnonzero(labels >= 0)
+    if unlabelled := len(labels) - len(labelled):
+        said = f"{data}: {unlabelled} of the {len(labels)} training images have no label and are left out"
+        console.print(said, markup=False, highlight=False)
+    return (Split(str(data), "train", train, labelled[stratified_subset(n_train, labels[labelled], seed, TRAIN_DRAW)]),
+            Split(str(data), held.name, held.source, held.rows[subset(n_test, len(held.rows), seed, TEST_DRAW)]))  # fmt: skip
 
 
-def open_subject(path: str | Path, device: str = "auto", cache: bool = True, image_size: int | None = None) -> Subject:
+def open_subject(
+    path: str | Path,
+    device: str = "auto",
+    cache: bool = True,
+    image_size: int | None = None,
+    positions: Positions | None = None,
+) -> Subject:
     """Open the run or checkpoint at `path`; features are kept below the run directory, or with the data for a lone checkpoint.
 
     Args:
-        image_size: side of the square images in place of the run's own; positions are computed for any grid.
+        image_size: side of the square images in place of the run's own.
+        positions: those of patches of that other size; UserError where there is none.
     """
     path = Path(path)
     config = read_config(path)
     size = config.image_size if image_size is None else (image_size, image_size)
-    subject = Subject(path, config, join_world(device).device, None, size)
+    subject = Subject(path, config, join_world(device).device, None, size, positions or DEFAULT_POSITIONS)
+    if positions and not subject.resized:
+        own = "{}x{}".format(*config.image_size)
+        raise UserError(f"--positions is for another size than the run's own {own}: give --image-size, or leave it out")
+    if subject.resized and image_size % config.mask.patch_size == 0:
+        trained, patches = config.grid, image_size // config.mask.patch_size
+        console.print(f"{patches}x{patches} patches, trained on {trained[0]}x{trained[1]}: their positions are "
+                      f"{subject.positions}; --positions chooses")  # fmt: skip
     folder = (subject.home or data_dir()) / "features"
     return dataclasses.replace(subject, cache=folder) if cache else subject
 
@@ -198,10 +229,5 @@ def provenance(subject: Subject, which: Inputs, splits: tuple[Split, Split], see
         found, step = subject.path, None
     train, test = splits
     return {"checkpoint": str(found), "step": step, "encoder": which, "image_size": list(subject.size), "data": train.data,
-            "split": split_name(test), "classes": len(train.source.classes), "seed": seed}  # fmt: skip
-
-
-def split_name(split: Split) -> str:
-    """Return the split's own name where it lies in a folder of that name: val may stand in for test."""
-    root = Path(getattr(split.source, "root", "")).name
-    return root if root in ("val", "test") else split.name
+            "positions": subject.positions if subject.resized else "trained",
+            "split": test.name, "classes": len(train.source.classes), "seed": seed}  # fmt: skip

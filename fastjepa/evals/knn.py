@@ -47,7 +47,7 @@ def knn_accuracy(
 
     validation_accuracy = None
     if k is None:
-        k, validation_accuracy = choose_setting(train.y, 5, seed, attempt)
+        k, validation_accuracy = choose_setting(train.y, 5, seed, attempt, remedy=", or give `eval knn` --k")
     predicted = _query_blocks(train, test.x, classes, (k,), device, temperature)[0]
     return score_predictions(predicted, train, test, {"k": k, "temperature": temperature}, validation_accuracy)
 

@@ -95,7 +95,8 @@ def linear_accuracy(
         return dict(zip(grid, classify(fitting, train.x[held], grid), strict=True))
 
     grid = [(lr, decay) for lr in recipe.lrs for decay in recipe.weight_decays]
-    best, validation_accuracy = (grid[0], None) if len(grid) == 1 else choose_setting(train.y, 6, seed, attempt)
+    remedy = ", or give `eval linear` one --lr and one --weight-decay"
+    best, validation_accuracy = (grid[0], None) if len(grid) == 1 else choose_setting(train.y, 6, seed, attempt, remedy)
     chosen = {"lr": best[0], "weight_decay": best[1]}
     return score_predictions(classify(train, test.x, [best])[0], train, test, chosen, validation_accuracy)
 

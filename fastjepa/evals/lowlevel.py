@@ -25,12 +25,13 @@ from fastjepa.data.prepare.scenes import FEWEST, MOST
 from fastjepa.errors import UserError
 from fastjepa.evals.cache import cached_features
 from fastjepa.evals.features import PIXEL_BATCH, Layers
+from fastjepa.evals.held_out import labels_of
 from fastjepa.evals.images import EvalImages, normalise_pixels
 from fastjepa.evals.inputs import Inputs, Split, Subject, Which, provenance
 from fastjepa.evals.linear import PROTOCOLS, Recipe, linear_accuracy
 from fastjepa.evals.published import PAPER_COLUMNS, PUBLISHED
 from fastjepa.evals.request import EvalRequest
-from fastjepa.evals.scoring import TEST_DRAW, TRAIN_DRAW, Features, subset
+from fastjepa.evals.scoring import TEST_DRAW, TRAIN_DRAW, Features, stratified_subset, subset
 
 ClevrTask = Literal["count", "dist"]
 DEPTH_EDGES = (8.0, 8.5, 9.0, 9.5, 10.0, 100.0)  # upper ends of the bins of depth, each within its bin
@@ -154,7 +155,7 @@ def open_clevr_splits(data: str, task: ClevrTask, n_train: int | None, n_test: i
         raise UserError(f"task {task!r} is unknown: choose {' or '.join(COUNT_CLASSES)}")
     root = find_dataset(data) if data in DATASETS else Path(data).expanduser()
     train, val = (ClevrImages(root, split, task) for split in ("train", "val"))
-    return (Split(str(data), "train", train, subset(n_train, len(train), seed, TRAIN_DRAW)),
+    return (Split(str(data), "train", train, stratified_subset(n_train, labels_of(train), seed, TRAIN_DRAW)),
             Split(str(data), "val", val, subset(n_test, len(val), seed, TEST_DRAW)))  # fmt: skip
 
 

@@ -12,11 +12,20 @@ from torch import Tensor
 from fastjepa.data.sources import Source
 from fastjepa.errors import UserError
 from fastjepa.evals.finetune import FinetuneOptions, finetune_accuracy
+from fastjepa.evals.held_out import labels_of
 from fastjepa.evals.images import watched
 from fastjepa.evals.inputs import Split, provenance
 from fastjepa.evals.linear import standardise
 from fastjepa.evals.request import EvalRequest
-from fastjepa.evals.scoring import LABELLED_DRAW, Features, Result, check_labels, choose_setting, score_predictions
+from fastjepa.evals.scoring import (
+    LABELLED_DRAW,
+    Features,
+    Result,
+    check_labels,
+    choose_setting,
+    places_in_class,
+    score_predictions,
+)
 from fastjepa.rng import SPLIT_STREAM, generator
 
 CS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1e3)
@@ -38,14 +47,11 @@ def fraction_of(source: Source, fraction: float, seed: int) -> np.ndarray:
     """Draw a share of each class by `seed`, rounded, at least one image; return rising rows."""
     if not 0 < fraction <= 1:
         raise UserError(f"--fraction {fraction:g}: give a share above 0 and at most 1, such as 0.01")
-    y = _labels_of(source)
-    # Images in a random order, then by class, each with its place within its class: the first ones of each are taken.
+    y = labels_of(source)
     order = generator(seed, SPLIT_STREAM, LABELLED_DRAW).permutation(len(y))
-    by_class = order[np.argsort(y[order], kind="stable")]
-    counts = np.bincount(y)
-    rank = np.arange(len(y)) - np.repeat(np.cumsum(counts) - counts, counts)
-    wanted = np.maximum(1, np.round(fraction * counts))
-    return np.sort(by_class[rank < np.repeat(wanted, counts)])
+    order = order[y[order] >= 0]
+    wanted = np.maximum(1, np.round(fraction * np.bincount(y[order])))
+    return np.sort(order[places_in_class(y[order]) < wanted[y[order]]])
 
 
 def listed_images(source: Source, file: str | Path) -> np.ndarray:
@@ -98,13 +104,6 @@ def _predict_classes(x: Tensor, y: Tensor, queries: Tensor, c: float) -> Tensor:
         raise UserError("logistic regression needs scikit-learn; run: pip install 'fastjepa[eval]'") from error
     fitted = LogisticRegression(C=c, max_iter=ITERATIONS).fit(x.numpy(), y.numpy())
     return torch.from_numpy(fitted.predict(queries.numpy()))
-
-
-def _labels_of(source: Source) -> np.ndarray:
-    found = [source.label(row) for row in range(len(source))]
-    if None in found:
-        raise UserError(f"{source.name(found.index(None))}: has no label; put the images into one folder per class")
-    return np.array(found, dtype=np.int64)
 
 
 def _check_method(options: LowshotOptions, layers: str) -> None:

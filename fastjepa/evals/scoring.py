@@ -20,6 +20,8 @@ Z95 = 1.959963984540054  # the 97.5 % point of the normal distribution
 TRAIN_DRAW, TEST_DRAW, VALIDATION_DRAW, PROBE_DRAW = range(4)
 LABELLED_DRAW, VIEW_DRAW = 1 << 32, 1 << 33
 
+CLASS_SHARE = 6  # images a class whose draw is not left to chance: the choice of a setting holds out one in six at most
+
 Setting = TypeVar("Setting")
 
 
@@ -113,15 +115,20 @@ def validation_split(y: Tensor, every: int, seed: int, remedy: str = "") -> tupl
     Classes with fewer than `every` images only fit. Raises UserError when no class has that many.
     """
     order = np.argsort(generator(seed, SPLIT_STREAM, VALIDATION_DRAW).random(len(y)))
-    by_class = order[np.argsort(y.numpy()[order], kind="stable")]
-    counts = np.bincount(y.numpy())
-    # The place of each image within its class: of 3 images of class 0 and 2 of class 1, [0 1 2 0 1].
-    rank = np.arange(len(y)) - np.repeat(np.cumsum(counts) - counts, counts)
-    held = rank % every == every - 1
+    held = places_in_class(y.numpy()[order]) % every == every - 1
     if not held.any():
-        wanted = f"{every} training images to choose hyperparameters on: use more training images{remedy}"
-        raise UserError(f"no class has {wanted}")
-    return _index(by_class[~held]), _index(by_class[held])
+        raise UserError(f"no class has {every} training images, the fewest that settings are chosen on: use more training "
+                        f"images of each{remedy}")  # fmt: skip
+    return _index(order[~held]), _index(order[held])
+
+
+def places_in_class(y: np.ndarray) -> np.ndarray:
+    """Return the place of each image within its class, (n,) int64: of classes [7, 2, 7, 7, 2] it is [0, 0, 1, 2, 1]."""
+    by_class = np.argsort(y, kind="stable")
+    counts = np.unique(y, return_counts=True)[1]
+    places = np.empty(len(y), np.int64)
+    places[by_class] = np.arange(len(y)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return places
 
 
 def subset(count: int | None, total: int, seed: int, step: int) -> np.ndarray:
@@ -129,6 +136,26 @@ def subset(count: int | None, total: int, seed: int, step: int) -> np.ndarray:
     if count is None or count >= total:
         return np.arange(total)
     return np.sort(generator(seed, SPLIT_STREAM, step).permutation(total)[:count])
+
+
+def stratified_subset(count: int | None, y: np.ndarray, seed: int, step: int) -> np.ndarray:
+    """Return rising indices of at most `count` images of the classes `y` (n,), drawn by `seed` at `step`; all for None.
+
+    Each class gets its share of `count`, as far as CLASS_SHARE images, and at least one; beyond that chance decides. 20 of
+    90 images of class 0 and 10 of class 1 are at least 6 of class 0, whose share is 18, and 2 of class 1. A random draw of
+    that many images in which each class has so many is left as it is. UserError for fewer images than classes.
+    """
+    if count is None or count >= len(y):
+        return np.arange(len(y))
+    _, number, sizes = np.unique(y, return_inverse=True, return_counts=True)
+    if count < len(sizes):
+        raise UserError(f"{count} training images of {len(sizes)} classes, and each class needs one: use {len(sizes)} or more "
+                        "(--n-train)")  # fmt: skip
+    order = generator(seed, SPLIT_STREAM, step).permutation(len(y))
+    place, due = places_in_class(y[order]), np.clip(count * sizes // len(y), 1, CLASS_SHARE)[number[order]]
+    # First the first image of each class, then second ones where due ..., then all others as they were drawn.
+    first = np.argsort(np.where(place < due, place, CLASS_SHARE), kind="stable")
+    return np.sort(order[first[:count]])
 
 
 def _index(values: np.ndarray) -> Tensor:

@@ -57,7 +57,9 @@ def supervised_accuracy(task: SupervisedTask, lrs: Sequence[float], seed: int, s
 
         return {lr: classify(lr) for lr in lrs}
 
-    lr, validation_accuracy = choose_setting(task.train.y, 6, seed, attempt) if len(lrs) > 1 else (lrs[0], None)
+    lr, validation_accuracy = lrs[0], None
+    if len(lrs) > 1:
+        lr, validation_accuracy = choose_setting(task.train.y, 6, seed, attempt, remedy=", or give one --lr")
     classifier = fit_epochs(task, torch.arange(len(task.train.y)), lr, seed, states("final"))
     predicted = supervised_classify(classifier, task.test_inputs(), task.dtype)
     return score_predictions(predicted, task.train, task.test, {"lr": lr}, validation_accuracy)

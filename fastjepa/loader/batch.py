@@ -18,3 +18,4 @@ class Batch(Movable):
     blocks: Blocks  # the predictor's sequences: each context with each target block, or with all of them
     bad: tuple[str, ...]  # files replaced in this micro-batch
     reasons: tuple[str, ...] = ()  # why, one for each of them
+    dropped: tuple[tuple[str, str], ...] = ()  # (file, kind of `data.dropped`), of the first epoch

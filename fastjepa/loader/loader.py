@@ -1,22 +1,25 @@
 """The loader: micro-batches made ahead of the step by worker processes, decoded, and moved to the device."""
 
-import atexit
 import itertools
 import logging
-import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 import torch
-from torch.utils.data import DataLoader
 
-from fastjepa.config.schema import Config, DataConfig
+from fastjepa.config.schema import Config
+from fastjepa.data.crops import Crops
 from fastjepa.data.decode_dali import DaliDecoder, DaliSettings, dali_installed, require_dali
-from fastjepa.data.sources import IdxPair, Source
+from fastjepa.data.idx_files import IdxPair
+from fastjepa.data.sources import Source
 from fastjepa.errors import ConfigError, UserError
 from fastjepa.loader.batch import Batch
-from fastjepa.loader.micro_batches import EncodedBatches, MicroBatches
+from fastjepa.loader.micro_batches import BatchRecipe, EncodedBatches, MicroBatches
+from fastjepa.loader.workers import Crew, Workers
+from fastjepa.masks.layouts import Masking
+from fastjepa.masks.packer import Packer
 from fastjepa.ranks.world import World
 
 
@@ -53,11 +56,26 @@ def check_loader(config: Config, source: Source, ranks: int) -> None:
         )
 
 
+def batch_recipe(config: Config) -> BatchRecipe:
+    """Return the recipe of the micro-batches that a config asks for."""
+    data, runtime = config.data, config.runtime
+    return BatchRecipe(
+        crops=Crops(config.image_size, data.channels, data.crop_scale, data.use_horizontal_flip),
+        masking=Masking.of(config),
+        batch_size=data.batch_size,
+        micro_batch=config.micro_batch,
+        max_bad=data.max_bad,
+        epochs=config.optimization.epochs,
+        padded=runtime.cuda_graph,
+        token_budget=runtime.token_budget,
+    )
+
+
 class Loader(AbstractContextManager):
     """One rank's micro-batches, made ahead of time by data.num_workers processes.
 
     `bad` holds the paths of the undecodable files this rank has met (each rank counts its own); fill it from a checkpoint
-    to go on counting.
+    to go on counting. What files hold beside their images is counted in the first epoch, and said at its end or the loader's.
     """
 
     def __init__(self, config: Config, source: Source, world: World, start_step: int, stop_step: int | None = None):
@@ -67,21 +85,21 @@ class Loader(AbstractContextManager):
         """
         check_loader(config, source, world.size)
         dali = decodes_with_dali(config.data.loader, config.runtime.device, source)
-        dataset = (EncodedBatches if dali else MicroBatches)(config, source, world.rank, world.size)
+        dataset = (EncodedBatches if dali else MicroBatches)(batch_recipe(config), source, world.rank, world.size)
         self.bad: set[str] = set()
+        self._dropped, self._read = Counter(), 0  # files by kind of `data.dropped`, of so many of the first epoch
         self.steps_per_epoch, self._n_micro, self._max_bad = dataset.steps_per_epoch, dataset.n_micro, dataset.max_bad
         self._device = world.device
         self._steps = range(start_step, sys.maxsize // self._n_micro if stop_step is None else stop_step)
         items = range(start_step * self._n_micro, self._steps.stop * self._n_micro)
         # Before DALI starts its threads: a process forks best while it has one.
-        self._workers = self._batches = iter(_data_loader(config.data, dataset, items, self._device))
+        self._workers = self._batches = Workers(dataset, items, crew_of(config, self._device))
         if dali:
             self._batches = DaliDecoder(
                 self._workers,
                 lambda position, refused: dataset.without(items.start + position, refused),
                 _dali_settings(config, self._device),
             )
-        atexit.register(self.close)  # before multiprocessing's own, which would wait for ever for deaf workers
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
         """Yield the micro-batches of `step` on the device, in order; steps must be asked for one after the other.
@@ -92,7 +110,10 @@ class Loader(AbstractContextManager):
         self._steps = self._steps[1:]
         for batch in itertools.islice(self._batches, self._n_micro):
             self._count(dict(zip(batch.bad, batch.reasons, strict=True)))
+            self._count_dropped(batch)
             yield batch.to(self._device, non_blocking=True)
+        if step + 1 == self.steps_per_epoch:
+            self._say_dropped()
 
     def _count(self, found: dict[str, str]) -> None:
         """Add {path: reason} to the bad files, naming each once; UserError when they are too many."""
@@ -107,33 +128,52 @@ class Loader(AbstractContextManager):
                 f"for example {path} ({reason}); repair or remove them, or raise data.max_bad"
             )
 
+    def _count_dropped(self, batch: Batch) -> None:
+        """Count what the files of a batch hold beside their images; name the first file of each kind."""
+        self._read += len(batch.images)
+        for name, kind in batch.dropped:
+            if kind not in self._dropped:
+                logging.getLogger(__name__).warning("%s: holds %s; such files are counted in the first epoch", name, kind)
+            self._dropped[kind] += 1
+
+    def _say_dropped(self) -> None:
+        """Say in how many files each kind of thing was left out, once."""
+        for kind, files in self._dropped.most_common():
+            said = "%d of the %d files that this rank read in the first epoch hold %s"
+            logging.getLogger(__name__).warning(said, files, self._read, kind)
+        self._dropped.clear()
+
     def close(self) -> None:
         """End the worker processes and DALI's pipeline."""
-        atexit.unregister(self.close)
+        self._say_dropped()
         if isinstance(self._batches, DaliDecoder):
             self._batches.close()
-        workers, self._workers, self._batches = self._workers, iter(()), iter(())
-        if hasattr(workers, "_shutdown_workers"):  # DataLoader has no public way to end them at a known time
-            workers._shutdown_workers()
-            for worker in workers._workers:
-                worker.kill()  # in the middle of a long micro-batch
+        self._workers.close()
 
     def __exit__(self, *exception: object) -> None:
         self.close()
 
 
-def _data_loader(data: DataConfig, dataset: MicroBatches, items: range, device: torch.device) -> DataLoader:
-    """Return torch's loader of the items in order, each a whole micro-batch."""
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=items,
-        num_workers=data.num_workers,
-        prefetch_factor=data.prefetch if data.num_workers else None,
-        pin_memory=data.pin_mem and device.type == "cuda",
-        worker_init_fn=_ignore_signals,
-        generator=torch.Generator(),  # the global one must not move
+def crew_of(config: Config, device: torch.device) -> Crew:
+    """Return the worker processes of one rank by the keys of a config."""
+    data = config.data
+    return Crew(
+        processes=data.num_workers,
+        ahead=data.prefetch,
+        pinned=data.pin_mem and device.type == "cuda",
+        timeout=config.runtime.timeout,
+        key="runtime.timeout",
+        remedy=f"lower data.num_workers ({data.num_workers}) or data.prefetch ({data.prefetch})",
     )
+
+
+def batch_bytes(config: Config) -> int:
+    """Return the bytes of a micro-batch with decoded images, by the masks of the first step."""
+    size, total = config.micro_batch, config.data.batch_size
+    masking = Masking.of(config)
+    packed = Packer(masking).packed(0, range(size), total)
+    images = torch.empty(size, config.data.channels, *config.image_size, dtype=torch.uint8, device="meta")
+    return sum(tensor.nbytes for tensor in Batch(images, *packed, bad=()).tensors())
 
 
 def _dali_settings(config: Config, device: torch.device) -> DaliSettings:
@@ -148,9 +188,3 @@ def _dali_settings(config: Config, device: torch.device) -> DaliSettings:
         ahead=data.prefetch,
         hw_decoder_load=data.hw_decoder_load,
     )
-
-
-def _ignore_signals(worker: int) -> None:
-    """Make a worker deaf to Ctrl-C, which reaches every process of the terminal; the training process ends the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

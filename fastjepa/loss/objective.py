@@ -28,7 +28,7 @@ class Objective(NamedTuple):
 def choose_objective(loss: LossConfig, regularizer: NoRegularizer, moments: RunningMoments | None = None) -> Objective:
     """Return the objective that the config asks for; `moments` are the predictor's, for loss.normalize running."""
     normalization = RunningNormalization(moments) if loss.normalize == "running" else NORMALIZATIONS[loss.normalize]
-    return Objective(choose_targets(loss), normalization, loss.kind, regularizer)
+    return Objective(choose_targets(loss.target, loss.target_layers), normalization, loss.kind, regularizer)
 
 
 def over_micro_batches(objective: Objective, averaged: bool, compute: Callable[[Batch], Target]) -> Objective:

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fastjepa.config.schema import LossConfig
 from fastjepa.errors import UserError
 from fastjepa.loader.batch import Batch
 from fastjepa.masks.packed import Packed
@@ -30,8 +29,11 @@ def pool_sequences(features: Tensor, sequences: Packed) -> Tensor:
     return sums / lengths[:, None]
 
 
-def regularizer_term(config: LossConfig, seed: int = 0) -> RegularizerTerm | None:
-    """Return the term that the config asks for, or None.
+def regularizer_term(
+    name: str, weight: float, covariance_weight: float, seed: int = 0, device: torch.device | str = "cpu"
+) -> RegularizerTerm | None:
+    """Return the term of that name on the device of the features, as `loss.regularizer` has it, or None; the other arguments
+    are the keys of the config.
 
     vicreg: variance hinge plus off-diagonal covariance (Bardes et al. 2022; with I-JEPA: C-JEPA, Mo & Tong 2024), with
     the authors' constants.
@@ -40,11 +42,11 @@ def regularizer_term(config: LossConfig, seed: int = 0) -> RegularizerTerm | Non
     visreg: squared distances of deviations from 1 and of means from 0, and the sliced Wasserstein distance of what is left to
     a Gaussian (VISReg, Wu et al. 2026), with lightly's terms and 4,096 projections, drawn as those of sigreg.
     """
-    if config.regularizer == "none":
+    if name == "none":
         return None
-    if config.regularizer == "vicreg":
-        return _vicreg(config)
-    return (_sigreg if config.regularizer == "sigreg" else _visreg)(config, seed)
+    if name == "vicreg":
+        return _vicreg(weight, covariance_weight)
+    return _sigreg(weight, seed, device) if name == "sigreg" else _visreg(weight, seed)
 
 
 def variance_hinge(x: Tensor) -> Tensor:
@@ -62,30 +64,29 @@ def covariance_penalty(x: Tensor) -> Tensor:
     return covariance.square().fill_diagonal_(0).sum() / x.shape[1]
 
 
-def _vicreg(config: LossConfig) -> RegularizerTerm:
-    weight, share = config.regularizer_weight, config.covariance_weight
+def _vicreg(weight: float, share: float) -> RegularizerTerm:
     return lambda pooled, step: weight * (variance_hinge(pooled) + share * covariance_penalty(pooled))
 
 
-def _sigreg(config: LossConfig, seed: int) -> RegularizerTerm:
-    sigreg = lightly_losses("sigreg")[0].SIGReg()
+def _sigreg(weight: float, seed: int, device: torch.device | str) -> RegularizerTerm:
+    sigreg = lightly_losses("sigreg")[0].SIGReg().to(device)  # its constants are copied now: in a step the host would wait
 
     def term(pooled: Tensor, step: int) -> Tensor:
         """Return N times the statistic: a sum over the batch, as in the paper's listing."""
         with slices_of(seed, step, pooled):
-            return config.regularizer_weight * sigreg.to(pooled.device)(pooled)
+            return weight * sigreg(pooled)
 
     return term
 
 
-def _visreg(config: LossConfig, seed: int) -> RegularizerTerm:
+def _visreg(weight: float, seed: int) -> RegularizerTerm:
     visreg = lightly_losses("visreg")[1]
 
     def term(pooled: Tensor, step: int) -> Tensor:
         """Return the three parts with equal weights, the authors' setting."""
         with slices_of(seed, step, pooled):
             shape = visreg.visreg_shape_loss(pooled, VISREG_SLICES)
-        return config.regularizer_weight * (visreg.visreg_scale_loss(pooled) + shape + visreg.visreg_center_loss(pooled))
+        return weight * (visreg.visreg_scale_loss(pooled) + shape + visreg.visreg_center_loss(pooled))
 
     return term
 

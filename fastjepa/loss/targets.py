@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fastjepa.config.schema import LossConfig
 from fastjepa.loader.batch import Batch
 from fastjepa.loss.normalizations import Target
 from fastjepa.model.vit import Encoder
@@ -68,7 +68,6 @@ class PixelTargets(OutputTargets):
 TARGETS = {"output": OutputTargets(), "input": MaskedInputTargets(), "pixels": PixelTargets()}  # by loss.target
 
 
-def choose_targets(loss: LossConfig) -> OutputTargets:
-    """Return the targets that the config asks for."""
-    chosen = TARGETS[loss.target]
-    return chosen if loss.target_layers == "last" else replace(chosen, layers=loss.target_layers)
+def choose_targets(name: str, layers: Literal["last"] | tuple[int, ...]) -> OutputTargets:
+    """Return the targets that `loss.target` and `loss.target_layers` name."""
+    return TARGETS[name] if layers == "last" else replace(TARGETS[name], layers=layers)

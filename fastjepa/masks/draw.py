@@ -8,12 +8,11 @@ a step have the masks of slot 0.
 
 import numpy as np
 
-from fastjepa.config.schema import MaskConfig
 from fastjepa.errors import UserError
-from fastjepa.masks.layouts import CHOICE_LANE, SEEN_LANE, Grid, Slots, lay_out
+from fastjepa.masks.layouts import CHOICE_LANE, SEEN_LANE, Masking, Slots, lay_out
 
 
-def draw_masks(mask: MaskConfig, grid: Grid, seed: int, step: int, slots: range, total: int) -> tuple[np.ndarray, np.ndarray]:
+def draw_masks(masking: Masking, step: int, slots: range, total: int) -> tuple[np.ndarray, np.ndarray]:
     """Draw the masks of b consecutive slots of a step whose global batch has `total` slots, contexts already cut.
 
     With `mask.truncate: batch_min` the whole groups that overlap the range are drawn, as their cut depends on all their
@@ -29,21 +28,23 @@ def draw_masks(mask: MaskConfig, grid: Grid, seed: int, step: int, slots: range,
     """
     if not 0 <= slots.start <= slots.stop <= total:
         raise UserError(f"mask slots {slots.start} to {slots.stop} are not within a global batch of {total}; draw those within")
+    mask = masking.mask
     group = mask.truncate_group if mask.truncate == "batch_min" else 1
     first, last = slots.start // group * group, min(-(-slots.stop // group) * group, max(total, group))
-    drawn = Slots(seed, step, first, last, mask.share == "batch")
-    context, target = lay_out(mask, grid, drawn)
+    drawn = Slots(masking.seed, step, first, last, mask.share == "batch")
+    context, target = lay_out(mask, masking.grid, drawn)
     wanted = slice(slots.start - first, slots.stop - first)
-    return cut_contexts(mask, context, drawn)[wanted], target[wanted]
+    return cut_contexts(masking, context, drawn)[wanted], target[wanted]
 
 
-def cut_contexts(mask: MaskConfig, context: np.ndarray, slots: Slots) -> np.ndarray:
+def cut_contexts(masking: Masking, context: np.ndarray, slots: Slots) -> np.ndarray:
     """Return contexts (b, K, N) shortened as `mask.truncate` says; for batch_min, `slots` starts with a whole group.
 
     batch_min keeps the first patches, in raster order, of every context: as many as the shortest of its group has. In groups
     of 2, contexts of 9, 7, 8 and 12 patches (K = 1) are cut to 7, 7, 8 and 8. A patch is kept while the count of the
     context's patches up to it is at most that: of patches 1, 4, 5 and 6 a cut to 3 keeps 1, 4 and 5, whose counts are 1, 2, 3.
     """
+    mask = masking.mask
     if mask.truncate == "batch_min":
         lengths = np.count_nonzero(context, axis=2).min(axis=1)  # (b,)
         starts = np.arange(0, len(lengths), mask.truncate_group)
@@ -51,15 +52,15 @@ def cut_contexts(mask: MaskConfig, context: np.ndarray, slots: Slots) -> np.ndar
         small = np.min_scalar_type(context.shape[2])  # half the time of a cut is the traffic of these counts
         return context & (np.cumsum(context, axis=2, dtype=small) <= shortest.astype(small)[:, None, None])
     if mask.truncate == "fraction":
-        return _choose_patches(mask, context, slots)
+        return _choose_patches(masking, context, slots)
     return context
 
 
-def _choose_patches(mask: MaskConfig, context: np.ndarray, slots: Slots) -> np.ndarray:
+def _choose_patches(masking: Masking, context: np.ndarray, slots: Slots) -> np.ndarray:
     """Return a fixed number of every context's patches at random; all of a context that has fewer."""
     _, masks, patches = context.shape
     order = np.where(context, slots.uniforms(CHOICE_LANE, masks, patches), 2.0)  # patches outside the context come last
-    share = kept_patches(mask, patches)
+    share = kept_patches(masking)
     chosen = np.zeros_like(context)
     np.put_along_axis(chosen, np.argpartition(order, share - 1, axis=2)[..., :share], True, axis=2)
     return chosen & context
@@ -79,6 +80,7 @@ def draw_seen(context: np.ndarray, share: float, repeats: int, slots: Slots) -> 
     return (rank < kept[:, None, :, None]) & context[:, None]
 
 
-def kept_patches(mask: MaskConfig, patches: int) -> int:
-    """Return the patches of a context that `mask.truncate: fraction` keeps on a grid of so many."""
-    return max(1, round(mask.context_fraction * patches))
+def kept_patches(masking: Masking) -> int:
+    """Return the patches of a context that `mask.truncate: fraction` keeps."""
+    rows, columns = masking.grid
+    return max(1, round(masking.mask.context_fraction * (rows * columns)))

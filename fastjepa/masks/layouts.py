@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastjepa.config.schema import MaskConfig
+from fastjepa.config.schema import Config, MaskConfig
 from fastjepa.errors import ConfigError
+from fastjepa.masks.packings import PER_BLOCK, ContextUse, PerBlockPacking, packing_of
 from fastjepa.rng import MASK_STREAM, generator
 
 Grid = tuple[int, int]  # (rows, columns) of patches
@@ -25,6 +26,24 @@ SIZE_LANE, TARGET_LANE, CHOICE_LANE, CONTEXT_LANE = range(4)
 SEEN_LANE = 1 << 32  # the patches of a context that the predictor sees: past every attempt
 CONTEXT_TRIES = 20  # context blocks tried before one more target block is no longer excluded (official)
 HIDDEN_SHARE = 0.6  # of the grid that is target in block and random masks (paper)
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Masking of a run: how masks are laid out on an image's patches, from which seed they are drawn, how they are packed."""
+
+    mask: MaskConfig
+    grid: Grid
+    seed: int = 0
+    packing: PerBlockPacking = PER_BLOCK
+    use: ContextUse = ContextUse()
+
+    @classmethod
+    def of(cls, config: Config) -> "Masking":
+        """Return the masking that a config asks for."""
+        meta, loss = config.meta, config.loss
+        use = ContextUse(meta.predictor_context, meta.predictor_repeats, loss.visible_weight, loss.visible_rise)
+        return cls(config.mask, config.grid, config.runtime.seed, packing_of(meta.predictor, loss.target), use)
 
 
 @dataclass(frozen=True)

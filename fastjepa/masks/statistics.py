@@ -4,24 +4,24 @@ import time
 
 import numpy as np
 
-from fastjepa.config.schema import MaskConfig
 from fastjepa.masks.draw import cut_contexts, draw_masks
-from fastjepa.masks.layouts import Grid, Slots, lay_out
+from fastjepa.masks.layouts import Masking, Slots, lay_out
 
 
-def mask_statistics(mask: MaskConfig, grid: Grid, seed: int, groups: int = 1000) -> dict[str, object]:
+def mask_statistics(masking: Masking, groups: int = 1000) -> dict[str, object]:
     """Measure what masks hold, in patches per mask, over `groups` groups of `mask.truncate_group` images, one a step.
 
     Keys: tokens (N), context_before and context_after (the cut), target_block, target_union (of an image), row_share
     and col_share (context patches kept by the cut / before it, per grid row and column; 0 where no context reaches),
     ms_per_2048 (median milliseconds to draw 2,048 images on this thread).
     """
+    mask, grid = masking.mask, masking.grid
     before, after, target_block, target_union = np.zeros((4, grid[0] * grid[1]))  # sums over masks, per patch
     for step in range(groups):
-        slots = Slots(seed, step, 0, mask.truncate_group, mask.share == "batch")
+        slots = Slots(masking.seed, step, 0, mask.truncate_group, mask.share == "batch")
         context, target = lay_out(mask, grid, slots)
         before += context.sum(axis=(0, 1))
-        after += cut_contexts(mask, context, slots).sum(axis=(0, 1))
+        after += cut_contexts(masking, context, slots).sum(axis=(0, 1))
         target_block += target.sum(axis=(0, 1))
         target_union += target.any(axis=1).sum(axis=0)
     images = groups * mask.truncate_group
@@ -33,7 +33,7 @@ def mask_statistics(mask: MaskConfig, grid: Grid, seed: int, groups: int = 1000)
         "target_union": float(target_union.sum() / images),
         "row_share": _kept(after.reshape(grid).sum(axis=1), before.reshape(grid).sum(axis=1)),
         "col_share": _kept(after.reshape(grid).sum(axis=0), before.reshape(grid).sum(axis=0)),
-        "ms_per_2048": _time_draw(mask, grid, seed),
+        "ms_per_2048": _time_draw(masking),
     }
 
 
@@ -41,11 +41,11 @@ def _kept(after: np.ndarray, before: np.ndarray) -> list[float]:
     return (after / np.maximum(before, 1)).tolist()
 
 
-def _time_draw(mask: MaskConfig, grid: Grid, seed: int, images: int = 2048, repeats: int = 21) -> float:
+def _time_draw(masking: Masking, images: int = 2048, repeats: int = 21) -> float:
     """Return the median milliseconds of one draw, each of another step."""
     seconds = []
     for step in range(repeats):
         start = time.perf_counter()
-        draw_masks(mask, grid, seed, step, range(images), images)
+        draw_masks(masking, step, range(images), images)
         seconds.append(time.perf_counter() - start)
     return 1e3 * float(np.median(seconds))

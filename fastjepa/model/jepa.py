@@ -1,6 +1,7 @@
 """The pair that is trained, and its construction from a config."""
 
 import copy
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,41 @@ from fastjepa.model.predictor import Predictor
 from fastjepa.model.vit import Encoder
 
 NETWORKS = ("encoder", "predictor", "target_encoder")  # of a run, as checkpoints name them
+
+
+@dataclass(frozen=True)
+class NetworkShape:
+    """Shape of a run's networks, and of what they read and predict."""
+
+    grid: tuple[int, int]  # rows and columns of patches
+    patch_size: int  # pixels
+    channels: int  # of an image
+    encoder: tuple[int, int, int, float]  # width, depth, heads, hidden units of the MLP over the width
+    predictor: tuple[int, int, int]  # width, depth, heads
+    target_dim: int  # width of a layer's targets
+    target_layers: int  # layers of the target network that are targets
+    target_depth: int  # blocks of the target network that are run
+    predicted_dim: int  # width of a prediction
+    norm: str  # the encoder's last: layer or dyntanh
+
+    @classmethod
+    def of(cls, config: Config) -> "NetworkShape":
+        """Return the shape that a config asks for."""
+        meta, encoder = config.meta, config.encoder_shape
+        predictor = meta.pred_emb_dim, meta.pred_depth, meta.pred_num_heads or encoder[2]
+        targets = config.target_dim, config.target_layers, config.target_depth, config.predicted_dim
+        norm = "dyntanh" if config.loss.normalize == "dyntanh" else "layer"
+        return cls(config.grid, config.mask.patch_size, config.data.channels, encoder, predictor, *targets, norm)
+
+    @property
+    def tokens(self) -> int:
+        """Return the patches of an image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def patch_values(self) -> int:
+        """Return the values of a patch, over its pixels and channels."""
+        return self.channels * self.patch_size**2
 
 
 class Jepa(nn.Module):
@@ -29,17 +65,14 @@ class Jepa(nn.Module):
 
 def build_pair(config: Config) -> tuple[Jepa, Encoder]:
     """Return the trained pair and the target encoder, its copy; weights are a function of runtime.seed alone."""
-    dim, _, heads, _ = config.encoder_shape
-    meta = config.meta
+    shape = NetworkShape.of(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.runtime.seed)
-        patch, channels = config.mask.patch_size, config.data.channels
-        norm = "dyntanh" if config.loss.normalize == "dyntanh" else "layer"
-        encoder = Encoder(config.grid, patch, channels, config.mean_std, config.encoder_shape, norm)
-        pred_heads = meta.pred_num_heads or heads
-        predictor = Predictor(config.grid, dim, meta.pred_emb_dim, meta.pred_depth, pred_heads, config.predicted_dim)
+        encoder = Encoder(shape.grid, shape.patch_size, shape.channels, config.mean_std, shape.encoder, shape.norm)
+        predictor = Predictor(shape.grid, shape.encoder[0], *shape.predictor, shape.predicted_dim)
     if config.loss.normalize == "running":
-        predictor.target_moments = RunningMoments(config.target_layers + (config.loss.layers == "mean"), config.target_dim)
+        averages = config.loss.layers == "mean"  # which has moments of its own
+        predictor.target_moments = RunningMoments(shape.target_layers + averages, shape.target_dim)
     for network in (encoder, predictor):
         network.checkpointed = config.runtime.checkpoint_activations
     return Jepa(encoder, predictor), copy.deepcopy(encoder).requires_grad_(False)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastjepa.errors import ConfigError
 from fastjepa.masks.packed import Packed, full_sequences
+from fastjepa.model.positions import DEFAULT_POSITIONS, Positions, interpolated_positions, sincos_positions
 from fastjepa_kernels import attention_way, gather_tokens, gather_tokens_repeated, varlen_attention
 from fastjepa_kernels.layers import MaskedPatchEmbed
 
@@ -154,6 +155,8 @@ class Encoder(nn.Module):
         super().__init__()
         dim, depth, num_heads, mlp_ratio = shape
         self.grid, self.embed_dim, self.checkpointed = grid, dim, False
+        self.other_positions: Positions = DEFAULT_POSITIONS  # of grids that are not the training grid
+        self.antialias = True  # of interpolated positions
         self.register_buffer("pos_embed", sincos_positions(dim, grid))  # (1, N, D)
         self.patch_embed = MaskedPatchEmbed(patch_size, channels, dim, mean=mean_std[0], std=mean_std[1])
         self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio) for _ in range(depth))
@@ -208,10 +211,13 @@ class Encoder(nn.Module):
         return self(images).view(len(images), -1, self.embed_dim)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """Return the position embeddings (N, D) of a grid, computed anew where it is not the training grid."""
+        """Return the position embeddings (N, D) of a grid; where it is not the training grid, as `other_positions` says."""
         if grid == self.grid:
             return self.pos_embed[0]
-        return sincos_positions(self.embed_dim, grid)[0].to(self.pos_embed)
+        if self.other_positions == "interpolated":
+            return interpolated_positions(self.pos_embed, self.grid, grid, self.antialias)[0]
+        trained = self.grid if self.other_positions == "scaled" else None
+        return sincos_positions(self.embed_dim, grid, trained)[0].to(self.pos_embed)
 
 
 def use_attention(network: nn.Module, way: str) -> None:
@@ -242,16 +248,3 @@ def init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
-
-
-def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
-    """Return (1, N, dim) fp32: the first half of the channels encodes the column, the second the row, each sines then cosines.
-
-    Example of dim 4: patch (row 1, column 2) is sin 2, cos 2, sin 1, cos 1.
-    """
-    if dim % 4:
-        raise ConfigError(f"positions need a width divisible by 4, not {dim}")
-    rate = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
-    angles = [axis.reshape(-1, 1) * rate for axis in (columns, rows)]  # 2 x (N, dim / 4)
-    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)[None].float()

@@ -4,10 +4,17 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from fastjepa.config.schema import Config
 from fastjepa.engine.schedule import StepSettings
 
 INITIAL_STD = 0.02  # of every weight matrix
+
+
+class AlarmSettings(NamedTuple):
+    """Settings of a run that the likely cause of a collapse is read from."""
+
+    peak_lr: float
+    regularized: bool  # whether loss.regularizer is any
+    warmup_steps: float = 0  # until when a k-NN may stand where it stood at the start
 
 
 class CollapseSign(NamedTuple):
@@ -26,13 +33,12 @@ COLLAPSE_SIGNS = (
 )
 JUMP = 2.0  # a loss this many times all of the three readings before
 STILL = 0.01  # k-NN accuracy above that at the start which is none
+LEARNING_STEPS = 100  # in fewer steps nothing need have been learned
 SHORT_MEMORY = 10  # steps: a target encoder that averages fewer follows the context encoder at once
 BIG_STEP = 0.25  # Adam moves a weight by about the learning rate a step: this share of its initial size is much
 
 
-def collapse_alarms(
-    history: Sequence[Mapping[str, float]], now: StepSettings, config: Config, warmup_steps: float = 0
-) -> list[str]:
+def collapse_alarms(history: Sequence[Mapping[str, float]], now: StepSettings, settings: AlarmSettings) -> list[str]:
     """Return sentences for what the last of the readings confirms: the step, what was seen, the likely cause, the key to turn.
 
     Every kind warns at its second bad reading in a row and not again until it has recovered, so one odd batch never
@@ -41,7 +47,6 @@ def collapse_alarms(
     Args:
         history: readings by name, and `step` and `loss`, in the order they were taken; a name may be missing in some.
         now: the schedules' values, of which the likely cause is read.
-        warmup_steps: until when a k-NN may stand where it stood at the start.
     """
     if not history:
         return []
@@ -51,11 +56,11 @@ def collapse_alarms(
         bad = [not value >= sign.floor * start for value in values]
         if sign.name in last and start > 0 and is_confirmed(bad):
             share = f"{values[-1] / start:.0%} of its value at the start, {start:.3g}"
-            found.append(f"{sign.meaning} ({sign.name} {values[-1]:.3g}, {share}); {likely_remedy(history, now, config)}")
-    if "knn" in last and is_confirmed(stagnant_probes(history, warmup_steps)):
+            found.append(f"{sign.meaning} ({sign.name} {values[-1]:.3g}, {share}); {likely_remedy(history, now, settings)}")
+    if "knn" in last and is_confirmed(stagnant_probes(history, settings.warmup_steps)):
         start = readings_of(history, "knn")[0]
         found.append(f"stagnation, a k-NN on the features finds {last['knn']:.1%} after the warm-up, {start:.1%} at the "
-                     f"start: nothing is learned; {likely_remedy(history, now, config, stuck=True)}")  # fmt: skip
+                     f"start: nothing is learned; {likely_remedy(history, now, settings, stuck=True)}")  # fmt: skip
     if is_confirmed(loss_jumps(readings_of(history, "loss"))):
         found.append(f"the loss jumped to {last['loss']:.3g} and stayed; the steps are too large: lower optimization.lr "
                      f"(now {now.lr:.2g}) or raise optimization.warmup")  # fmt: skip
@@ -77,7 +82,8 @@ def stagnant_probes(history: Sequence[Mapping[str, float]], warmup_steps: float)
     start, *later = readings_of(probed, "knn")
     steps = [entry["step"] for entry in probed[1:]]
     enough = min(start + STILL, 1 - STILL)  # what is classified without an error cannot be done better
-    return [not knn > enough for step, knn in zip(steps, later, strict=True) if step > warmup_steps]
+    first = max(warmup_steps, LEARNING_STEPS - 1)
+    return [not knn > enough for step, knn in zip(steps, later, strict=True) if step > first]
 
 
 def loss_jumps(losses: Sequence[float]) -> list[bool]:
@@ -91,7 +97,9 @@ def loss_jumps(losses: Sequence[float]) -> list[bool]:
     return bad
 
 
-def likely_remedy(history: Sequence[Mapping[str, float]], now: StepSettings, config: Config, stuck: bool = False) -> str:
+def likely_remedy(
+    history: Sequence[Mapping[str, float]], now: StepSettings, settings: AlarmSettings, stuck: bool = False
+) -> str:
     """Return the likely cause of a collapse and the key to turn, by what can be told apart: momentum, learning rate,
     objective.
     """
@@ -99,10 +107,10 @@ def likely_remedy(history: Sequence[Mapping[str, float]], now: StepSettings, con
     if memory < SHORT_MEMORY:
         return (f"the target encoder follows the context encoder within {memory:.0f} steps: raise optimization.ema "
                 f"(now {now.ema_momentum:.3g}) to 0.99 or more")  # fmt: skip
-    peak = config.optimization.lr
+    peak = settings.peak_lr
     if peak > BIG_STEP * INITIAL_STD or any(loss_jumps(readings_of(history, "loss"))):
         return f"the steps are too large: lower optimization.lr (peak {peak:.2g}) or raise optimization.warmup"
-    if config.loss.regularizer == "none":
+    if not settings.regularized:
         return "set loss.regularizer=vicreg, lower optimization.lr or raise optimization.ema"
     if stuck:
         return "train longer (optimization.epochs), or raise optimization.lr"

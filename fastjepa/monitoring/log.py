@@ -76,9 +76,13 @@ class Log:
         """Return whether this rank's log is the one that is written."""
         return self._file is not None
 
-    def due(self, step: int) -> bool:
+    def has_line(self, step: int) -> bool:
         """Return whether `step` (steps taken so far, from 1) is one that gets a line."""
-        return self._file is not None and (step % self.every == 0 or step == self.total_steps)
+        return step % self.every == 0 or step == self.total_steps
+
+    def due(self, step: int) -> bool:
+        """Return whether this rank writes a line after `step`."""
+        return self.writes and self.has_line(step)
 
     def step(self, step: int, epoch: int, values: Mapping[str, float | Tensor], images: int) -> None:
         """Record step number `step`; `images` is how many the step used, over all ranks."""

@@ -1,9 +1,9 @@
 """The monitor: readings of the target encoder's features while a run goes on, and the warnings they give rise to.
 
 Two kinds of readings go to the log. Every `logging.monitor_every` steps the features a step has made anyway are
-measured (`feature_std`, `effective_rank`). Every `logging.probe_every` steps the target encoder sees a fixed set of images:
-their RankMe, LiDAR and, where there are labels, an online k-NN. When to look is a function of the step, whatever was
-resumed; only the rank that writes the log looks, and nothing here talks between ranks.
+measured (`feature_std`, `effective_rank`). Probes show the target encoder a fixed set of images: their RankMe, LiDAR and,
+where there are labels, an online k-NN. They fall at the start, at the end and at least twice between. When to look is a
+function of the step, whatever was resumed; only the rank that writes the log looks, and nothing here talks between ranks.
 """
 
 import math
@@ -18,18 +18,21 @@ from torch import Tensor, nn
 from fastjepa.config.schema import Config
 from fastjepa.data.crops import CROP_TRIES, crop_box, crop_image, fit_to
 from fastjepa.data.decode_pillow import DecodeError, decode_image
-from fastjepa.data.sources import Source, open_source
+from fastjepa.data.sources import Source
 from fastjepa.engine.precision import COMPUTE_DTYPES, autocast_of
-from fastjepa.engine.schedule import Schedule, StepSettings
-from fastjepa.errors import UserError
+from fastjepa.engine.schedule import StepSettings
+from fastjepa.errors import SplitError, UserError
 from fastjepa.evals.collapse import effective_rank, feature_std, lidar
+from fastjepa.evals.held_out import HeldOut, label_of, open_held_out
 from fastjepa.evals.knn import knn_classify
 from fastjepa.evals.scoring import Features
-from fastjepa.monitoring.alarms import collapse_alarms
+from fastjepa.model.jepa import NetworkShape
+from fastjepa.monitoring.alarms import AlarmSettings, collapse_alarms
 from fastjepa.plan.flops import encoder_flops
 
 BANK_IMAGES, QUERY_IMAGES, NEIGHBOURS = 1024, 512, 20  # images the k-NN may look at, images it must classify, votes
 LIDAR_VIEWS = 8  # of an image, for LiDAR
+FEWEST_PROBES, LEAST_SHARE = 4, 1 / 8  # of a run, and of those images where a run is too short for four full probes
 READING_NAMES = ("feature_std", "effective_rank", "image_std", "image_rank", "lidar", "knn")
 
 
@@ -38,9 +41,9 @@ class Probe:
     """Images that every probe of a run looks at, uint8 on the host, and what its k-NN knows of them."""
 
     bank: Tensor  # (m, C, H, W) training images as an evaluation sees them
-    bank_labels: Tensor | None  # (m,) int64; None: no k-NN
-    queries: Tensor  # (k, C, H, W)
-    query_labels: Tensor | None
+    bank_labels: Tensor  # (m,) int64; -1: none
+    queries: Tensor  # (k, C, H, W); none: no k-NN
+    query_labels: Tensor  # (k,) int64
     views: Tensor  # (n, q, C, H, W) training crops
     about: str  # where the k-NN's images come from, for the user
 
@@ -53,13 +56,14 @@ class Probe:
             "image_rank": effective_rank(bank),
             "lidar": lidar(views.unflatten(0, self.views.shape[:2])),
         }
-        if self.bank_labels is None:
+        if not len(queries):
             return found
         if not bool(bank.isfinite().all() and queries.isfinite().all()):
             return found | {"knn": math.nan}
-        known = Features(bank.cpu(), self.bank_labels)
-        classes = int(torch.cat((self.bank_labels, self.query_labels)).max()) + 1
-        predicted = knn_classify(known, queries.cpu(), classes, (min(NEIGHBOURS, len(bank)),), device)[0]
+        labelled = self.bank_labels >= 0
+        known = Features(bank.cpu()[labelled], self.bank_labels[labelled])
+        classes = int(torch.cat((known.y, self.query_labels)).max()) + 1
+        predicted = knn_classify(known, queries.cpu(), classes, (min(NEIGHBOURS, len(known.y)),), device)[0]
         return found | {"knn": float((predicted == self.query_labels).double().mean())}
 
 
@@ -75,24 +79,56 @@ def encode_images(encoder: nn.Module, images: Tensor, config: Config, device: to
     return torch.cat(pooled)
 
 
-def gather_probe(config: Config, source: Source) -> Probe:
-    """Choose and decode a run's probe images: a function of (config, source). Files that cannot be read are passed over."""
+def gather_probe(config: Config, source: Source, share: float = 1.0) -> Probe:
+    """Choose and decode a run's probe images, a function of (config, source, share); files that cannot be read are passed over.
+
+    Args:
+        share: of a full probe's images.
+    """
     order = shuffled_rows(config, source)
-    labelled = len(source.classes) >= 2
-    held = held_out_source(config, source) if labelled else None
-    bank = _readable(source, order[: bank_size(source)], config)
-    others = shuffled_rows(config, held)[:QUERY_IMAGES] if held else order[len(order) - query_size(source) :]
-    queries = _readable(held or source, others, config) if labelled else {}
-    viewed = _readable(source, order[: lidar_size(config, source)], config)
-    about = f"a k-NN of {len(queries)} {'val or test' if held else 'other training'} images"
+    held, why_not = held_out_images(config, source)
+    bank = _readable(source, order[: bank_size(source, share)], config)
+    queries = _readable(*query_images(config, source, held, share), config)
+    viewed = _readable(source, order[: lidar_size(config, source, share)], config)
+    bank_labels, query_labels = (
+        torch.tensor([label_of(where, row) for row in rows], dtype=torch.int64)
+        for where, rows in ((source, bank), (held.source if held else source, queries))
+    )
+    about = f"a k-NN of {len(queries)} {held.name if held else 'other training'} images"
+    if not queries or len(bank_labels[bank_labels >= 0].unique()) < 2:
+        about, queries, query_labels = "no k-NN, for there are no labelled images of two classes", {}, query_labels[:0]
     return Probe(
         _as_evaluated(bank, config),
-        torch.tensor([source.label(row) for row in bank]) if labelled else None,
+        bank_labels,
         _as_evaluated(queries, config),
-        torch.tensor([(held or source).label(row) for row in queries]) if labelled else None,
+        query_labels,
         torch.stack([_views(image, row, config) for row, image in viewed.items()]),
-        about if labelled else "no k-NN, for the data has no labels",
+        f"{about} ({why_not})" if why_not else about,
     )
+
+
+def held_out_images(config: Config, source: Source) -> tuple[HeldOut | None, str]:
+    """Return the images that an evaluation of the run's data would test on, where there are some; else why there are none.
+
+    Data without a held-out split need no reason.
+    """
+    try:
+        held = open_held_out(config.data.address, source)
+    except SplitError:
+        return None, ""
+    except UserError as error:
+        return None, str(error)
+    return held, "; ".join(held.notes)
+
+
+def query_images(config: Config, source: Source, held: HeldOut | None, share: float) -> tuple[Source, np.ndarray]:
+    """Return the images that the k-NN classifies: a source and labelled rows of it, none where there are no two classes."""
+    if held is not None:
+        drawn = shuffled_rows(config, held.source)
+        return held.source, drawn[np.isin(drawn, held.rows)][: part_of(QUERY_IMAGES, share)]
+    drawn = shuffled_rows(config, source)
+    drawn = drawn[len(drawn) - query_size(source, share) :]
+    return source, np.array([row for row in drawn if label_of(source, int(row)) >= 0], dtype=np.int64)
 
 
 def _as_evaluated(images: dict[int, Tensor], config: Config) -> Tensor:
@@ -104,31 +140,26 @@ def shuffled_rows(config: Config, source: Source) -> np.ndarray:
     return np.random.default_rng(config.runtime.seed).permutation(len(source))
 
 
-def held_out_source(config: Config, source: Source) -> Source | None:
-    """Return the val or test split of the run's data, where there is one with the same classes."""
-    try:
-        held = open_source(config.data, "val")
-    except UserError:
-        return None
-    return held if held.classes == source.classes else None
+def part_of(images: int, share: float) -> int:
+    return max(1, round(share * images))
 
 
-def bank_size(source: Source) -> int:
-    return min(BANK_IMAGES, max(1, len(source) - query_size(source)))
+def bank_size(source: Source, share: float = 1.0) -> int:
+    return min(part_of(BANK_IMAGES, share), max(1, len(source) - query_size(source, share)))
 
 
-def query_size(source: Source) -> int:
+def query_size(source: Source, share: float = 1.0) -> int:
     """Return the number of images that the k-NN classifies; of training images, where there is no other split, a third at
     most.
     """
-    return min(QUERY_IMAGES, len(source) // 3) if len(source.classes) >= 2 else 0
+    return min(part_of(QUERY_IMAGES, share), len(source) // 3) if len(source.classes) >= 2 else 0
 
 
-def lidar_size(config: Config, source: Source) -> int:
-    """Return the number of images whose views LiDAR compares; with LIDAR_VIEWS of each, the within-class covariance has full
-    rank.
+def lidar_size(config: Config, source: Source, share: float = 1.0) -> int:
+    """Return the number of images whose views LiDAR compares; with LIDAR_VIEWS of each, the within-class covariance of a full
+    probe has full rank.
     """
-    return min(max(64, config.encoder_shape[0] // 4), len(source))
+    return min(part_of(max(64, config.encoder_shape[0] // 4), share), len(source))
 
 
 def _readable(source: Source, rows: np.ndarray, config: Config) -> dict[int, Tensor]:
@@ -150,44 +181,79 @@ def _views(image: Tensor, row: int, config: Config) -> Tensor:
     return torch.stack([crop_image(image, box, config.image_size, flip) for box, flip in zip(boxes, flips, strict=True)])
 
 
-def probe_period(config: Config, source: Source, total_steps: int, flops_per_image: float) -> int:
-    """Return the steps between probes, 0 for none: `logging.probe_every`, or as often as `logging.monitor_budget` allows, by
-    FLOPs.
+def probe_falls(step: int, last: int, every: int) -> bool:
+    """Return whether a run of `last` steps is probed after `step` of them, with `logging.probe_every` at `every`, 0 for never.
 
-    A probe costs one rank the forward passes of its images while the others wait, a step the work on one rank's batch.
-    Probes then fall on logged steps, never more often than every `logging.monitor_every` ones, besides that at step 1.
+    It is after the first step, the last one and all multiples of `every`; where fewer than two of these lie between, also
+    at the thirds of the run. A run of 10 steps and every 100 is probed after steps 1, 4, 7 and 10; every 4, after 1, 4, 8, 10.
+    """
+    if every == 0:
+        return False
+    between = (last - 1) // every  # multiples before the last step
+    even = {1 + i * (last - 1) // 3 for i in range(4)} if between < 2 else {1, last}
+    return step in even or step % every == 0
+
+
+@dataclass(frozen=True)
+class ProbePlan:
+    """Steps between probes of a run of `last` steps, and the share of a full probe's images that each looks at."""
+
+    last: int
+    every: int  # 0: no probes
+    share: float = 1.0
+
+    def due(self, step: int) -> bool:
+        return probe_falls(step, self.last, self.every)
+
+    def __str__(self) -> str:
+        if self.last > 4 * self.every:
+            return f"probes after step 1, every {self.every} and step {self.last}"
+        thirds = {1 + i * (self.last - 1) // 3 for i in range(4)}
+        steps = sorted(filter(self.due, thirds | set(range(self.every, self.last, self.every))))
+        return f"probes after steps {', '.join(map(str, steps))}"
+
+
+def plan_probes(config: Config, source: Source, last: int, flops_per_image: float) -> ProbePlan:
+    """Return when a run that ends after step `last` is probed: by `logging.probe_every`, or as often as
+    `logging.monitor_budget` allows, by FLOPs.
+
+    A probe costs one rank the forward passes of its images while the others wait, a step the work on one rank's batch. A
+    run too short for FEWEST_PROBES full ones takes as many of fewer images. Others fall on logged steps, never more often
+    than every `logging.monitor_every` ones.
     """
     logging = config.logging
     if logging.probe_every is not None:
-        return logging.probe_every
+        return ProbePlan(last, logging.probe_every)
     images = bank_size(source) + query_size(source) + LIDAR_VIEWS * lidar_size(config, source)
-    steps = images * encoder_flops(config) / (config.data.batch_size * flops_per_image)  # what a probe costs
-    affordable = int(logging.monitor_budget * total_steps / steps)
-    if not logging.monitor_every or affordable < 2:
-        return 0
-    wanted = max(logging.monitor_every, total_steps / (affordable - 1))
-    return math.ceil(wanted / logging.every) * logging.every
+    steps = images * encoder_flops(NetworkShape.of(config)) / (config.data.batch_size * flops_per_image)  # of a full probe
+    affordable = float(logging.monitor_budget * last / steps)
+    if affordable < FEWEST_PROBES + 1:
+        return ProbePlan(last, last, min(1.0, max(LEAST_SHARE, affordable / FEWEST_PROBES)))
+    # Two at the ends, and one at each multiple.
+    wanted = max(logging.monitor_every, last / (int(affordable) - 2))
+    return ProbePlan(last, math.ceil(wanted / logging.every) * logging.every)
 
 
 class Monitor:
     """Readings of a run, taken on the rank that writes its log.
 
     Args:
+        steps_per_epoch: until the epochs of the warm-up are over a k-NN may stand where it stood at the start.
         history: the entries of a resumed run's log, () for a new one.
-        flops_per_image: FLOPs of training on one image, which decide how often a probe is affordable.
     """
 
-    def __init__(self, config: Config, source: Source, target_encoder: nn.Module, schedule: Schedule,
-                 history: Iterable[Mapping[str, float]], flops_per_image: float):  # fmt: skip
-        self.config, self.source, self.encoder, self.schedule = config, source, target_encoder, schedule
+    def __init__(self, config: Config, source: Source, target_encoder: nn.Module, plan: ProbePlan, steps_per_epoch: int,
+                 history: Iterable[Mapping[str, float]]):  # fmt: skip
+        self.config, self.source, self.encoder = config, source, target_encoder
+        self.plan = plan
         self.history = [dict(entry) for entry in history if not entry.keys().isdisjoint(READING_NAMES)]
-        self.period = probe_period(config, source, schedule.total_steps, flops_per_image)
-        self.warmup_steps = config.optimization.warmup * schedule.steps_per_epoch
+        warmup_steps = config.optimization.warmup * steps_per_epoch
+        self.alarms = AlarmSettings(config.optimization.lr, config.loss.regularizer != "none", warmup_steps)
         self.seconds, self.probe = 0.0, None
         self._start = time.perf_counter()
 
     def due(self, step: int) -> bool:
-        return self._monitors(step) or self._probes(step)
+        return self._monitors(step) or self.plan.due(step)
 
     def look(self, step: int, target: Tensor, loss: Tensor, now: StepSettings) -> tuple[dict[str, float], list[str]]:
         """Take the readings that are due after `step` steps: what to log, by name, and what to tell the user.
@@ -201,25 +267,18 @@ class Monitor:
         start, found, notes = time.perf_counter(), {}, []
         if self._monitors(step):
             found |= {"feature_std": feature_std(target), "effective_rank": effective_rank(target)}
-        if self._probes(step):
+        if self.plan.due(step):
             if self.probe is None:
-                self.probe = gather_probe(self.config, self.source)
-                notes.append(f"probes at step 1 and every {self.period}: {self.probe.about}")
+                self.probe = gather_probe(self.config, self.source, self.plan.share)
+                notes.append(f"{self.plan}: {self.probe.about}")
             found |= self.probe.read(self.encoder, self.config, target.device)
         self.history.append({"step": step, "loss": float(loss), **found})
-        notes += [f"warning: {sentence}" for sentence in collapse_alarms(self.history, now, self.config, self.warmup_steps)]
+        notes += [f"warning: {sentence}" for sentence in collapse_alarms(self.history, now, self.alarms)]
         self.seconds += time.perf_counter() - start
         found["monitor_share"] = self.seconds / (time.perf_counter() - self._start)
         return found, notes
 
     def _monitors(self, step: int) -> bool:
-        return self._falls(step, self.config.logging.monitor_every)
-
-    def _probes(self, step: int) -> bool:
-        return self._falls(step, self.period)
-
-    def _falls(self, step: int, every: int) -> bool:
-        """Return whether something falls due: at step 1 and at multiples of `every`, but for those that would share the first
-        logged line with step 1.
-        """
-        return every > 0 and (step == 1 or step % every == 0 and step > self.config.logging.every)
+        """Return whether features are measured: after step 1 and at multiples of `logging.monitor_every`."""
+        every = self.config.logging.monitor_every
+        return every > 0 and (step == 1 or step % every == 0)

@@ -4,9 +4,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastjepa.config.schema import Config
-from fastjepa.data.sources import Source
-from fastjepa.engine.average import Average
 from fastjepa.engine.precision import COMPUTE_DTYPES
 from fastjepa.engine.schedule import Schedule, StepSettings
 from fastjepa.engine.tally import StepTally
@@ -15,6 +12,7 @@ from fastjepa.monitoring.machine import gemm_rate
 from fastjepa.monitoring.monitor import Monitor
 from fastjepa.monitoring.skips import Skips
 from fastjepa.plan.flops import flops_per_image
+from fastjepa.plan.workload import Workload
 from fastjepa.ranks.collectives import mean_over_ranks
 from fastjepa.ranks.world import World
 
@@ -22,18 +20,23 @@ from fastjepa.ranks.world import World
 class RunLog(Log):
     """The log of a run: the main rank writes it, and every rank takes part in the mean of the loss."""
 
-    def __init__(self, config: Config, output: Path, world: World, schedule: Schedule, start_step: int):
-        self.images, self.schedule = config.data.batch_size * world.size, schedule
-        rate = gemm_rate(world.device, COMPUTE_DTYPES[config.runtime.dtype]) * world.size if world.is_main else 0.0
-        peak = Peak(flops_per_image(config, self.images), rate)
-        super().__init__(output if world.is_main else None, schedule.total_steps, config.logging.every, peak, start_step)
-        self.config, self.monitor = config, None
+    def __init__(self, work: Workload, output: Path, world: World, schedule: Schedule, start_step: int, every: int):
+        """Begin after `start_step` steps to write a line every so many."""
+        self.images, self.schedule = work.batch_size * world.size, schedule
+        rate = gemm_rate(world.device, COMPUTE_DTYPES[work.dtype]) * world.size if world.is_main else 0.0
+        peak = Peak(flops_per_image(work, self.images), rate)
+        super().__init__(output if world.is_main else None, schedule.total_steps, every, peak, start_step)
+        self.monitor = None
 
-    def begin(self, source: Source, average: Average, notes: list[str]) -> None:
-        """Tell the notes, and take readings of the target encoder from now on, which tell of collapse."""
+    def begin(self, monitor: Monitor, notes: list[str]) -> None:
+        """Tell the notes, and take the monitor's readings from now on, which tell of collapse."""
         for note in notes:
             self.message(note)
-        self.monitor = Monitor(self.config, source, average.target_encoder, self.schedule, self.kept, self.peak.flops_per_image)
+        self.monitor = monitor
+
+    def has_line(self, step: int) -> bool:
+        """Return whether `step` gets a line: also where readings fall, so that each stands at its own step."""
+        return super().has_line(step) or self.monitor.due(step)
 
     def record(self, step: int, tally: StepTally, now: StepSettings, skips: Skips, extras: dict[str, float | Tensor]) -> None:
         """Record that `step` steps have been taken; a line and readings are made where they are due."""
@@ -43,10 +46,8 @@ class RunLog(Log):
             self.hold(readings)
             for note in notes:
                 self.message(note)
-        due = step % self.every == 0 or step == self.total_steps
-        self.step(
-            step, step // self.schedule.steps_per_epoch, self._values(tally, now, skips, extras) if due else {}, self.images
-        )
+        values = self._values(tally, now, skips, extras) if self.has_line(step) else {}  # every rank takes part in the mean
+        self.step(step, step // self.schedule.steps_per_epoch, values, self.images)
 
     def _values(
         self, tally: StepTally, now: StepSettings, skips: Skips, extras: dict[str, float | Tensor]

@@ -10,11 +10,10 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from fastjepa.config.schema import Config
-from fastjepa.loss.targets import TARGETS
 from fastjepa.masks.packed import Blocks, Packed
-from fastjepa.masks.packer import packer_of
-from fastjepa.masks.packings import PerBlockPacking, packing_of
+from fastjepa.masks.packer import Packer
+from fastjepa.model.jepa import NetworkShape
+from fastjepa.plan.workload import Workload
 
 PREDICTOR_MLP_RATIO = 4.0
 
@@ -35,6 +34,20 @@ class Flops:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
+def muon_flops(shape: NetworkShape) -> float:
+    """Return the FLOPs that Muon's products take a step, on every rank, whatever the batch.
+
+    Example: a matrix of 4 x 2 is one of 2 x 4 to Muon. Each of its five steps makes a 2 x 2 product of it (2 * 2 * 4 * 2
+    FLOPs), the square of that (2 * 2 * 2 * 2) and a 2 x 4 product (2 * 2 * 2 * 4): 80 FLOPs, 400 in all.
+    """
+    (dim, depth, _, mlp_ratio), (narrow, pred_depth, _) = shape.encoder, shape.predictor
+    hidden = [(dim, depth, round(dim * mlp_ratio)), (narrow, pred_depth, round(narrow * PREDICTOR_MLP_RATIO))]
+    matrices = [(narrow, dim), (narrow, shape.predicted_dim)]  # predictor_embed and predictor_proj
+    for width, blocks, inner in hidden:
+        matrices += blocks * [*4 * [(width, width)], *2 * [(width, inner)]]  # q, k, v, proj, fc1, fc2
+    return float(sum(5 * (4 * min(m) ** 2 * max(m) + 2 * min(m) ** 3) for m in matrices))
+
+
 @dataclass(frozen=True)
 class _Rows:
     """Lengths of a micro-batch's sequences, as arrays."""
@@ -46,7 +59,7 @@ class _Rows:
 
 
 def count_flops(
-    config: Config,
+    work: Workload,
     context_tokens: float,
     target_block_tokens: float,
     target_union: float,
@@ -59,93 +72,91 @@ def count_flops(
     share its target pass.
 
     Args:
-        config: the networks, and how many context masks and target blocks an image has.
         context_tokens: patches in a context mask, after the cut.
         target_block_tokens: patches in a target block.
         target_union: patches of an image that are in any of its target blocks.
         images: images of a forward, which share the predictor's table of positions (default: the micro-batch).
     """
-    images = images or config.micro_batch
-    packing, lengths = _packing(config), (target_block_tokens, target_union)
-    rows = _equal_lengths(config, context_tokens, packing.predicted_tokens(*lengths), images)
-    sequences = images * packing.target_sequences(config.mask.target_blocks)
-    finished = packing.finished_tokens(*lengths) + (context_tokens if config.loss.visible_weight else 0)
-    return _flops_of_rows(config, rows, np.full(sequences, float(finished)))
+    images = images or work.micro_batch
+    packing, lengths = work.masking.packing, (target_block_tokens, target_union)
+    rows = _equal_lengths(work, context_tokens, packing.predicted_tokens(*lengths), images)
+    sequences = images * packing.target_sequences(work.masking.mask.target_blocks)
+    finished = packing.finished_tokens(*lengths) + (context_tokens if work.masking.use.visible_weight else 0)
+    return _flops_of_rows(work, rows, np.full(sequences, float(finished)))
 
 
-def flops_of_packed(config: Config, context: Packed, target: Packed, blocks: Blocks) -> Flops:
+def flops_of_packed(work: Workload, context: Packed, target: Packed, blocks: Blocks) -> Flops:
     """Count the FLOPs per image of this package's step on one packed micro-batch, exact for sequences of any lengths.
 
     Reads the tensors of `pack`; hand them over before they move to a device, or this waits for it.
     """
     lengths = _lengths(target)
-    images = len(lengths) // _packing(config).target_sequences(config.mask.target_blocks)
+    masking = work.masking
+    images = len(lengths) // masking.packing.target_sequences(masking.mask.target_blocks)
     rows = _Rows(images, _lengths(context), _lengths(blocks.queries), _lengths(blocks.sequences))
-    return _flops_of_rows(config, rows, lengths)
+    return _flops_of_rows(work, rows, lengths)
 
 
-def flops_per_image(config: Config, total: int | None = None, steps: int = 16) -> float:
+def flops_per_image(work: Workload, total: int | None = None, steps: int = 16) -> float:
     """Count the FLOPs per image of a run: the mean over the first micro-batch of `steps` steps, with the masks it will draw.
 
     `total` is the number of images in a global batch, which decides who shares a cut (default: one rank's).
     """
-    total = total or config.data.batch_size
-    packer, slots = packer_of(config), range(config.micro_batch)
-    found = (packer.packed(step, slots, total) for step in range(steps))
-    return float(np.mean([flops_of_packed(config, *one).total for one in found]))
+    packer, slots = Packer(work.masking), range(work.micro_batch)
+    found = (packer.packed(step, slots, total or work.batch_size) for step in range(steps))
+    return float(np.mean([flops_of_packed(work, *one).total for one in found]))
 
 
-def encoder_flops(config: Config) -> float:
+def encoder_flops(shape: NetworkShape) -> float:
     """Count the FLOPs of the target encoder on one whole image, as evaluations run it, whatever the run's targets are."""
-    tokens = np.array([_token_counts(config)])
-    dim, depth, _, mlp_ratio = config.encoder_shape
-    return _embed_flops(config, tokens.sum()) + depth * _block_flops(dim, mlp_ratio, tokens, tokens)
+    tokens = np.array([shape.tokens])
+    dim, depth, _, mlp_ratio = shape.encoder
+    return _embed_flops(shape, tokens.sum()) + depth * _block_flops(dim, mlp_ratio, tokens, tokens)
 
 
-def official_flops(config: Config, context_tokens: float, target_block_tokens: float) -> Flops:
+def official_flops(work: Workload, context_tokens: float, target_block_tokens: float) -> Flops:
     """Count the FLOPs per image of the official code's step: all patches embedded, every block finished for every row.
 
     Its sequences are equal by construction: all contexts have `context_tokens` patches, all blocks `target_block_tokens`.
     """
-    dim, depth, _, mlp_ratio = config.encoder_shape
-    narrow, tokens = config.meta.pred_emb_dim, _token_counts(config)
-    rows = _equal_lengths(config, context_tokens, target_block_tokens, 1)
+    shape = work.shape
+    (dim, depth, _, mlp_ratio), (narrow, pred_depth, _), tokens = shape.encoder, shape.predictor, shape.tokens
+    rows = _equal_lengths(work, context_tokens, target_block_tokens, 1)
     context, sequences = rows.context, rows.sequences
     encoder = depth * _block_flops(dim, mlp_ratio, np.array([tokens]), np.array([tokens]))
     seen = depth * _block_flops(dim, mlp_ratio, context, context)
     ends = _linear_flops(context.sum() + rows.queries.sum(), dim, narrow)
-    predictor = ends + config.meta.pred_depth * _block_flops(narrow, PREDICTOR_MLP_RATIO, sequences, sequences)
-    return _qkv_split_flops(1, _embed_flops(config, tokens), encoder, _embed_flops(config, tokens), seen, predictor)
+    predictor = ends + pred_depth * _block_flops(narrow, PREDICTOR_MLP_RATIO, sequences, sequences)
+    return _qkv_split_flops(1, _embed_flops(shape, tokens), encoder, _embed_flops(shape, tokens), seen, predictor)
 
 
-def _flops_of_rows(config: Config, rows: _Rows, wanted: np.ndarray) -> Flops:
+def _flops_of_rows(work: Workload, rows: _Rows, wanted: np.ndarray) -> Flops:
     """Count by rows; `wanted` rows are finished by the target network, of each image, or of each block it sees alone."""
-    dim, depth, _, mlp_ratio = config.encoder_shape
+    dim, depth, _, mlp_ratio = work.shape.encoder
     context = depth * _block_flops(dim, mlp_ratio, rows.context, rows.context)
-    target = _target_flops(config, _packing(config).target_tokens(wanted, _token_counts(config)), wanted)
+    target = _target_flops(work, work.masking.packing.target_tokens(wanted, work.shape.tokens), wanted)
     return _qkv_split_flops(
-        rows.images, *target, _embed_flops(config, rows.context.sum()), context, _predictor_flops(config, rows)
+        rows.images, *target, _embed_flops(work.shape, rows.context.sum()), context, _predictor_flops(work.shape, rows)
     )
 
 
-def _target_flops(config: Config, tokens: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
+def _target_flops(work: Workload, tokens: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
     """Count the target network's embedding and blocks over sequences of `tokens` patches; none where pixels are predicted."""
-    if not TARGETS[config.loss.target].runs_network:
+    if not work.targets.runs_network:
         return 0.0, 0.0
-    dim, _, _, mlp_ratio = config.encoder_shape
-    depth = config.target_depth
+    (dim, _, _, mlp_ratio), depth = work.shape.encoder, work.shape.target_depth
     blocks = (depth - 1) * _block_flops(dim, mlp_ratio, tokens, tokens) + _block_flops(dim, mlp_ratio, tokens, wanted)
-    return _embed_flops(config, tokens.sum()), blocks
+    return _embed_flops(work.shape, tokens.sum()), blocks
 
 
-def _predictor_flops(config: Config, rows: _Rows) -> float:
+def _predictor_flops(shape: NetworkShape, rows: _Rows) -> float:
     """Count the predictor: its first block projects a table of distinct rows, its last one finishes the queries alone."""
-    dim, narrow, depth = config.encoder_shape[0], config.meta.pred_emb_dim, config.meta.pred_depth
+    dim, (narrow, depth, _) = shape.encoder[0], shape.predictor
     seen, queries, sequences = rows.context.sum(), rows.queries, rows.sequences
     ends = _linear_flops(seen, dim, narrow) + _linear_flops(
-        queries.sum(), narrow, config.predicted_dim
+        queries.sum(), narrow, shape.predicted_dim
     )  # predictor_embed, predictor_proj
-    table = 3 * _linear_flops(seen + _token_counts(config), narrow, narrow)
+    table = 3 * _linear_flops(seen + shape.tokens, narrow, narrow)
     first = table + _mix_flops(narrow, PREDICTOR_MLP_RATIO, sequences, queries if depth == 1 else sequences)
     if depth == 1:
         return ends + first
@@ -172,8 +183,8 @@ def _linear_flops(rows: float, width_in: int, width_out: int) -> float:
     return 2.0 * rows * width_in * width_out
 
 
-def _embed_flops(config: Config, rows: float) -> float:
-    return _linear_flops(rows, config.data.channels * config.mask.patch_size**2, config.encoder_shape[0])
+def _embed_flops(shape: NetworkShape, rows: float) -> float:
+    return _linear_flops(rows, shape.patch_values, shape.encoder[0])
 
 
 def _qkv_split_flops(images: int, target_embed: float, target: float, embed: float, context: float, predictor: float) -> Flops:
@@ -182,23 +193,14 @@ def _qkv_split_flops(images: int, target_embed: float, target: float, embed: flo
     return Flops(*(float(part) / images for part in forward))
 
 
-def _equal_lengths(config: Config, context_tokens: float, target_block_tokens: float, images: int) -> _Rows:
-    contexts, meta = config.mask.num_enc_masks * images, config.meta
-    sequences = contexts * _packing(config).predictor_sequences(config.mask.target_blocks) * meta.predictor_repeats
+def _equal_lengths(work: Workload, context_tokens: float, target_block_tokens: float, images: int) -> _Rows:
+    mask, use = work.masking.mask, work.masking.use
+    contexts, seen = mask.num_enc_masks * images, use.seen(context_tokens)
+    sequences = contexts * work.masking.packing.predictor_sequences(mask.target_blocks) * use.repeats
     masked = np.full(sequences, float(target_block_tokens))
-    seen = context_tokens if meta.predictor_context == 1 else max(1.0, round(meta.predictor_context * context_tokens))
-    queries = masked + (seen if config.loss.visible_weight else 0)
+    queries = masked + (seen if use.visible_weight else 0)
     return _Rows(images, np.full(contexts, float(context_tokens)), queries, masked + seen)
-
-
-def _packing(config: Config) -> PerBlockPacking:
-    return packing_of(config.meta.predictor, config.loss.target)
 
 
 def _lengths(packed: Packed) -> np.ndarray:
     return packed.cu_seqlens.diff().cpu().numpy().astype(np.float64)
-
-
-def _token_counts(config: Config) -> int:
-    rows, columns = config.grid
-    return rows * columns

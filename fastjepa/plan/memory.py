@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastjepa.config.schema import Config
 from fastjepa.engine.deepspeed_config import BUCKET_ELEMENTS
-from fastjepa.loss.normalizations import NORMALIZATIONS, LossSize
+from fastjepa.loss.normalizations import LossSize
 from fastjepa.masks.packed import Blocks, Packed
-from fastjepa.masks.packer import packer_of
-from fastjepa.masks.padding import padding_budget
+from fastjepa.masks.packer import Packer
+from fastjepa.model.jepa import NetworkShape
+from fastjepa.plan.workload import Workload
 
 ZERO_STAGES = (0, 1, 2, 3)
 FP32_BYTES = 4
@@ -30,27 +30,30 @@ class NetworkSizes:
     trained: int  # encoder and predictor
     encoder: int  # the encoder alone, which the target network averages
     matrices: int  # the encoder's matrices, which the target network takes in runtime.dtype; norms and biases stay fp32
+    squares: int  # with a second moment: all but the hidden matrices of Muon
     linear: int  # weights of linear layers: autograd keeps their bf16 copies from the forward to the backward
     small: int  # in tensors of at most SMALL_PARAMETER elements
     groups: tuple[tuple[int, ...], ...]  # of each tensor, by the groups of `build_adamw`: DeepSpeed shards each group
 
 
-def network_sizes(config: Config) -> NetworkSizes:
-    """Count the parameters of a config's networks, without making them."""
-    (dim, depth, _, mlp_ratio), narrow = config.encoder_shape, config.meta.pred_emb_dim
-    patch = config.data.channels * config.mask.patch_size**2 * dim
+def network_sizes(shape: NetworkShape, muon: bool = False) -> NetworkSizes:
+    """Count the parameters of networks of that shape, without making them; `muon` steps the hidden matrices."""
+    (dim, depth, _, mlp_ratio), (narrow, pred_depth, _) = shape.encoder, shape.predictor
+    patch = shape.patch_values * dim
     encoder, vectors = _layers([patch], [dim], dim, depth, round(dim * mlp_ratio))
-    vectors = vectors + [dim] * (config.loss.normalize == "dyntanh")  # the scale inside of the tanh
-    predictor, narrow_vectors = _layers([narrow, dim * narrow], [narrow], narrow, config.meta.pred_depth, 4 * narrow)
-    out = config.predicted_dim
+    vectors = vectors + [dim] * (shape.norm == "dyntanh")  # the scale inside of the tanh
+    predictor, narrow_vectors = _layers([narrow, dim * narrow], [narrow], narrow, pred_depth, 4 * narrow)
+    out = shape.predicted_dim
     predictor, narrow_vectors = [*predictor, narrow * out], [*narrow_vectors, out]
     groups = tuple(map(tuple, (encoder, predictor, vectors, narrow_vectors)))
     counts = [count for group in groups for count in group]
+    linear = sum(encoder) - patch + sum(predictor) - narrow
     return NetworkSizes(
         trained=sum(counts),
         encoder=sum(encoder) + sum(vectors),
         matrices=sum(encoder),
-        linear=sum(encoder) - patch + sum(predictor) - narrow,
+        squares=sum(counts) - (linear if muon else 0),
+        linear=linear,
         small=sum(count for count in counts if count <= SMALL_PARAMETER),
         groups=groups,
     )
@@ -85,7 +88,7 @@ def state_bytes(size: NetworkSizes, dtype: str, gpus: int, stage: int) -> dict[s
     return {
         "parameters": whole if stage < 3 else sharded + (FP32_BYTES * size.small if gpus > 1 else 0),
         "gradients": whole if stage < 2 else FP32_BYTES * touched_elements(size, gpus) if stage == 2 else sharded,
-        "moments": 2 * (whole if stage < 1 else sharded),
+        "moments": FP32_BYTES * (size.trained + size.squares) // (gpus if stage else 1),
         "master_weights": 0 if stage < 1 else sharded,
         "ema": FP32_BYTES * size.encoder if stage < 1 else (FP32_BYTES * size.encoder + (0 if inside else narrow)) // gpus,
         "target_copy": 0 if stage < 1 else copied_bytes(size, dtype) - doubled // gpus,
@@ -159,16 +162,16 @@ class RowCounts:
         return cls(len(context.idx), len(target.idx), len(blocks.sequences.idx), len(blocks.queries.idx))
 
 
-def row_counts(config: Config, micro_batch: int, gpus: int = 1, steps: int = 4) -> RowCounts:
+def row_counts(work: Workload, micro_batch: int, gpus: int = 1, steps: int = 4) -> RowCounts:
     """Return the most rows a micro-batch has in the first `steps` steps, each count by itself, with the run's own masks.
 
     With runtime.cuda_graph they are those of its budget, which the graph holds; a micro-batch beside it needs as much again.
     """
-    total = config.data.batch_size * gpus
-    if config.runtime.cuda_graph:
-        size = padding_budget(config, total, micro_batch).size
+    total = work.batch_size * gpus
+    if work.padded:
+        size = work.padding_budget(total, micro_batch).size
         return RowCounts(size.context, size.target, size.sequences, size.queries)
-    packer = packer_of(config)
+    packer = Packer(work.masking)
     found = [RowCounts.of(*packer.packed(step, range(micro_batch), total)) for step in range(steps)]
     return RowCounts(
         *(max(counts) for counts in zip(*((r.context, r.target, r.sequences, r.queries) for r in found), strict=True))
@@ -188,38 +191,34 @@ class ActivationBytes:
         return (self.checkpointed if checkpointed else self.saved) + self.loss
 
 
-def activation_bytes(config: Config, count: RowCounts) -> ActivationBytes:
+def activation_bytes(work: Workload, count: RowCounts) -> ActivationBytes:
     """Count what the trained networks save for their backward, with attention that keeps its scores on chip.
 
     Such attention (flash, varlen, xformers, short; sdpa where sequences have one length) saves q, k, v, its output and
     a logsumexp for each row and head. The way `matmul` saves scores too, `sdpa` padding for ragged sequences. The residual
     stream, inputs of norms, is fp32; inputs of matrix products have runtime.dtype. Index tensors belong to the batch.
     """
-    dim, _, _, _ = config.encoder_shape
-    e = compute_width(config.runtime.dtype)
-    patches = count.context * config.data.channels * config.mask.patch_size**2 * e
+    shape, e = work.shape, compute_width(work.dtype)
+    dim, narrow = shape.encoder[0], shape.predictor[0]
+    patches = count.context * shape.patch_values * e
     features = _norm_bytes(count.context, dim) + count.context * dim * e  # the last norm, and the input of predictor_embed
-    if config.loss.normalize == "dyntanh":  # saves its tanh in place of a mean and a deviation
+    if shape.norm == "dyntanh":  # saves its tanh in place of a mean and a deviation
         features += count.context * (dim - 2) * FP32_BYTES
-    narrow = config.meta.pred_emb_dim
     ends = patches + features + _norm_bytes(count.queries, narrow) + count.queries * narrow * e  # and those of predictor_proj
-    layers = blocks_bytes(config, count)
+    layers = blocks_bytes(work, count)
     inputs = sum(kept for kept, _ in layers)
-    targets = count.target * config.target_layers  # rows
-    loss = targets * config.target_dim * FP32_BYTES + 2 * count.queries * config.predicted_dim * e
-    size = LossSize(count.queries, config.predicted_dim, count.target, config.target_layers, config.target_dim, e,
-                    config.data.batch_size // config.micro_batch)  # fmt: skip
-    loss += NORMALIZATIONS[config.loss.normalize].extra_bytes(size)
+    loss = count.target * shape.target_layers * shape.target_dim * FP32_BYTES + 2 * count.queries * shape.predicted_dim * e
+    size = LossSize(count.queries, shape.predicted_dim, count.target, shape.target_layers, shape.target_dim, e, work.pieces)
+    loss += work.normalization.extra_bytes(size)
     saved = ends + sum(inside for _, inside in layers)
     return ActivationBytes(saved, ends + inputs + max(inside - kept for kept, inside in layers), loss)
 
 
-def blocks_bytes(config: Config, count: RowCounts) -> list[tuple[int, int]]:
+def blocks_bytes(work: Workload, count: RowCounts) -> list[tuple[int, int]]:
     """Return (bytes of its input, bytes it saves, its input among them) of every block of the two networks."""
-    (dim, depth, heads, mlp_ratio), e = config.encoder_shape, compute_width(config.runtime.dtype)
-    narrow, pred_depth, pred_heads = config.meta.pred_emb_dim, config.meta.pred_depth, config.meta.pred_num_heads or heads
-    tokens = int(np.prod(config.grid))
-    table, sequences, queries = count.context + tokens, count.sequences, count.queries
+    (dim, depth, heads, mlp_ratio), e = work.shape.encoder, compute_width(work.dtype)
+    narrow, pred_depth, pred_heads = work.shape.predictor
+    table, sequences, queries = count.context + work.shape.tokens, count.sequences, count.queries
     encoder = (
         count.context * dim * FP32_BYTES,
         block_bytes(dim, heads, mlp_ratio, BlockRows(count.context, count.context, count.context), e),

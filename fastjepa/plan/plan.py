@@ -8,13 +8,17 @@ from dataclasses import dataclass, replace
 
 from fastjepa.config.schema import Config
 from fastjepa.engine.schedule import warmup_notes
-from fastjepa.plan.flops import flops_per_image
+from fastjepa.loss.normalizations import NORMALIZATIONS
+from fastjepa.loss.targets import choose_targets
+from fastjepa.masks.layouts import Masking
+from fastjepa.model.jepa import NetworkShape
+from fastjepa.plan.datasheets import DATASHEETS
+from fastjepa.plan.flops import flops_per_image, muon_flops
 from fastjepa.plan.memory import ZERO_STAGES, ActivationBytes, activation_bytes, network_sizes, row_counts, tensor_bytes
 from fastjepa.plan.sharding import recommend_stage, usable_bytes
 from fastjepa.plan.traffic import TRAFFIC_GPUS, traffic_rows
+from fastjepa.plan.workload import Workload
 
-# Dense peaks of NVIDIA's data sheets (SXM), FLOP/s.
-CARD_PEAKS = {"h100": {"bf16": 989e12, "fp32": 67e12}, "a100": {"bf16": 312e12, "fp32": 19.5e12}}
 IMAGENET_IMAGES = 1_281_167  # images of ImageNet-1k's training set
 
 
@@ -24,12 +28,31 @@ class Cards:
 
     count: int = 1
     memory: float = 80.0  # GB (1e9 bytes) of each
-    name: str = "h100"  # a key of CARD_PEAKS
+    name: str = "h100"  # a key of DATASHEETS
     utilisation: float = 0.4  # FLOP/s as a share of the card's dense peak in runtime.dtype
 
     def rate(self, dtype: str) -> float:
         """Return the FLOP/s of one card."""
-        return CARD_PEAKS[self.name][dtype] * self.utilisation
+        return DATASHEETS[self.name].peak(dtype) * self.utilisation
+
+
+def workload_of(config: Config) -> Workload:
+    """Return the work that a config asks of each rank."""
+    runtime = config.runtime
+    return Workload(
+        shape=NetworkShape.of(config),
+        masking=Masking.of(config),
+        targets=choose_targets(config.loss.target, config.loss.target_layers),
+        normalization=NORMALIZATIONS[config.loss.normalize],
+        batch_size=config.data.batch_size,
+        micro_batch=config.micro_batch,
+        dtype=runtime.dtype,
+        checkpointed=runtime.checkpoint_activations,
+        compiled=runtime.compile,
+        muon=config.optimization.optimizer == "muon",
+        padded=runtime.cuda_graph,
+        token_budget=runtime.token_budget,
+    )
 
 
 def plan_run(
@@ -41,28 +64,37 @@ def plan_run(
         stages: the ZeRO stages to lay side by side.
         images: images of an epoch.
     """
-    config = config_on_card(config)
-    usable, dtype = usable_bytes(cards.memory * 1e9), config.runtime.dtype
-    activations = _Activations(config, cards.count)
-    needs = {stage: _stage_needs(config, activations, cards.count, stage, usable) for stage in stages}
-    stage, why = recommend_stage(needs, cards.count, config)
-    per_image = flops_per_image(config, config.data.batch_size * cards.count)
+    work = workload_of(config_on_card(config))
+    usable, dtype = usable_bytes(cards.memory * 1e9), work.dtype
+    activations = _Activations(work, cards.count)
+    needs = {stage: _stage_needs(activations, stage, usable) for stage in stages}
+    stage, why = recommend_stage(needs, cards.count, work)
+    per_image = flops_per_image(work, work.batch_size * cards.count)
     hours = per_image * images * config.optimization.epochs / (cards.count * cards.rate(dtype)) / 3600
     return {
-        "model": config.meta.model_name, "gpus": cards.count, "dtype": dtype, "micro_batch": config.micro_batch,
+        "model": config.meta.model_name, "gpus": cards.count, "dtype": dtype, "micro_batch": work.micro_batch,
         "gpu_memory": cards.memory * 1e9, "usable": usable, "stages": needs,
-        "flops_per_image": per_image, "card": cards.name, "peak_flops": CARD_PEAKS[cards.name][dtype],
+        "flops_per_image": per_image, "card": cards.name, "peak_flops": DATASHEETS[cards.name].peak(dtype),
         "utilisation": cards.utilisation, "images_per_epoch": images, "epochs": config.optimization.epochs,
         "hours": hours, "gpu_hours": hours * cards.count, "recommended_stage": stage, "why": why,
-        "notes": warmup_notes(config.optimization),
+        "notes": warmup_notes(config.optimization) + muon_notes(config, per_image),
     }  # fmt: skip
+
+
+def muon_notes(config: Config, per_image: float) -> list[str]:
+    """Return a sentence on what Muon's products cost beside the images of a step, where the config asks for Muon."""
+    if config.optimization.optimizer == "adamw":
+        return []
+    flops, images = muon_flops(NetworkShape.of(config)), per_image * config.data.batch_size
+    return [f"Muon takes {flops / 1e12:.3g} TFLOP a step on every rank, {flops / images:.2g} times what the rank's "
+            f"{config.data.batch_size} images take; the hours above do not count it."]  # fmt: skip
 
 
 def plan_traffic(config: Config, cards: Cards, gpus: Sequence[int] = TRAFFIC_GPUS) -> list[dict[str, float]]:
     """Return `traffic_rows` of a config for each number of `gpus`; of `cards`, name and utilisation count."""
-    config = config_on_card(config)
-    dtype = config.runtime.dtype
-    return traffic_rows(network_sizes(config), dtype, flops_per_image(config) / cards.rate(dtype), gpus)
+    work = workload_of(config_on_card(config))
+    seconds = flops_per_image(work) / cards.rate(work.dtype)
+    return traffic_rows(network_sizes(work.shape, work.muon), work.dtype, seconds, gpus)
 
 
 def config_on_card(config: Config) -> Config:
@@ -74,29 +106,30 @@ def config_on_card(config: Config) -> Config:
 class _Activations:
     """Activation bytes of micro-batches; masks are drawn once for each size."""
 
-    def __init__(self, config: Config, gpus: int):
-        self.config, self.gpus, self.known = config, gpus, {}
+    def __init__(self, work: Workload, gpus: int):
+        self.work, self.gpus, self.known = work, gpus, {}
 
     def __call__(self, micro_batch: int) -> ActivationBytes:
         if micro_batch not in self.known:
-            self.known[micro_batch] = activation_bytes(self.config, row_counts(self.config, micro_batch, self.gpus))
+            self.known[micro_batch] = activation_bytes(self.work, row_counts(self.work, micro_batch, self.gpus))
         return self.known[micro_batch]
 
 
-def _stage_needs(config: Config, activations: _Activations, gpus: int, stage: int, usable: float) -> dict:
-    fixed = tensor_bytes(network_sizes(config), config.runtime.dtype, gpus, stage)
+def _stage_needs(activations: _Activations, stage: int, usable: float) -> dict:
+    work = activations.work
+    fixed = tensor_bytes(network_sizes(work.shape, work.muon), work.dtype, activations.gpus, stage)
     needs, state = dict(fixed), sum(fixed.values())
     for end, checkpointed in (("", False), ("_checkpointed", True)):
 
         def fits(micro_batch: int, checkpointed: bool = checkpointed) -> bool:
             return state + activations(micro_batch).held(checkpointed) <= usable
 
-        held = activations(config.micro_batch).held(checkpointed)
+        held = activations(work.micro_batch).held(checkpointed)
         needs |= {
             "activations" + end: held,
             "total" + end: state + held,
-            "fits" + end: fits(config.micro_batch),
-            "largest_micro_batch" + end: largest_micro_batch(config.data.batch_size, fits),
+            "fits" + end: fits(work.micro_batch),
+            "largest_micro_batch" + end: largest_micro_batch(work.batch_size, fits),
         }
     return needs
 

@@ -9,6 +9,7 @@ least, that this sign has not changed for 600 s while the process still beats, a
 """
 
 import json
+import multiprocessing
 import os
 import socket
 import sys
@@ -187,8 +188,11 @@ class Heartbeat(AbstractContextManager):
         least = min(seen.sign.progress for seen in self._seen.copy().values())
         last = [(rank, seen) for rank, seen in sorted(self._seen.copy().items()) if seen.sign.progress == least]
         rank, (sign, alive, moved) = last[0]
-        if len(self._seen) < self.size or now - moved <= self.timeout:
+        # Later by as much as a rank needs to say itself why it stands still: its loader gives up after `timeout`.
+        if len(self._seen) < self.size or now - moved <= self.timeout + MISSED_BEATS * self.interval:
             return None
+        if sign.failed:
+            return rank_failed(rank, sign)
         if now - alive > MISSED_BEATS * self.interval:
             return rank_died(rank, sign, self.timeout)
         if len(last) == self.size:
@@ -221,12 +225,14 @@ def rank_died(rank: int, sign: LifeSign, seconds: float | None = None) -> str:
     )
 
 
-def end_process(reason: str) -> None:
-    """Say why, and end the process at once, without any clean-up, which would wait for those who are gone."""
+def end_process(reason: str, code: int = RANK_LOST) -> None:
+    """Say why, and end this process and its children at once, without any clean-up, which would wait for those who are gone."""
     sys.stderr.write(f"fastjepa train: {reason}\n")  # in one piece: other ranks speak at the same moment
     sys.stderr.flush()
     sys.stdout.flush()
-    os._exit(RANK_LOST)
+    for child in multiprocessing.active_children():
+        child.kill()  # it would look for its parent every few seconds, or wait for data
+    os._exit(code)
 
 
 def _connect(timeout: float) -> dist.TCPStore:

@@ -55,7 +55,10 @@ def reading_charts(runs: Sequence[RecordedRun]) -> list[dict[str, Any]]:
 
 
 def reading_chart(reading: ChartedReading, runs: Sequence[RecordedRun]) -> dict[str, Any]:
-    """Return the curves of one reading, a sentence that sums them up, their table, and how many values were not finite."""
+    """Return the curves of one reading, a sentence that sums them up, their table, and how many values were not finite.
+
+    Where no run has the reading at two steps there is nothing to draw: `numbers` says its values.
+    """
     shown = [(number, curve) for number, run in enumerate(runs) if (curve := run.values(reading.name))]
     spans = (f"{runs[number].name} from {shown_number(curve[0][1], reading.form)} at step {curve[0][0]} to "
              f"{shown_number(curve[-1][1], reading.form)} at step {curve[-1][0]}" for number, curve in shown)  # fmt: skip
@@ -64,6 +67,9 @@ def reading_chart(reading: ChartedReading, runs: Sequence[RecordedRun]) -> dict[
     return reading._asdict() | {
         "id": f"chart-{reading.name}",
         "summary": f"{reading.title}: {'; '.join(spans)}",
+        "numbers": []
+        if any(len(curve) > 1 for _, curve in shown)
+        else [dated_number(*curve[0], reading.form) for _, curve in shown],
         "curves": [{"run": number, "points": thinned_points(curve)} for number, curve in shown],
         "lost": int(not_finite),  # the log writes null for them, and for an MFU that was not measured
         "table": readings_table([curve for _, curve in shown], reading.form),
@@ -89,6 +95,11 @@ def thinned_points(points: Sequence[tuple[float, float]], limit: int = CHART_POI
 def shown_number(value: float, form: str) -> str:
     """Format a value as the chart does; Python does not know D3's `~`."""
     return format(value, form.replace("~", ""))
+
+
+def dated_number(step: int, value: float, form: str) -> str:
+    """Return a value and its step in words."""
+    return f"{shown_number(value, form)} at step {step}"
 
 
 def readings_table(curves: list[Curve], form: str) -> list[list[str]]:

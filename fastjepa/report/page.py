@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fastjepa.errors import UserError
-from fastjepa.files import write_atomic
-from fastjepa.report.charts import reading_charts
+from fastjepa.files import require_writable, write_atomic
+from fastjepa.report.charts import Curve, dated_number, reading_charts
 from fastjepa.report.evaluations import evaluation_tables
 from fastjepa.report.pictures import gather_pictures
 from fastjepa.report.recorded_run import RecordedRun, read_recorded_run
@@ -24,10 +24,11 @@ Compared = list[tuple[str, list[str], bool]]  # (name, a cell for each run, whet
 
 
 def write_page(paths: Sequence[Path], file: Path, pictures: bool = True) -> None:
-    """Write the page of these runs; it is there whole or not at all."""
+    """Write the page of these runs; it is there whole or not at all. Bytes of names that are not UTF-8 are shown as \\udcff."""
     if file.is_dir():
         raise UserError(f"{file}: is a directory; pass --output FILE.html")
-    write_atomic(file, render_page(paths, pictures))
+    require_writable(file)
+    write_atomic(file, render_page(paths, pictures).encode(errors="backslashreplace"))
 
 
 def render_page(paths: Sequence[Path], pictures: bool = True) -> str:
@@ -35,7 +36,7 @@ def render_page(paths: Sequence[Path], pictures: bool = True) -> str:
     names = unique_names([run_directory(path).name for path in paths], paths)
     runs, now = [read_recorded_run(path, name) for path, name in zip(paths, names, strict=True)], time.time()
     charts = reading_charts(runs)
-    drawn = [{key: one[key] for key in ("id", "title", "form", "curves")} for one in charts]
+    drawn = [{key: one[key] for key in ("id", "title", "form", "curves")} for one in charts if not one["numbers"]]
     return page_template().render(
         runs=runs,
         made=time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(now)),
@@ -94,13 +95,21 @@ def run_facts(run: RecordedRun, now: float) -> dict[str, str]:
         "images a step": str(images_a_step(run) or "–"),
         "loss": summary("loss", ".4f"),
         "effective rank": summary("effective_rank", ".1f"),
-        "online k-NN, last and highest": f"{summary('knn', '.1%')}, {summary('knn', '.1%', max)}" if run.last("knn") else "–",
+        "online k-NN": last_and_highest(run.values("knn"), ".1%"),
         "images a second, median": summary("images_per_s", ".1f", statistics.median),
         "MFU, median": summary("mfu", ".1%", statistics.median),
         "peak memory, GiB": summary("memory_gib", ".2f", max),
         "skipped steps": summary("skipped", ".0f"),
         "undecodable files": str(len(run.bad_files)) if run.checkpoint else "–",
     }
+
+
+def last_and_highest(curve: Curve, form: str) -> str:
+    """Return the last and the highest value of a curve with their steps, the one value of a point, a dash for none."""
+    if not curve:
+        return "–"
+    last, highest = dated_number(*curve[-1], form), max(curve, key=lambda point: point[1])
+    return last if highest[1] == curve[-1][1] else f"{last}; highest {dated_number(*highest, form)}"
 
 
 def network_in_words(run: RecordedRun) -> str:

@@ -53,7 +53,7 @@ def draw_pictures(checkpoint: Path) -> dict[str, bytes]:
     from fastjepa.visualize.sheets import drawn_masks_sheet, open_drawn_split, pca_sheet, shown_images
 
     subject = open_subject(checkpoint, "cpu", cache=False)
-    split = open_drawn_split(subject.config.data, "train", REPORT_IMAGES, subject.config.runtime.seed)
+    split = open_drawn_split(subject.config.data.address, "train", REPORT_IMAGES, subject.config.runtime.seed)
     shown = shown_images(subject, split, len(split.rows))
     masks = drawn_masks_sheet(subject, shown, subject.config.runtime.seed)
     return {"masks": png_bytes(masks), "pca": png_bytes(pca_sheet(subject, shown))}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import platform
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,34 +10,35 @@ import torch
 from torch import Tensor
 
 import fastjepa_kernels
+from fastjepa import __version__
 from fastjepa.checkpoint.restore import restore_checkpoint
 from fastjepa.checkpoint.state import TrainState
 from fastjepa.config.schema import Config
 from fastjepa.data.sources import Source, open_source
 from fastjepa.engine.average import Average, ShardedAverage
-from fastjepa.engine.build import build_engine
 from fastjepa.engine.cuda_graph import CudaGraph, EagerRuns, check_cuda_graph
+from fastjepa.engine.deepspeed_config import deepspeed_settings
 from fastjepa.engine.plain import PlainEngine
 from fastjepa.engine.precision import COMPUTE_DTYPES, EMULATED_BF16, autocast_of, has_bf16, settle_dtype
 from fastjepa.engine.schedule import warmup_notes
 from fastjepa.engine.zero import ZeroEngine
-from fastjepa.errors import ConfigError
+from fastjepa.errors import ConfigError, UserError
 from fastjepa.loader.batch import Batch
-from fastjepa.loader.loader import check_loader
+from fastjepa.loader.loader import check_loader, decodes_with_dali
 from fastjepa.loss.normalizations import Target
 from fastjepa.loss.objective import Objective, choose_objective, over_micro_batches
 from fastjepa.loss.regularizers import BatchRegularizer, NoRegularizer, regularizer_term
-from fastjepa.loss.targets import choose_targets
 from fastjepa.masks.check import check_masks
-from fastjepa.masks.padding import padding_budget
+from fastjepa.masks.layouts import Masking
 from fastjepa.model.fp8 import check_fp8, use_fp8
 from fastjepa.model.jepa import Jepa, build_pair
 from fastjepa.model.vit import Encoder, choose_attention, use_attention
 from fastjepa.plan.padding_cost import padding_note
+from fastjepa.plan.plan import workload_of
 from fastjepa.plan.sharding import check_step_targets, choose_zero_stage
 from fastjepa.ranks.memory import rank_memory_bytes
 from fastjepa.ranks.world import World, join_world
-from fastjepa.run.resume import checkpoint_to_resume, describe_run, resume_notes, start_run
+from fastjepa.run.resume import checkpoint_to_resume, resume_notes, start_run
 from fastjepa.weights.official import adopt_training
 from fastjepa.weights.read import TORCH_FILES
 
@@ -60,11 +62,12 @@ def build_run(config: Config, output: Path, resume: str, init: Path | None, deep
     dtype = settle_dtype(config.runtime.dtype, world.device)
     config = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, dtype=dtype))
     apply_process_settings(config)
-    source = open_source(config.data)
-    check_masks(config.mask, config.grid, config.runtime.seed, config.data.batch_size * world.size)
+    source = open_source(config.data.address)
+    check_masks(Masking.of(config), config.data.batch_size * world.size)
     check_loader(config, source, world.size)
     about = describe_run(config, world, source)
-    found = checkpoint_to_resume(config, output, resume)
+    resume = "must" if config.meta.load_checkpoint and resume == "auto" else resume
+    found = checkpoint_to_resume(output, config.logging.write_tag, config.meta.read_checkpoint, resume)
     if found and found.suffix in TORCH_FILES:
         found = adopt_training(found, output / "checkpoints", about["steps_per_epoch"], about, config.logging.write_tag)
     jepa, target_encoder = build_networks(config, world.device, world.size)
@@ -77,23 +80,39 @@ def build_run(config: Config, output: Path, resume: str, init: Path | None, deep
     if found:
         restore_checkpoint(found, state)
     notes += reason + run_warnings(config, world.device)
-    check_step_targets(config, world.size, stage, rank_memory_bytes(world.device))
+    check_step_targets(workload_of(config), world.size, stage, rank_memory_bytes(world.device))
     objective = build_objective(config, engine, average.target_encoder, world)
     return Run(config, world, source, engine, average, state, objective, notes)
+
+
+def describe_run(config: Config, world: World, source: Source) -> dict:
+    """Describe a run, for a resumed one to compare with: exactness holds on one machine, with equal versions and threads."""
+    versions = {"fastjepa": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    decoder = "dali" if decodes_with_dali(config.data.loader, config.runtime.device, source) else "torch"
+    machine = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.machine()
+    return {
+        "config": config.to_dict(),
+        "versions": versions,
+        "machine": machine,
+        "threads": torch.get_num_threads(),
+        "decoder": decoder,
+        "world": world.size,
+        "steps_per_epoch": len(source) // (config.data.batch_size * world.size),
+    }
 
 
 def zero_stage(config: Config, world: World) -> tuple[int, list[str]]:
     """Return the ZeRO stage, the same on every rank, and what to tell the user of one that was chosen: it is not obvious."""
     if config.runtime.zero != "auto":
         return config.runtime.zero, []
-    choice = choose_zero_stage(config, world.size, rank_memory_bytes(world.device))
+    choice = choose_zero_stage(workload_of(config), world.size, rank_memory_bytes(world.device))
     return choice.stage, [choice.why] if world.size > 1 or not choice.fits else []
 
 
 def run_warnings(config: Config, device: torch.device) -> list[str]:
     """Return sentences for the user of a config that runs, but not as it could."""
     emulated = config.runtime.dtype == "bf16" and not has_bf16(device)
-    graph = [padding_note(config, config.data.batch_size)] if config.runtime.cuda_graph else []
+    graph = [padding_note(workload_of(config), config.data.batch_size)] if config.runtime.cuda_graph else []
     return graph + ([EMULATED_BF16] if emulated else []) + attention_notes(config, device) + warmup_notes(config.optimization)
 
 
@@ -173,6 +192,27 @@ def check_compute(config: Config, device: torch.device, ranks: int = 1) -> Atten
     return ways
 
 
+def build_engine(jepa: Jepa, config: Config, world: World, stage: int, given: Path | None = None) -> PlainEngine | ZeroEngine:
+    """Build the engine of a ZeRO stage: 0 is torch alone, with DistributedDataParallel on several ranks.
+
+    Args:
+        stage: what `runtime.zero` says, or what was chosen where it is auto.
+        given: a user's file with DeepSpeed's own options, for stages 1 to 3.
+    """
+    scale, muon = config.optimization.pred_lr_scale, config.optimization.optimizer == "muon"
+    pieces = config.data.batch_size // config.micro_batch
+    if stage == 0:
+        if given:
+            raise UserError(f"--deepspeed_config {given}: runtime.zero 0 runs without DeepSpeed; set it to 1, 2 or 3")
+        return PlainEngine(jepa, world.size, pieces, config.runtime.cuda_graph, scale, muon)
+    if stage == 3 and config.runtime.compile:
+        raise ConfigError(
+            "runtime.compile: not with runtime.zero 3, whose gathers a compiler cannot see; switch one of them off"
+        )
+    settings = deepspeed_settings(config.micro_batch, pieces, config.runtime.dtype, stage, given)
+    return ZeroEngine(jepa, settings, world, scale)
+
+
 def build_objective(config: Config, engine: PlainEngine | ZeroEngine, target_encoder: Encoder, world: World) -> Objective:
     """Return the objective; a regularizer looks at the whole batch with the engine's features, of every rank, and so does a
     normalisation over the batch with the target encoder's.
@@ -183,23 +223,25 @@ def build_objective(config: Config, engine: PlainEngine | ZeroEngine, target_enc
         with autocast_of(COMPUTE_DTYPES[config.runtime.dtype], world.device):
             return engine.features(batch.images, batch.context, batch.blocks)
 
+    loss, seed = config.loss, config.runtime.seed
+    term = regularizer_term(loss.regularizer, loss.regularizer_weight, loss.covariance_weight, seed, world.device)
+    pieces = config.data.batch_size // config.micro_batch
+    regularizer = BatchRegularizer(term, pieces, world, context_features) if term else NoRegularizer()
+    objective = choose_objective(loss, regularizer, engine.jepa.predictor.target_moments)
+    if loss.normalize != "batch" or pieces == 1:
+        return objective
+
     @torch.no_grad()
     def targets(batch: Batch) -> Target:
         """Return the targets of a micro-batch."""
         with autocast_of(COMPUTE_DTYPES[config.runtime.dtype], world.device):
-            return choose_targets(config.loss)(target_encoder, batch)
+            return objective.targets(target_encoder, batch)
 
-    term = regularizer_term(config.loss, config.runtime.seed)
-    pieces = config.data.batch_size // config.micro_batch
-    regularizer = BatchRegularizer(term, pieces, world, context_features) if term else NoRegularizer()
-    objective = choose_objective(config.loss, regularizer, engine.jepa.predictor.target_moments)
-    if config.loss.normalize == "batch" and pieces > 1:
-        return over_micro_batches(objective, config.loss.layers == "mean", targets)
-    return objective
+    return over_micro_batches(objective, loss.layers == "mean", targets)
 
 
 def build_runs(config: Config, engine: PlainEngine) -> EagerRuns:
     """Return how the body of the loop over micro-batches is run: eagerly, or as a CUDA graph."""
     if not config.runtime.cuda_graph:
         return EagerRuns()
-    return CudaGraph(padding_budget(config, config.data.batch_size), engine.parameters, engine.micro_batches)
+    return CudaGraph(workload_of(config).padding_budget(config.data.batch_size), engine.parameters, engine.micro_batches)

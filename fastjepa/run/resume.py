@@ -1,62 +1,65 @@
 """Starting or going on: from a checkpoint, from given weights or from scratch."""
 
+import itertools
 import json
-import platform
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 import yaml
 from torch import nn
 
-from fastjepa import __version__
-from fastjepa.checkpoint.directory import latest_checkpoint, verify_checkpoint
+from fastjepa.checkpoint.directory import lack_of, latest_checkpoint, named_checkpoints, verify_checkpoint
 from fastjepa.checkpoint.state import STATE_FILE, read_state, record_differences
-from fastjepa.config.schema import Config
-from fastjepa.data.sources import Source
-from fastjepa.errors import ConfigError
-from fastjepa.loader.loader import decodes_with_dali
+from fastjepa.errors import MACHINE_FAILED, ConfigError, LoaderError, exit_code, sentence_of
 from fastjepa.model.jepa import Jepa
 from fastjepa.model.vit import Encoder
 from fastjepa.ranks.collectives import barrier
 from fastjepa.ranks.world import World
 from fastjepa.weights.read import TORCH_FILES, starting_networks
 
-
-def describe_run(config: Config, world: World, source: Source) -> dict:
-    """Describe a run, for a resumed one to compare with: exactness holds on one machine, with equal versions and threads."""
-    versions = {"fastjepa": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    decoder = "dali" if decodes_with_dali(config.data.loader, config.runtime.device, source) else "torch"
-    machine = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.machine()
-    return {
-        "config": config.to_dict(),
-        "versions": versions,
-        "machine": machine,
-        "threads": torch.get_num_threads(),
-        "decoder": decoder,
-        "world": world.size,
-        "steps_per_epoch": len(source) // (config.data.batch_size * world.size),
-    }
+RUN_FILES = ("checkpoints", "metrics.jsonl", "config.yaml", "run.json", "tensorboard")  # of a run, in its directory
 
 
-def checkpoint_to_resume(config: Config, output: Path, resume: str) -> Path | None:
+def checkpoint_to_resume(output: Path, tag: str, given: str | None, resume: str) -> Path | None:
     """Return the checkpoint that a run in `output` goes on from, if any.
 
-    An official file (meta.read_checkpoint) counts only while there is no checkpoint of ours.
+    Args:
+        tag: prefix of checkpoint names (logging.write_tag).
+        given: the checkpoint in `output` that meta.read_checkpoint names. An official file counts only while there is no
+            checkpoint of ours.
     """
-    root, meta = output / "checkpoints", config.meta
-    resume = "must" if meta.load_checkpoint and resume == "auto" else resume
+    root = output / "checkpoints"
     if resume == "never":
         return None
-    latest, named = latest_checkpoint(root, config.logging.write_tag), Path(meta.read_checkpoint or "")
+    latest, named = latest_checkpoint(root, tag), Path(given or "")
     theirs = named.suffix in TORCH_FILES
-    found = (latest or output / named) if theirs else root / named if meta.read_checkpoint else latest
-    damaged = sorted(root.glob(f"{config.logging.write_tag}-*")) if found is None else []
+    found = (latest or output / named) if theirs else root / named if given else latest
+    damaged = named_checkpoints(root, tag) if found is None else []
     if damaged:
-        raise ConfigError(f"{damaged[-1]}: damaged, and there is no other to resume from; --resume never moves it aside")
+        why = f"damaged, and there is no other to resume from ({lack_of(damaged[-1])})"
+        raise ConfigError(f"{damaged[-1]}: {why}; --resume never moves it aside")
     if resume == "must" and found is None:
         raise ConfigError(f"{root}: nothing to resume from; check --output or pass --resume auto")
     return found
+
+
+def last_good_checkpoint(output: Path, tag: str) -> str:
+    """Return the end of a sentence on a run that has stopped: which checkpoint the same command goes on from."""
+    good = latest_checkpoint(output / "checkpoints", tag)
+    return f"the last good checkpoint is {good}" if good else "no checkpoint was written yet"
+
+
+@contextmanager
+def telling_where_to_go_on(where: Callable[[], str]) -> Iterator[None]:
+    """Add `where()` to the sentence of an error for which the machine is to be mended before the run goes on."""
+    try:
+        yield
+    except (LoaderError, OSError) as error:
+        if exit_code(error) != MACHINE_FAILED:
+            raise
+        raise LoaderError(f"{sentence_of(error, 'train')}; {where()}") from error
 
 
 def resume_notes(found: Path, about: dict, init: Path | None) -> list[str]:
@@ -70,22 +73,36 @@ def resume_notes(found: Path, about: dict, init: Path | None) -> list[str]:
 def start_run(jepa: Jepa, target_encoder: Encoder, output: Path, about: dict, init: Path | None,
           world: World) -> list[str]:  # fmt: skip
     """Start from `init` or from scratch, and return sentences for the user."""
-    if world.is_main:
-        start_directory(output, about)
+    moved = start_directory(output, about) if world.is_main else []
     barrier()
+    kept = [f"an earlier run's files were moved aside: {', '.join(moved)}"] if moved else []
     if init is None:
-        return [f"starting a new run in {output}"]
+        return [*kept, f"starting a new run in {output}"]
     parts = {"encoder": jepa.encoder, "predictor": jepa.predictor, "target_encoder": target_encoder}
-    return [f"starting a new run in {output} from the weights in {init} ({', '.join(load_initial_weights(parts, init))})"]
+    names = ", ".join(load_initial_weights(parts, init))
+    return [*kept, f"starting a new run in {output} from the weights in {init} ({names})"]
 
 
-def start_directory(output: Path, about: dict) -> None:
-    """Write the resolved config and the versions; checkpoints of an earlier run are moved aside, never deleted."""
+def start_directory(output: Path, about: dict) -> list[str]:
+    """Write the resolved config and the versions; what an earlier run left is moved aside, never deleted. Return its names."""
     output.mkdir(parents=True, exist_ok=True)
-    if (output / "checkpoints").exists():
-        (output / "checkpoints").rename(output / f"checkpoints.until-{time.strftime('%Y%m%d-%H%M%S')}")
+    moved = move_aside(output)
     (output / "config.yaml").write_text(yaml.safe_dump(about["config"], sort_keys=False))
     (output / "run.json").write_text(json.dumps(about, indent=1))
+    return moved
+
+
+def move_aside(output: Path) -> list[str]:
+    """Rename what a run has written in `output`, and return the new names, such as metrics.until-20260102-030405.jsonl."""
+    left = [output / name for name in RUN_FILES if (output / name).exists()]
+    for number in itertools.count(1):
+        stamp = time.strftime("until-%Y%m%d-%H%M%S") + (f"-{number}" if number > 1 else "")
+        named = {path: path.with_name(f"{path.stem}.{stamp}{path.suffix}") for path in left}
+        if not any(new.exists() for new in named.values()):
+            break
+    for path, new in named.items():
+        path.rename(new)
+    return [new.name for new in named.values()]
 
 
 def load_initial_weights(parts: dict[str, nn.Module], init: Path) -> list[str]:

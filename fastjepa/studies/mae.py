@@ -2,11 +2,12 @@
 
 75 % of the patches are hidden at random, the encoder sees the rest, and a decoder of the predictor's shape predicts the
 hidden patches' pixels, normalised per patch. There is no class token, as in I-JEPA: features are the mean over patches.
-Learning rate, weight decay, crops and order of images are those that the config gives I-JEPA.
+Optimizer, learning rate, weight decay, crops and order of images are those that the config gives I-JEPA.
 """
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from fastjepa.config.load import load_config
 from fastjepa.config.schema import Config
 from fastjepa.data.sources import open_source
 from fastjepa.engine.adamw import apply_schedule, build_adamw
+from fastjepa.engine.muon import MuonAdamW
 from fastjepa.engine.precision import COMPUTE_DTYPES, autocast_of, settle_dtype
 from fastjepa.engine.schedule import Schedule
 from fastjepa.errors import UserError
@@ -30,10 +32,11 @@ from fastjepa.masks.packed import Packed
 from fastjepa.model.vit import Encoder
 from fastjepa.monitoring.log import Log, Peak
 from fastjepa.plan.flops import count_flops
+from fastjepa.plan.plan import workload_of
 from fastjepa.ranks.world import join_world
 from fastjepa.rng import MASK_STREAM, torch_seed
-from fastjepa.run.build import apply_process_settings, build_networks
-from fastjepa.run.resume import describe_run, start_directory
+from fastjepa.run.build import apply_process_settings, build_networks, describe_run
+from fastjepa.run.resume import last_good_checkpoint, start_directory
 from fastjepa.run.stop import Stop
 
 MASKED_SHARE = 0.75  # of the patches
@@ -80,7 +83,7 @@ def train_mae(file: Path, folder: Path, steps: int) -> None:
     dtype = settle_dtype(cfg.runtime.dtype, world.device)
     cfg = dataclasses.replace(cfg, runtime=dataclasses.replace(cfg.runtime, dtype=dtype))
     apply_process_settings(cfg)
-    source = open_source(cfg.data)
+    source = open_source(cfg.data.address)
     state, encoder, decoder = build_mae(cfg, world.device)
     state.record = describe_run(cfg, world, source)
     found = latest_checkpoint(folder / "checkpoints")
@@ -90,7 +93,7 @@ def train_mae(file: Path, folder: Path, steps: int) -> None:
     with (
         Loader(cfg, source, world, state.step, max(steps, state.step)) as loader,
         Log(folder, steps, cfg.logging.every, Peak(mae_flops_per_image(cfg), 0.0), state.step) as log,
-        Stop() as stop,
+        Stop(cfg.runtime.timeout, partial(last_good_checkpoint, folder, "jepa")) as stop,
     ):
         while state.step < steps and not stop.received:
             apply_schedule(state.optimizer, schedule(state.step))
@@ -109,7 +112,8 @@ def build_mae(cfg: Config, device: torch.device) -> tuple[TrainState, Encoder, M
         torch.manual_seed(cfg.runtime.seed)
         decoder = MaeDecoder(cfg).to(device)
     parts = {"encoder": encoder, "predictor": decoder, "target_encoder": encoder}
-    return TrainState(0, parts, build_adamw(encoder, decoder)), encoder, decoder
+    optimizer = (MuonAdamW if cfg.optimization.optimizer == "muon" else build_adamw)(encoder, decoder)
+    return TrainState(0, parts, optimizer), encoder, decoder
 
 
 def mae_step(encoder: Encoder, decoder: MaeDecoder, state: TrainState, batches: Iterator[Tensor], cfg: Config) -> Tensor:
@@ -158,7 +162,7 @@ def mae_flops_per_image(cfg: Config) -> float:
     rows, columns = cfg.grid
     tokens, width, dim = rows * columns, cfg.meta.pred_emb_dim, cfg.encoder_shape[0]
     kept = int(tokens * (1 - MASKED_SHARE))
-    encoder = count_flops(cfg, kept, 1, 1)
+    encoder = count_flops(workload_of(cfg), kept, 1, 1)
     # A block's four linear layers have 12 width^2 weights, 2 FLOPs each a token; attention has two N x N x width products.
     blocks = cfg.meta.pred_depth * (24 * tokens * width**2 + 4 * tokens**2 * width)
     pixels = cfg.data.channels * cfg.mask.patch_size**2

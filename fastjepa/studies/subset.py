@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from fastjepa.data.sources import ImageFolder, open_source
+from fastjepa.data.image_folder import ImageFolder
+from fastjepa.data.sources import open_source
 from fastjepa.errors import UserError
 from fastjepa.rng import SPLIT_STREAM, generator
 

@@ -27,6 +27,7 @@ from fastjepa.evals.inputs import open_splits, open_subject
 from fastjepa.evals.table import probe_features
 from fastjepa.files import write_atomic
 from fastjepa.plan.flops import flops_per_image
+from fastjepa.plan.plan import workload_of
 from fastjepa.studies.arm import ARM_CONFIG, JOB_FILE, PROBED_INPUT, ROW_FILE
 from fastjepa.studies.mae import mae_flops_per_image, train_mae
 from fastjepa.studies.subset import subset_of
@@ -108,7 +109,7 @@ def train_ijepa(config: Path, folder: Path, steps: int) -> None:
 
 def training_flops(config: Config, method: str) -> float:
     """Return the FLOPs of training on one image."""
-    return mae_flops_per_image(config) if method == "mae" else flops_per_image(config)
+    return mae_flops_per_image(config) if method == "mae" else flops_per_image(workload_of(config))
 
 
 def logged_rate(folder: Path) -> float:

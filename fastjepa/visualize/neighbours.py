@@ -13,7 +13,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from fastjepa.evals.inputs import Split, Subject
 from fastjepa.evals.scoring import Z95, wilson_interval
 from fastjepa.masks.check import check_masks
 from fastjepa.masks.draw import draw_masks
+from fastjepa.masks.layouts import Masking
 from fastjepa.masks.pack import pack
 from fastjepa.model.predictor import Predictor
 from fastjepa.model.vit import use_auto_attention
@@ -179,10 +180,10 @@ def normalised_rows(features: Tensor) -> Tensor:
 
 def draw_query_masks(subject: Subject, count: int, seed: int, step: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Draw contexts (count, K, N) and target blocks (count, R, N) of `count` images, as the run draws its own."""
-    config = subject.config
+    masking = replace(Masking.of(subject.config), seed=seed)
     with warnings.catch_warnings(action="ignore"):  # warnings are about the run's batch, not about these few images
-        check_masks(config.mask, config.grid, config.runtime.seed, count)
-    return draw_masks(config.mask, config.grid, seed, step, range(count), count)
+        check_masks(masking, count)
+    return draw_masks(masking, step, range(count), count)
 
 
 def search_blocks(subject: Subject, queries: Queries, split: Split, bank: Split, k: int, seed: int) -> Neighbours:

@@ -1,14 +1,18 @@
 """Pictures of a checkpoint and a data set, a labelled sheet each: masks, principal components, nearest blocks, samples."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastjepa.data.sources import open_source
+from fastjepa.data.sources import Source, open_source
 from fastjepa.errors import UserError
 from fastjepa.evals.images import EvalImages
 from fastjepa.evals.inputs import Split, Subject
 from fastjepa.evals.scoring import TEST_DRAW
+from fastjepa.loader.micro_batches import BatchRecipe, MicroBatches
+from fastjepa.masks.draw import draw_masks
 from fastjepa.rng import SPLIT_STREAM, generator
 from fastjepa.visualize.images import (
     captioned,
@@ -52,6 +56,15 @@ def encoders_to_show(subject: Subject) -> list[str]:
     held = starting_networks(subject.path)
     both = all(network in held for network in NETWORK_OF.values())
     return [*(NETWORK_OF if both else ["own"]), "random"]
+
+
+def run_masks_sheet(recipe: BatchRecipe, source: Source, most: int) -> np.ndarray:
+    """Return the first images of a run, at most so many, cropped as it will see them, with their masks."""
+    count, grid = min(most, len(source)), recipe.masking.grid
+    recipe = replace(recipe, batch_size=count, micro_batch=count)
+    images = MicroBatches(recipe, source, rank=0, ranks=1)[0].images.permute(0, 2, 3, 1)
+    drawn = draw_masks(recipe.masking, 0, range(count), count)
+    return masks_sheet(images.expand(-1, -1, -1, 3).numpy(), *drawn, grid)
 
 
 def pca_sheet(subject: Subject, shown: Tensor) -> np.ndarray:

@@ -14,14 +14,17 @@ import yaml
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fastjepa.config.load import load_config
 from fastjepa.config.schema import Config
 from fastjepa.errors import CheckpointError, UserError
-from fastjepa.files import atomic_path
+from fastjepa.files import atomic_path, require_writable
+from fastjepa.model.positions import Positions
 from fastjepa.weights.hub_folders import write_fastjepa, write_timm, write_transformers
 from fastjepa.weights.official import adopt_training, load_official, official_contents, official_notes, write_official
-from fastjepa.weights.pretrained import LAYER_NORM_EPS, EncoderForm, encoder_of_weights
-from fastjepa.weights.read import NETWORK_OF, read_weights, weights_kind
+from fastjepa.weights.pretrained import LAYER_NORM_EPS, EncoderForm, PretrainedEncoder, encoder_of_weights, shown_grid
+from fastjepa.weights.read import NETWORK_OF, interpolates_as_timm, read_weights, weights_kind
 
+EXPORTS = ("onnx", "pt2")
 FOLDER_WRITERS = {"fastjepa": write_fastjepa, "timm": write_timm, "transformers": write_transformers}
 
 
@@ -31,9 +34,11 @@ class Conversion:
 
     to: str  # a name of FOLDER_WRITERS, meta, run, onnx or pt2
     which: str | None = None  # target or context; None: as in `load_encoder`; to meta: all networks, and the optimizer
-    config: Config | None = None  # the shape of weights that do not say theirs; to run: the training
+    config: Path | None = None  # YAML: the shape of weights that do not say theirs; to run: the training
     steps_per_epoch: int | None = None  # to run, and to meta from a run that does not say it
     dynamic: bool = False  # to onnx and pt2: images of any size that is a multiple of the patch
+    positions: Positions | None = None  # of other sizes than the encoder's own, where `dynamic`; None: the default
+    grid: tuple[int, int] | None = None  # (rows, columns) of patches of weights that do not say theirs
 
 
 def convert_weights(src: str | Path, dst: str | Path, wanted: Conversion) -> tuple[list[str], list[str]]:
@@ -43,20 +48,28 @@ def convert_weights(src: str | Path, dst: str | Path, wanted: Conversion) -> tup
         The encoders written (target, context or both), and notes: where they came from, what was left out.
     """
     src, dst, to = Path(src).expanduser(), Path(dst).expanduser(), wanted.to
+    check_wanted(wanted)
+    config = load_config(wanted.config) if wanted.config else None
     if os.path.lexists(dst):
         raise UserError(f"{dst}: exists already; remove it or choose another name")
+    require_writable(dst)
     if to == "meta" and wanted.which is None and weights_kind(src) in ("run", "meta"):
         contents = official_contents(src, wanted.steps_per_epoch) if weights_kind(src) == "run" else load_official(src)
         if not contents.get("fastjepa", {}).get("lone"):
             publish_path(dst, lambda path: write_official(path, contents))
             return [which for which, name in NETWORK_OF.items() if name in contents], official_notes(contents, src)
     if to == "run":
-        adopt_official(src, dst, wanted.config, wanted.steps_per_epoch)
+        adopt_official(src, dst, config, wanted.steps_per_epoch)
         return list(NETWORK_OF), [f"from {src}; continue with fastjepa train --config YAML --output {dst}"]
-    shape = EncoderForm.of_config(wanted.config) if wanted.config else None
+    shape = EncoderForm.of_config(config) if config else wanted.grid
     form, tensors, left_out = read_weights(src, wanted.which, shape)
-    publish_path(dst, lambda path: write_encoder(path, to, form, tensors, wanted.dynamic))
-    return [form.which], [f"from {form.origin}", *([f"left out: {', '.join(left_out)}"] if left_out else [])]
+    if to in EXPORTS:
+        encoder = encoder_of_weights(form, tensors, wanted.positions, interpolates_as_timm(src))
+        publish_path(dst, lambda path: export_encoder(path, to, encoder, wanted.dynamic))
+    else:
+        publish_path(dst, lambda path: write_encoder(path, to, form, tensors))
+    told = [f"other sizes than {shown_grid(form.grid)} patches: {encoder.other_positions} positions"] if wanted.dynamic else []
+    return [form.which], [f"from {form.origin}", *told, *([f"left out: {', '.join(left_out)}"] if left_out else [])]
 
 
 def adopt_official(src: Path, dst: Path, config: Config | None, steps_per_epoch: int | None) -> None:
@@ -74,24 +87,37 @@ def adopt_official(src: Path, dst: Path, config: Config | None, steps_per_epoch:
     publish_path(dst, make)
 
 
-def write_encoder(path: Path, to: str, form: EncoderForm, tensors: dict[str, Tensor], dynamic: bool = False) -> None:
-    """Write one encoder as `to`: a name of FOLDER_WRITERS, meta, onnx or pt2."""
+def check_wanted(wanted: Conversion) -> None:
+    """Raise UserError for options that do not go together."""
+    if wanted.dynamic and wanted.to not in EXPORTS:
+        raise UserError(f"--dynamic is for --to {' and '.join(EXPORTS)}; other formats take any size by themselves")
+    if wanted.positions and not wanted.dynamic:
+        raise UserError("--positions says what --dynamic gives images of other sizes: add --dynamic, or leave it out")
+    if wanted.grid and wanted.config:
+        raise UserError("--grid and --config both say how patches lie; give one of them")
+
+
+def write_encoder(path: Path, to: str, form: EncoderForm, tensors: dict[str, Tensor]) -> None:
+    """Write the weights of one encoder as `to`: a name of FOLDER_WRITERS, or meta."""
     if form.norm != "layer" and to in ("timm", "transformers", "meta"):
         raise UserError(
             f"{form.origin}: its last norm is a tanh (loss.normalize dyntanh), which {to} has not; use --to fastjepa"
         )
     if to in FOLDER_WRITERS:
         FOLDER_WRITERS[to](path, form, tensors)
-    elif to == "meta":
-        if form.layer_norm_eps != LAYER_NORM_EPS or form.which not in NETWORK_OF:
-            other_eps = f"layer norm eps {form.layer_norm_eps}, not {LAYER_NORM_EPS}"
-            unfit = other_eps if form.which in NETWORK_OF else "no word on which it is"
-            raise UserError(f"{form.origin}: an encoder with {unfit} is no official one; pass --which, or use --to fastjepa")
-        write_official(path, {NETWORK_OF[form.which]: tensors, "fastjepa": {"form": form.to_dict()}})
-    else:
-        from fastjepa.weights.export import write_export
+        return
+    if form.layer_norm_eps != LAYER_NORM_EPS or form.which not in NETWORK_OF:
+        other_eps = f"layer norm eps {form.layer_norm_eps}, not {LAYER_NORM_EPS}"
+        unfit = other_eps if form.which in NETWORK_OF else "no word on which it is"
+        raise UserError(f"{form.origin}: an encoder with {unfit} is no official one; pass --which, or use --to fastjepa")
+    write_official(path, {NETWORK_OF[form.which]: tensors, "fastjepa": {"form": form.to_dict()}})
 
-        write_export(path, to, encoder_of_weights(form, tensors), dynamic)
+
+def export_encoder(path: Path, to: str, encoder: PretrainedEncoder, dynamic: bool) -> None:
+    """Write an encoder as a program: onnx or pt2."""
+    from fastjepa.weights.export import write_export
+
+    write_export(path, to, encoder, dynamic)
 
 
 def publish_path(dst: Path, write: Callable[[Path], None]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from fastjepa.errors import UserError
+from fastjepa.model.positions import interpolated_positions
 from fastjepa.weights.pretrained import PretrainedEncoder
 
 OPSET = 20  # the first with GELU
@@ -21,13 +22,15 @@ class WholeImages(nn.Module):
     """The encoder over a batch (B, N, D), with the encoder's own parameters and names.
 
     Args:
-        dynamic: positions are computed from the images' size, else they are those of the encoder's own.
+        dynamic: positions follow the images' size, as the encoder's `other_positions` says; else they are its own.
     """
 
     def __init__(self, encoder: PretrainedEncoder, dynamic: bool = False):
         super().__init__()
-        if dynamic and not encoder.fixed_positions:
-            raise UserError(f"{encoder.origin}: positions were learned for one size of image; export without --dynamic")
+        self.other_positions, self.antialias, self.grid = encoder.other_positions, encoder.antialias, encoder.grid
+        if dynamic and not encoder.fixed_positions and self.other_positions != "interpolated":
+            remedy = "export without --dynamic, or with --positions interpolated"
+            raise UserError(f"{encoder.origin}: positions were learned for one size of image; {remedy}")
         self.patch_embed, self.blocks, self.norm = encoder.patch_embed, encoder.blocks, encoder.norm
         self.dynamic = dynamic
         self.register_buffer("pos_embed", encoder.pos_embed)
@@ -46,11 +49,20 @@ class WholeImages(nn.Module):
         return self.norm(x)
 
     def positions(self, rows: int, columns: int) -> Tensor:
-        """Return the positions (rows * columns, D) that `sincos_positions` gives."""
-        halves = [torch.arange(n, device=self.rate.device)[:, None] * self.rate for n in (columns, rows)]
-        column, row = (torch.cat((angle.sin(), angle.cos()), dim=1) for angle in halves)  # (n, D / 2)
+        """Return the positions (rows * columns, D) that the encoder's own `positions` gives."""
+        if self.other_positions == "interpolated":
+            return interpolated_positions(self.pos_embed, self.grid, (rows, columns), self.antialias)[0]
+        column, row = (self.axis_positions(n, trained) for n, trained in ((columns, self.grid[1]), (rows, self.grid[0])))
         shape = (rows, columns, column.shape[1])
         return torch.cat((column[None].expand(shape), row[:, None].expand(shape)), dim=2).flatten(0, 1)
+
+    def axis_positions(self, count: int, trained: int) -> Tensor:
+        """Return (count, D / 2): the sines and cosines of an axis that the trained grid cuts into `trained` patches."""
+        places = torch.arange(count, device=self.rate.device)
+        if self.other_positions == "scaled":
+            places = (places + 0.5) * trained / count - 0.5  # as `scaled_coordinates`; exact where count is trained
+        angle = places[:, None] * self.rate
+        return torch.cat((angle.sin(), angle.cos()), dim=1)
 
 
 def masked_attention(attention: nn.Module, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastjepa.config.checks import normalisation_fault
 from fastjepa.errors import CheckpointError, UserError
-from fastjepa.weights.pretrained import LAYER_NORM_EPS, UNSTATED_WHICH, EncoderForm, bare_names, default_mean_std
+from fastjepa.weights.pretrained import LAYER_NORM_EPS, UNSTATED_WHICH, EncoderForm, Shape, bare_names, default_mean_std
 
 CONFIG_FILE, CARD_FILE, PROCESSOR_FILE = "config.json", "README.md", "preprocessor_config.json"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -105,21 +105,21 @@ def settle_form(held: str, asked: str | None, where: Path) -> str:
 
 
 def read_lone_encoder(
-    path: Path, tensors: dict[str, Tensor], about: Mapping[str, Any], which: str | None, shape: EncoderForm | None, origin: str
+    path: Path, tensors: dict[str, Tensor], about: Mapping[str, Any], which: str | None, shape: Shape, origin: str
 ) -> Loaded:
-    """Describe an encoder alone; `about` is its form, or what little is known of it, and `shape` replaces it."""
+    """Describe an encoder alone; `about` is its form, or what little is known of it, and `shape` replaces or adds to it."""
     chosen = settle_form(about.get("which", UNSTATED_WHICH), which, path)
     kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(EXTRA)}
-    if shape:
+    if isinstance(shape, EncoderForm):
         form = replace(shape, which=chosen, origin=origin)
     elif "embed_dim" in about:
         form = replace(EncoderForm.from_dict(about, str(path)), which=chosen)
     else:
-        form = EncoderForm.of_weights(kept, str(path), chosen, origin)
+        form = EncoderForm.of_weights(kept, str(path), chosen, origin, shape)
     return Loaded(form, kept, sorted(tensors.keys() - kept.keys()))
 
 
-def read_folder(path: Path, which: str | None, shape: EncoderForm | None) -> Loaded:
+def read_folder(path: Path, which: str | None, shape: Shape) -> Loaded:
     """Read a folder of any of the three kinds."""
     said, (tensors, _) = read_json(path / CONFIG_FILE), read_tensors(path)
     found = folder_kind(path)

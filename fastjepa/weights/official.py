@@ -29,6 +29,7 @@ from fastjepa.engine.schedule import Schedule
 from fastjepa.engine.shards import OPTIMIZER
 from fastjepa.errors import CheckpointError, UserError
 from fastjepa.model.jepa import NETWORKS, build_pair
+from fastjepa.weights.positions import grid_of_positions
 from fastjepa.weights.pretrained import EncoderForm, bare_names
 
 MODULE_PREFIX = "module."
@@ -109,7 +110,7 @@ def adopt_training(
     parts = {"encoder": jepa.encoder, "predictor": jepa.predictor, "target_encoder": target}
     stored = official_networks(contents)
     for name, network in parts.items():
-        _check_record(path, name, stored[name], network.state_dict())
+        _check_record(path, name, stored[name], network.state_dict(), config.grid)
         network.load_state_dict(stored[name], assign=True)
     optimizer = build_adamw(jepa.encoder, jepa.predictor)
     groups = optimizer.state_dict()["param_groups"]
@@ -129,11 +130,16 @@ def _its_record(contents: Mapping[str, Any], record: Mapping[str, Any], path: Pa
     return {**record, **world, "config": {**record["config"], "data": data}, "adopted": adopted}
 
 
-def _check_record(path: str | Path, network: str, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def _check_record(
+    path: str | Path, network: str, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor], grid: tuple[int, int]
+) -> None:
     for name in [*expected, *stored]:
         there, here = (tuple(t[name].shape) if name in t else "absent" for t in (stored, expected))
         if there != here:
             found = f"{network}.{name} is {there} in the file and {here} by the config"
+            raise CheckpointError(f"{path}: {found}; give the YAML it was made with")
+        if name.endswith("pos_embed") and (its := grid_of_positions(stored[name])) not in (None, grid):
+            found = f"{network}.{name} is of {its[0]}x{its[1]} patches in the file and {grid[0]}x{grid[1]} by the config"
             raise CheckpointError(f"{path}: {found}; give the YAML it was made with")
 
 

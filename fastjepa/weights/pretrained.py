@@ -1,8 +1,8 @@
 """A pretrained encoder on its own: the form it has, and the module that gives features."""
 
 import dataclasses
-import math
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,9 @@ from fastjepa.config.load import config_from_dict
 from fastjepa.config.schema import MODELS, Config, DataConfig
 from fastjepa.errors import UserError
 from fastjepa.masks.packed import Packed
-from fastjepa.model.vit import Encoder, sincos_positions
+from fastjepa.model.positions import Positions
+from fastjepa.model.vit import Encoder
+from fastjepa.weights.positions import grid_of_positions, possible_grids
 
 LAYER_NORM_EPS = 1e-6  # in the layer norms of this trainer, the official code and timm
 UNSTATED_WHICH = "unstated"  # `which`, where nothing says whether an encoder is the target or the context encoder
@@ -92,21 +94,26 @@ class EncoderForm:
                    "dyntanh" if config.loss.normalize == "dyntanh" else "layer")  # fmt: skip
 
     @classmethod
-    def of_weights(cls, tensors: Mapping[str, Tensor], where: str, which: str, origin: str) -> "EncoderForm":
-        """Guess a form from shapes alone: a square image, ImageNet's mean and deviation, and the heads of a known model."""
+    def of_weights(
+        cls, tensors: Mapping[str, Tensor], where: str, which: str, origin: str, grid: tuple[int, int] | None = None
+    ) -> "EncoderForm":
+        """Infer a form from weights alone: the grid of their positions, ImageNet's mean and deviation, a known model's heads.
+
+        Args:
+            grid: (rows, columns) of patches where positions were learned, which say nothing of it.
+        """
         try:
             dim, channels, patch, _ = tensors["patch_embed.proj.weight"].shape
-            patches, hidden = tensors["pos_embed"].shape[1], tensors["blocks.0.mlp.fc1.weight"].shape[0]
+            _, hidden = tensors["pos_embed"], tensors["blocks.0.mlp.fc1.weight"].shape[0]
         except (KeyError, ValueError) as error:
             raise UserError(f"{where}: not the weights of an I-JEPA encoder ({error} is not there)") from error
         depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
         heads = {(d, n, round(d * ratio)): heads for d, n, heads, ratio in MODELS.values()}.get((dim, depth, hidden))
-        side = math.isqrt(patches)
-        if heads is None or side**2 != patches:
-            unknown = f"how its {patches} patches lie" if heads else f"the heads of width {dim}, depth {depth}"
-            remedy = "name the run directory or model folder it belongs to, or its YAML with --config"
-            raise UserError(f"{where}: does not say {unknown}; {remedy}")
-        image = (side * patch, side * patch), patch, channels, *default_mean_std(channels)
+        if heads is None:
+            remedy = "name the run directory or model folder it belongs to, or its YAML with fastjepa convert --config"
+            raise UserError(f"{where}: does not say the heads of width {dim}, depth {depth}; {remedy}")
+        rows, columns = grid or told_grid(tensors, where)
+        image = (rows * patch, columns * patch), patch, channels, *default_mean_std(channels)
         norm = "dyntanh" if "norm.alpha" in tensors else "layer"
         return cls(*image, dim, depth, heads, hidden, LAYER_NORM_EPS, which, origin, norm)
 
@@ -126,11 +133,14 @@ class EncoderForm:
         )
 
 
+Shape = EncoderForm | tuple[int, int] | None  # what a user says of weights: their form, or their (rows, columns) alone
+
+
 class PretrainedEncoder(Encoder):
     """An encoder that says what it is; `forward_features(images)` gives (b, N, D).
 
-    Images are (b, C, H, W), uint8, or floats already normalised with `mean_std`; H and W any multiple of the patch
-    where positions are the fixed sine-cosine ones, else those of `image_size`.
+    Images are (b, C, H, W), uint8, or floats already normalised with `mean_std`; H and W any multiple of the patch.
+    `other_positions` says what positions patches have in other sizes than `image_size`.
     """
 
     def __init__(self, form: EncoderForm):
@@ -140,7 +150,7 @@ class PretrainedEncoder(Encoder):
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = form.layer_norm_eps
-        self.form, self.fixed_positions = form, True
+        self.form, self.fixed_positions, self.chose_positions = form, True, False
         self.image_size, self.patch_size, self.channels = form.image_size, form.patch_size, form.channels
         self.mean_std, self.which, self.origin = form.mean_std, form.which, form.origin
 
@@ -160,11 +170,37 @@ class PretrainedEncoder(Encoder):
         return self.features(images)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """Return positions (N, D) of a grid; UserError for another than the encoder's own where they were learned."""
-        if grid != self.grid and not self.fixed_positions:
+        """Return positions (N, D) of a grid; UserError where they were learned for another, and are not interpolated.
+
+        A warning says which positions another grid has where nobody chose them.
+        """
+        if grid != self.grid:
             height, width = self.image_size
-            raise UserError(f"{self.origin}: positions were learned for {height}x{width} pixels; resize the images to that")
+            if not self.fixed_positions and self.other_positions != "interpolated":
+                remedy = 'resize the images to that, or load with positions="interpolated" (--positions interpolated)'
+                raise UserError(f"{self.origin}: positions were learned for {height}x{width} pixels; {remedy}")
+            if not self.chose_positions and not torch.compiler.is_compiling():
+                told = f"positions of {shown_grid(grid)} patches are {self.other_positions}, trained on {shown_grid(self.grid)}"
+                warnings.warn(f"{self.origin}: {told}; load_encoder(..., positions=...) chooses and is quiet", stacklevel=2)
         return super().positions(grid)
+
+
+def shown_grid(grid: tuple[int, int]) -> str:
+    """Return (rows, columns) as a sentence names them: "8x32"."""
+    return f"{grid[0]}x{grid[1]}"
+
+
+def told_grid(tensors: Mapping[str, Tensor], where: str) -> tuple[int, int]:
+    """Return the grid that sine-cosine positions are of; UserError, with the grids there may be, where they were learned."""
+    stored = tensors["pos_embed"]
+    if found := grid_of_positions(stored):
+        return found
+    if "cls_token" in tensors or grid_of_positions(stored[:, 1:]):
+        remedy = "only ViTs without one are read (in timm class_token=False)"
+        raise UserError(f"{where}: pos_embed has a row for a class token; {remedy}")
+    grids = ", ".join(map(shown_grid, possible_grids(stored.shape[1])))
+    remedy = "load_encoder(grid=(ROWS, COLUMNS)), or fastjepa convert --grid ROWSxCOLUMNS or --config YAML, says which"
+    raise UserError(f"{where}: positions were learned, and its {stored.shape[1]} patches may lie as {grids}; {remedy}")
 
 
 def encoder_skeleton(form: EncoderForm) -> PretrainedEncoder:
@@ -173,13 +209,16 @@ def encoder_skeleton(form: EncoderForm) -> PretrainedEncoder:
         return PretrainedEncoder(form)
 
 
-def encoder_of_weights(form: EncoderForm, tensors: Mapping[str, Tensor]) -> PretrainedEncoder:
+def encoder_of_weights(
+    form: EncoderForm, tensors: Mapping[str, Tensor], positions: Positions | None = None, antialias: bool = True
+) -> PretrainedEncoder:
     """Return the encoder in fp32, frozen, on the CPU; `tensors` have been checked."""
     encoder = encoder_skeleton(form)
     encoder.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     encoder.patch_embed.mean, encoder.patch_embed.std = (torch.tensor(values) for values in form.mean_std)
-    fixed = sincos_positions(form.embed_dim, form.grid)
-    encoder.fixed_positions = torch.allclose(encoder.pos_embed, fixed, rtol=0, atol=1e-4)
+    encoder.fixed_positions = grid_of_positions(tensors["pos_embed"]) == form.grid
+    encoder.antialias, encoder.chose_positions = antialias, positions is not None
+    encoder.other_positions = positions or encoder.other_positions
     return encoder.eval().requires_grad_(False)
 
 
@@ -194,3 +233,7 @@ def check_weights(form: EncoderForm, tensors: Mapping[str, Tensor], where: str) 
                               f"layer scale and fc_norm are read (in timm class_token=False, fc_norm=False)")  # fmt: skip
         if tuple(tensors[name].shape) != expected[name]:
             raise UserError(f"{where}: {name} is {tuple(tensors[name].shape)}, and {expected[name]} by its config")
+    if (found := grid_of_positions(tensors["pos_embed"])) not in (None, form.grid):
+        stated = f"{shown_grid(form.grid)} patches by its config or --grid"
+        raise UserError(f"{where}: pos_embed holds the positions of {shown_grid(found)} patches, and there are {stated}; "
+                        f"mend the image size there")  # fmt: skip

@@ -10,34 +10,58 @@ from fastjepa.checkpoint.directory import find_checkpoint
 from fastjepa.checkpoint.restore import load_networks
 from fastjepa.checkpoint.state import read_state
 from fastjepa.errors import UserError
+from fastjepa.model.positions import POSITIONS, Positions
 from fastjepa.weights.hub_folders import Loaded, folder_kind, read_folder, read_lone_encoder, read_tensors
 from fastjepa.weights.official import load_official, official_networks, recorded_config
-from fastjepa.weights.pretrained import EncoderForm, PretrainedEncoder, bare_names, check_weights, encoder_of_weights
+from fastjepa.weights.pretrained import (
+    EncoderForm,
+    PretrainedEncoder,
+    Shape,
+    bare_names,
+    check_weights,
+    encoder_of_weights,
+    shown_grid,
+)
 
 NETWORK_OF = {"target": "target_encoder", "context": "encoder"}
 TORCH_FILES = (".pth", ".pt", ".tar", ".bin")
 
 
-def load_encoder(path: str | Path, which: str | None = None) -> PretrainedEncoder:
+def load_encoder(
+    path: str | Path,
+    which: str | None = None,
+    positions: Positions | None = None,
+    grid: tuple[int, int] | None = None,
+) -> PretrainedEncoder:
     """Load the encoder in a run, checkpoint, `.pth.tar`, `.safetensors` file, or timm, transformers or fastjepa folder.
 
     Args:
         which: target or context; default: the target encoder where there is a choice, else the one there is.
+        positions: those of images of another size: computed, interpolated (bicubically, as transformers does for a folder of
+            its own, else as timm does) or scaled; default: computed, and a warning says it.
+        grid: (rows, columns) of patches, where a file does not say them.
 
     Returns:
         An encoder with `forward_features(images)`: (b, C, H, W) -> (b, N, D), frozen, fp32, on the CPU; its `which`
         says which encoder it is.
     """
-    loaded = read_weights(path, which)
-    return encoder_of_weights(loaded.form, loaded.tensors)
+    if positions not in (None, *POSITIONS):
+        raise UserError(f"positions {positions!r}: choose one of {', '.join(POSITIONS)}")
+    loaded = read_weights(path, which, grid)
+    return encoder_of_weights(loaded.form, loaded.tensors, positions, interpolates_as_timm(path))
 
 
-def read_weights(path: str | Path, which: str | None = None, shape: EncoderForm | None = None) -> Loaded:
+def interpolates_as_timm(path: str | Path) -> bool:
+    """Tell whether positions of `path` are interpolated with timm's antialiasing: not those of a transformers folder."""
+    return weights_kind(Path(path).expanduser()) != "transformers"
+
+
+def read_weights(path: str | Path, which: str | None = None, shape: Shape = None) -> Loaded:
     """Read what `load_encoder` makes a module of; the tensors of most files are read as they are used.
 
     Args:
         which: as in `load_encoder`.
-        shape: the form of weights that do not say theirs; its `which` and `origin` play no part.
+        shape: the form of weights that do not say theirs, its `which` and `origin` play no part; or their grid alone.
 
     Raises:
         UserError, CheckpointError: nothing readable, another encoder than asked for, or one that is no I-JEPA encoder.
@@ -57,6 +81,8 @@ def read_weights(path: str | Path, which: str | None = None, shape: EncoderForm 
     else:
         loaded = read_folder(path, which, shape)
     check_weights(loaded.form, loaded.tensors, str(path))
+    if isinstance(shape, tuple) and loaded.form.grid != shape:
+        raise UserError(f"{path}: has a grid of {shown_grid(loaded.form.grid)} patches, not {shown_grid(shape)}; leave it out")
     return loaded
 
 
@@ -96,16 +122,16 @@ def chosen_encoder(path: Path, networks: Mapping[str, dict[str, Tensor]], which:
     return chosen, networks[NETWORK_OF[chosen]]
 
 
-def read_run(path: Path, which: str | None, shape: EncoderForm | None) -> Loaded:
+def read_run(path: Path, which: str | None, shape: Shape) -> Loaded:
     """Read an encoder of a run (its latest checkpoint) or of a checkpoint."""
     found = find_checkpoint(path)
     chosen, tensors = chosen_encoder(found, load_networks(found), which)
     origin = f"fastjepa run, step {read_state(found)['step']}"
-    shape = shape or EncoderForm.of_config(recorded_config(found))
-    return Loaded(replace(shape, which=chosen, origin=origin), tensors, [])
+    form = shape if isinstance(shape, EncoderForm) else EncoderForm.of_config(recorded_config(found))
+    return Loaded(replace(form, which=chosen, origin=origin), tensors, [])
 
 
-def read_official(path: Path, which: str | None, shape: EncoderForm | None) -> Loaded:
+def read_official(path: Path, which: str | None, shape: Shape) -> Loaded:
     """Read an encoder of a `.pth.tar` file, or the one network that a file of weights holds."""
     contents = load_official(path)
     said = contents.get("fastjepa", {})

@@ -286,7 +286,7 @@ def adamw_ema_table(
     """Make the table of these tensors once, for every later step; gradients may move afterwards, at little cost."""
     tensors = Stepped(params, grads, exp_avgs, exp_avg_sqs, groups, targets, copies)
     _check_tensors(tensors)
-    check_apart("adamw_ema_step", params, targets, copies)
+    _check_apart(tensors)
     return make_table(owners_of(tensors), params[0].device if params else torch.device("cpu"))
 
 
@@ -323,15 +323,17 @@ def adamw_ema_step_(
 
     Raises:
         ValueError, TypeError, IndexError: wrong number, shape, dtype, layout or device; a group that `hyper` lacks; a
-            momentum outside [0, 1], or params, targets or copies that share their memory (CPU and debug only).
+            momentum outside [0, 1], or tensors that are written and share memory with another (CPU and debug only).
     """
-    _check_tensors(Stepped(params, grads, exp_avgs, exp_avg_sqs, groups, targets, copies))
+    tensors = Stepped(params, grads, exp_avgs, exp_avg_sqs, groups, targets, copies)
+    _check_tensors(tensors)
     if not params:
         return
+    dispatch.check_untransformed("adamw_ema_step")
     _check_steps(params, steps, hyper, groups)
     check_scalars("adamw_ema_step", params[0], momentum, finite)
     if dispatch.may_read(params[0]):
-        check_apart("adamw_ema_step", params, targets, copies)
+        _check_apart(tensors)
     given = isinstance(momentum, Tensor)
     with torch.no_grad():
         adamw_ema_step_fwd(
@@ -352,6 +354,14 @@ def _check_steps(params: Sequence[Tensor], steps: Tensor, hyper: Tensor, groups:
     if min(groups) < 0 or max(groups) >= len(hyper):
         raise IndexError(f"adamw_ema_step: groups go from {min(groups)} to {max(groups)}, hyper has {len(hyper)} rows")
     dispatch.check_device("adamw_ema_step", params[0], steps=steps, hyper=hyper)
+
+
+def _check_apart(tensors: Stepped) -> None:
+    """Check that no tensor shares memory with one that is written; moments without a gradient are neither read nor written."""
+    live = [i for i, grad in enumerate(tensors.grads) if grad is not None]
+    moments = [each[i] for each in (tensors.exp_avgs, tensors.exp_avg_sqs) for i in live]
+    written = [*tensors.params, *moments, *tensors.targets, *tensors.copies]
+    check_apart("adamw_ema_step", written, [tensors.grads[i] for i in live])
 
 
 def _check_tensors(tensors: Stepped) -> None:

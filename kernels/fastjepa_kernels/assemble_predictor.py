@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import dispatch
 from .dispatch import jit, tl
-from .gather_tokens import gather_tokens_repeated_ref, occurrences, sum_repeats
+from .gather_tokens import check_repeats, gather_tokens_repeated_ref, occurrences, sum_repeats
 
 SUM_ROWS = 256  # rows whose share of dmask_token one program sums
 
@@ -224,6 +224,9 @@ def _backward(ctx, dout):
 assemble_predictor_fwd.register_autograd(_backward, setup_context=_save)
 
 
+dispatch.refuse_second_derivative("assemble_predictor", assemble_predictor_dcontext, assemble_predictor_dmask)
+
+
 def assemble_predictor(
     context: Tensor,
     context_idx: Tensor,
@@ -247,7 +250,8 @@ def assemble_predictor(
         (L, P), in the dtype that context and positions promote to; sums are made in fp32.
 
     Raises:
-        ValueError, TypeError, IndexError: wrong shape, dtype or device; an index out of range (CPU and debug only).
+        ValueError, TypeError, IndexError: wrong shape, dtype or device; an index out of range, or repeats of another idx (CPU
+            and debug only).
     """
     _check(context, context_idx, positions, mask_token, idx, repeats)
     if not dispatch.runs_triton("assemble_predictor", context):
@@ -270,18 +274,12 @@ def _check(context, context_idx, positions, mask_token, idx, repeats) -> None:
     if positions.requires_grad:
         raise ValueError(f"{op}: positions have no gradient; detach them, or add learned ones after")
     rows = len(context) + len(positions)
-    if repeats is not None:
-        order, starts = repeats
-        if order.shape != idx.shape or starts.shape != (rows + 1,):
-            raise ValueError(
-                f"{op}: repeats must be occurrences(idx, {rows}), shapes {tuple(idx.shape)} and ({rows + 1},); "
-                f"got {tuple(order.shape)}, {tuple(starts.shape)}"
-            )
-        given |= {"order": order, "starts": starts}
     dispatch.check_float(op, context=context, positions=positions, mask_token=mask_token)
     dispatch.check_device(op, context, **given)
     dispatch.check_idx("context_idx", context_idx, len(positions))
     dispatch.check_idx("idx", idx, rows)
+    if repeats is not None:
+        check_repeats(op, idx, rows, repeats)
 
 
 def _check_layout(context_cu_seqlens, target_idx, target_cu_seqlens, images: int, context_rows: int) -> None:

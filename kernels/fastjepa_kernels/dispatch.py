@@ -86,6 +86,12 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+def check_untransformed(op: str) -> None:
+    """Raise RuntimeError inside torch.func's transforms, for an op that writes in place: its derivatives would be lost."""
+    if transformed():
+        raise RuntimeError(f"{op}: it writes in place and has no rules for torch.func or forward mode; call it outside of them")
+
+
 def runs_triton(op: str, tensor: Tensor) -> bool:
     """Return True where `op` runs its kernel on this tensor; RuntimeError where triton was asked for and cannot run."""
     asked = _asked[op]
@@ -98,6 +104,22 @@ def runs_triton(op: str, tensor: Tensor) -> bool:
     if asked == "triton" and (reason := unusable(tensor.device.type)):
         raise RuntimeError(f"{op}: the Triton kernel cannot run here: {reason}; use auto or torch")
     return asked == "triton"
+
+
+def refuse_second_derivative(op: str, *derivatives: Any, remedy: str = "") -> None:
+    """Make the kernels of `op`'s first derivative say that they have none themselves, where torch would name register_autograd.
+
+    Args:
+        derivatives: registered ops (torch.library.custom_op).
+        remedy: where one is to be had; default: the definition.
+    """
+    remedy = remedy or f'fastjepa_kernels.use({op}="torch") has one'
+
+    def refuse(*_) -> None:
+        raise RuntimeError(f"{op}: the Triton kernel has no second derivative; {remedy}")
+
+    for derivative in derivatives:
+        derivative.register_autograd(refuse)
 
 
 def plan(device_type: str) -> dict[str, tuple[str, str]]:

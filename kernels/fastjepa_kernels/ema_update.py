@@ -16,6 +16,7 @@ targets A of 10,000 elements and B of 10, both 16-byte aligned, without copies.
 """
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -136,7 +137,7 @@ def make_table(owners: Tensor, device: torch.device) -> Table:
             if start < stop:
                 first = torch.arange(start, stop, CHUNK, device="cpu")
                 launches.setdefault(of, []).append(torch.stack([torch.full_like(first, row), first], dim=1))
-    chunks = [torch.cat(parts).to(device) for parts in launches.values()]  # (C, 2) each
+    chunks = [upload(torch.cat(parts), device) for parts in launches.values()]  # (C, 2) each
     return Table(owners, upload(owners, device), chunks, list(launches))
 
 
@@ -211,10 +212,10 @@ def ema_table(targets: Sequence[Tensor], sources: Sequence[Tensor], copies: Sequ
     """Make the table of these tensors once, for every later `ema_update_`; a CUDA graph must be captured with one.
 
     Raises:
-        ValueError, TypeError: as ema_update_; targets or copies that share their memory.
+        ValueError, TypeError: as ema_update_; targets or copies that share memory with another tensor.
     """
     _check_tensors(targets, sources, copies)
-    check_apart("ema_update", targets, copies or ())
+    check_averaged_apart(targets, sources, copies)
     return make_table(owners_of(targets, sources, copies or ()), targets[0].device if targets else torch.device("cpu"))
 
 
@@ -241,14 +242,15 @@ def ema_update_(
 
     Raises:
         ValueError, TypeError: wrong number, shape, dtype, layout or device; a momentum outside [0, 1], or targets or copies
-            that share their memory (a tensor's value, and memory: CPU and debug only).
+            that share memory with another tensor (a tensor's value, and memory: CPU and debug only).
     """
     _check_tensors(targets, sources, copies)
     if not targets:
         return
+    dispatch.check_untransformed("ema_update")
     check_scalars("ema_update", targets[0], momentum, finite)
     if dispatch.may_read(targets[0]):
-        check_apart("ema_update", targets, copies or ())
+        check_averaged_apart(targets, sources, copies)
     if not dispatch.runs_triton("ema_update", targets[0]):
         return ema_update_ref(targets, sources, momentum, finite, copies)
     given = isinstance(momentum, Tensor)
@@ -269,19 +271,35 @@ def check_scalars(op: str, first: Tensor, momentum: float | Tensor, finite: Tens
             if tensor.ndim or tensor.dtype != dtype:
                 raise TypeError(f"{op}: {name} must be a 0-dim {dtype} tensor, not {tuple(tensor.shape)} of {tensor.dtype}")
             dispatch.check_device(op, first, **{name: tensor})
+    if not isinstance(momentum, Real | torch.SymFloat | Tensor):
+        raise TypeError(f"{op}: momentum must be a number or a 0-dim tensor, not {type(momentum).__name__}")
     known = not isinstance(momentum, Tensor) or dispatch.may_read(momentum)
     if known and not 0 <= momentum <= 1:
         raise ValueError(f"{op}: momentum is {float(momentum):.6g}; it must be between 0 and 1")
 
 
-def check_apart(op: str, *lists: Sequence[Tensor]) -> None:
-    """Raise ValueError where tensors that are written share memory, for which a kernel's programs would race.
+def check_apart(op: str, written: Sequence[Tensor], read: Sequence[Tensor] = ()) -> None:
+    """Raise ValueError where a tensor that is written shares memory with another, for which a kernel's programs would race.
 
-    Addresses [(100, 124), (120, 144)] of two tensors: the second begins before the first ends.
+    Addresses [(100, 124), (120, 144)] of two tensors: the second begins before the first ends. Tensors that are only read
+    may share theirs with one another.
     """
-    spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for one in lists for t in one if t.numel())
-    if any(start < end for (_, end), (start, _) in zip(spans, spans[1:], strict=False)):
-        raise ValueError(f"{op}: two of the tensors that are written share their memory; give each once")
+    spans = [(t.data_ptr(), t.numel() * t.element_size(), True) for t in written]
+    spans += [(t.data_ptr(), t.numel() * t.element_size(), False) for t in read]
+    end = end_written = 0  # of all that began before, and of those among them that are written
+    for start, size, writes in sorted(span for span in spans if span[1]):
+        if start < (end if writes else end_written):
+            other = "two of the tensors that are written" if writes and start < end_written else "a written and a read tensor"
+            raise ValueError(f"{op}: {other} share their memory; give each once, and its own")
+        end = max(end, start + size)
+        end_written = max(end_written, start + size) if writes else end_written
+
+
+def check_averaged_apart(targets: Sequence[Tensor], sources: Sequence[Tensor], copies: Sequence[Tensor] | None) -> None:
+    """Check the tensors of an average; a target may be its own source, as where two models share a frozen weight."""
+    pairs = zip(targets, sources, strict=True)
+    others = [s for t, s in pairs if t.data_ptr() != s.data_ptr() or t.dtype != s.dtype]
+    check_apart("ema_update", [*targets, *(copies or ())], others)
 
 
 def check_alike(op: str, name: str, tensors: Sequence[Tensor], like: Sequence[Tensor], dtypes: tuple) -> None:

@@ -222,6 +222,9 @@ gather_tokens_repeated_fwd.register_autograd(
 )
 
 
+dispatch.refuse_second_derivative("gather_tokens", gather_tokens_repeated_bwd)
+
+
 def gather_tokens(x: Tensor, idx: Tensor) -> Tensor:
     """Copy the rows of `x` that `idx` names, each at most once; their gradient returns in one pass.
 
@@ -257,14 +260,30 @@ def gather_tokens_repeated(x: Tensor, idx: Tensor, repeats: tuple[Tensor, Tensor
         (T, D).
 
     Raises:
-        ValueError, TypeError, IndexError: wrong shape, dtype or device; an index out of range (CPU and debug only).
+        ValueError, TypeError, IndexError: wrong shape, dtype or device; an index out of range, or repeats of another idx (CPU
+            and debug only).
     """
     if x.ndim != 2:
         raise ValueError(f"gather_tokens_repeated: x must be (M, D), not {tuple(x.shape)}; flatten it")
     _check("gather_tokens_repeated", x, idx)
+    if repeats is not None:
+        check_repeats("gather_tokens_repeated", idx, x.shape[0], repeats)
     if not dispatch.runs_triton("gather_tokens", x):
         return gather_tokens_repeated_ref(x, idx)
     return gather_tokens_repeated_fwd(x, idx, *(repeats or occurrences(idx, x.shape[0])))
+
+
+def check_repeats(op: str, idx: Tensor, rows: int, repeats: tuple[Tensor, Tensor]) -> None:
+    """Raise ValueError where `repeats` is not occurrences(idx, rows): by its shapes, and by its values where `may_read`."""
+    order, starts = repeats
+    if order.shape != idx.shape or starts.shape != (rows + 1,):
+        raise ValueError(
+            f"{op}: repeats must be occurrences(idx, {rows}), shapes {tuple(idx.shape)} and ({rows + 1},); "
+            f"got {tuple(order.shape)}, {tuple(starts.shape)}"
+        )
+    dispatch.check_device(op, idx, order=order, starts=starts)
+    if dispatch.may_read(idx) and not all(map(torch.equal, repeats, occurrences(idx, rows))):
+        raise ValueError(f"{op}: repeats are those of another idx; make them by occurrences(idx, {rows})")
 
 
 def _check(op: str, x: Tensor, idx: Tensor) -> None:

@@ -1,7 +1,9 @@
 """Modules and an optimizer for other trainers, with the parameters and state dicts of the classes that they replace."""
 
+import math
 from collections.abc import Callable, Iterable
 from copy import deepcopy
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -45,13 +47,15 @@ class MaskedPatchEmbed(nn.Module):
             self.register_buffer(name, channels, persistent=False)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "MaskedPatchEmbed":
-        """Move as every module does, then write mean and std anew, in fp32: `to_empty` would leave them without values."""
+        """Move as every module does, mean and std with their values and in fp32: `to_empty` would leave them without values.
+
+        From the meta device they get the values that the module was made with.
+        """
+        before = {name: getattr(self, name) for name in self._channels}
         super()._apply(fn, recurse)
         for name, values in self._channels.items():
-            channels = getattr(self, name).float()
-            if not channels.is_meta:
-                channels.copy_(torch.tensor(values, dtype=torch.float32, device="cpu"))
-            setattr(self, name, channels)
+            device, kept = getattr(self, name).device, before[name].float()
+            setattr(self, name, torch.tensor(values, device=device) if kept.is_meta else kept.to(device))
         return self
 
     def forward(self, images: Tensor, idx: Tensor | None = None) -> Tensor:
@@ -202,10 +206,11 @@ class FusedAdamWEMA(torch.optim.Optimizer):
             betas, chosen = group["betas"], [name for name in ("amsgrad", "maximize") if group.get(name)]
             if chosen:
                 raise ValueError(f"FusedAdamWEMA: a group asks for {chosen[0]}, which it has not; use torch.optim.AdamW")
-            if min(group["lr"], group["eps"], group["weight_decay"]) < 0 or not all(0 <= beta < 1 for beta in betas):
+            sizes = (group["lr"], group["eps"], group["weight_decay"])
+            if not all(0 <= size < math.inf for size in sizes) or not all(0 <= beta < 1 for beta in betas):
                 raise ValueError(
                     f"FusedAdamWEMA: lr {group['lr']}, eps {group['eps']} and weight_decay {group['weight_decay']} must be"
-                    f" at least 0, betas {betas} in [0, 1)"
+                    f" finite and at least 0, betas {betas} in [0, 1)"
                 )
         self._gather()
 
@@ -234,6 +239,11 @@ class FusedAdamWEMA(torch.optim.Optimizer):
             moment = state.get(name)
             state[name] = torch.zeros_like(p, memory_format=torch.contiguous_format) if moment is None else moment.contiguous()
         return state["exp_avg"], state["exp_avg_sq"]
+
+    def __copy__(self) -> NoReturn:
+        raise TypeError(
+            "FusedAdamWEMA: a shallow copy would share moments, not their counts; deepcopy model and optimizer at once"
+        )
 
     def __getstate__(self) -> dict:
         return super().__getstate__() | {"_targets": self._targets, "_copies": self._copies}

@@ -202,6 +202,9 @@ def _backward(ctx, dout):
 scatter_tokens_fwd.register_autograd(_backward, setup_context=_save)
 
 
+dispatch.refuse_second_derivative("scatter_tokens", scatter_tokens_dx, scatter_tokens_dfill)
+
+
 def scatter_tokens(
     x: Tensor, idx: Tensor, num_rows: int, fill: Tensor | None = None, positions: Tensor | None = None
 ) -> Tensor:

@@ -30,9 +30,12 @@ WIDEST = 64  # a head
 def short_attention_ref(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_q: int, max_k: int
 ) -> Tensor:
-    """Compute short_attention by padded products in bf16, by scaled_dot_product_attention else: the faster one on a CPU."""
+    """Compute short_attention by padded products in bf16, by scaled_dot_product_attention else: the faster one on a CPU.
+
+    Under torch.func it is always the products, for which torch has every derivative.
+    """
     packed = PackedQKV(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k)
-    return dense_attention(packed, "matmul" if q.dtype == torch.bfloat16 else "sdpa")
+    return dense_attention(packed, "matmul" if q.dtype == torch.bfloat16 or dispatch.transformed() else "sdpa")
 
 
 @jit
@@ -270,6 +273,9 @@ def _backward(ctx, dout, _dlse):
 
 
 short_attention_fwd.register_autograd(_backward, setup_context=_save)
+
+
+dispatch.refuse_second_derivative("short_attention", short_attention_bwd, remedy='varlen_attention by "matmul" has one')
 
 
 def short_attention(

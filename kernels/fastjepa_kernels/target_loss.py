@@ -221,6 +221,9 @@ def _backward(ctx, dloss, ddirection):
 target_loss_fwd.register_autograd(_backward, setup_context=_save)
 
 
+dispatch.refuse_second_derivative("target_loss", target_loss_bwd)
+
+
 def target_loss(
     prediction: Tensor, features: Tensor | Sequence[Tensor], idx: Tensor, weight: Tensor, kind: str = "smooth_l1"
 ) -> Tensor:

@@ -37,9 +37,10 @@ WAYS = ("auto", *LIBRARIES, "short", "sdpa", "matmul")
 # ms each, keeps all plans, and has no deterministic backward. FlashAttention drops a window that covers the longest sequence.
 WINDOW = 1 << 20
 
-# Knowledge of the packages, in plain dictionaries, which torch.compile reads without a break. A package is imported when it
-# is first wanted; one that is not installed is known beforehand, as no import that fails can be compiled.
-_found: dict[str, Callable[..., Tensor]] = {}
+# Knowledge of the packages, in plain dictionaries, which torch.compile reads without a break; where one changes it compiles
+# again. A package is imported when it is first wanted; one that is not installed is known beforehand, as no import that fails
+# can be compiled.
+_found: dict[str, Callable[..., Tensor]] = {"short": short_attention}
 _absent: dict[str, str] = {
     way: f"no module named {package}"
     for way, package in (("flash", "flash_attn"), ("xformers", "xformers"))
@@ -82,8 +83,6 @@ def library(way: str) -> Callable[..., Tensor]:
 
 def load(way: str) -> Callable[..., Tensor]:
     """Import the package of a way and return a function of (q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k)."""
-    if way == "short":
-        return short_attention
     if way == "flash":
         import flash_attn  # noqa: F401
 

@@ -28,6 +28,7 @@ from fastjepa.config.schema import Config
 from fastjepa.errors import UserError
 from fastjepa.masks.pack import pack
 from fastjepa.plan.flops import flops_of_packed
+from fastjepa.plan.plan import workload_of
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 CPU = torch.device("cpu")
@@ -164,7 +165,7 @@ def test_result_holds_what_was_promised(result: dict):
 def test_flops_are_those_of_the_batches_timed(result: dict):
     config = config_of(*SHALLOW, "--dtype=fp32")
     works = [Work.draw(config, CPU, number) for number in range(2)]
-    each = [flops_of_packed(config, *pack(work.context_mask, work.target_mask)).total for work in works]
+    each = [flops_of_packed(workload_of(config), *pack(work.context_mask, work.target_mask)).total for work in works]
     assert result["gflop_per_image"] == pytest.approx(np.mean(each) / 1e9)
 
 

@@ -18,6 +18,7 @@ from fastjepa.masks.pack import pack
 from fastjepa.model.predictor import Predictor
 from fastjepa.model.vit import Encoder
 from fastjepa.plan.flops import flops_of_packed
+from fastjepa.plan.plan import workload_of
 from fastjepa.run import step as run_step
 
 CPU = torch.device("cpu")
@@ -162,7 +163,7 @@ def test_a_part_s_share_of_the_gemm_rate():
 
 def test_flops_of_the_parts_are_in_the_order_of_their_names():
     work = Work.draw(config_of(), CPU, 0)
-    counted = vars(flops_of_packed(config_of(), *pack(work.context_mask, work.target_mask)))
+    counted = vars(flops_of_packed(workload_of(config_of()), *pack(work.context_mask, work.target_mask)))
     assert [name.replace("_", " ") for name in counted] == list(breakdown.NETWORK_PARTS)
 
 

@@ -2,29 +2,45 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import gpu_check
 import pytest
+import results
 
 ROOT = Path(__file__).resolve().parents[2]
 OPS = {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks" / "ops").glob("bench_*.py")}
 
 
-def test_no_speed_is_reported_by_a_run_whose_checks_fail(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("part", "checks"), [("ops", ["tests", "paths"]), ("steps", ["definitions"]), ("data", ["definitions"])]
+)
+def test_no_speed_is_reported_by_a_run_whose_checks_fail(part, checks, monkeypatch: pytest.MonkeyPatch):
     run, ran = gpu_check.CheckRun(dry=True, seconds=60), []
 
     def step(name: str, *command: str, **environment: str) -> str:
         ran.append(name)
-        run.steps[name] = {"passed": name != "paths", "seconds": 0, "output": ""}
+        run.steps[name] = {"passed": name != checks[-1], "seconds": 0, "output": ""}
         return ""
 
     monkeypatch.setattr(run, "step", step)
+    gpu_check.check_and_measure(run, [part])
+    assert ran in (checks, [*checks, "compute-sanitizer"]) and not run.rows
+    assert any(entry["what"] == "measurements" and "no speed" in entry["reason"] for entry in run.not_measured)
+
+
+def test_what_is_worth_most_comes_first(monkeypatch: pytest.MonkeyPatch):
+    run, ran = gpu_check.CheckRun(dry=False, seconds=60), []
+    monkeypatch.setattr(run, "step", lambda name, *command, **options: ran.append(name.split(" --")[0]) or "")
     gpu_check.check_and_measure(run)
-    assert ran in (["tests", "paths"], ["tests", "paths", "compute-sanitizer"]) and not run.rows
-    assert any(entry["what"] == "benches" and "no speed" in entry["reason"] for entry in run.not_measured)
+    assert [name for name in ran if name.startswith("step")][:2] == ["step vit_huge parity", "step vit_huge packed"]
+    kinds = [name.split()[0].partition("_")[0] for name in ran if name != "compute-sanitizer"]
+    assert list(dict.fromkeys(kinds)) == ["tests", "paths", "step", "bench", "gpu", "data"]
+    assert {name.removeprefix("bench_") for name in ran if name.startswith("bench_")} == OPS
 
 
 def test_a_step_that_takes_too_long_fails_and_the_rest_is_not_measured(tmp_path: Path):
@@ -33,6 +49,57 @@ def test_a_step_that_takes_too_long_fails_and_the_rest_is_not_measured(tmp_path:
     assert "out of time" in run.steps["slow"]["output"] and not run.passed
     gpu_check.run_bench(run, tmp_path / "bench_any.py")
     assert run.not_measured == [{"what": "bench_any", "reason": "the time was over"}]
+
+
+STOPPED = """
+import sys, time
+import gpu_check
+def measure(run, parts):
+    run.keep([{"part": "step", "model": "vit_small", "ms": 2.5}], [])
+    run.step("endless", sys.executable, "-c", "import subprocess; subprocess.run(['sleep', '61.75'])")
+gpu_check.check_and_measure = measure
+gpu_check.main()
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_wherever_it_is_stopped_it_tells_what_was_measured(sent, tmp_path: Path):
+    """The step that runs ends with all that it has started, and nothing waits for it."""
+    file, paths = tmp_path / "found.json", f"{ROOT / 'benchmarks'}{os.pathsep}{ROOT}"
+    run = subprocess.Popen([sys.executable, "-c", STOPPED, "--dry-run", "--part", "steps", "--output", str(file)], text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": paths})  # fmt: skip
+    said = [next(run.stdout)]
+    while "== endless" not in said[-1]:
+        said.append(next(run.stdout))
+    assert "| vit_small | 2.5 |" in "".join(said)  # told when it is measured
+    time.sleep(0.3)
+    run.send_signal(sent)
+    out, errors = run.communicate(timeout=20)
+    assert run.returncode == 1 and f"stopped by {sent.name}" in errors
+    assert "| vit_small | 2.5 |" in out and "1 measurements" in out
+    report = json.loads(file.read_text())
+    assert report["rows"] and report["not_measured"][-1] == {"what": "the rest", "reason": f"stopped by {sent.name}"}
+    assert subprocess.run(["pgrep", "-f", "sleep 61.75"], capture_output=True).returncode == 1
+
+
+def test_a_row_of_a_card_stands_beside_its_prediction():
+    predictions = results.read_predictions()
+    run = gpu_check.CheckRun(dry=True, seconds=60)
+    run.predictions = predictions
+    row = {"part": "step", "model": "vit_huge", "masks": "parity", "images_per_s": 700.0}
+    run.keep([row, row | {"gflop_per_image": 2 * 663.0}, {"part": "step", "ms": 1.0}], [])
+    assert [one.get("predicted") for one in run.rows] == [pytest.approx(770, rel=0.01), pytest.approx(385, rel=0.01), None]
+
+
+def test_every_row_that_a_card_will_fill_has_a_prediction():
+    rows = json.loads((results.RESULTS / "predictions.json").read_text())["rows"]
+    by_part = {part: [row for row in rows if row.get("part") == part] for part in ("step", "gpu_hours", "data", None)}
+    cases = {(model, masks) for model in gpu_check.STEPS for masks in gpu_check.MASKS}
+    assert {(row["model"], row["masks"]) for row in by_part["step"]} == cases
+    asked = {(model, column) for model, columns in gpu_check.HOURS for column in columns.split(",")}
+    assert {(row["model"], row["column"]) for row in by_part["gpu_hours"]} == asked and by_part["data"]
+    assert {row["op"] for row in by_part[None]} == OPS == set(gpu_check.BENCHES)
+    assert all(row["estimate"] and row["predicted"] > 0 and row["arithmetic"] for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from fastjepa.config.schema import Config
 from fastjepa.engine.precision import has_bf16
 from fastjepa.masks.draw import draw_masks
+from fastjepa.masks.layouts import Masking
 from fastjepa.plan.flops import flops_per_image, official_flops
+from fastjepa.plan.plan import workload_of
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 CPU = torch.device("cpu")
@@ -67,7 +69,7 @@ def test_flops_that_torch_counts_are_those_of_the_formula():
     """`fastjepa.flops` has a closed form of the official step, which I-JEPA on timm's ViT computes."""
     config = config_of()
     batch = ijepa.IJepa.draw(config, CPU, 0)
-    expected = official_flops(config, batch[1].shape[1], batch[2].shape[2]).total
+    expected = official_flops(workload_of(config), batch[1].shape[1], batch[2].shape[2]).total
     assert vit.count_flops(ijepa.IJepa, config, [batch]) == [pytest.approx(expected, rel=1e-6)]
 
 
@@ -91,7 +93,7 @@ def test_contexts_are_cut_as_the_official_batch_of_a_gpu_is():
     config = config_of()
     small, whole = (
         ijepa.draw_work(config, CPU, 3),
-        draw_masks(config.mask, config.grid, config.runtime.seed, 3, range(128), 128),
+        draw_masks(Masking.of(config), 3, range(128), 128),
     )
     assert (small.context_mask == whole[0][:2]).all() and (small.target_mask == whole[1][:2]).all()
     assert len(ijepa.draw_work(config_of("--batch=130"), CPU, 0).images) == 130
@@ -100,7 +102,7 @@ def test_contexts_are_cut_as_the_official_batch_of_a_gpu_is():
 def test_typical_batches_cost_what_the_mean_costs():
     config = config_of()
     drawn = [ijepa.IJepa.draw(config, CPU, number) for number in range(ijepa.TRIED)]
-    costs = [official_flops(config, context.shape[1], blocks.shape[2]).total for _, context, blocks in drawn]
+    costs = [official_flops(workload_of(config), context.shape[1], blocks.shape[2]).total for _, context, blocks in drawn]
     chosen = ijepa.typical_batches(config, 2)
     mean = sum(costs) / len(costs)
     assert sorted(chosen) == sorted(sorted(range(ijepa.TRIED), key=lambda number: abs(costs[number] - mean))[:2])
@@ -246,7 +248,7 @@ def test_flops_of_the_paper_are_those_derived_elsewhere(model: str, gigaflops: f
     config = gpu_hours.to_config(options, model)
     assert gpu_hours.counted_flops(gpu_hours.Row("ijepa", model, "same"), config) / 1e9 == pytest.approx(gigaflops, rel=0.03)
     packed = gpu_hours.counted_flops(gpu_hours.Row("ijepa", model, "packed"), config)
-    assert packed == pytest.approx(flops_per_image(config, 128), rel=0.05)
+    assert packed == pytest.approx(flops_per_image(workload_of(config), 128), rel=0.05)
 
 
 def test_datasheets():

@@ -17,9 +17,12 @@ from hypothesis import strategies as st
 from fastjepa.errors import UserError
 from fastjepa.masks.check import check_masks
 from fastjepa.masks.draw import draw_masks
+from fastjepa.masks.layouts import Masking
 from fastjepa.masks.pack import pack
+from fastjepa.model.jepa import NetworkShape
 from fastjepa.plan.flops import flops_of_packed
 from fastjepa.plan.memory import activation_bytes, network_sizes, row_counts
+from fastjepa.plan.plan import workload_of
 
 CPU = torch.device("cpu")
 VALUES = (4, 8, 16, 32)
@@ -105,19 +108,19 @@ def test_masks_can_be_drawn_at_every_default_value():
     values = {"batch": options.batch, "tokens": options.size, "width": options.width, "depth": options.depth}
     for axis, value in ((name, one) for name in values for one in values[name]):
         config = growth.along(growth.to_config(options), axis, value)[1]
-        check_masks(config.mask, config.grid, config.runtime.seed, config.data.batch_size)
+        check_masks(Masking.of(config), config.data.batch_size)
 
 
 def test_the_maths_of_a_step_are_flops_and_memory():
     config = growth.to_config(growth.parse_options(SMALL))
     point = growth.step_point(config, "batch", 4, CPU)
     _, config = growth.along(config, "batch", 4)
-    drawn = [draw_masks(config.mask, config.grid, 0, number, range(4), 4) for number in range(step.DISTINCT)]
-    each = [4 * flops_of_packed(config, *pack(*one)).total for one in drawn]
+    drawn = [draw_masks(Masking.of(config), number, range(4), 4) for number in range(step.DISTINCT)]
+    each = [4 * flops_of_packed(workload_of(config), *pack(*one)).total for one in drawn]
     assert point.work == pytest.approx(np.mean(each))
-    size = network_sizes(config)
+    size = network_sizes(NetworkShape.of(config))
     states = 4 * (4 * size.trained + size.encoder)
-    held = activation_bytes(config, row_counts(config, 4))
+    held = activation_bytes(workload_of(config), row_counts(workload_of(config), 4))
     assert point.counted == states + held.saved + held.loss
 
 

@@ -10,19 +10,38 @@ import torch
 from fastjepa.cli import survey
 from fastjepa.cli.main import main
 from fastjepa.cli.survey import DEEPSPEED_OPS, OPTIONAL_PACKAGES, deepspeed_op_rows, driver_row, precision_row, survey_machine
+from fastjepa.config.load import config_from_dict, load_config
+from fastjepa.data.sources import open_source
 from fastjepa.engine.precision import settle_dtype
+from fastjepa.loader.loader import batch_bytes, batch_recipe, crew_of
+from fastjepa.loader.micro_batches import MicroBatches
 from tests.support.places import ROOT
 
 CPU = torch.device("cpu")
 
 
+def asked_for(**data: object) -> tuple:
+    """The crew of a run, and the bytes of its micro-batches."""
+    config = config_from_dict({"data": data})
+    return crew_of(config, CPU), batch_bytes(config)
+
+
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict[str, tuple[str, str]]]:
-    return {topic: {what: (state, why) for what, state, why in rows} for topic, rows in survey_machine().items()}
+    return {topic: {what: (state, why) for what, state, why in rows} for topic, rows in survey_machine(*asked_for()).items()}
 
 
 def test_it_covers_the_machine(found):
-    assert found.keys() == {"versions", "decoder", "precision", "attention", "kernels", "DeepSpeed ops", "packages"}
+    assert found.keys() == {
+        "versions",
+        "decoder",
+        "shared memory",
+        "precision",
+        "attention",
+        "kernels",
+        "DeepSpeed ops",
+        "packages",
+    }
     assert {"fastjepa", "fastjepa-kernels", "torch", "triton", "GPU", "driver"} == found["versions"].keys()
     assert found["versions"]["torch"][0] == torch.__version__
 
@@ -78,3 +97,24 @@ def test_the_screen_and_the_json_are_the_same(found, capsys):
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
     assert all(what in shown for topic in found.values() for what in topic)
+
+
+@pytest.mark.parametrize(("total", "free", "state"), [(64, 64, "too small"), (4096, 100, "too small"), (4096, 4000, "enough")])
+def test_shared_memory_is_compared_with_what_a_config_asks_for(total, free, state, monkeypatch):
+    monkeypatch.setattr(survey, "free_and_total", lambda: (free << 20, total << 20))
+    said = survey.shared_memory_row(*asked_for(), ranks=1)
+    assert said[:2] == ("/dev/shm", state) and f"of {total} MiB, {free} free" in said[2]
+    assert ("--shm-size" in said[2]) == (state == "too small")
+    assert "144 micro-batches" in survey.shared_memory_row(*asked_for(num_workers=71), ranks=1)[2]
+    assert survey.shared_memory_row(*asked_for(num_workers=0), ranks=8)[1] == "enough"
+
+
+def test_the_size_asked_for_is_that_of_a_real_micro_batch(toy_config):
+    config = load_config(toy_config)
+    batch = MicroBatches(batch_recipe(config), open_source(config.data.address), 0, 1)[0]
+    assert batch_bytes(config) == sum(tensor.nbytes for tensor in batch.tensors())
+
+
+def test_overrides_of_no_config_are_refused(capsys):
+    assert main(["doctor", "data.num_workers=2"]) == 2
+    assert "of which config?" in capsys.readouterr().err

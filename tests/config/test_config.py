@@ -409,6 +409,8 @@ def test_an_official_key_that_cannot_act_raises(tmp_path, key, value):
         ({"data": {"mean": [0.5, 0.5, 127.5]}}, ["data.mean: 127.5", "by 255"]),
         ({"data": {"mean": [33.3], "channels": 1}}, ["data.mean: 33.3", "by 255: [0.131]"]),
         ({"data": {"std": [3], "channels": 1}}, ["data.std: 3", "by 255: [0.012]"]),
+        ({"optimization": {"optimizer": "muon"}, "runtime": {"zero": 1}}, ["optimization.optimizer: muon", "runtime.zero"]),
+        ({"optimization": {"optimizer": "muon", "lr": 0}}, ["optimization.lr: 0", "optimization.muon_lr"]),
         ({"data": {"source": "cifar10", "root_path": "a"}}, ["data.source", "data.root_path"]),
         ({"data": {"source": "cifar10", "image_folder": "a"}}, ["data.source", "image_folder"]),
     ],

@@ -30,7 +30,7 @@ from fastjepa.data.decode_pillow import decode_image, read_header
 from fastjepa.data.sources import open_source
 from fastjepa.errors import ConfigError
 from fastjepa.loader.batch import Batch
-from fastjepa.loader.loader import Loader, _dali_settings, decodes_with_dali
+from fastjepa.loader.loader import Loader, _dali_settings, batch_recipe, decodes_with_dali
 from fastjepa.loader.micro_batches import EncodedBatches, MicroBatches
 from fastjepa.ranks.world import World
 from fastjepa_kernels.layers import MaskedPatchEmbed
@@ -67,7 +67,7 @@ PNG = encode(PICTURE, "PNG")
 LATE_EXIF = PNG[:-12] + encode(PICTURE, "PNG", exif=turned(6))[33:].partition(b"IDAT")[0][:-4] + PNG[-12:]
 JPEG_DAMAGED_INSIDE = encode(PICTURE, progressive=True)[:900] + b"\xff\xd8\xff\xc0" * 60 + b"\xff\xd9"
 BROKEN_CHECKSUM = PNG[:-16] + bytes([PNG[-16] ^ 1]) + PNG[-15:]  # of the last pixels: Pillow does not look
-READ = {f"jpeg {mode}": encode(PICTURE.convert(mode)) for mode in ("L", "RGB", "CMYK")}
+READ = {f"jpeg {mode}": encode(PICTURE.convert(mode)) for mode in ("L", "RGB")}
 READ |= {f"jpeg turned {n}": encode(PICTURE, exif=turned(n)) for n in (2, 3, 5, 6, 7, 8)}
 READ |= {f"png {mode}": encode(PICTURE.convert(mode), "PNG") for mode in ("1", "L", "LA", "P", "RGB", "RGBA")}
 READ |= {
@@ -87,6 +87,7 @@ NOT_READ = {
     "xmp": encode(PICTURE, xmp=XMP),
     "tiff LA": encode(PICTURE.convert("LA"), "TIFF"),
     "tiff": encode(PICTURE, "TIFF"),
+    "cmyk": encode(PICTURE.convert("CMYK")),
     "bmp": encode(PICTURE, "BMP"),
     "webp turned": encode(PICTURE, "WEBP", exif=turned(6)),
     "webp animated": encode(PICTURE, "WEBP", save_all=True, append_images=[natural(121, 90, seed=1)]),
@@ -238,7 +239,7 @@ def settings(source: Path | str, loader: str, **keys) -> Config:
 
 
 def load(setting: Config, steps: int) -> tuple[list[Batch], set[str]]:
-    with Loader(setting, open_source(setting.data), World(0, 0, 1, CPU), 0, steps) as loader:
+    with Loader(setting, open_source(setting.data.address), World(0, 0, 1, CPU), 0, steps) as loader:
         batches = [batch for step in range(steps) for batch in loader.micro_batches(step)]
         return batches, loader.bad
 
@@ -322,10 +323,12 @@ def test_a_bad_file_changes_no_bit_of_the_other_rows(tmp_path: Path, bad: str):
     (good,), _ = load(settings(whole, "dali", batch_size=8), 1)
     (ours,), met = load(settings(spoilt, "dali", batch_size=8), 1)
     assert met == {str(spoilt / "05.jpg")}
-    order = MicroBatches(settings(whole, "dali", batch_size=8), open_source(whole), 0, 1).samples(0, 0, 8).tolist()
+    order = (
+        MicroBatches(batch_recipe(settings(whole, "dali", batch_size=8)), open_source(whole), 0, 1).samples(0, 0, 8).tolist()
+    )
     row = order.index(5)
     assert (ours.images != good.images).flatten(1).any(1).nonzero().flatten().tolist() == [row]
-    dataset = EncodedBatches(settings(spoilt, "dali", batch_size=8), open_source(spoilt), 0, 1)
+    dataset = EncodedBatches(batch_recipe(settings(spoilt, "dali", batch_size=8)), open_source(spoilt), 0, 1)
     before, after = (batch.images.arrays()[0] for batch in (dataset[0], dataset.without(0, {row: "DALI refuses it"})))
     assert [i for i in range(8) if before[i].tobytes() != after[i].tobytes()] == [row]
 
@@ -335,8 +338,8 @@ def test_a_file_that_vanishes_in_the_run_is_replaced(tmp_path: Path, loader: str
     files = {f"{seed:02d}.jpg": encode(natural(60, 40, seed)) for seed in range(40)}
     setting = settings(write(tmp_path / "images", files), loader, prefetch=1)
     whole = load(setting, 10)[0]
-    source = open_source(setting.data)
-    slot = MicroBatches(setting, source, 0, 1).samples(7, 0, 4)[2]
+    source = open_source(setting.data.address)
+    slot = MicroBatches(batch_recipe(setting), source, 0, 1).samples(7, 0, 4)[2]
     with Loader(setting, source, World(0, 0, 1, CPU), 0, 10) as made:
         shown = list(made.micro_batches(0))
         os.unlink(source.name(slot))
@@ -393,7 +396,7 @@ def test_what_is_not_set_or_was_retired_is_dalis_own():
 
 def test_workers_hand_over_one_block_of_files(tmp_path: Path):
     folder = write(tmp_path / "images", {f"{n}.png": PNG for n in range(4)})
-    item = EncodedBatches(settings(folder, "dali"), open_source(folder), 0, 1)[0]
+    item = EncodedBatches(batch_recipe(settings(folder, "dali")), open_source(folder), 0, 1)[0]
     assert item.images.files.numel() == 4 * len(PNG) and item.images.ends.tolist() == [len(PNG) * n for n in range(1, 5)]
     assert item.images.boxes.dtype == torch.int32 and item.images.boxes.shape == (4, 4)
 
@@ -401,7 +404,7 @@ def test_workers_hand_over_one_block_of_files(tmp_path: Path):
 def load_for_ever(setting: Config) -> None:
     """Read batches; print the loader's worker processes once all have begun."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background inherits a deaf one
-    with Loader(setting, open_source(setting.data), World(0, 0, 1, CPU), 0) as loader:
+    with Loader(setting, open_source(setting.data.address), World(0, 0, 1, CPU), 0) as loader:
         for step in range(10**9):
             list(loader.micro_batches(step))
             if step == 5:

@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Iterator
@@ -161,7 +162,7 @@ def test_a_sample_is_one_request_and_the_index_is_fetched_once(server: Server):
 @pytest.mark.parametrize("loader", ["torch", "dali"])
 def test_batches_made_in_worker_processes_are_those_of_the_disk(server: Server, local: Path, loader: str):
     near, far = (settings(where, num_workers=2, loader=loader) for where in (local, f"{server.url}/set"))
-    open_source(far.data).read(0)  # its event loop is running when the workers are forked
+    open_source(far.data.address).read(0)  # its event loop is running when the workers are forked
     pairs = zip(load(near, range(12)), load(far, range(12)), strict=True)
     assert all(same_batch(a[0], b[0]) for a, b in pairs)
 
@@ -179,7 +180,7 @@ def test_it_reads_in_forked_spawned_and_again_in_the_first_process(server: Serve
 def test_a_micro_batch_is_asked_for_at_once(server: Server, local: Path):
     server.delay = 0.1
     setting = settings(f"{server.url}/set", batch_size=16)
-    source, start = open_source(setting.data), time.monotonic()
+    source, start = open_source(setting.data.address), time.monotonic()
     (batch,) = load_of(setting, source)
     assert time.monotonic() - start < 1.4  # one after the other 1.6
     server.delay = 0.0
@@ -239,7 +240,7 @@ def test_faults_that_pass_change_nothing(server: Server, local: Path, fault: dic
 
 def test_an_outage_ends_a_run_with_a_sentence_and_is_no_bad_image(server: Server):
     setting = settings(f"{server.url}/set", num_workers=1)
-    source = open_source(setting.data)
+    source = open_source(setting.data.address)
     server.statuses = [503] * 1000
     sentence = rf"^{server.url}/set/train/\d+.tar: cannot be read, tried 9 times \(503, .*; mend the address or the network.*$"
     with pytest.raises(Unreachable, match=sentence):
@@ -368,6 +369,36 @@ def test_tars_of_others_are_read_once_then_at_random(server: Server, local: Path
     assert "2 tars" in caplog.text and len(open_source(where)) == 5
 
 
+@pytest.mark.parametrize("damage", ["header", "links", "none"])
+def test_what_is_damaged_is_what_it_is_on_a_disk(server: Server, local: Path, tmp_path: Path, damage: str, capsys):
+    foreign(local.parent / "theirs")
+    first, second = sorted((local.parent / "theirs").glob("*.tar"))
+    if damage == "links":
+        with tarfile.open(second, "a") as opened:
+            link = tarfile.TarInfo("link.png")
+            link.type, link.linkname = tarfile.LNKTYPE, "0.png"
+            opened.addfile(link)
+    with tarfile.open(second) as opened:
+        header = opened.getmembers()[4].offset
+    if damage == "header":
+        with open(second, "r+b") as file:
+            file.seek(header)
+            file.write(b"x")
+    first.write_bytes(first.read_bytes() * 2)  # two joined
+    where = f"{server.url}/theirs/shard-{{000000..000001}}.tar"
+    disk = open_source(local.parent / "theirs")
+    assert bool(disk.unreadable) == (damage != "none")
+    for _ in range(2):  # with an index made now, and with the one that was kept
+        far = open_source(where)
+        assert len(far) == len(disk)
+        assert far.unreadable == [(path.replace(str(local.parent), server.url), why) for path, why in disk.unreadable]
+    assert contents(where) == contents(local.parent / "theirs")
+    wrong = int(damage != "none")
+    assert main(["data", "check", where, "--output", str(tmp_path / "bad.txt")]) == wrong
+    assert f"bad: {wrong}" in capsys.readouterr().out
+    assert main(["data", "shard", where, str(tmp_path / "out")]) == 2 * wrong
+
+
 def test_one_tar_is_a_set_too(server: Server, local: Path):
     assert contents(f"{server.url}/set/train/000001.tar") == contents(local / "train" / "000001.tar")
     with pytest.raises(UserError, match="000001.tar: has no val split"):
@@ -389,6 +420,7 @@ def test_what_is_no_tar_is_named(server: Server, local: Path, content: bytes):
         ("https://me:secret@h/train", "^https://h/train: give it without login"),
         ("https://h/0.tar?signature=x", "^https://h/0.tar: give it without login"),
         ("https://h/shard-{000..009.tar", "its braces do not match; write shard-{000000..000009}.tar"),
+        ("https://h/0.tar.gz", "https://h/0.tar.gz: compressed; unpack each"),
         ("s3://bucket/*.tar", r"\* finds nothing there; name the shards: shard-{000000..000009}.tar"),
     ],
 )

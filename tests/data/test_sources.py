@@ -136,6 +136,7 @@ def test_names_in_a_tar(names: str, tmp_path: Path, caplog):
 
 
 def test_parquet_equals_the_images_it_was_made_of(tmp_path: Path):
+    tmp_path = tmp_path / "set"
     images, names = [png(i) for i in range(11)], ("cat", "dog", "emu")
     for number, part in enumerate((range(0, 6), range(6, 11))):
         write_parquet(tmp_path / "data" / f"train-0000{number}-of-00002.parquet", [(images[i],) for i in part],
@@ -151,8 +152,9 @@ def test_parquet_equals_the_images_it_was_made_of(tmp_path: Path):
     one = open_source(tmp_path / "data" / "train-00001-of-00002.parquet")
     assert len(one) == 5 and len(open_source(f"{tmp_path}/data/train-*.parquet")) == 11
     for i, image in enumerate(images):
-        save_image(tmp_path / "folder" / f"{i:02d}.png", seed=i).write_bytes(image)
-    pairs = zip(load(settings(tmp_path / "folder"), range(4)), load(settings(tmp_path, num_workers=2), range(4)), strict=True)
+        save_image(tmp_path.with_name("as-files") / f"{i:02d}.png", seed=i).write_bytes(image)
+    from_files = load(settings(tmp_path.with_name("as-files")), range(4))
+    pairs = zip(from_files, load(settings(tmp_path, num_workers=2), range(4)), strict=True)
     assert all(same_batch(a[0], b[0]) for a, b in pairs)
 
 
@@ -164,7 +166,7 @@ def test_parquet_columns_of_plain_bytes_by_any_name(tmp_path: Path):
     assert [source.label(i) for i in range(3)] == [0, 4, 2] and source.classes == ("0", "1", "2", "3", "4")
 
 
-@pytest.mark.parametrize("labels", [None, [0, None, 1], [-1, -1, -1]])
+@pytest.mark.parametrize("labels", [None, [-1, -1, -1]])
 def test_parquet_without_labels_has_no_classes(tmp_path: Path, labels):
     write_parquet(tmp_path / "train.parquet", [png(i) for i in range(3)], labels, names=("a", "b"))
     source = open_source(tmp_path)

@@ -24,7 +24,7 @@ from fastjepa.data.sources import open_source
 from fastjepa.data.tar_shards import index_path
 from fastjepa.errors import UserError
 from tests.support.batches import load, same_batch, settings
-from tests.support.images import pack_shard, save_image, write_idx_pairs
+from tests.support.images import encoded, pack_shard, save_image, write_idx_pairs
 
 SIZE = 20_000  # four of the fixture's images of about 3.6 kB, their labels and their headers
 
@@ -118,6 +118,31 @@ def test_a_stale_index_is_scanned_again(folder: Path, tmp_path: Path, spoil: str
     assert "000001.npz: not the index of the tar beside it" in caplog.text
     extra = [(folder / "cat" / "00.png").read_bytes()] if spoil == "grown" else []
     assert sorted(raw for raw, _ in found) == sorted([raw for raw, _ in contents(folder)] + extra)
+
+
+LABELS = {  # what .cls files hold, the labels, and the line on them
+    "numbers": ([b"3", b" 0\n", b"07"], [3, 0, 7], ""),
+    "words": ([b"cat", b"dog", b"cat"], [None] * 3, "of 3 images 0 have no .cls and 3 one that holds no number"),
+    "nothing": ([b"", b"\n", b" "], [None] * 3, "of 3 images 0 have no .cls and 3 one that holds no number"),
+    "one word": ([b"3", b"0", b"cat"], [None] * 3, "of 3 images 0 have no .cls and 1 one that holds no number"),
+    "one without": ([b"3", None, b"1"], [None] * 3, "of 3 images 1 have no .cls and 0 one that holds no number"),
+    "none": ([None] * 3, [None] * 3, ""),
+    "minus one": ([b"-1"] * 3, [None] * 3, ""),
+    "no class has such a number": ([b"3", b"1" * 30, b"1.5"], [None] * 3, "0 have no .cls and 2 one that holds no number"),
+    "no text": ([b"3", b"\xff\x00", b"x" * 5000], [None] * 3, "0 have no .cls and 2 one that holds no number"),
+}
+
+
+@pytest.mark.parametrize("case", LABELS)
+def test_training_needs_no_labels(tmp_path: Path, case: str, caplog, capsys):
+    held, labels, says = LABELS[case]
+    files = {f"{i}.png": encoded(i) for i in range(3)} | {f"{i}.cls": raw for i, raw in enumerate(held) if raw is not None}
+    pack_shard(tmp_path / "0.tar", files)
+    source = open_source(tmp_path)
+    assert [source.label(i) for i in range(3)] == labels and source.unreadable == []
+    assert [source.read(i) for i in range(3)] == [encoded(i) for i in range(3)]
+    assert [line for line in caplog.messages if "labels are not used" in line] == [line for line in caplog.messages if line]
+    assert says in caplog.text and bool(says) == bool(caplog.text)
 
 
 def test_shards_that_are_not_the_manifests_are_refused(folder: Path, tmp_path: Path):
@@ -217,7 +242,7 @@ def test_unreadable_images_stop_the_writing_unless_allowed(folder: Path, tmp_pat
     (folder / "cat" / "00.png").symlink_to("nowhere.png")
     command = ["data", "shard", str(folder), str(tmp_path / "out"), "--shard-size", "20kB", "--workers", "2"]
     assert main(command) == 2
-    assert "cat/00.png: cannot be read, as 1 images so far, more than the 0 that may be left out" in capsys.readouterr().err
+    assert "cat/00.png: cannot be read, as 1 so far, more than the 0 that may be left out" in capsys.readouterr().err
     assert main([*command, "--max-bad", "1"]) == 0
     shown = capsys.readouterr()
     assert f"left out: {folder}/cat/00.png" in shown.err and "25 images" in shown.out

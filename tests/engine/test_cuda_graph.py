@@ -15,10 +15,12 @@ from fastjepa.engine.schedule import StepSettings
 from fastjepa.engine.tally import StepTally
 from fastjepa.loader.batch import Batch
 from fastjepa.masks.draw import draw_masks
+from fastjepa.masks.layouts import Masking
 from fastjepa.masks.pack import pack
 from fastjepa.masks.packed import PackedSize
-from fastjepa.masks.padding import drawn_sizes, padding_budget
+from fastjepa.masks.padding import drawn_sizes
 from fastjepa.model.jepa import build_pair
+from fastjepa.plan.plan import workload_of
 from fastjepa.run.build import build_networks, build_runs
 from tests.support.networks import perturbed
 from tests.support.padding import configured
@@ -30,15 +32,15 @@ STEPS, NOW = 20, StepSettings(1e-3, 0.1, 0.9)
 def tight():
     """A config whose budget is the median of each count, so that many batches are over it."""
     config = configured()
-    rows = np.median(drawn_sizes(config, 8, 8), axis=0)[:3].astype(int).tolist()
+    rows = np.median(drawn_sizes(Masking.of(config), 8, 8), axis=0)[:3].astype(int).tolist()
     return configured(token_budget=rows)
 
 
 def drawn(config, step: int, pieces: int = 1, device: str = "cpu") -> list[Batch]:
     """The padded micro-batches of a step."""
-    room = padding_budget(config, 8, 8 // pieces)
+    room = workload_of(config).padding_budget(8, 8 // pieces)
     images = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(step))
-    pair = draw_masks(config.mask, config.grid, 0, step, range(8), 8)
+    pair = draw_masks(Masking.of(config), step, range(8), 8)
     parts = [slice(start, start + 8 // pieces) for start in range(0, 8, 8 // pieces)]
     packed = [Batch(images[s], *pack(*(mask[s] for mask in pair), images=8, budget=room), bad=()) for s in parts]
     return [batch.to(torch.device(device)) for batch in packed]
@@ -50,8 +52,8 @@ def test_a_batch_over_the_budget_runs_without_and_is_counted():
     engine, average = PlainEngine(jepa, static_gradients=True), Average(target_encoder, jepa.encoder)
     runs = build_runs(config, engine)
     eager, graph = step_of(engine, average, config), step_of(engine, average, config, None, runs)
-    room = padding_budget(config, 8)
-    sizes = [PackedSize(*size) for size in drawn_sizes(config, 8, 8)[:STEPS].tolist()]
+    room = workload_of(config).padding_budget(8)
+    sizes = [PackedSize(*size) for size in drawn_sizes(Masking.of(config), 8, 8)[:STEPS].tolist()]
     over = [step for step, size in enumerate(sizes) if not room.holds(size)]
     assert 0 < len(over) < STEPS
     assert [padded_size(drawn(config, step)[0]) == room.size for step in range(STEPS)] == [s not in over for s in range(STEPS)]
@@ -66,7 +68,7 @@ def test_a_batch_over_the_budget_runs_without_and_is_counted():
 def test_a_replay_leaves_what_it_computed_where_the_body_does():
     """The results of the capture are the step's, also after a batch that ran without; losses of micro-batches add up."""
     config = configured()
-    batch, tally, runs = drawn(config, 0)[0], StepTally(), CudaGraph(padding_budget(config, 8), [], 3)
+    batch, tally, runs = drawn(config, 0)[0], StepTally(), CudaGraph(workload_of(config).padding_budget(8), [], 3)
     static = torch.tensor(0.0)
     replays = iter((5.0, 7.0))
     runs.graph = SimpleNamespace(replay=lambda: static.fill_(next(replays)))  # as it is once it has been captured

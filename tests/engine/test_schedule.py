@@ -26,6 +26,14 @@ def test_weight_decay_and_momentum_end_where_the_config_says():
     assert PLAN(25).ema_momentum == pytest.approx(0.95)
 
 
+def test_muons_rate_follows_adamws_in_proportion():
+    plan = Schedule(OptimizationConfig(epochs=10, warmup=2, muon_lr=0.02, muon_weight_decay=(0.1, 0.3)), steps_per_epoch=5)
+    settings = [plan(step) for step in range(plan.total_steps)]
+    assert [now.muon_lr / now.lr for now in settings] == pytest.approx([20.0] * 50)
+    assert max(now.muon_lr for now in settings) == pytest.approx(0.02)
+    assert settings[0].muon_weight_decay < settings[24].muon_weight_decay < settings[-1].muon_weight_decay == pytest.approx(0.3)
+
+
 def test_ipe_scale_stretches_every_schedule_beyond_the_run():
     stretched = Schedule(OptimizationConfig(epochs=10, warmup=2, ema=(0.9, 1.0), ipe_scale=1.25), steps_per_epoch=5)
     assert stretched.total_steps == PLAN.total_steps

@@ -18,7 +18,6 @@ from fastjepa.checkpoint.state import read_state
 from fastjepa.cli.main import main
 from fastjepa.config.load import config_from_dict
 from fastjepa.engine import zero
-from fastjepa.engine.build import build_engine
 from fastjepa.engine.deepspeed_config import BUCKET_ELEMENTS, deepspeed_settings
 from fastjepa.engine.zero import deepspeed_ops
 from fastjepa.errors import ConfigError, UserError
@@ -26,6 +25,7 @@ from fastjepa.model.jepa import build_pair
 from fastjepa.ranks.collectives import rank_count, this_rank
 from fastjepa.ranks.shard import Piece
 from fastjepa.ranks.world import World
+from fastjepa.run.build import build_engine
 from tests.support import ranks
 from tests.support.runs import TINY, lines, losses, trained
 

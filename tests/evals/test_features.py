@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import re
+import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +21,9 @@ from fastjepa.checkpoint.restore import load_networks
 from fastjepa.config.load import config_from_dict
 from fastjepa.data.crops import fit_to
 from fastjepa.data.sources import open_source
-from fastjepa.errors import UserError
+from fastjepa.errors import LoaderError, UserError
 from fastjepa.evals import features, inputs, linear
+from fastjepa.evals import images as evals_images
 from fastjepa.evals.cache import weights_fingerprint
 from fastjepa.evals.collapse import effective_rank
 from fastjepa.evals.features import extract_features, raw_pixels
@@ -30,6 +34,7 @@ from fastjepa.evals.linear import linear_accuracy
 from fastjepa.evals.request import EvalRequest
 from fastjepa.evals.scoring import Features
 from fastjepa.evals.table import evaluate_probe, evaluate_table, table_verdict
+from fastjepa.loader.workers import Crew
 from fastjepa.model.jepa import build_pair
 from fastjepa.weights.pretrained import EncoderForm
 from fastjepa.weights.read import load_encoder, read_weights
@@ -106,6 +111,15 @@ def test_a_broken_image_is_named_in_one_sentence(tmp_path: Path, workers: int):
     assert source.name(11) in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("number", "says"), [(signal.SIGKILL, "was killed by SIGKILL"), (signal.SIGSTOP, "nothing for 1 s:")])
+def test_a_process_that_dies_or_stands_still_ends_the_evaluation(images: Path, monkeypatch, number: int, says: str):
+    monkeypatch.setattr(evals_images, "Crew", partial(Crew, timeout=1.0))
+    fit = lambda image, row, size: os.kill(os.getpid(), number) or fit_to(image, size)  # noqa: E731
+    with pytest.raises(LoaderError, match=says) as error:
+        raw_pixels(EvalImages(open_source(images), (16, 16), 1, augment=fit, workers=1), GREY)
+    assert "\n" not in str(error.value) and "runtime.timeout" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     "size, channels, message", [((16, 16), 3, "takes 1-channel images, not 3"), ((18, 16), 1, "18x16 pixels .* 4x4")]
 )
@@ -139,7 +153,7 @@ def test_images_without_labels_are_refused(tmp_path: Path, run: Path, images: Pa
 def test_splits_with_different_classes_are_refused(tmp_path: Path, run: Path):
     data = write_images(tmp_path / "data")
     (data / "test" / "class0").rename(data / "test" / "class7")
-    with pytest.raises(UserError, match="different classes .'class0'"):
+    with pytest.raises(UserError, match="its test split are of class 'class7' without training images"):
         evaluate_probe("knn", EvalRequest(run, str(data)))
 
 

@@ -263,7 +263,7 @@ def test_logistic_regression_is_at_its_optimum():
 
 def test_too_few_images_to_choose_c_is_said(tmp_path: Path, run: Path):
     data = ragged(tmp_path)
-    with pytest.raises(UserError, match="no class has 5 training images .*or give --c"):
+    with pytest.raises(UserError, match="no class has 5 training images, .*or give --c"):
         evaluate_lowshot(EvalRequest(run, str(data), cache=False), LowshotOptions(fraction=0.1))
     found = evaluate_lowshot(EvalRequest(run, str(data), cache=False), LowshotOptions(fraction=0.1, c=1.0))
     assert found["chosen"] == {"c": 1.0}

@@ -19,12 +19,14 @@ from fastjepa.evals.knn import Neighbours, knn_accuracy, knn_classify
 from fastjepa.evals.linear import MIN_STEPS, MOMENTUM, PROTOCOLS, Recipe, fit_heads, linear_accuracy, moments, prepare_features
 from fastjepa.evals.lowshot import logistic_accuracy
 from fastjepa.evals.scoring import (
+    CLASS_SHARE,
     PROBE_DRAW,
     TEST_DRAW,
     TRAIN_DRAW,
     Features,
     Result,
     score_predictions,
+    stratified_subset,
     subset,
     validation_split,
     wilson_interval,
@@ -82,6 +84,37 @@ def test_subset_does_not_take_the_first_images():
     """Folders are sorted by class: the first thousand images may all be of one class."""
     rows = subset(100, 1000, 0, TRAIN_DRAW)
     assert 300 < rows.mean() < 700 and not np.array_equal(rows, subset(100, 1000, 0, TEST_DRAW))
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(1, 400), st.integers(0, 3))
+def test_a_stratified_subset_gives_each_class_its_share_up_to_six_and_one_at_least(sizes: list[int], count: int, seed: int):
+    y = np.repeat(7 * np.arange(len(sizes)), sizes)
+    if count < min(len(sizes), len(y)):
+        with pytest.raises(UserError, match=f"each class needs one: use {len(sizes)} or more"):
+            stratified_subset(count, y, seed, TRAIN_DRAW)
+        return
+    rows = stratified_subset(count, y, seed, TRAIN_DRAW)
+    assert len(rows) == min(count, len(y)) and np.all(np.diff(rows) > 0)
+    drawn, due = np.bincount(y[rows] // 7, minlength=len(sizes)), np.clip(count * np.array(sizes) // len(y), 1, CLASS_SHARE)
+    assert np.all(drawn >= 1) and (due.sum() > count or np.all(drawn >= np.minimum(due, sizes)))
+    plain = subset(count, len(y), seed, TRAIN_DRAW)
+    if np.all(np.bincount(y[plain] // 7, minlength=len(sizes)) >= np.minimum(due, sizes)):
+        assert np.array_equal(rows, plain), "a random draw that has enough of each class is kept"
+
+
+@pytest.mark.parametrize("n", [2000, 10000])
+def test_large_subsets_of_balanced_classes_are_those_that_are_drawn_at_random(n: int):
+    """As before classes counted: 10,000 of Fashion-MNIST are the images of the README's table."""
+    y = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 6000))
+    assert np.array_equal(stratified_subset(n, y, 0, TRAIN_DRAW), subset(n, 60000, 0, TRAIN_DRAW))
+
+
+def test_small_subsets_of_many_classes_have_as_many_of_each():
+    y = np.repeat(np.arange(1000), 13)
+    for count in (1000, 3000, 6000):
+        assert np.bincount(y[stratified_subset(count, y, 0, TRAIN_DRAW)]).tolist() == [count // 1000] * 1000
+    with pytest.raises(UserError, match="999 training images of 1000 classes"):
+        stratified_subset(999, y, 0, TRAIN_DRAW)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,12 @@ def run(*arguments: str, path: Path = KERNELS) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    "arch", ["sm_90", pytest.param("sm_80", marks=pytest.mark.long), pytest.param("sm_100", marks=pytest.mark.long)]
+    "arch",
+    [
+        pytest.param("sm_90", marks=pytest.mark.slow),
+        pytest.param("sm_80", marks=pytest.mark.long),
+        pytest.param("sm_100", marks=pytest.mark.long),
+    ],
 )
 def test_the_ops_keep_their_promises(arch: str):
     """No spills, 16-byte accesses where rows allow them, no byte moved twice."""
@@ -92,6 +97,7 @@ def test_the_ops_keep_their_promises(arch: str):
         assert row["requested"] >= sum(sum(by.values()) for by in row["bytes"].values())
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_said(tmp_path: Path):
     (tmp_path / "planted.py").write_text(PLANTED)
     done = run("--cases", "planted", "--check", path=tmp_path)
@@ -104,6 +110,7 @@ def test_what_is_wrong_is_said(tmp_path: Path):
     assert not any("spilling (8192)" in line and "moves" in line for line in said)
 
 
+@pytest.mark.slow
 def test_a_table_is_printed_of_one_op():
     done = run("--op", "patchify_tokens")
     assert done.returncode == 0, done.stderr
@@ -195,6 +202,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_numbers_of_rows_that_change_compile_nothing_anew(tmp_path: Path):
     """Triton compiles again for an argument that is 1, or that 16 divides: rows are neither, for good, as it buys nothing."""
     (tmp_path / "ragged.py").write_text(RAGGED)

@@ -1,7 +1,9 @@
 """The doors for other trainers against the classes they replace: timm's PatchEmbed and ModelEmaV3, torch's AdamW."""
 
+import io
+import math
 import pickle
-from copy import deepcopy
+from copy import copy, deepcopy
 
 import pytest
 import timm.layers
@@ -277,7 +279,13 @@ def test_the_embedding_computes_in_autocasts_dtype():
         MaskedPatchEmbed(mean=(0.5, 0.5))
 
 
-@pytest.mark.parametrize("copied", [deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
+def through_torch(thing):
+    file = io.BytesIO()
+    torch.save(thing, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [deepcopy, lambda thing: pickle.loads(pickle.dumps(thing)), through_torch])
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_the_optimizer_survives_pickle_and_deepcopy(copied, steps_before):
     """Model, average and optimizer are copied in one call, as they name one another's tensors."""
@@ -291,6 +299,51 @@ def test_the_optimizer_survives_pickle_and_deepcopy(copied, steps_before):
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
     assert next(model.parameters()) is not next(twin.parameters())
     assert all(state["step"] == steps_before + 3 for state in again.state.values())
+
+
+def test_the_optimizers_state_goes_through_a_file_into_another(tmp_path):
+    model, other = small_model(), small_model(seed=1)
+    averages = [deepcopy(m) for m in (model, other)]
+    first, second = (
+        FusedAdamWEMA(grouped(m), lr=3e-3, targets=zip(m.parameters(), a.parameters(), strict=True))
+        for m, a in zip((model, other), averages, strict=True)
+    )
+    train(model, first, 2, momentum=0.9)
+    torch.save([first.state_dict(), model.state_dict(), averages[0].state_dict()], tmp_path / "state.pt")
+    state, *networks = torch.load(tmp_path / "state.pt")
+    for network, values in zip((other, averages[1]), networks, strict=True):
+        network.load_state_dict(values)
+    second.load_state_dict(state)
+    assert train(other, second, 3, seed=1, momentum=0.9) == train(model, first, 3, seed=1, momentum=0.9)
+    assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in averages), strict=True))
+
+
+def test_a_shallow_copy_of_the_optimizer_is_refused():
+    """It would move the moments of the first, and count the steps by itself."""
+    model = small_model()
+    optimizer = FusedAdamWEMA(model.parameters())
+    train(model, optimizer, 2)
+    with pytest.raises(TypeError, match="a shallow copy would share moments, not their counts; deepcopy model and optimizer"):
+        copy(optimizer)
+    train(model, optimizer, 1)
+    assert all(state["step"] == 3 for state in optimizer.state_dict()["state"].values())
+
+
+WRONG_NUMBERS = [{"lr": math.nan}, {"eps": math.inf}, {"weight_decay": -1.0}, {"betas": (math.nan, 0.9)}]
+
+
+@pytest.mark.parametrize("wrong", WRONG_NUMBERS)
+def test_numbers_that_cannot_be_are_refused(wrong):
+    with pytest.raises(ValueError, match="must be finite and at least 0"):
+        FusedAdamWEMA(small_model().parameters(), **wrong)
+
+
+def test_the_embedding_keeps_mean_and_std_that_were_set_later():
+    embedding = MaskedPatchEmbed(patch_size=8, embed_dim=24, mean=MEAN, std=STD)
+    embedding.mean.fill_(0.25)
+    assert torch.equal(embedding.double().to_empty(device="cpu").mean, torch.full((3,), 0.25))
+    twin = through_torch(deepcopy(embedding))
+    assert torch.equal(twin.mean, embedding.mean) and torch.equal(twin.bfloat16().std, torch.tensor(STD))
 
 
 def test_the_embedding_keeps_mean_and_std_through_the_meta_device():

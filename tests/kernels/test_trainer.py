@@ -54,6 +54,7 @@ def losses(config: Path, output: Path, kernels: str) -> list[float]:
     return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_ten_steps_on_the_kernels_give_the_losses_of_the_definitions(config, tmp_path):
     plain, fast = (losses(config, tmp_path / kernels, kernels) for kernels in ("torch", "triton"))
     assert len(plain) == 10 and plain[0] != plain[-1]
@@ -259,72 +260,3 @@ def test_the_guard_is_nothing_on_a_cpu_and_the_tensors_card_on_a_gpu(monkeypatch
         assert made == []
     fastjepa_kernels.dispatch.on_device(torch.device("cuda:1"))
     assert made == [torch.device("cuda:1")]
-
-
-ROWS = """
-import torch
-import fastjepa_kernels as k
-
-idx, twice = torch.tensor([4, 1, 0], dtype=torch.int32), torch.tensor([4, 1, 4], dtype=torch.int32)
-cu, weight, features = torch.tensor([0, 2, 6], dtype=torch.int32), torch.rand(3), torch.randn(6, 8)
-positions, mask_token, sequences = torch.randn(5, 8), torch.randn(8), torch.tensor([0, 2, 4, 0], dtype=torch.int32)
-OPS = {
-    "gather_tokens": (lambda x: k.gather_tokens(x, idx), (6, 8)),
-    "gather_tokens_repeated": (lambda x: k.gather_tokens_repeated(x, twice), (6, 8)),
-    "scatter_tokens": (lambda x: k.scatter_tokens(x, idx, 6), (3, 8)),
-    "assemble_predictor": (lambda x: k.assemble_predictor(x, idx, positions, mask_token, sequences), (3, 8)),
-    "target_loss": (lambda x: k.target_loss(x, features, idx, weight), (3, 8)),
-    "short_attention": (lambda x: k.short_attention(x, x, x, cu, cu, 4, 4), (6, 2, 8)),
-    "varlen_attention": (lambda x: k.varlen_attention(x, x, x, cu, cu, 4, 4, "matmul"), (6, 2, 8)),
-}
-"""
-TRANSFORMED: dict = {}
-exec(ROWS, TRANSFORMED)  # the same calls here and in a process of the interpreter's
-
-
-@pytest.mark.parametrize("op", TRANSFORMED["OPS"])
-def test_the_definitions_compose_with_torch_func(op):
-    f, shape = TRANSFORMED["OPS"][op]
-    x, dx = torch.randn(2, *shape), torch.randn(shape)
-    outs = [f(one) for one in x]
-    weights = [torch.randn_like(out) for out in outs]
-    leaves = [one.clone().requires_grad_() for one in x]
-    grads = [torch.autograd.grad(f(leaf), leaf, w, create_graph=True)[0] for leaf, w in zip(leaves, weights, strict=True)]
-    torch.testing.assert_close(torch.func.vmap(f)(x), torch.stack(outs))
-    each = torch.func.vmap(torch.func.grad(lambda one, w: (f(one) * w).sum()))(x, torch.stack(weights))
-    torch.testing.assert_close(each, torch.stack(grads))
-    if op == "short_attention":  # by torch's scaled_dot_product_attention, which has neither
-        return
-    tangent = torch.func.jvp(f, (x[0],), (dx,))[1]
-    torch.testing.assert_close((tangent * weights[0]).sum(), (grads[0] * dx).sum())
-    if grads[0].requires_grad:  # not where the op is linear
-        torch.autograd.grad(grads[0].square().sum(), leaves[0])
-
-
-UNDER_TRANSFORMS = (
-    ROWS
-    + """
-from torch.func import grad, jvp, vmap
-import torch.autograd.forward_ad as forward
-
-def dual(f, x):
-    with forward.dual_level():
-        return f(forward.make_dual(x, x))
-
-k.use("triton")
-for op, (f, shape) in OPS.items():
-    x = torch.randn(shape)
-    for transform in (lambda: grad(lambda x: f(x).sum())(x), lambda: vmap(f)(x[None]), lambda: jvp(f, (x,), (x,)),
-                      lambda: dual(f, x)):
-        try:
-            transform()
-        except RuntimeError as error:
-            assert op != "varlen_attention" and "has no rules for torch.func or forward mode" in str(error), error
-        else:
-            assert op == "varlen_attention"
-"""
-)
-
-
-def test_a_kernel_refuses_torch_func_where_it_would_lose_the_tangents():
-    interpreted(UNDER_TRANSFORMS)

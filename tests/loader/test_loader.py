@@ -22,7 +22,7 @@ from fastjepa.data.decode_pillow import decode_image
 from fastjepa.data.prepare.check_images import judge_image
 from fastjepa.data.sources import open_source
 from fastjepa.errors import ConfigError, UserError
-from fastjepa.loader.loader import Loader
+from fastjepa.loader.loader import Loader, batch_recipe
 from fastjepa.loader.micro_batches import MicroBatches
 from fastjepa.ranks.world import World
 from fastjepa.rng import BOX_STREAM, ORDER_STREAM, generator
@@ -78,7 +78,7 @@ def test_a_class_called_train_is_no_split(tmp_path: Path):
 
 def test_official_root_path_and_image_folder(folder: Path):
     setting = settings(root_path=str(folder), image_folder="cat/")
-    assert len(open_source(setting.data)) == 13
+    assert len(open_source(setting.data.address)) == 13
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ def test_official_root_path_and_image_folder(folder: Path):
         ("cifar10", "train", "run: fastjepa data get cifar10"),
         ("empty", "train", "empty: no image files in it; give a directory that holds"),
         ("images", "test", "images: has no test split; put its images into train/ and test/ folders"),
-        ("*.tar", "train", "no images in its 0 tar shards"),
-        (DataConfig(), "train", "data.source is not set"),
+        ("*.tar", "train", "no such file; give a .tar or .parquet file, a glob, or shard-"),
+        (DataConfig().address, "train", "data.source is not set"),
     ],
 )
 def test_unusable_source_says_what_to_do(folder, monkeypatch, source, split, message):
@@ -160,7 +160,7 @@ def test_damaged_idx_is_named(tmp_path: Path):
 
 
 def test_an_epoch_shows_every_image_once_in_a_new_order(folder: Path):
-    dataset = MicroBatches(settings(folder, batch_size=13), open_source(folder), rank=0, ranks=1)
+    dataset = MicroBatches(batch_recipe(settings(folder, batch_size=13)), open_source(folder), rank=0, ranks=1)
     first, second = (np.concatenate([dataset.samples(step, 0, 13) for step in steps]) for steps in ((0, 1), (2, 3)))
     assert sorted(first) == sorted(second) == list(range(26))
     assert not np.array_equal(first, second)
@@ -171,7 +171,7 @@ def test_incomplete_last_batch_is_dropped(folder: Path):
     with Loader(setting, open_source(folder), World(0, 0, 1, CPU), 0) as loader:
         assert loader.steps_per_epoch == 6
     order = generator(5, ORDER_STREAM, 1).permutation(26)
-    samples = MicroBatches(setting, open_source(folder), 0, 1).samples(7, 1, 3)
+    samples = MicroBatches(batch_recipe(setting), open_source(folder), 0, 1).samples(7, 1, 3)
     assert samples.tolist() == order[4 + 1 : 4 + 3].tolist()
 
 
@@ -206,7 +206,7 @@ def test_ranks_and_micro_batches_partition_the_global_batch(folder: Path, loader
 
 def test_seed_and_epoch_change_the_crops(folder: Path):
     views = [
-        MicroBatches(settings(folder, seed=seed), open_source(folder), 0, 1).view(epoch, 3)[0]
+        MicroBatches(batch_recipe(settings(folder, seed=seed)), open_source(folder), 0, 1).view(epoch, 3)[0]
         for seed, epoch in ((5, 0), (5, 1), (6, 0), (5, 0))
     ]
     assert torch.equal(views[0], views[3])
@@ -220,11 +220,13 @@ def test_view_is_torchvisions_resized_crop(folder: Path):
         box = crop_box(30, 40, (0.3, 1.0), uniforms)
         image = decode_image(source.read(sample), 3)
         theirs = resized_crop(image.contiguous(), *box, [32, 24], antialias=True)
-        assert torch.equal(MicroBatches(setting, source, 0, 1).view(2, sample)[0], theirs)
+        assert torch.equal(MicroBatches(batch_recipe(setting), source, 0, 1).view(2, sample)[0], theirs)
 
 
 def test_horizontal_flip_mirrors_half_of_the_views(folder: Path):
-    plain, mirrored = (MicroBatches(settings(folder, use_horizontal_flip=f), open_source(folder), 0, 1) for f in (False, True))
+    plain, mirrored = (
+        MicroBatches(batch_recipe(settings(folder, use_horizontal_flip=f)), open_source(folder), 0, 1) for f in (False, True)
+    )
     pairs = [(plain.view(epoch, i)[0], mirrored.view(epoch, i)[0]) for epoch in range(4) for i in range(26)]
     flipped = [torch.equal(a.flip(-1), b) for a, b in pairs]
     assert all(f or torch.equal(a, b) for f, (a, b) in zip(flipped, pairs, strict=True))
@@ -236,7 +238,7 @@ def test_images_arrive_as_bytes(folder: Path):
     setting = settings(folder)
     arrived = load(setting, range(1))[0][0].images
     assert arrived.dtype == torch.uint8
-    assert torch.equal(arrived, MicroBatches(setting, open_source(folder), 0, 1)[0].images)
+    assert torch.equal(arrived, MicroBatches(batch_recipe(setting), open_source(folder), 0, 1)[0].images)
 
 
 def plant(folder: Path) -> dict[int, Path]:
@@ -253,8 +255,8 @@ def plant(folder: Path) -> dict[int, Path]:
 def test_bad_files_are_replaced_and_no_other_sample_moves(folder: Path, caplog):
     shutil.copytree(folder, folder.parent / "good")
     bad = plant(folder)
-    dataset = MicroBatches(settings(folder), open_source(folder), 0, 1)
-    good = MicroBatches(settings(folder.parent / "good"), open_source(folder.parent / "good"), 0, 1)
+    dataset = MicroBatches(batch_recipe(settings(folder)), open_source(folder), 0, 1)
+    good = MicroBatches(batch_recipe(settings(folder.parent / "good")), open_source(folder.parent / "good"), 0, 1)
     for sample in range(26):
         image, met = dataset.view(0, sample)
         assert (str(bad[sample]) in met) if sample in bad else torch.equal(image, good.view(0, sample)[0])
@@ -326,11 +328,11 @@ def test_workers_outlive_an_interrupt_and_die_with_the_loader(folder: Path):
     with Loader(settings(folder, num_workers=2), open_source(folder), World(0, 0, 1, CPU), 0) as loader:
         iterator = loader._workers  # held, as a traceback would: its end must not wait for the garbage collector
         list(loader.micro_batches(0))
-        for worker in iterator._workers:
+        for worker in iterator.processes:
             os.kill(worker.pid, signal.SIGINT)
             os.kill(worker.pid, signal.SIGTERM)
         assert all(len(list(loader.micro_batches(step))) == 1 for step in range(1, 12))
-    for worker in iterator._workers:
+    for worker in iterator.processes:
         worker.join(timeout=10)
         assert not worker.is_alive()
 
@@ -343,7 +345,7 @@ from fastjepa.data.sources import open_source
 from fastjepa.loader.loader import Loader
 from fastjepa.ranks.world import World
 setting = config_from_dict({settings(folder, num_workers=1, loader=loader).to_dict()})
-loader = Loader(setting, open_source(setting.data), World(0, 0, 1, torch.device("cpu")), 0)
+loader = Loader(setting, open_source(setting.data.address), World(0, 0, 1, torch.device("cpu")), 0)
 print(len(list(loader.micro_batches(0))))
 raise KeyError("on the way out")
 """
@@ -359,6 +361,6 @@ def test_loading_leaves_the_global_random_numbers_alone(folder: Path, loader: st
 
 def test_pinning_keeps_the_bad_files(folder: Path, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
-    batch = MicroBatches(settings(folder), open_source(folder), 0, 1)[0]
+    batch = MicroBatches(batch_recipe(settings(folder)), open_source(folder), 0, 1)[0]
     pinned = replace(batch, bad=("x.png",)).pin_memory()
     assert pinned.bad == ("x.png",) and torch.equal(pinned.context.idx, batch.context.idx)

@@ -12,9 +12,8 @@ from fastjepa.loss.jepa_loss import jepa_loss
 from fastjepa.loss.objective import choose_objective
 from fastjepa.loss.regularizers import NoRegularizer
 from fastjepa.masks.draw import draw_seen
-from fastjepa.masks.layouts import Slots
-from fastjepa.masks.pack import pack
-from fastjepa.masks.packer import packer_of
+from fastjepa.masks.layouts import Masking, Slots
+from fastjepa.masks.packer import Packer
 from fastjepa.model.jepa import build_pair
 from tests.support.networks import perturbed, plain_block, plain_outputs, small
 
@@ -32,9 +31,8 @@ def sparse():
 
 def learned(config):
     jepa, target_encoder = (perturbed(network, seed) for seed, network in enumerate(build_pair(config)))
-    packer, objective, drawn = packer_of(config), choose_objective(config.loss, NoRegularizer()), sparse()
-    rows = packer.rows(STEP, range(4, 7), *drawn)
-    batch = Batch(IMAGES, *pack(*drawn, packing=packer.packing, rows=rows), bad=())
+    packer, objective, drawn = Packer(Masking.of(config)), choose_objective(config.loss, NoRegularizer()), sparse()
+    batch = Batch(IMAGES, *packer.pack_drawn(drawn, STEP, range(4, 7)), bad=())
     with torch.no_grad():
         target = objective.targets(target_encoder, batch)
     prediction, _ = jepa(batch.images, batch.context, batch.blocks)

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastjepa.config.schema import LossConfig
 from fastjepa.errors import UserError
 from fastjepa.loss.jepa_loss import jepa_loss
 from fastjepa.loss.normalizations import NORMALIZATIONS, standardised_targets
@@ -62,7 +61,7 @@ def test_vicreg_is_lightlys():
     from lightly.loss.vicreg_loss import VICRegLoss
 
     x = torch.randn(32, 8) * 0.5
-    term = regularizer_term(LossConfig(regularizer="vicreg", regularizer_weight=0.1, covariance_weight=0.04))
+    term = regularizer_term("vicreg", 0.1, 0.04)
     # VICRegLoss halves nothing in the covariance and averages the two views' variance: equal views make both plain.
     variance = VICRegLoss(lambda_param=0, mu_param=1, nu_param=0)(x, x)
     covariance = VICRegLoss(lambda_param=0, mu_param=0, nu_param=1)(x, x)
@@ -82,14 +81,14 @@ def test_vicregs_terms_and_gradients_are_lightlys(deviation):
 def test_vicreg_needs_no_lightly(monkeypatch):
     for module in ("lightly", "lightly.loss", "lightly.loss.lejepa_loss"):
         monkeypatch.setitem(sys.modules, module, None)
-    assert regularizer_term(LossConfig(regularizer="vicreg"))(torch.randn(4, 3), 0).isfinite()
+    assert regularizer_term("vicreg", 0.1, 0.04)(torch.randn(4, 3), 0).isfinite()
     for name in ("sigreg", "visreg"):
         with pytest.raises(UserError, match=f"{name} needs lightly"):
-            regularizer_term(LossConfig(regularizer=name))
+            regularizer_term(name, 0.1, 0.04)
 
 
 def sigreg(weight: float = 1.0, seed: int = 0):
-    return regularizer_term(LossConfig(regularizer="sigreg", regularizer_weight=weight), seed)
+    return regularizer_term("sigreg", weight, 0.0, seed)
 
 
 def test_sigreg_is_the_distance_of_projections_to_a_gaussian():
@@ -114,7 +113,7 @@ def test_sigreg_tells_a_gaussian_from_a_collapse():
 def test_visreg_is_scale_and_centre_and_the_quantiles_of_a_gaussian():
     """For one feature, whose projections are itself or its mirror; a collapse has a gradient, where sigreg's is gone."""
     x = torch.randn(64, 1) * 2 + 0.5
-    term = regularizer_term(LossConfig(regularizer="visreg", regularizer_weight=1.0))
+    term = regularizer_term("visreg", 1.0, 0.0)
     quantiles = torch.distributions.Normal(0.0, 1.0).icdf(torch.arange(1, 65) / 65)
     normal = ((x - x.mean()) / (x.std(correction=0) + 1e-4)).flatten()
     shape = torch.stack([(sign * normal).sort().values - quantiles for sign in (1, -1)]).square().mean()
@@ -165,7 +164,7 @@ def test_ranks_standardise_their_targets_together():
 @pytest.mark.parametrize("name", ["vicreg", "sigreg", "visreg"])
 @pytest.mark.parametrize(("world", "pieces"), [(1, 1), (1, 4), (2, 1), (2, 2)])
 def test_gradients_of_the_pieces_add_up_to_the_whole(world, pieces, name):
-    term = regularizer_term(LossConfig(regularizer=name))
+    term = regularizer_term(name, 0.1, 0.04)
     x = torch.randn(16, 6)
     whole = x.clone().requires_grad_()
     term(whole, 3).backward()

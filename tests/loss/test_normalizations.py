@@ -21,6 +21,7 @@ from fastjepa.loss.regularizers import NoRegularizer
 from fastjepa.masks.pack import pack
 from fastjepa.model.jepa import build_pair
 from fastjepa.model.moments import MOMENTUM, RunningMoments
+from fastjepa.plan.plan import workload_of
 from fastjepa.plan.sharding import check_step_targets
 from fastjepa.ranks.world import join_world, leave_world
 from tests.support import ranks
@@ -146,9 +147,9 @@ def test_targets_of_a_whole_step_that_do_not_fit_are_refused():
                                  "loss": {"normalize": "batch"}, "runtime": {"dtype": "fp32", **runtime}})  # fmt: skip
 
     for case, memory in ((config(micro_batch=2), 10**12), (config(), 1)):
-        check_step_targets(case, 1, 0, memory)
+        check_step_targets(workload_of(case), 1, 0, memory)
     with pytest.raises(ConfigError, match="loss.normalize: batch keeps the targets of a whole step, about .* take running"):
-        check_step_targets(config(micro_batch=2), 1, 0, 10**8)
+        check_step_targets(workload_of(config(micro_batch=2)), 1, 0, 10**8)
 
 
 def test_dyntanh_is_the_last_norm_of_both_encoders_and_its_scale_is_learned_by_one():

@@ -13,8 +13,9 @@ from fastjepa.loader.batch import Batch
 from fastjepa.loss.jepa_loss import jepa_loss
 from fastjepa.loss.objective import choose_objective
 from fastjepa.loss.regularizers import NoRegularizer
+from fastjepa.masks.layouts import Masking
 from fastjepa.masks.pack import pack
-from fastjepa.masks.packings import packing_of
+from fastjepa.masks.packings import SEPARATE
 from fastjepa.model.jepa import build_pair
 from tests.support.networks import masks, perturbed, plain_jepa, plain_outputs, small
 
@@ -31,7 +32,7 @@ def learned(config) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor
     """The loss, the gradients and the features that are watched of one micro-batch."""
     jepa, target_encoder = (perturbed(network, seed) for seed, network in enumerate(build_pair(config)))
     objective = choose_objective(config.loss, NoRegularizer())
-    batch = Batch(IMAGES, *pack(*masks(), packing=packing_of(config.meta.predictor, config.loss.target)), bad=())
+    batch = Batch(IMAGES, *pack(*masks(), packing=Masking.of(config).packing), bad=())
     with torch.no_grad():
         target = objective.targets(target_encoder, batch)
     prediction, context = jepa(batch.images, batch.context, batch.blocks)
@@ -90,7 +91,7 @@ def test_layers_against_a_loop_over_images_blocks_and_layers(numbers, normalize,
 def test_a_block_that_is_seen_alone_has_layers_too():
     config = small(meta=DEPTH, loss={"target": "input", "target_layers": [1, 3]})
     _, encoder = build_pair(config)
-    batch = Batch(IMAGES, *pack(*masks(), packing=packing_of("per_block", "input")), bad=())
+    batch = Batch(IMAGES, *pack(*masks(), packing=SEPARATE), bad=())
     found = choose_objective(config.loss, NoRegularizer()).targets(perturbed(encoder), batch)
     last = encoder(IMAGES, batch.target, layers=(4,))[0]
     torch.testing.assert_close(encoder.norm(last), encoder(IMAGES, batch.target))

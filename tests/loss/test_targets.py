@@ -10,10 +10,12 @@ from fastjepa.engine.schedule import StepSettings
 from fastjepa.errors import ConfigError
 from fastjepa.loader.batch import Batch
 from fastjepa.loss.targets import TARGETS
+from fastjepa.masks.layouts import Masking
 from fastjepa.masks.pack import pack
-from fastjepa.masks.packings import SEPARATE, packing_of
+from fastjepa.masks.packings import SEPARATE
 from fastjepa.model.jepa import build_pair
 from fastjepa.plan.flops import flops_of_packed
+from fastjepa.plan.plan import workload_of
 from tests.support.networks import masks, perturbed, small
 from tests.support.steps import take_step
 
@@ -22,7 +24,7 @@ IMAGES = torch.randint(0, 256, (3, 3, 32, 32), generator=torch.Generator().manua
 
 
 def batch_of(config) -> Batch:
-    return Batch(IMAGES, *pack(*masks(), packing=packing_of(config.meta.predictor, config.loss.target)), bad=())
+    return Batch(IMAGES, *pack(*masks(), packing=Masking.of(config).packing), bad=())
 
 
 def queries() -> list[tuple[int, int]]:
@@ -87,7 +89,7 @@ def test_pixels_need_no_target_network(monkeypatch):
     batch = batch_of(config)
     taken = take_step(PlainEngine(jepa), Average(target_encoder, jepa.encoder), [batch], NOW, config)
     assert taken.features.shape == (len(batch.context.idx), 32)
-    assert flops_of_packed(config, batch.context, batch.target, batch.blocks).target_forward == 0
+    assert flops_of_packed(workload_of(config), batch.context, batch.target, batch.blocks).target_forward == 0
 
 
 def test_a_block_of_an_image_counts_once_however_the_targets_are_laid_out():

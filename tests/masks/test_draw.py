@@ -14,7 +14,17 @@ from fastjepa.config.load import load_config
 from fastjepa.config.schema import Config, MaskConfig
 from fastjepa.errors import ConfigError, UserError
 from fastjepa.masks.draw import draw_masks
-from fastjepa.masks.layouts import CHOICE_LANE, CONTEXT_LANE, TARGET_LANE, Ranges, Slots, _block_size, _contexts, smallest_block
+from fastjepa.masks.layouts import (
+    CHOICE_LANE,
+    CONTEXT_LANE,
+    TARGET_LANE,
+    Masking,
+    Ranges,
+    Slots,
+    _block_size,
+    _contexts,
+    smallest_block,
+)
 from fastjepa.rng import MASK_STREAM, ORDER_STREAM, generator
 from tests.support.drawing import GRID, boxes, check, draw, lengths, settings, statistics
 from tests.support.places import CONFIGS
@@ -130,8 +140,8 @@ mask_settings = st.builds(
 def test_any_range_of_slots_is_the_slice_of_the_whole(mask: MaskConfig, seed: int, step: int, places: list[int]):
     start, stop, total = sorted(places)
     grid = (12, 10)
-    whole = draw_masks(mask, grid, seed, step, range(total), total)
-    part = draw_masks(mask, grid, seed, step, range(start, stop), total)
+    whole = draw_masks(Masking(mask, grid, seed), step, range(total), total)
+    part = draw_masks(Masking(mask, grid, seed), step, range(start, stop), total)
     for some, all_masks in zip(part, whole, strict=True):
         assert np.array_equal(some, all_masks[start:stop])
 
@@ -141,8 +151,10 @@ def test_any_range_of_slots_is_the_slice_of_the_whole(mask: MaskConfig, seed: in
 def test_ranks_and_micro_batches_see_the_same_masks(mask: MaskConfig, ranks: int, micro_batches: int):
     total = 256
     size = total // (ranks * micro_batches)
-    parts = [draw_masks(mask, GRID, 3, 7, range(start, start + size), total) for start in reversed(range(0, total, size))]
-    for part, whole in zip(zip(*parts, strict=True), draw_masks(mask, GRID, 3, 7, range(total), total), strict=True):
+    parts = [
+        draw_masks(Masking(mask, GRID, 3), 7, range(start, start + size), total) for start in reversed(range(0, total, size))
+    ]
+    for part, whole in zip(zip(*parts, strict=True), draw_masks(Masking(mask, GRID, 3), 7, range(total), total), strict=True):
         assert np.array_equal(np.concatenate(part[::-1]), whole)
 
 
@@ -347,7 +359,7 @@ def test_presets_draw_at_their_batch_without_a_warning(path: Path):
 @pytest.mark.parametrize("start, stop, total", [(-1, 4, 8), (5, 4, 8), (0, 9, 8)])
 def test_slots_outside_the_batch_are_refused(start: int, stop: int, total: int):
     with pytest.raises(UserError, match="not within a global batch of 8"):
-        draw_masks(OFFICIAL, GRID, 0, 0, range(start, stop), total)
+        draw_masks(Masking(OFFICIAL, GRID, 0), 0, range(start, stop), total)
 
 
 def test_drawing_2048_images_takes_milliseconds():

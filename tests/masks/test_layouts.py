@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fastjepa.config.schema import Config, MaskConfig
 from fastjepa.errors import ConfigError
 from fastjepa.masks.draw import draw_masks
-from fastjepa.masks.layouts import fewest_patches
+from fastjepa.masks.layouts import Masking, fewest_patches
 from tests.support.drawing import GRID, boxes, check, draw, lengths, settings, statistics
 
 OTHERS = ("block", "rasterized", "random")
@@ -32,8 +32,8 @@ def of(strategy: str, **more: object) -> MaskConfig:
 @given(any_mask, grids, st.integers(0, 2**63 - 1), st.integers(0, 10**6), st.lists(st.integers(0, 60), min_size=3, max_size=3))
 def test_any_range_of_slots_is_the_slice_of_the_whole(mask: MaskConfig, grid, seed: int, step: int, places: list[int]):
     start, stop, total = sorted(places)
-    whole = draw_masks(mask, grid, seed, step, range(total), total)
-    part = draw_masks(mask, grid, seed, step, range(start, stop), total)
+    whole = draw_masks(Masking(mask, grid, seed), step, range(total), total)
+    part = draw_masks(Masking(mask, grid, seed), step, range(start, stop), total)
     for some, all_masks in zip(part, whole, strict=True):
         assert np.array_equal(some, all_masks[start:stop])
 

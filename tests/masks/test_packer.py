@@ -11,9 +11,10 @@ from fastjepa.config.load import config_from_dict
 from fastjepa.errors import ConfigError
 from fastjepa.masks.distances import distances_to, visible_weights
 from fastjepa.masks.draw import draw_masks, draw_seen
-from fastjepa.masks.layouts import Slots
+from fastjepa.masks.layouts import Masking, Slots
 from fastjepa.masks.pack import ContextRows, pack
-from fastjepa.masks.packer import ContextUse, packer_of
+from fastjepa.masks.packer import Packer
+from fastjepa.masks.packings import ContextUse
 
 
 def config(**sections: dict):
@@ -24,7 +25,7 @@ def config(**sections: dict):
 @pytest.mark.parametrize("share", ["image", "batch"])
 def test_a_draw_is_a_function_of_seed_step_and_slot(share):
     c = config(mask={"num_enc_masks": 2, "share": share})
-    context, _ = draw_masks(c.mask, c.grid, 3, 5, range(8), 8)
+    context, _ = draw_masks(Masking(c.mask, c.grid, 3), 5, range(8), 8)
 
     def drawn(start: int, stop: int, seed: int = 3, step: int = 5) -> np.ndarray:
         return draw_seen(context[start:stop], 0.25, 4, Slots(seed, step, start, stop, share == "batch"))
@@ -81,9 +82,9 @@ def test_the_weight_rises_between_two_shares_of_the_run():
 
 
 def test_without_these_keys_the_rows_are_those_of_pack():
-    packer = packer_of(config())
-    drawn = draw_masks(packer.mask, packer.grid, packer.seed, 2, range(2, 6), 8)
-    for ours, plain in zip(packer.packed(2, range(2, 6), 8), pack(*drawn), strict=True):
+    masking = Masking.of(config())
+    drawn = draw_masks(masking, 2, range(2, 6), 8)
+    for ours, plain in zip(Packer(masking).packed(2, range(2, 6), 8), pack(*drawn), strict=True):
         assert all(map(np.array_equal, ours.tensors(), plain.tensors()))
 
 

@@ -16,15 +16,17 @@ from fastjepa.errors import ConfigError
 from fastjepa.loader.batch import Batch
 from fastjepa.loss.jepa_loss import jepa_loss
 from fastjepa.masks.draw import draw_masks
+from fastjepa.masks.layouts import Masking
 from fastjepa.masks.pack import pack
 from fastjepa.masks.packed import PackedSize, PaddingBudget
 from fastjepa.masks.packings import JOINT, PER_BLOCK
-from fastjepa.masks.padding import drawn_sizes, padding_budget
+from fastjepa.masks.padding import drawn_sizes
 from fastjepa.model.jepa import build_pair
 from fastjepa.model.vit import use_attention
 from fastjepa.plan.flops import flops_per_image
 from fastjepa.plan.memory import row_counts
 from fastjepa.plan.padding_cost import draws_over_budget, padding_note
+from fastjepa.plan.plan import workload_of
 from tests.support.networks import N, perturbed, small
 from tests.support.padding import configured
 from tests.support.places import ROOT
@@ -150,24 +152,25 @@ def test_a_batch_too_small_for_its_dummies_is_left_as_it_is():
 
 def test_the_default_budget_holds_what_a_run_draws():
     config = configured()
-    found = padding_budget(config, 8)
-    sizes = [PackedSize(*size) for size in drawn_sizes(config, 8, 8).tolist()]
-    assert sizes[5] == PackedSize.of(*draw_masks(config.mask, config.grid, 0, 5, range(8), 8))
+    found = workload_of(config).padding_budget(8)
+    sizes = [PackedSize(*size) for size in drawn_sizes(Masking.of(config), 8, 8).tolist()]
+    assert sizes[5] == PackedSize.of(*draw_masks(Masking.of(config), 5, range(8), 8))
     assert all(found.holds(size) for size in sizes)
-    later = (draw_masks(config.mask, config.grid, 0, step, range(8), 8) for step in range(1000, 1300))
+    later = (draw_masks(Masking.of(config), step, range(8), 8) for step in range(1000, 1300))
     held = [found.holds(PackedSize.of(*one)) for one in later]
     assert np.mean(held) > 0.98
-    assert "0 of 1000 draws" in padding_note(config, 8)
-    assert row_counts(config, 8).sequences == found.size.sequences, "the graph's memory"
-    assert flops_per_image(config) == flops_per_image(small(data={"crop_size": 64, "batch_size": 8}, mask={
-        "patch_size": 4, "min_keep": 4, "truncate_group": 8})), "padding is no work"  # fmt: skip
+    assert "0 of 1000 draws" in padding_note(workload_of(config), 8)
+    assert row_counts(workload_of(config), 8).sequences == found.size.sequences, "the graph's memory"
+    plain = small(data={"crop_size": 64, "batch_size": 8}, mask={"patch_size": 4, "min_keep": 4, "truncate_group": 8})
+    assert flops_per_image(workload_of(config)) == flops_per_image(workload_of(plain)), "padding is no work"
 
 
 def test_a_budget_that_is_given_replaces_rows_alone():
     config = configured(token_budget=[400, 900, 1200])
-    assert padding_budget(config, 8).size[:4] == (400, 900, 1200, 4 * 400 + 1200)
-    assert padding_budget(config, 8).size[4:] == padding_budget(configured(), 8).size[4:]
-    assert draws_over_budget(config, 8) == sum(drawn_sizes(config, 8, 8)[:, :3].__gt__((400, 900, 1200)).any(axis=1)) > 0
+    assert workload_of(config).padding_budget(8).size[:4] == (400, 900, 1200, 4 * 400 + 1200)
+    assert workload_of(config).padding_budget(8).size[4:] == workload_of(configured()).padding_budget(8).size[4:]
+    over = sum(drawn_sizes(Masking.of(config), 8, 8)[:, :3].__gt__((400, 900, 1200)).any(axis=1))
+    assert draws_over_budget(workload_of(config), 8) == over > 0
 
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")

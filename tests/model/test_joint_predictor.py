@@ -14,12 +14,14 @@ from fastjepa.engine.plain import PlainEngine
 from fastjepa.engine.schedule import StepSettings
 from fastjepa.loader.batch import Batch
 from fastjepa.loss.jepa_loss import jepa_loss
+from fastjepa.masks.layouts import Masking
 from fastjepa.masks.pack import pack
-from fastjepa.masks.packings import JOINT, PER_BLOCK, packing_of
+from fastjepa.masks.packings import JOINT, PER_BLOCK
 from fastjepa.model import vit
 from fastjepa.model.jepa import build_pair
 from fastjepa.plan.flops import count_flops, flops_of_packed, flops_per_image
 from fastjepa.plan.memory import row_counts
+from fastjepa.plan.plan import workload_of
 from tests.support.flops import assert_close, counted, draw, lengths, loop, tiny
 from tests.support.networks import N, masks, perturbed, plain_jepa, small
 from tests.support.steps import take_step
@@ -74,10 +76,10 @@ def test_flops_and_rows_are_those_of_the_joint_predictor(monkeypatch: pytest.Mon
     c = joint(tiny(images=3, truncate="none", num_enc_masks=2))
     packed = pack(*draw(c), packing=JOINT)
     monkeypatch.setattr(vit, "packed_attention", loop)
-    assert_close(flops_of_packed(c, *packed), counted(c, *packed))
-    steps = [flops_of_packed(c, *pack(*draw(c, step), packing=JOINT)).total for step in range(16)]
-    assert flops_per_image(c) == pytest.approx(np.mean(steps))
-    assert row_counts(c, 3, steps=1).sequences == len(packed[2].sequences.idx)
+    assert_close(flops_of_packed(workload_of(c), *packed), counted(c, *packed))
+    steps = [flops_of_packed(workload_of(c), *pack(*draw(c, step), packing=JOINT)).total for step in range(16)]
+    assert flops_per_image(workload_of(c)) == pytest.approx(np.mean(steps))
+    assert row_counts(workload_of(c), 3, steps=1).sequences == len(packed[2].sequences.idx)
 
 
 @pytest.mark.parametrize("contexts", [1, 2])
@@ -86,8 +88,11 @@ def test_the_closed_form_is_exact_for_equal_lengths(contexts):
     context_mask, target_mask = (np.zeros((2, count, 48), bool) for count in (contexts, 2))
     context_mask[:, :, 36:] = target_mask[:, 0, :8] = target_mask[:, 1, 4:12] = True
     packed = pack(context_mask, target_mask, packing=JOINT)
-    assert_close(count_flops(c, 12, 8, 12), flops_of_packed(c, *packed), 1e-12)
-    assert count_flops(c, 12, 8, 12).total < flops_of_packed(c, *lengths(12, 8, 12, contexts, 2, 2)).total
+    assert_close(count_flops(workload_of(c), 12, 8, 12), flops_of_packed(workload_of(c), *packed), 1e-12)
+    assert (
+        count_flops(workload_of(c), 12, 8, 12).total
+        < flops_of_packed(workload_of(c), *lengths(12, 8, 12, contexts, 2, 2)).total
+    )
 
 
 @pytest.mark.parametrize("contexts", [1, 4])
@@ -103,7 +108,7 @@ def test_all_contexts_share_one_pass_of_the_target_network(contexts):
 
 
 def test_a_view_gets_cheaper_by_the_target_pass_it_shares():
-    one, four = (count_flops(tiny(images=2, num_enc_masks=k), 12, 6, 18) for k in (1, 4))
+    one, four = (count_flops(workload_of(tiny(images=2, num_enc_masks=k)), 12, 6, 18) for k in (1, 4))
     assert four.target_forward == one.target_forward
     assert four.context_forward == pytest.approx(4 * one.context_forward)
     assert one.total - four.total / 4 >= 0.75 * one.target_forward
@@ -117,7 +122,7 @@ def test_the_loss_falls(setting):
     engine, average = PlainEngine(jepa), Average(target_encoder, jepa.encoder)
     batch = Batch(
         IMAGES,
-        *pack(*masks(k=config.mask.num_enc_masks), packing=packing_of(config.meta.predictor, config.loss.target)),
+        *pack(*masks(k=config.mask.num_enc_masks), packing=Masking.of(config).packing),
         bad=(),
     )
     now = StepSettings(lr=2e-3, weight_decay=0.0, ema_momentum=0.999)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,14 @@ from safetensors.torch import load_file
 
 from fastjepa.cli.main import main
 from fastjepa.config.load import config_from_dict, load_config
-from fastjepa.config.schema import Config
 from fastjepa.data.sources import open_source
 from fastjepa.engine.schedule import StepSettings
 from fastjepa.evals.collapse import effective_rank, feature_std, lidar
 from fastjepa.model.jepa import build_pair
-from fastjepa.monitoring.alarms import collapse_alarms
-from fastjepa.monitoring.monitor import READING_NAMES, gather_probe, probe_period
+from fastjepa.monitoring.alarms import AlarmSettings, collapse_alarms
+from fastjepa.monitoring.monitor import FEWEST_PROBES, LEAST_SHARE, READING_NAMES, gather_probe, plan_probes, probe_falls
 from fastjepa.plan.flops import count_flops, flops_per_image
+from fastjepa.plan.plan import workload_of
 from tests.support import ranks
 
 NOW = StepSettings(lr=1e-3, weight_decay=0.04, ema_momentum=0.996)
@@ -163,8 +164,9 @@ def told(name: str, *values: float, losses=None, now: StepSettings = NOW, warmup
     """The warnings after each of the readings `values`, 100 steps apart."""
     pairs = zip(values, losses or [0.3] * len(values), strict=True)
     history = [{"step": 100 * i, "loss": loss, name: value} for i, (value, loss) in enumerate(pairs)]
-    settings = config_from_dict(section)
-    return [collapse_alarms(history[: n + 1], now, settings, warmup_steps) for n in range(len(history))]
+    config = config_from_dict(section)
+    settings = AlarmSettings(config.optimization.lr, config.loss.regularizer != "none", warmup_steps)
+    return [collapse_alarms(history[: n + 1], now, settings) for n in range(len(history))]
 
 
 @pytest.mark.parametrize(
@@ -201,7 +203,7 @@ def test_every_kind_warns_once_at_its_second_bad_reading(name, values, kind):
 )
 def test_no_false_alarm(name, values):
     assert not any(told(name, *values))
-    assert collapse_alarms([], NOW, Config()) == []
+    assert collapse_alarms([], NOW, AlarmSettings(1e-3, False)) == []
 
 
 def test_a_collapse_that_ended_and_came_back_warns_again():
@@ -210,12 +212,16 @@ def test_a_collapse_that_ended_and_came_back_warns_again():
 
 def test_a_k_nn_may_stand_still_until_the_warm_up_ends():
     assert [len(said) for said in told("knn", *[0.5] * 6, warmup_steps=250)] == [0, 0, 0, 0, 1, 0]
+    short = [{"step": step, "loss": 0.3, "knn": 0.5} for step in (1, 34, 67, 99, 100, 101)]
+    assert [len(collapse_alarms(short[: n + 1], NOW, AlarmSettings(1e-3, False))) for n in range(6)] == [0, 0, 0, 0, 0, 1], (
+        "99 steps teach little"
+    )
 
 
 def test_a_reading_of_another_kind_between_repeats_nothing():
     low = [{"step": i, "loss": 0.3, "lidar": value} for i, value in enumerate((9.0, 1.0, 1.0))]
-    assert len(collapse_alarms(low, NOW, Config())) == 1
-    assert collapse_alarms([*low, {"step": 4, "loss": 0.3, "feature_std": 1.0}], NOW, Config()) == []
+    assert len(collapse_alarms(low, NOW, AlarmSettings(1e-3, False))) == 1
+    assert collapse_alarms([*low, {"step": 4, "loss": 0.3, "feature_std": 1.0}], NOW, AlarmSettings(1e-3, False)) == []
 
 
 def test_a_loss_that_jumps_and_stays_names_the_learning_rate():
@@ -245,26 +251,65 @@ def test_a_loss_that_jumped_before_a_collapse_is_its_likely_cause():
     assert "the steps are too large: lower optimization.lr" in said[5][0]
 
 
-def test_probes_fit_into_the_budget(file, source):
+@given(st.integers(1, 400), st.integers(0, 500))
+def test_a_run_is_probed_at_both_ends_and_twice_between_whatever_the_key_says(last, every):
+    steps = [step for step in range(1, last + 1) if probe_falls(step, last, every)]
+    if every == 0:
+        assert steps == []
+        return
+    assert {1, last, *range(every, last + 1, every)} <= set(steps)
+    assert len(steps) >= min(4, last) and len(steps) <= max(5, 2 + last // every)
+    rest = [gap for gap in np.diff(steps) if gap > 0]
+    assert max(rest, default=1) <= max(1, -(-(last - 1) // 3)) or max(rest) == every, "no long stretch is unwatched"
+
+
+@pytest.mark.parametrize(
+    "last, every, steps",
+    [
+        (1, 5, [1]),
+        (2, 5, [1, 2]),
+        (3, 5, [1, 2, 3]),
+        (4, 2, [1, 2, 3, 4]),
+        (10, 100, [1, 4, 7, 10]),
+        (10, 4, [1, 4, 8, 10]),
+        (2340, 2350, [1, 780, 1560, 2340]),
+        (2340, 1500, [1, 780, 1500, 1560, 2340]),
+    ],
+)
+def test_steps_of_probes(last, every, steps):
+    assert [step for step in range(1, last + 1) if probe_falls(step, last, every)] == steps
+
+
+def test_probes_fit_into_the_budget_or_are_the_fewest_of_the_smallest(file, source):
     settings = load_config(file, ["logging.probe_every=null"])
-    data = open_source(settings.data)
-    per_image = flops_per_image(settings)
+    data = open_source(settings.data.address)
+    per_image = flops_per_image(workload_of(settings))
     images = 48 + 8 * 48  # bank and queries, views
-    forward = count_flops(settings, 1, 1, 16).target_forward / (8 * per_image)  # of an image, in steps
-    for steps in (1_000, 30_000, 1_000_000):
-        period = probe_period(settings, data, steps, per_image)
-        looks = 1 + steps // period if period else 0
-        assert looks * images * forward <= 0.01 * steps
-        assert period == 0 or period % 2 == 0 and period >= 4
-    assert probe_period(settings, data, 1_000, per_image) == 0 < probe_period(settings, data, 30_000, per_image)
-    never = load_config(file, ["logging.probe_every=null", "logging.monitor_every=0"])
-    assert probe_period(never, data, 10**6, per_image) == 0
-    assert probe_period(load_config(file), data, 10, per_image) == 8, "what was asked for"
+    forward = count_flops(workload_of(settings), 1, 1, 16).target_forward / (8 * per_image)  # of an image, in steps
+    for steps in (10, 1_000, 5_000, 30_000, 1_000_000):
+        plan = plan_probes(settings, data, steps, per_image)
+        looks = sum(map(plan.due, range(1, steps + 1)))
+        assert looks >= FEWEST_PROBES and LEAST_SHARE <= plan.share <= 1
+        assert looks * plan.share * images * forward <= 0.01001 * steps or (looks, plan.share) == (FEWEST_PROBES, LEAST_SHARE)
+        assert plan.share == 1 or looks == FEWEST_PROBES, "a run too short takes four of fewer images"
+    assert plan.every % 2 == 0 and plan.every >= 4 and plan.share == 1
+    only_probes = load_config(file, ["logging.probe_every=null", "logging.monitor_every=0"])
+    assert plan_probes(only_probes, data, 30_000, per_image).due(30_000), "each key has its own readings"
+    assert plan_probes(load_config(file), data, 10, per_image).every == 8, "what was asked for"
+    assert not plan_probes(load_config(file, ["logging.probe_every=0"]), data, 10, per_image).due(1), "never"
+
+
+def test_a_smaller_probe_has_its_share_of_images(file):
+    settings = load_config(file)
+    data = open_source(settings.data.address)
+    small = gather_probe(settings, data, LEAST_SHARE)
+    assert len(small.bank) == 32 and len(small.queries) == 16 and len(small.views) == 8  # of 1024, 512, 64 an eighth, or all
+    assert small.about == "a k-NN of 16 other training images"
 
 
 def test_a_probe_holds_out_what_there_is(file, tmp_path):
     settings = load_config(file)
-    probe = gather_probe(settings, open_source(settings.data))
+    probe = gather_probe(settings, open_source(settings.data.address))
     assert probe.about == "a k-NN of 16 other training images"
     assert len(probe.bank) == 32 and probe.views.shape == (48, 8, 3, 32, 32)
     assert not {image.numpy().tobytes() for image in probe.bank} & {image.numpy().tobytes() for image in probe.queries}
@@ -272,19 +317,19 @@ def test_a_probe_holds_out_what_there_is(file, tmp_path):
     write_images(tmp_path / "split/val", 6)
     (tmp_path / "split/train/d/00.png").write_bytes(b"not an image")
     split = load_config(file, [f"data.source={tmp_path / 'split'}"])
-    probe = gather_probe(split, open_source(split.data))
-    assert probe.about == "a k-NN of 6 val or test images" and len(probe.query_labels) == 6
+    probe = gather_probe(split, open_source(split.data.address))
+    assert probe.about == "a k-NN of 6 val images" and len(probe.query_labels) == 6
     assert len(probe.views) == 11 and len(probe.bank) == len(probe.bank_labels), "a file that cannot be read is passed over"
     flat = load_config(file, [f"data.source={tmp_path / 'split/val/d'}"])
-    probe = gather_probe(flat, open_source(flat.data))
-    assert probe.about == "no k-NN, for the data has no labels" and len(probe.bank) == 3
+    probe = gather_probe(flat, open_source(flat.data.address))
+    assert probe.about == "no k-NN, for there are no labelled images of two classes" and len(probe.bank) == 3
     found = probe.read(build_pair(flat)[1], flat, torch.device("cpu"))
     assert found.keys() == {"image_std", "image_rank", "lidar"}
 
 
 def test_a_probe_classifies_what_can_be_told_apart(file):
     settings = load_config(file)
-    probe = gather_probe(settings, open_source(settings.data))
+    probe = gather_probe(settings, open_source(settings.data.address))
     encoder = build_pair(settings)[1]
     assert probe.read(encoder, settings, torch.device("cpu"))["knn"] == 1.0, "dark and light"
     for parameter in encoder.parameters():
@@ -298,13 +343,13 @@ def test_a_probe_classifies_what_can_be_told_apart(file):
 def test_a_run_logs_its_readings_and_their_cost_and_is_not_changed_by_them(file, tmp_path, capsys):
     entries = trained(file, tmp_path / "watched")
     at = {name: [entry["step"] for entry in entries if name in entry] for name in (*READING_NAMES, "monitor_share")}
-    assert at["feature_std"] == at["effective_rank"] == at["monitor_share"] == [2, *range(4, 37, 4)], (
-        "the first line has the readings of step 1"
+    assert at["feature_std"] == at["effective_rank"] == at["monitor_share"] == [1, *range(4, 37, 4)], (
+        "a line at each step with readings"
     )
-    assert all(at[name] == [2, 8, 16, 24, 32] for name in ("image_std", "image_rank", "lidar", "knn"))
+    assert all(at[name] == [1, 8, 16, 24, 32, 36] for name in ("image_std", "image_rank", "lidar", "knn"))
     assert all(0 < entry["monitor_share"] < 1 for entry in entries if "monitor_share" in entry)
     out = capsys.readouterr().out
-    assert out.count("probes at step 1 and every 8: a k-NN of 16 other training images") == 1
+    assert out.count("probes after step 1, every 8 and step 36: a k-NN of 16 other training images") == 1
     assert "LiDAR" in out and "k-NN 1" in out and "warning" not in out
     plain = trained(file, tmp_path / "plain", "logging.monitor_every=0", "logging.probe_every=0")
     assert not any(name in entry for entry in plain for name in READING_NAMES)
@@ -313,10 +358,20 @@ def test_a_run_logs_its_readings_and_their_cost_and_is_not_changed_by_them(file,
 
 
 def test_a_resumed_run_takes_the_same_readings(file, tmp_path, capsys):
-    whole = trained(file, tmp_path / "whole", "--max-steps", 20)
-    for stop in (3, 9, 20):
-        parts = trained(file, tmp_path / "parts", "--max-steps", stop)
-    assert readings(parts) == readings(whole)
+    whole = trained(file, tmp_path / "whole", "--max-steps", 20, "logging.checkpoint_every=9", "logging.keep_last=9")
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    for step in (18, 20):
+        shutil.rmtree(tmp_path / f"parts/checkpoints/jepa-{step:08}")
+    parts = trained(file, tmp_path / "parts", "--max-steps", 20, "logging.checkpoint_every=9", "logging.keep_last=9")
+    assert "resuming from" in capsys.readouterr().out and readings(parts) == readings(whole)
+
+
+def test_a_run_that_is_cut_short_is_probed_as_one_of_that_length(file, tmp_path, capsys):
+    for stop in (3, 10):
+        entries = trained(file, tmp_path, "--max-steps", stop, "logging.every=50", "logging.probe_every=50")
+    assert [entry["step"] for entry in entries if "knn" in entry] == [1, 2, 3, 4, 7, 10]
+    assert [entry["step"] for entry in entries] == [1, 2, 3, 4, 7, 8, 10], "each in a line of its own"
+    assert "probes after steps 1, 4, 7, 10" in capsys.readouterr().out
 
 
 FAST = ("optimization.ema=[0.0,0.0]", "optimization.lr=0.05", "optimization.start_lr=0.05", "optimization.final_lr=0.05")
@@ -333,5 +388,5 @@ def test_a_run_that_collapses_says_so_once_and_why(file, tmp_path, capsys):
 
 def test_two_ranks_go_on_while_one_of_them_looks(file, tmp_path):
     done = ranks.succeeded(ranks.train(2, "--config", file, "--output", tmp_path, "data.batch_size=4"))
-    assert [entry["step"] for entry in lines(tmp_path) if "knn" in entry] == [2, 8, 16, 24, 32]
-    assert done[0].stdout.count("probes at step 1") == 1
+    assert [entry["step"] for entry in lines(tmp_path) if "knn" in entry] == [1, 8, 16, 24, 32, 36]
+    assert done[0].stdout.count("probes after step 1") == 1

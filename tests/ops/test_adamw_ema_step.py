@@ -177,14 +177,14 @@ def test_counts_of_a_long_run_keep_their_corrections(device):
 
 def test_one_launch_where_dtypes_and_ends_are_even(device):
     """One launch serves parameters with and without targets."""
-    params, state = [torch.randn(8 * n, device=device) for n in (1, 700, 3)], [torch.zeros(8 * n) for n in (1, 700, 3)]
-    state = [x.to(device) for x in state]
-    table = adamw_ema_table(params, params, state, state, [0, 0, 0], state[:2])
+    params, grads, first, second, targets = ([torch.randn(8 * n, device=device) for n in (1, 700, 3)] for _ in range(5))
+    targets = targets[:2]
+    table = adamw_ema_table(params, grads, first, second, [0, 0, 0], targets)
     assert table.kinds == [ALIGNED] and len(table.chunks[0]) == 4
-    copied = adamw_ema_table(params, params, state, state, [0, 0, 0], state[:2], [x.bfloat16() for x in state[:2]])
+    copied = adamw_ema_table(params, grads, first, second, [0, 0, 0], targets, [x.bfloat16() for x in targets])
     assert copied.kinds == [ALIGNED | COPY]
-    misplaced = [params[0], torch.zeros(5601, device=device)[1:], params[2]]
-    assert sorted(adamw_ema_table(params, misplaced, state, state, [0, 0, 0]).kinds) == [0, ALIGNED]
+    misplaced = [grads[0], torch.zeros(5601, device=device)[1:], grads[2]]
+    assert sorted(adamw_ema_table(params, misplaced, first, second, [0, 0, 0]).kinds) == [0, ALIGNED]
 
 
 @pytest.mark.parametrize("moved", ["nothing", "gradients", "absent", "dtype"])
@@ -290,3 +290,16 @@ def parts(**changed):
 def test_says_what_is_wrong(given, error, says):
     with pytest.raises(error, match=says):
         adamw_ema_step_(**given)
+
+
+@pytest.mark.parametrize("way", ["triton", "torch"])
+@pytest.mark.parametrize(
+    ("one", "other"), [("exp_avgs", "exp_avg_sqs"), ("exp_avgs", "params"), ("targets", "exp_avgs"), ("grads", "params")]
+)
+def test_tensors_that_share_memory_with_a_written_one_are_refused(way, one, other):
+    fastjepa_kernels.use(way)
+    given = {name: [torch.ones(4)] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "targets")}
+    rest = {"steps": torch.zeros(1), "hyper": torch.tensor([[1e-3, 0.9, 0.999, 1e-8, 0.0]], dtype=torch.float64), "groups": [0]}
+    adamw_ema_step_(**given, **rest, momentum=0.5)
+    with pytest.raises(ValueError, match="share their memory"):
+        adamw_ema_step_(**given | {one: given[other]}, **rest, momentum=0.5)

@@ -220,6 +220,10 @@ def parts(**changed):
         (parts(momentum=-0.1), ValueError, "momentum is -0.1"),
         (parts(momentum=float("nan")), ValueError, "momentum is nan"),
         (parts(momentum=torch.tensor(1.5)), ValueError, "momentum is 1.5"),
+        (parts(momentum=torch.tensor(float("nan"))), ValueError, "momentum is nan"),
+        (parts(momentum=float("inf")), ValueError, "momentum is inf"),
+        (parts(momentum="0.5"), TypeError, "momentum must be a number or a 0-dim tensor, not str"),
+        (parts(momentum=None), TypeError, "momentum must be a number or a 0-dim tensor, not NoneType"),
         (parts(finite=torch.ones(())), TypeError, "finite must be a 0-dim torch.bool"),
         (parts(finite=torch.ones((), dtype=torch.bool, device="meta")), ValueError, "finite is on meta"),
     ],
@@ -246,3 +250,16 @@ def test_targets_that_overlap_are_refused(way):
         with pytest.raises(ValueError, match="share their memory; give each once"):
             ema_update_(targets, sources, 0.5, copies=copies)
     ema_update_([flat[:6], flat[6:]], sources, 0.5)
+
+
+@pytest.mark.parametrize("way", ["triton", "torch"])
+def test_a_source_that_another_target_moves_is_refused(way):
+    """It would be read before or after its change. A target that is its own source stays as it is; sources may be shared."""
+    fastjepa_kernels.use(way)
+    a, b, flat = torch.randn(6), torch.randn(6), torch.randn(12)
+    for targets, sources in (([a, b], [b, a]), ([flat[:6]], [flat[1:7]]), ([flat[6:]], [flat[6:].view(torch.bfloat16)[:6]])):
+        with pytest.raises(ValueError, match="share their memory"):
+            ema_update_(targets, sources, 0.5)
+    shared, before = torch.ones(6), a.clone()
+    ema_update_([a, b, flat[:6]], [a, shared, shared], 0.0)
+    assert torch.equal(a, before) and torch.equal(b, shared) and torch.equal(flat[:6], shared)

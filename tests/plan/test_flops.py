@@ -9,12 +9,15 @@ from hypothesis import strategies as st
 
 from fastjepa.config.load import config_from_dict
 from fastjepa.config.schema import LossConfig
+from fastjepa.masks.layouts import Masking
 from fastjepa.masks.pack import pack
-from fastjepa.masks.packer import packer_of
-from fastjepa.masks.packings import SEPARATE, packing_of
+from fastjepa.masks.packer import Packer
+from fastjepa.masks.packings import SEPARATE
 from fastjepa.model import vit
+from fastjepa.model.jepa import NetworkShape
 from fastjepa.plan.flops import count_flops, encoder_flops, flops_of_packed, flops_per_image, official_flops
 from fastjepa.plan.memory import RowCounts, row_counts
+from fastjepa.plan.plan import workload_of
 from tests.support.flops import assert_close, counted, draw, lengths, loop, tiny
 
 
@@ -25,7 +28,7 @@ def test_equal_lengths_match_torch(depth: int, pred_depth: int, contexts: int):
     c = tiny(depth, pred_depth, num_enc_masks=contexts, truncate="batch_min")
     packed = pack(*draw(c))
     assert packed[0].length and packed[2].sequences.length
-    assert_close(flops_of_packed(c, *packed), counted(c, *packed))
+    assert_close(flops_of_packed(workload_of(c), *packed), counted(c, *packed))
 
 
 @pytest.mark.parametrize("sampling", ["official", "uniform"])
@@ -34,7 +37,7 @@ def test_ragged_lengths_match_torch(monkeypatch: pytest.MonkeyPatch, sampling: s
     packed = pack(*draw(c))
     assert packed[0].length is None
     monkeypatch.setattr(vit, "packed_attention", loop)
-    assert_close(flops_of_packed(c, *packed), counted(c, *packed))
+    assert_close(flops_of_packed(workload_of(c), *packed), counted(c, *packed))
 
 
 @pytest.mark.parametrize("target", ["input", "pixels"])
@@ -42,12 +45,12 @@ def test_ragged_lengths_match_torch(monkeypatch: pytest.MonkeyPatch, sampling: s
 def test_other_targets_match_torch(monkeypatch: pytest.MonkeyPatch, target: str, strategy: str):
     """Blocks that the target network sees alone, a sequence each; or no target network, and pixels to predict."""
     c = dataclasses.replace(tiny(images=4, truncate="none", strategy=strategy), loss=LossConfig(target=target))
-    packed = pack(*draw(c), packing=packing_of(c.meta.predictor, c.loss.target))
+    packed = pack(*draw(c), packing=Masking.of(c).packing)
     monkeypatch.setattr(vit, "packed_attention", loop)
-    found = flops_of_packed(c, *packed)
+    found = flops_of_packed(workload_of(c), *packed)
     assert_close(found, counted(c, *packed))
     assert (found.target_forward == 0) == (target == "pixels")
-    assert flops_per_image(c, steps=1) == pytest.approx(found.total)
+    assert flops_per_image(workload_of(c), steps=1) == pytest.approx(found.total)
 
 
 @pytest.mark.parametrize("target", ["output", "input"])
@@ -56,9 +59,9 @@ def test_targets_of_several_layers_match_torch(monkeypatch: pytest.MonkeyPatch, 
     """A head as wide as all of them, and no block that comes after the last."""
     loss = LossConfig(target=target, target_layers=numbers, layers=layers)
     c = dataclasses.replace(tiny(images=4, truncate="none"), loss=loss)
-    packed = pack(*draw(c), packing=packing_of(c.meta.predictor, c.loss.target))
+    packed = pack(*draw(c), packing=Masking.of(c).packing)
     monkeypatch.setattr(vit, "packed_attention", loop)
-    assert_close(flops_of_packed(c, *packed), counted(c, *packed))
+    assert_close(flops_of_packed(workload_of(c), *packed), counted(c, *packed))
 
 
 USES = {
@@ -74,13 +77,13 @@ def test_what_the_predictor_does_with_the_context_matches_torch(monkeypatch: pyt
     meta, loss = USES[use]
     c = tiny(3, pred_depth, images=4, truncate="none")
     c = dataclasses.replace(c, meta=dataclasses.replace(c.meta, **meta), loss=LossConfig(**loss))
-    packed = packer_of(c).packed(0, range(4), 4)
+    packed = Packer(Masking.of(c)).packed(0, range(4), 4)
     monkeypatch.setattr(vit, "packed_attention", loop)
-    found = flops_of_packed(c, *packed)
+    found = flops_of_packed(workload_of(c), *packed)
     assert_close(found, counted(c, *packed))
-    assert flops_per_image(c, steps=1) == pytest.approx(found.total)
+    assert flops_per_image(workload_of(c), steps=1) == pytest.approx(found.total)
     rows = RowCounts.of(*packed)
-    assert row_counts(c, 4, steps=1) == rows
+    assert row_counts(workload_of(c), 4, steps=1) == rows
     assert (rows.queries == rows.sequences) == bool(loss)
 
 
@@ -89,7 +92,7 @@ def test_a_block_by_itself_is_counted_as_it_is_packed():
     context_mask, target_mask = np.zeros((2, 1, 48), bool), np.zeros((2, 2, 48), bool)
     context_mask[..., :20] = target_mask[..., 30:42] = True
     packed = pack(context_mask, target_mask, packing=SEPARATE)
-    assert_close(count_flops(c, 20, 12, 12), flops_of_packed(c, *packed), 1e-12)
+    assert_close(count_flops(workload_of(c), 20, 12, 12), flops_of_packed(workload_of(c), *packed), 1e-12)
 
 
 def test_attention_costs_the_sum_of_squares(monkeypatch: pytest.MonkeyPatch):
@@ -100,7 +103,7 @@ def test_attention_costs_the_sum_of_squares(monkeypatch: pytest.MonkeyPatch):
     target_mask[0, :, :20] = target_mask[1, :, -2:] = True
     packed = pack(context_mask, target_mask)
     monkeypatch.setattr(vit, "packed_attention", loop)
-    assert_close(flops_of_packed(c, *packed), counted(c, *packed), 1e-9)
+    assert_close(flops_of_packed(workload_of(c), *packed), counted(c, *packed), 1e-9)
 
 
 def test_wide_heads_and_mlp_ratios_match_torch():
@@ -108,7 +111,7 @@ def test_wide_heads_and_mlp_ratios_match_torch():
     c = tiny(truncate="batch_min")
     c = dataclasses.replace(c, meta=dataclasses.replace(c.meta, model_name="vit_giant", embed_dim=88))
     packed = pack(*draw(c))
-    assert_close(flops_of_packed(c, *packed), counted(c, *packed))
+    assert_close(flops_of_packed(workload_of(c), *packed), counted(c, *packed))
 
 
 @given(context=st.integers(1, 48), block=st.integers(1, 20), extra=st.integers(0, 20), contexts=st.integers(1, 2),
@@ -116,15 +119,15 @@ def test_wide_heads_and_mlp_ratios_match_torch():
 def test_count_is_packed_for_equal_lengths(context, block, extra, contexts, images, depth, pred_depth):
     c = tiny(depth, pred_depth, images, num_enc_masks=contexts, num_pred_masks=2)
     union = block + min(extra, block)
-    exact = flops_of_packed(c, *lengths(context, block, union, contexts, 2, images))
-    assert_close(count_flops(c, context, block, union), exact, 1e-12)
-    assert_close(count_flops(c, context, block, union, images=images), exact, 1e-12)
+    exact = flops_of_packed(workload_of(c), *lengths(context, block, union, contexts, 2, images))
+    assert_close(count_flops(workload_of(c), context, block, union), exact, 1e-12)
+    assert_close(count_flops(workload_of(c), context, block, union, images=images), exact, 1e-12)
 
 
 def test_the_savings_are_those_the_model_makes():
     """Against the official code's work: the same context forward but for patches nobody sees, and less of all the rest."""
     c = tiny(truncate="batch_min")
-    ours, theirs = count_flops(c, 12, 6, 18), official_flops(c, 12, 6)
+    ours, theirs = count_flops(workload_of(c), 12, 6, 18), official_flops(workload_of(c), 12, 6)
     patches = 2 * 48 * 16 * 48  # 2 x N x patch pixels x D
     assert theirs.context_forward - ours.context_forward == pytest.approx(patches * (1 - 12 / 48))
     unwanted = 2 * 48 * 30 * (2 * 48 + 2 * 48 + 2 * 4 * 48)  # 30 of 48 rows lack q, attention, proj and mlp in the last block
@@ -147,7 +150,7 @@ DERIVED = {  # GFLOP an image and the shares of target, context and predictor, r
 def test_official_totals(name: str, patch: int, pred_depth: int):
     """Within rounding and the sampling error of the lengths."""
     c = config_from_dict({"mask": {"patch_size": patch}, "meta": {"model_name": name, "pred_depth": pred_depth}})
-    f = official_flops(c, *LENGTHS[patch])
+    f = official_flops(workload_of(c), *LENGTHS[patch])
     gflop, target, context, predictor = DERIVED[name, patch, pred_depth]
     assert f.total / 1e9 == pytest.approx(gflop, abs=0.5, rel=0.005)
     shares = f.target_forward, f.context_forward + f.context_backward, f.predictor_forward + f.predictor_backward
@@ -156,8 +159,8 @@ def test_official_totals(name: str, patch: int, pred_depth: int):
 
 def test_of_config_is_the_mean_over_steps():
     c = tiny(images=4, truncate="none")
-    steps = [flops_of_packed(c, *pack(*draw(c, step))).total for step in range(3)]
-    assert flops_per_image(c, steps=3) == pytest.approx(np.mean(steps))
+    steps = [flops_of_packed(workload_of(c), *pack(*draw(c, step))).total for step in range(3)]
+    assert flops_per_image(workload_of(c), steps=3) == pytest.approx(np.mean(steps))
     assert len(set(steps)) > 1
 
 
@@ -165,11 +168,11 @@ def test_of_config_cuts_as_the_whole_batch_does():
     """More images share a cut, so contexts get shorter."""
     c = tiny(images=2, truncate="batch_min", truncate_group=2, sampling="uniform")
     many = dataclasses.replace(c, mask=dataclasses.replace(c.mask, truncate_group=64))
-    assert flops_per_image(many, total=64) < flops_per_image(c, total=64)
+    assert flops_per_image(workload_of(many), total=64) < flops_per_image(workload_of(c), total=64)
 
 
 @pytest.mark.parametrize("target", ["output", "input", "pixels"])
 def test_the_encoder_on_a_whole_image_is_the_same_whatever_the_targets(target: str):
     c = tiny()
-    everything = count_flops(c, 1, 1, 48).target_forward
-    assert encoder_flops(dataclasses.replace(c, loss=LossConfig(target=target))) == pytest.approx(everything)
+    everything = count_flops(workload_of(c), 1, 1, 48).target_forward
+    assert encoder_flops(NetworkShape.of(dataclasses.replace(c, loss=LossConfig(target=target)))) == pytest.approx(everything)

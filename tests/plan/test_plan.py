@@ -11,26 +11,28 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastjepa.cli.main import main
 from fastjepa.cli.plan import MEMORY_ROWS
 from fastjepa.config.load import config_from_dict
-from fastjepa.config.schema import Config, LossConfig
+from fastjepa.config.schema import Config, LossConfig, OptimizationConfig
 from fastjepa.engine.adamw import build_adamw
-from fastjepa.engine.build import build_engine
 from fastjepa.engine.deepspeed_config import BUCKET_ELEMENTS
+from fastjepa.engine.plain import PlainEngine
 from fastjepa.engine.precision import COMPUTE_DTYPES, autocast_of
 from fastjepa.engine.schedule import StepSettings
 from fastjepa.loss.jepa_loss import jepa_loss
 from fastjepa.loss.normalizations import NORMALIZATIONS, RunningNormalization
 from fastjepa.masks.draw import draw_masks
+from fastjepa.masks.layouts import Masking
 from fastjepa.masks.pack import pack
-from fastjepa.masks.packer import packer_of
-from fastjepa.masks.packings import packing_of
-from fastjepa.model.jepa import build_pair
+from fastjepa.masks.packer import Packer
+from fastjepa.model.jepa import NetworkShape, build_pair
 from fastjepa.model.moments import RunningMoments
 from fastjepa.model.vit import use_attention
-from fastjepa.plan.flops import flops_per_image
+from fastjepa.plan.datasheets import DATASHEETS
+from fastjepa.plan.flops import flops_per_image, muon_flops
 from fastjepa.plan.memory import (
     FP32_BYTES,
     ZERO_STAGES,
@@ -41,19 +43,20 @@ from fastjepa.plan.memory import (
     network_sizes,
     state_bytes,
 )
-from fastjepa.plan.plan import CARD_PEAKS, Cards, largest_micro_batch, plan_run, plan_traffic
+from fastjepa.plan.plan import Cards, largest_micro_batch, plan_run, plan_traffic, workload_of
 from fastjepa.plan.sharding import RESERVED_SHARE
 from fastjepa.plan.traffic import INFINIBAND_RATE, NVLINK_RATE, TOTAL_BATCH, bytes_sent
 from fastjepa.ranks import collectives
 from fastjepa.ranks.world import join_world
-from fastjepa.run.build import build_networks
+from fastjepa.run.build import build_engine, build_networks
 from tests.support import ranks
 from tests.support.places import ROOT
 
 STATES = ("parameters", "gradients", "moments", "master_weights", "ema", "target_copy")
 SHARDED = {0: (), 1: ("moments", "master_weights", "ema"), 2: ("gradients", "moments", "master_weights", "ema")}
-CASES = [(1, 0, "fp32"), (1, 3, "fp32"), *((2, stage, "fp32") for stage in ZERO_STAGES), (2, 1, "bf16"),
-         (4, 2, "fp32"), (4, 3, "bf16")]  # fmt: skip
+FEW = [(1, 0, "fp32"), (1, 3, "fp32"), *((2, stage, "fp32") for stage in ZERO_STAGES), (2, 1, "bf16")]
+SENT = [case for case in FEW if case[0] > 1 and case[1]]  # cases whose collectives are called from Python
+MANY = [pytest.param(case, marks=pytest.mark.slow) for case in [(4, 2, "fp32"), (4, 3, "bf16")]]
 
 
 def small(dtype: str = "fp32", stage: int = 0, **runtime: object) -> Config:
@@ -92,7 +95,7 @@ def report(count: int, stage: int, dtype: str) -> dict:
     c = small(dtype, stage)
     sent = spy()
     world = join_world("cpu")
-    context, target, blocks = pack(*draw_masks(c.mask, c.grid, 0, 0, range(2), 2))
+    context, target, blocks = pack(*draw_masks(Masking.of(c), 0, range(2), 2))
     images, now = torch.rand(2, 3, 64, 64), StepSettings(1e-4, 0.04, 0.99)
     before = storages()
     jepa, target_encoder = build_networks(c, world.device)
@@ -151,11 +154,11 @@ def spy() -> dict[str, float]:
 
 
 @pytest.mark.xdist_group("plan")  # what is measured once serves both tests
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]} ranks, ZeRO-{case[1]}, {case[2]}")
+@pytest.mark.parametrize("case", FEW + MANY, ids=lambda case: f"{case[0]} ranks, ZeRO-{case[1]}, {case[2]}")
 def test_states_are_what_ranks_hold(case):
     """Every tensor of the process but the batch, positions and the reduction's bucket: the fullest rank's within 2 %."""
     count, stage, dtype = case
-    planned = sum(state_bytes(network_sizes(small()), dtype, count, stage).values())
+    planned = sum(state_bytes(network_sizes(NetworkShape.of(small())), dtype, count, stage).values())
     assert max(one["held"] for one in reports(*case)) == pytest.approx(planned, rel=0.02)
     for one in reports(*case):
         assert one["held"] == pytest.approx(planned, rel=0.05)  # shards of whole tensors differ
@@ -164,11 +167,11 @@ def test_states_are_what_ranks_hold(case):
 
 
 @pytest.mark.xdist_group("plan")  # what is measured once serves both tests
-@pytest.mark.parametrize("case", [c for c in CASES if c[0] > 1 and c[1]], ids=lambda c: f"{c[0]} ranks, ZeRO-{c[1]}, {c[2]}")
+@pytest.mark.parametrize("case", SENT + MANY, ids=lambda case: f"{case[0]} ranks, ZeRO-{case[1]}, {case[2]}")
 def test_traffic_is_what_ranks_send(case):
     """Payloads of collectives, as a ring would carry them; DDP's (stage 0) are not called from Python."""
     count, stage, dtype = case
-    planned = bytes_sent(network_sizes(small()), dtype, count, stage, micro_batches=2)
+    planned = bytes_sent(network_sizes(NetworkShape.of(small())), dtype, count, stage, micro_batches=2)
     for one in reports(*case):
         ring = {kind: size * (count - 1) / count for kind, size in one["sent"].items()}
         assert 2 * ring["reduce"] + ring["scatter"] == pytest.approx(planned["gradients"], rel=0.02)
@@ -182,7 +185,7 @@ def saved(c: Config) -> tuple[int, RowCounts]:
     """Bytes of distinct storages that autograd saves in a forward, without parameters and buffers."""
     jepa, _ = build_pair(c)
     use_attention(jepa, c.runtime.attention)
-    packed = packer_of(c).packed(0, range(c.micro_batch), c.micro_batch)
+    packed = Packer(Masking.of(c)).packed(0, range(c.micro_batch), c.micro_batch)
     own = {t.untyped_storage().data_ptr() for t in (*jepa.parameters(), *jepa.buffers())}
     kept = {}  # the tensors too: an address that is freed would be used again
 
@@ -202,25 +205,20 @@ def saved(c: Config) -> tuple[int, RowCounts]:
 
 def shallow(c: Config, count: RowCounts) -> int:
     """Checkpointing keeps in a forward all but the block that the backward makes anew."""
-    blocks = blocks_bytes(c, count)
-    return activation_bytes(c, count).checkpointed - max(inside - kept for kept, inside in blocks)
+    blocks = blocks_bytes(workload_of(c), count)
+    return activation_bytes(workload_of(c), count).checkpointed - max(inside - kept for kept, inside in blocks)
 
 
-@pytest.mark.parametrize(
-    ("loss", "meta"),
-    [
-        ({"normalize": "dyntanh"}, {}),
-        ({"visible_weight": 0.5}, {}),
-        ({"visible_weight": 0.5}, {"pred_depth": 1}),
-        ({}, {"predictor_context": 0.5, "predictor_repeats": 2}),
-        ({"visible_weight": 0.5}, {"predictor_context": 0.5, "pred_depth": 1}),
-    ],
-)
+@pytest.mark.parametrize(("loss", "meta"), [
+    ({"normalize": "dyntanh"}, {}), ({"visible_weight": 0.5}, {}), ({"visible_weight": 0.5}, {"pred_depth": 1}),
+    ({}, {"predictor_context": 0.5, "predictor_repeats": 2}),
+    ({"visible_weight": 0.5}, {"predictor_context": 0.5, "pred_depth": 1}),
+])  # fmt: skip
 def test_what_a_variant_of_the_objective_saves_is_counted(loss: dict, meta: dict):
     c = dataclasses.replace(small("fp32"), loss=LossConfig(**loss))
     c = dataclasses.replace(c, meta=dataclasses.replace(c.meta, **meta))
     bytes_saved, count = saved(c)
-    assert bytes_saved == pytest.approx(activation_bytes(c, count).saved, rel=0.01)
+    assert bytes_saved == pytest.approx(activation_bytes(workload_of(c), count).saved, rel=0.01)
 
 
 @pytest.mark.slow
@@ -230,7 +228,10 @@ def test_activations_are_what_autograd_saves(name: str, dtype: str):
     """With sdpa on equal lengths, which saves what flash attention does; bf16 also saves the weights' copies."""
     c = vit(name, dtype=dtype)
     bytes_saved, count = saved(c)
-    planned = activation_bytes(c, count).saved + buffer_bytes(network_sizes(c), dtype, 0)["autocast_copies"]
+    planned = (
+        activation_bytes(workload_of(c), count).saved
+        + buffer_bytes(network_sizes(NetworkShape.of(c)), dtype, 0)["autocast_copies"]
+    )
     assert planned == pytest.approx(bytes_saved, rel=0.001)
 
 
@@ -251,7 +252,7 @@ def test_a_predictor_of_any_depth_is_counted(pred_depth: int):
                           "meta": {"embed_dim": 48, "depth": 1, "num_heads": 4, "pred_depth": pred_depth, "pred_emb_dim": 32},
                           "runtime": {"dtype": "fp32", "device": "cpu", "attention": "sdpa"}})  # fmt: skip
     bytes_saved, count = saved(c)
-    assert activation_bytes(c, count).saved == pytest.approx(bytes_saved, rel=0.001)
+    assert activation_bytes(workload_of(c), count).saved == pytest.approx(bytes_saved, rel=0.001)
 
 
 # What the forms promise
@@ -260,7 +261,7 @@ def test_a_predictor_of_any_depth_is_counted(pred_depth: int):
 @pytest.mark.parametrize("stage", ZERO_STAGES)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_twice_the_ranks_halve_what_is_sharded_and_nothing_else(stage: int, dtype: str):
-    size = network_sizes(small())
+    size = network_sizes(NetworkShape.of(small()))
     two, four = (state_bytes(size, dtype, gpus, stage) for gpus in (2, 4))
     for name in STATES:
         sharded = name in SHARDED.get(stage, SHARDED[2])
@@ -289,7 +290,7 @@ def test_the_loss_holds_what_is_planned_for_it(normalize: str, keys: dict):
     """Targets, what autograd keeps of the loss, and the gradient that a backward makes; `layer` is the fused kernel's."""
     micro = dataclasses.replace(small(), loss=LossConfig(normalize=normalize, **keys))
     c = dataclasses.replace(micro, runtime=dataclasses.replace(micro.runtime, micro_batch=None))
-    _, seen, blocks = pack(*draw_masks(c.mask, c.grid, 0, 0, range(2), 2), packing=packing_of(c.meta.predictor, c.loss.target))
+    _, seen, blocks = Packer(Masking.of(c)).packed(0, range(2), 2)
     features = tuple(torch.randn(len(seen.idx), c.target_dim) for _ in range(c.target_layers))
     prediction = torch.randn(len(blocks.target_rows), c.predicted_dim, requires_grad=True)
     kept = {}
@@ -308,14 +309,29 @@ def test_the_loss_holds_what_is_planned_for_it(normalize: str, keys: dict):
     standard = len(features) * one + averaged if normalize != "none" else 0
     held = sum(kept.values()) + len(features) * one + averaged + standard + prediction.nbytes
     rows = RowCounts(1, len(seen.idx), 1, len(blocks.target_rows))
-    assert activation_bytes(c, rows).loss == held
+    assert activation_bytes(workload_of(c), rows).loss == held
     kept = standard if normalize == "batch" else 0  # of each of the two micro-batches of a step
-    assert activation_bytes(micro, rows).loss == held + kept
+    assert activation_bytes(workload_of(micro), rows).loss == held + kept
+
+
+def test_muons_moments_and_products_are_those_of_its_step():
+    c = dataclasses.replace(small(), optimization=OptimizationConfig(optimizer="muon"))
+    jepa, target = build_pair(c)
+    engine = PlainEngine(jepa, muon=True)
+    for p in engine.parameters:
+        p.grad = torch.zeros_like(p)
+    with FlopCounterMode(display=False) as counter:
+        engine.step(StepSettings(lr=1e-3, weight_decay=0.0, ema_momentum=0.9))
+    held = sum(t.nbytes for state in engine.optimizer.state.values() for name, t in state.items() if name != "step")
+    assert state_bytes(network_sizes(NetworkShape.of(c), muon=True), "fp32", 1, 0)["moments"] == held
+    assert muon_flops(NetworkShape.of(c)) == counter.get_total_flops()
+    (said,) = plan_run(c, Cards())["notes"]
+    assert said.startswith(f"Muon takes {muon_flops(NetworkShape.of(c)) / 1e12:.3g} TFLOP a step on every rank")
 
 
 @pytest.mark.parametrize("gpus", [2, 8, 512])
 def test_each_stage_holds_no_more_than_the_one_before(gpus: int):
-    size = network_sizes(config_from_dict({"meta": {"model_name": "vit_huge"}}))
+    size = network_sizes(NetworkShape.of(config_from_dict({"meta": {"model_name": "vit_huge"}})))
     held = [sum(state_bytes(size, "bf16", gpus, stage).values()) for stage in ZERO_STAGES]
     assert held == sorted(held, reverse=True)
 
@@ -329,7 +345,7 @@ def test_sizes_are_the_networks(change: dict, keys: dict):
     c = dataclasses.replace(small(), loss=LossConfig(**keys))
     c = dataclasses.replace(c, meta=dataclasses.replace(c.meta, **change))
     jepa, target = build_pair(c)
-    size = network_sizes(c)
+    size = network_sizes(NetworkShape.of(c))
     groups = [[p.numel() for p in group["params"]] for group in build_adamw(jepa.encoder, jepa.predictor).param_groups]
     assert sorted(map(sorted, size.groups)) == sorted(map(sorted, groups))
     assert [group[0] for group in size.groups] == [group[0] for group in groups]
@@ -340,7 +356,7 @@ def test_sizes_are_the_networks(change: dict, keys: dict):
 
 
 def test_one_rank_sends_nothing_and_many_a_ring():
-    size = network_sizes(small())
+    size = network_sizes(NetworkShape.of(small()))
     for stage in ZERO_STAGES:
         assert set(bytes_sent(size, "bf16", 1, stage).values()) == {0.0}
         two, many = (sum(bytes_sent(size, "bf16", gpus, stage).values()) for gpus in (2, 10**6))
@@ -350,15 +366,15 @@ def test_one_rank_sends_nothing_and_many_a_ring():
 
 @pytest.mark.parametrize("stage, times", [(0, 1), (1, 1), (2, 4), (3, 4)])
 def test_stages_2_and_3_send_gradients_for_every_micro_batch(stage: int, times: int):
-    one, four = (bytes_sent(network_sizes(small()), "fp32", 8, stage, count)["gradients"] for count in (1, 4))
+    one, four = (bytes_sent(network_sizes(NetworkShape.of(small())), "fp32", 8, stage, count)["gradients"] for count in (1, 4))
     assert four == times * one
 
 
 def test_traffic_binds_where_bytes_take_as_long_as_flops():
     c = small("bf16")
-    peak = CARD_PEAKS["a100"]["bf16"] / 2
+    peak = DATASHEETS["a100"].bf16 / 2
     for row in plan_traffic(c, Cards(name="a100", utilisation=0.5), (8, 16)):
-        assert row["binding_batch"] * flops_per_image(c) / peak == pytest.approx(row["seconds"])
+        assert row["binding_batch"] * flops_per_image(workload_of(c)) / peak == pytest.approx(row["seconds"])
         assert row["total"] == sum(row[name] for name in ("gradients", "parameters", "target_copy"))
         compute = row["images"] * row["seconds"] / row["binding_batch"]
         assert row["exposed"] == pytest.approx(row["seconds"] / (row["seconds"] + compute))
@@ -437,6 +453,13 @@ def test_options_reach_the_plan(file, capsys):
     assert list(found["stages"]) == ["3"] and found["recommended_stage"] == 3
     assert (found["gpu_memory"], found["micro_batch"], found["peak_flops"]) == (24e9, 6, 312e12)
     assert found["hours"] == pytest.approx(found["flops_per_image"] * 7000 / (2 * 312e12 * 0.5) / 3600)
+
+
+@pytest.mark.parametrize(("card", "memory", "peak"), [("h200", 141e9, 989e12), ("h100", 80e9, 989e12), ("a100", 80e9, 312e12)])
+def test_a_card_brings_its_memory_and_peak(card, memory, peak, file, capsys):
+    assert main(["plan", "--config", file, "--zero", "0", "--json", "--card", card]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["card"], found["gpu_memory"], found["peak_flops"]) == (card, memory, peak)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from fastjepa.config.load import config_from_dict, load_config
 from fastjepa.config.schema import Config
 from fastjepa.plan.memory import ZERO_STAGES
-from fastjepa.plan.plan import Cards, config_on_card, plan_run
+from fastjepa.plan.plan import Cards, config_on_card, plan_run, workload_of
 from fastjepa.plan.sharding import RESERVED_SHARE, STAGE_NAMES, choose_zero_stage, possible_stages
 from fastjepa.ranks.memory import cgroup_limits, least_share, machine_memory_bytes, rank_memory_bytes
 from fastjepa.ranks.world import World
@@ -37,7 +37,7 @@ def memory_for(need: float) -> int:
 
 def test_a_model_that_fits_is_plain_ddp_and_the_sentence_has_both_numbers():
     config = large()
-    choice = choose_zero_stage(config, 8, 80 * 10**9)
+    choice = choose_zero_stage(workload_of(config), 8, 80 * 10**9)
     assert (choice.stage, choice.fits) == (0, True)
     need = needs(config, 8)[0] / 1e9
     assert choice.why == f"runtime.zero: auto is 0 (plain DDP): about {need:.1f} of the 72.0 GB that a rank may fill are needed"
@@ -47,34 +47,34 @@ def test_a_model_that_fits_is_plain_ddp_and_the_sentence_has_both_numbers():
 def test_the_lowest_stage_that_fits_is_taken(stage: int):
     config = large()
     need = needs(config, 8)
-    choice = choose_zero_stage(config, 8, memory_for(need[stage]))
+    choice = choose_zero_stage(workload_of(config), 8, memory_for(need[stage]))
     assert (choice.stage, choice.fits) == (stage, True)
     below = STAGE_NAMES[stage - 1]
     assert stage == 0 or choice.why.endswith(f"are needed, where {below} needs {need[stage - 1] / 1e9:.1f}")
 
 
 def test_where_nothing_fits_the_stage_that_needs_least_is_taken_with_the_remedy():
-    choice = choose_zero_stage(large(), 8, 10**9)
+    choice = choose_zero_stage(workload_of(large()), 8, 10**9)
     assert (choice.stage, choice.fits) == (3, False)
     assert "more than the 0.90 GB that a rank may fill; lower runtime.micro_batch, set runtime.checkpoint" in choice.why
-    assert "checkpoint_activations" not in choose_zero_stage(large(checkpoint_activations=True), 8, 10**9).why
+    assert "checkpoint_activations" not in choose_zero_stage(workload_of(large(checkpoint_activations=True)), 8, 10**9).why
 
 
 def test_checkpointed_activations_let_plain_ddp_fit():
     memory = memory_for(needs(large(), 8, "total_checkpointed")[0])
-    assert choose_zero_stage(large(), 8, memory).stage > 0
-    assert choose_zero_stage(large(checkpoint_activations=True), 8, memory).stage == 0
+    assert choose_zero_stage(workload_of(large()), 8, memory).stage > 0
+    assert choose_zero_stage(workload_of(large(checkpoint_activations=True)), 8, memory).stage == 0
 
 
 def test_a_compiled_run_never_takes_stage_3():
     """Which the engine would refuse."""
-    assert possible_stages(large(compile=True), 8) == (0, 1, 2)
-    assert choose_zero_stage(large(compile=True), 8, 10**9).stage < 3
+    assert possible_stages(workload_of(large(compile=True)), 8) == (0, 1, 2)
+    assert choose_zero_stage(workload_of(large(compile=True)), 8, 10**9).stage < 3
 
 
 def test_one_rank_shards_nothing_and_is_told_only_of_what_does_not_fit():
-    assert choose_zero_stage(large(), 1, 80 * 10**9)[:2] == (0, True)
-    choice = choose_zero_stage(large(), 1, 10**9)
+    assert choose_zero_stage(workload_of(large()), 1, 80 * 10**9)[:2] == (0, True)
+    choice = choose_zero_stage(workload_of(large()), 1, 10**9)
     assert choice[:2] == (0, False) and "auto is 0 (one rank shards nothing): about" in choice.why
     small = config_from_dict({"meta": {"model_name": "vit_tiny"}, "data": {"batch_size": 2}, "runtime": {"dtype": "fp32"}})
     assert zero_stage(small, ONE) == (0, [])
@@ -95,13 +95,16 @@ def test_the_plan_recommends_what_a_run_takes(ranks: int, runtime: dict):
     config = large(**runtime)
     every = {memory_for(need) for key in ("total", "total_checkpointed") for need in needs(config, ranks, key).values()}
     for memory in every | {10**10, 10**11}:
-        found, choice = plan_run(config, Cards(ranks, memory / 1e9)), choose_zero_stage(config, ranks, memory)
+        found, choice = plan_run(config, Cards(ranks, memory / 1e9)), choose_zero_stage(workload_of(config), ranks, memory)
         if choice.fits:
             assert found["recommended_stage"] == choice.stage
         elif found["recommended_stage"] is not None:
             words = dict(word.rstrip(":").split("=") for word in found["why"].split() if word.startswith("runtime."))
             asked = {name.removeprefix("runtime."): value == "true" or int(value) for name, value in words.items()}
-            assert choose_zero_stage(large(**runtime | asked), ranks, memory)[:2] == (found["recommended_stage"], True)
+            assert choose_zero_stage(workload_of(large(**runtime | asked)), ranks, memory)[:2] == (
+                found["recommended_stage"],
+                True,
+            )
 
 
 def test_the_presets_that_the_mission_shards_say_so():

@@ -83,8 +83,10 @@ def inner():
     from fastjepa.config.load import load_config
     from fastjepa.data.crops import BLOCKS_PER_SAMPLE, CROP_TRIES, crop_box
     from fastjepa.data.sources import open_source
+    from fastjepa.loader.loader import batch_recipe
     from fastjepa.loader.micro_batches import MicroBatches
     from fastjepa.masks.draw import draw_masks
+    from fastjepa.masks.layouts import Masking
     from fastjepa.rng import BOX_STREAM, generator
 
     def uniforms(seed: int, epoch: int, sample: int) -> list[float]:
@@ -92,11 +94,11 @@ def inner():
 
     def images(overrides: list[str], rank: int, world: int, item: int):
         config = load_config("demo", [*SHARED, *overrides])
-        return MicroBatches(config, open_source(config.data), rank, world)[item].images
+        return MicroBatches(batch_recipe(config), open_source(config.data.address), rank, world)[item].images
 
     def draw(mask, grid: tuple[int, int], seed: int, step: int, *slots: int):
         start, stop, total = slots
-        return draw_masks(mask, grid, seed, step, range(start, stop), total)
+        return draw_masks(Masking(mask, grid, seed), step, range(start, stop), total)
 
     return {
         "load": load_config,

@@ -1,6 +1,7 @@
 """The report of a run: what it reads, what it says, what it says of what is missing; the page itself: test_report_page."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -111,14 +112,46 @@ def test_skipped_steps_and_bad_files_are_shown(trained: Path, tmp_path: Path):
     assert "1 value that was not finite left out" in words(render_page([run], pictures=False))
 
 
-def test_undecodable_files_are_named(trained: Path, tmp_path: Path):
-    shutil.copytree(trained, tmp_path / "run")
-    state = next((tmp_path / "run" / "checkpoints").glob("*/state.json"))
-    was, now = state.read_text(), state.read_text().replace('"bad_files": []', '"bad_files": ["broken & torn.jpg"]')
+def test_a_reading_that_was_made_once_is_a_number_and_no_chart(tmp_path: Path):
+    entries = [{"step": 1, "loss": 1.0, "knn": 0.512, "lidar": 3.25}, {"step": 50, "loss": 0.5, "knn": 0.9}]
+    entries += [{"step": 90, "loss": 0.4, "knn": 0.79}]
+    more, once = write_run(tmp_path / "more", entries), write_run(tmp_path / "once", entries[:1])
+    page = render_page([once], pictures=False)
+    assert 'class="plot"' not in page and page.count('class="numbers"') == 3 and '"charts": []' in page
+    assert "online k-NN 51.2% at step 1" in words(page) and "LiDAR Rank of what" in words(page)
+    page = render_page([more], pictures=False)
+    assert "online k-NN 79.0% at step 90; highest 90.0% at step 50" in words(page)
+    assert page.count('class="plot"') == 2 and page.count('class="numbers"') == 1 and "3.2 at step 1" in words(page)
+    both = words(render_page([more, once], pictures=False))
+    assert "more: 3.2 at step 1; once: 3.2 at step 1" in both and "51.2% at step 1" in both
+
+
+def with_bad_files(trained: Path, run: Path, names: list[str]) -> Path:
+    """A copy of a run that met files of these names."""
+    shutil.copytree(trained, run)
+    state = next((run / "checkpoints").glob("*/state.json"))
+    was, now = state.read_text(), state.read_text().replace('"bad_files": []', f'"bad_files": {json.dumps(names)}')
     state.write_text(now)
     listed = state.with_name("manifest.json")
     listed.write_text(listed.read_text().replace(f'"bytes": {len(was)}', f'"bytes": {len(now)}'))
-    assert "1 undecodable file broken &amp; torn.jpg" in words(render_page([tmp_path / "run"], pictures=False))
+    return run
+
+
+def test_undecodable_files_are_named(trained: Path, tmp_path: Path):
+    run = with_bad_files(trained, tmp_path / "run", ["broken & torn.jpg"])
+    assert "1 undecodable file broken &amp; torn.jpg" in words(render_page([run], pictures=False))
+
+
+def test_names_that_are_no_text_are_shown(trained: Path, tmp_path: Path, capsys):
+    """Names of files are bytes, of any encoding: those of bad files, of the data and of the run itself."""
+    run = with_bad_files(trained, tmp_path / os.fsdecode(b"run\xe9"), [os.fsdecode(b"/set/caf\xe9.jpg"), "/set/a\nb.jpg"])
+    record = json.loads((run / "run.json").read_text())
+    record["config"]["data"]["source"] = os.fsdecode(b"/set\xff")
+    (run / "run.json").write_text(json.dumps(record))
+    assert main(["report", str(run), "--no-pictures"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/run\\udce9/report.html\n"
+    page = words((run / "report.html").read_text())
+    assert "2 undecodable files /set/caf\\udce9.jpg /set/a b.jpg" in page and "/set\\udcff" in page
 
 
 @pytest.mark.parametrize("nothing", [{}, {"metrics.jsonl": ""}, {"metrics.jsonl": '{"step": 1, "lo'}])
@@ -185,6 +218,7 @@ def test_mistakes_are_one_sentence(tmp_path: Path, capsys):
         ([tmp_path / "none"], "no run directory"),
         ([run], "odd.json: not as `fastjepa eval` writes it"),
         ([run, "--output", tmp_path], "is a directory; pass --output FILE.html"),
+        ([run, "--output", run / "run.json" / "x.html"], "x.html: cannot be written (Not a directory); give another place"),
     ):
         assert main(["report", *map(str, arguments)]) == 2
         said = capsys.readouterr().err.strip()

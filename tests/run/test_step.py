@@ -28,7 +28,7 @@ def test_steps_outside_the_loop_are_those_of_the_loop(toy_config, tmp_path, vari
     run = build_run(config, tmp_path / "apart", "auto", None, None)
     config, schedule = run.config, Schedule(run.config.optimization, len(run.source) // run.config.data.batch_size)
     step = Step(run.engine, run.average, run.objective)
-    with Loader(config, open_source(config.data), run.world, 0, 3) as loader:
+    with Loader(config, open_source(config.data.address), run.world, 0, 3) as loader:
         for number in range(3):
             assert step(loader.micro_batches(number), schedule(number))[1].item()
     for name, network in run.state.networks.items():

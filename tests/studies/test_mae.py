@@ -117,7 +117,11 @@ def test_it_learns_and_is_read_as_any_run(file, tmp_path):
     assert same_weights(target.state_dict(), context.state_dict()) and not same_weights(target.state_dict(), start.state_dict())
 
 
-def test_interrupted_it_continues_bit_for_bit(file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_interrupted_it_continues_bit_for_bit(file, tmp_path, monkeypatch, optimizer):
+    settings = yaml.safe_load(file.read_text())
+    settings["optimization"]["optimizer"] = optimizer
+    file.write_text(yaml.safe_dump(settings))
     hidden, hide = [], random_keep
     monkeypatch.setattr(mae, "random_keep", lambda *args: hidden.append(hide(*args)) or hidden[-1])
     train_mae(file, tmp_path / "whole", 7)

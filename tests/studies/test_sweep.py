@@ -23,6 +23,7 @@ from fastjepa.engine.schedule import Schedule
 from fastjepa.errors import UserError
 from fastjepa.masks.check import check_masks
 from fastjepa.masks.draw import draw_masks
+from fastjepa.masks.layouts import Masking
 from fastjepa.studies import worker
 from fastjepa.studies.arm import ARM_CONFIG, JOB_FILE, Arm
 from fastjepa.studies.subset import subset_of
@@ -72,7 +73,7 @@ def work(job: ArmJob) -> dict:
 @pytest.mark.parametrize("study, each", EVERY, ids=[f"{name}-{each.name}" for name, each in EVERY])
 def test_every_arm_is_a_config_that_runs_and_differs_from_the_base(study: str, each: Arm):
     base, config = load_config(BASE_CONFIG), load_config(BASE_CONFIG, each.overrides)
-    check_masks(config.mask, config.grid, config.runtime.seed, config.data.batch_size)
+    check_masks(Masking.of(config), config.data.batch_size)
     changes = (
         departures_from_default(config) != departures_from_default(base)
         or each.length != 1
@@ -136,8 +137,8 @@ def test_one_seed_of_all_arms_comes_before_the_next(data, tmp_path):
 
 def test_a_batch_smaller_than_its_group_is_cut_as_the_first_part_of_one():
     mask = load_config(BASE_CONFIG, ["mask.truncate=batch_min", "mask.truncate_group=256"]).mask
-    context, target = draw_masks(mask, (8, 8), 0, 3, range(64), 64)
-    whole_context, whole_target = draw_masks(mask, (8, 8), 0, 3, range(256), 256)
+    context, target = draw_masks(Masking(mask, (8, 8), 0), 3, range(64), 64)
+    whole_context, whole_target = draw_masks(Masking(mask, (8, 8), 0), 3, range(256), 256)
     assert np.array_equal(context, whole_context[:64]) and np.array_equal(target, whole_target[:64])
 
 

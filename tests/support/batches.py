@@ -23,7 +23,7 @@ def settings(source: Path | str | None = None, micro_batch: int | None = None, s
 
 def load(setting: Config, steps: range, rank: int = 0, world: int = 1, stop: int | None = None) -> list[list[Batch]]:
     """The micro-batches of each step."""
-    with Loader(setting, open_source(setting.data), World(rank, 0, world, CPU), steps.start, stop) as loader:
+    with Loader(setting, open_source(setting.data.address), World(rank, 0, world, CPU), steps.start, stop) as loader:
         return [list(loader.micro_batches(step)) for step in steps]
 
 

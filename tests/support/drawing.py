@@ -6,6 +6,7 @@ from fastjepa.config.load import config_from_dict
 from fastjepa.config.schema import Config, MaskConfig
 from fastjepa.masks.check import check_masks
 from fastjepa.masks.draw import draw_masks
+from fastjepa.masks.layouts import Masking
 from fastjepa.masks.statistics import mask_statistics
 
 GRID = (16, 16)
@@ -18,15 +19,15 @@ def settings(grid: tuple[int, int] = GRID, seed: int = 0, **mask: object) -> Con
 
 
 def draw(mask: MaskConfig, slots: int, step: int = 0, grid: tuple[int, int] = GRID, seed: int = 0):
-    return draw_masks(mask, grid, seed, step, range(slots), slots)
+    return draw_masks(Masking(mask, grid, seed), step, range(slots), slots)
 
 
 def check(config: Config, total: int) -> None:
-    check_masks(config.mask, config.grid, config.runtime.seed, total)
+    check_masks(Masking.of(config), total)
 
 
 def statistics(config: Config, groups: int) -> dict[str, object]:
-    return mask_statistics(config.mask, config.grid, config.runtime.seed, groups)
+    return mask_statistics(Masking.of(config), groups)
 
 
 def lengths(mask: np.ndarray) -> np.ndarray:

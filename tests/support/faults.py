@@ -37,7 +37,7 @@ from fastjepa import train
 from fastjepa.checkpoint import shard_files
 from fastjepa.checkpoint.directory import complete_checkpoints, step_of, verify_checkpoint
 from fastjepa.cli.main import main as run_command
-from fastjepa.errors import CheckpointError
+from fastjepa.errors import MACHINE_FAILED, CheckpointError
 from fastjepa.loader.micro_batches import MicroBatches
 from fastjepa.ranks.heartbeat import RANK_LOST
 
@@ -216,13 +216,18 @@ LOSS, WRITES = [(train, "jepa_loss")], [(os, "fsync"), (os, "replace"), (shard_f
 TWO_SAVES = range(1, 1 + 2 * 14)  # calls; rank 1 has 8 a save, and makes up for it in later saves
 
 
-def break_rank(run: BrokenRun, random: Random, places: list, action: Break, moments: range, both: bool = False) -> Outcome:
-    """Have one rank do `action` at one of the `moments`-th calls of `places`; the other rank, or both, must name it."""
+def break_rank(
+    run: BrokenRun, random: Random, places: list, action: Break, moments: range, own: tuple[int, str] | None = None
+) -> Outcome:
+    """Have one rank do `action` at one of the `moments`-th calls of `places`; the other rank must name it.
+
+    `own` is the exit code of that rank and a part of its sentence, where it has one.
+    """
     before, victim, after = run.settle(), random.randrange(2), random.random() < 0.5
     moment, breaks = random.choice(moments), [None, None]
     breaks[victim] = lambda: at_call(moment, places, action, after)
-    told = (0, 1) if both else (1 - victim,)
-    return run.left(before, run.start(breaks), dict.fromkeys(told, (RANK_LOST, f"rank {victim} (process ")))
+    told = {1 - victim: (RANK_LOST, f"rank {victim} (process ")} | ({victim: own} if own else {})
+    return run.left(before, run.start(breaks), told)
 
 
 def kill_mid_step(run: BrokenRun, random: Random) -> Outcome:
@@ -241,8 +246,9 @@ def stop_rank(run: BrokenRun, random: Random) -> Outcome:
 
 
 def hang_data(run: BrokenRun, random: Random) -> Outcome:
-    """Let the data of a rank not come, as from a file server that no longer answers: both ranks name it."""
-    return break_rank(run, random, [(MicroBatches, "__getitem__")], lambda: time.sleep(30), range(4, 7), both=True)
+    """Let the data of a rank not come, as from a file server that no longer answers: it says so itself."""
+    own = (MACHINE_FAILED, f"the loader has delivered nothing for {TIMEOUT:g} s (runtime.timeout)")
+    return break_rank(run, random, [(MicroBatches, "__getitem__")], lambda: time.sleep(30), range(4, 7), own)
 
 
 def fill_disk(run: BrokenRun, random: Random) -> Outcome:

@@ -13,6 +13,7 @@ from fastjepa.config.schema import Config
 from fastjepa.loader.batch import Batch
 from fastjepa.loss.targets import choose_targets
 from fastjepa.masks.draw import draw_masks
+from fastjepa.masks.layouts import Masking
 from fastjepa.masks.pack import pack
 from fastjepa.masks.packed import Blocks, Packed
 from fastjepa.model.jepa import build_pair
@@ -57,8 +58,9 @@ def counted(config: Config, context: Packed, target: Packed, blocks: Blocks) -> 
         parts.append(counter.get_total_flops() / b)
         return result
 
+    targets = choose_targets(config.loss.target, config.loss.target_layers)
     with torch.no_grad():
-        spent(lambda: choose_targets(config.loss)(target_encoder, Batch(images, context, target, blocks, bad=())))
+        spent(lambda: targets(target_encoder, Batch(images, context, target, blocks, bad=())))
     features = spent(lambda: jepa.encoder(images, context))
     spent(lambda: features.sum().backward())
     features = features.detach().requires_grad_()
@@ -73,7 +75,7 @@ def assert_close(found: Flops, expected: Flops, relative: float = 0.01) -> None:
 
 def draw(config: Config, step: int = 0) -> tuple[np.ndarray, np.ndarray]:
     images = config.data.batch_size
-    return draw_masks(config.mask, config.grid, 0, step, range(images), images)
+    return draw_masks(Masking.of(config), step, range(images), images)
 
 
 def lengths(context: int, block: int, union: int, contexts: int, blocks: int, images: int) -> tuple[Packed, Packed, Blocks]:

@@ -19,6 +19,7 @@ from fastjepa.evals.images import EvalImages, normalise_pixels
 from fastjepa.evals.inputs import Split, Subject, open_subject
 from fastjepa.loss.jepa_loss import jepa_loss
 from fastjepa.masks.draw import draw_masks
+from fastjepa.masks.layouts import Masking
 from fastjepa.masks.pack import pack
 from fastjepa.model.jepa import Jepa
 from fastjepa.visualize import neighbours
@@ -114,7 +115,7 @@ def test_the_true_distance_is_the_loss_of_that_block_alone(place: Path, subject:
     monkeypatch.setattr(Subject, "encoder", lambda *args: stirred(load(*args)))
     monkeypatch.setattr(neighbours, "load_predictor", lambda subject: stirred(load_predictor(subject)))
     queries = predict_blocks(subject, split(place, "test"), seed=3)
-    contexts, targets = draw_masks(subject.config.mask, GRID, 3, 0, range(6), 6)
+    contexts, targets = draw_masks(Masking(subject.config.mask, GRID, 3), 0, range(6), 6)
     assert np.array_equal(queries.context, contexts[:, 0]) and np.array_equal(queries.block, targets[:, 0])
     networks = Jepa(subject.encoder("context"), neighbours.load_predictor(subject)).eval()
     for i, pixels in enumerate(queries.images):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import pickle
 import shutil
 import sys
@@ -59,6 +60,18 @@ def test_a_round_trip_is_bitwise_and_records_which_encoder_it_is(run, tmp_path, 
     if to != "meta":
         assert f'"which": "{which}"' in (middle / "config.json").read_text()
         assert f"**the {which} encoder**" in (middle / "README.md").read_text()
+
+
+def test_what_is_written_has_the_mode_of_the_umask(run, tmp_path, capsys):
+    before = os.umask(0o027)
+    try:
+        for to in ("fastjepa", "timm", "transformers", "meta"):
+            assert main(["convert", str(run), str(tmp_path / to), "--to", to]) == 0
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == dict.fromkeys((p.name for p in files), "0o640")
+    assert sum(path.name == "model.safetensors" for path in files) == 3
 
 
 def test_every_pair_of_formats_is_bitwise(run, tmp_path):
@@ -384,10 +397,10 @@ def test_a_plain_state_dict_of_a_known_size_is_read(tmp_path):
     shape = {"img_size": 32, "patch_size": 8, "class_token": False, "global_pool": "avg", "fc_norm": False, "num_classes": 0}
     theirs = timm.create_model("vit_tiny_patch16_224", **shape).eval()
     torch.save(theirs.state_dict(), tmp_path / "vit.pth")
-    ours = load_encoder(tmp_path / "vit.pth", "context")
+    ours = load_encoder(tmp_path / "vit.pth", "context", grid=(4, 4))  # positions that were learned do not say it
     x = torch.randn(1, 3, 32, 32)
     assert (ours.forward_features(x) - theirs.forward_features(x)).abs().max() < 1e-5
-    assert (ours.which, load_encoder(tmp_path / "vit.pth").which) == ("context", "unstated")
+    assert (ours.which, load_encoder(tmp_path / "vit.pth", grid=(4, 4)).which) == ("context", "unstated")
 
 
 def test_a_transformers_model_of_another_kind_is_refused(tmp_path):

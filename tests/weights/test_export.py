@@ -13,8 +13,10 @@ from fastjepa import load_encoder
 from fastjepa.checkpoint.save import save_checkpoint
 from fastjepa.cli.main import main
 from fastjepa.config.load import config_from_dict
+from fastjepa.model.positions import POSITIONS
 from fastjepa.weights.export import WholeImages
-from fastjepa.weights.pretrained import PretrainedEncoder
+from fastjepa.weights.pretrained import PretrainedEncoder, encoder_of_weights
+from fastjepa.weights.read import read_weights
 from tests.support.weights import IJEPA, SHAPE, convert, make_state
 
 TOLERANCE = 1e-5
@@ -60,6 +62,32 @@ def test_positions_are_those_of_the_trainer_at_any_grid(encoder):
     plain = WholeImages(encoder, dynamic=True)
     for grid in ((4, 6), (1, 1), (28, 32)):
         assert error(plain.positions(*grid), encoder.positions(grid)) < TOLERANCE
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_each_kind_of_positions_is_that_of_the_trainer(run, positions, antialias):
+    loaded = read_weights(run)
+    encoder = encoder_of_weights(loaded.form, loaded.tensors, positions, antialias)
+    plain = WholeImages(encoder, dynamic=True)
+    for grid in ((4, 6), (2, 3), (8, 12), (7, 5)):
+        assert error(plain.positions(*grid), encoder.positions(grid)) < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("positions", ["scaled", "interpolated"])
+@pytest.mark.parametrize("to", ["pt2", "onnx"])
+def test_a_program_of_any_size_has_the_positions_that_were_asked_for(run, tmp_path, to, positions):
+    convert(run, tmp_path / f"encoder.{to}", "--to", to, "--dynamic", "--positions", positions)
+    if to == "onnx":
+        session = onnxruntime.InferenceSession(tmp_path / "encoder.onnx")
+    else:
+        program = torch.export.load(tmp_path / "encoder.pt2").module()
+    encoder = load_encoder(run, positions=positions)
+    for batch, height, width in SIZES[True]:
+        images = torch.randn(batch, 3, height, width)
+        found = session.run(["features"], {"images": images.numpy()})[0] if to == "onnx" else program(images)
+        assert error(found, encoder.forward_features(images)) < TOLERANCE
 
 
 SIZES = {False: [(1, 32, 48), (5, 32, 48)], True: [(2, 32, 48), (1, 16, 16), (3, 64, 40), (1, 96, 96)]}

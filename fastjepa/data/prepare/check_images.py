@@ -8,16 +8,18 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from fastjepa.data.decode_pillow import MAX_PIXELS, DecodeError, decode_image, stored_size
+from fastjepa.data.decode_pillow import MAX_PIXELS, DecodeError, decode_file, stored_size
 from fastjepa.data.prepare.processes import counting_bar, map_in_processes
 from fastjepa.data.sources import Source, open_source
-from fastjepa.data.splits import split_folder
+from fastjepa.data.splits import acceptable_splits, split_folder
 from fastjepa.data.tar_shards import SHARDS_MANIFEST, index_of, read_manifest, tars_in
-from fastjepa.errors import UserError
+from fastjepa.errors import UserError, is_out_of_files
+from fastjepa.files import write_atomic
 
 IMAGES_A_TASK = 64  # images that a process is given at a time
 MEGA = 1_000_000
@@ -32,7 +34,14 @@ class BadImage:
     detail: str
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+        return f"{one_line(self.path)}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+class GoodImage(NamedTuple):
+    """A file that a run can use."""
+
+    size: tuple[int, int]  # (width, height) as stored
+    dropped: frozenset[str]  # kinds of `data.dropped`
 
 
 @dataclass
@@ -42,6 +51,7 @@ class CheckReport:
     images: int = 0
     shards: int = 0  # compared with their manifest
     bad: list[BadImage] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)  # files by kind of `data.dropped`: good, but not taken whole
     smallest: tuple[int, int] | None = None
     largest: tuple[int, int] | None = None
 
@@ -54,6 +64,7 @@ class CheckReport:
         """Take in the findings on a part of the images."""
         self.images += part.images
         self.bad += part.bad
+        self.dropped += part.dropped
         for size in filter(None, (part.smallest, part.largest)):
             self.add_size(size)
 
@@ -69,7 +80,7 @@ def check_images(
     max_pixels: float | None = None,
     show: Callable[[BadImage], None] = lambda bad: None,
 ) -> CheckReport:
-    """Read every image of a source in `workers` processes; bad is what `decode_image` refuses, and what is too large.
+    """Read every image of a source in `workers` processes; bad is what `decode_file` refuses, and what is too large.
 
     Shards are first compared with their manifest, where they have one: counts, sizes and SHA-256. When one is damaged the
     images are not read.
@@ -93,9 +104,9 @@ def check_images(
 
 
 def _read_all(report: CheckReport, source: Source, workers: int, limit: float, show: Callable[[BadImage], None]) -> None:
-    """Add to the report what a reading of all images finds, and the folders that cannot be read; `limit` in megapixels."""
+    """Add to the report what a reading of all images finds, and what the source could not open; `limit` in megapixels."""
     for path, reason in getattr(source, "unreadable", ()):
-        report.bad.append(BadImage(path, "unreadable", reason))
+        report.bad.append(BadImage(path, "damaged shard" if path.endswith(".tar") else "unreadable", reason))
         show(report.bad[-1])
     chunks = [range(start, min(start + IMAGES_A_TASK, len(source))) for start in range(0, len(source), IMAGES_A_TASK)]
     with (
@@ -120,19 +131,22 @@ def _read_chunk(job: tuple[Source, float], chunk: range) -> CheckReport:
         if isinstance(found, BadImage):
             part.bad.append(found)
         else:
-            part.add_size(found)
+            part.add_size(found.size)
+            part.dropped.update(found.dropped)
     return part
 
 
-def judge_image(source: Source, i: int, limit: float) -> BadImage | tuple[int, int]:
-    """Return (width, height) of a sample that a run can use, or why it cannot; `limit` in megapixels."""
+def judge_image(source: Source, i: int, limit: float) -> BadImage | GoodImage:
+    """Return the size of a sample that a run can use, or why it cannot; `limit` in megapixels."""
     try:
         raw = source.read(i)
     except OSError as error:
+        if is_out_of_files(error):
+            raise  # no fault of the file
         reason = "vanished" if isinstance(error, FileNotFoundError) else "unreadable"
         return BadImage(source.name(i), reason, error.strerror or str(error))
     if isinstance(raw, np.ndarray):
-        return raw.shape[1], raw.shape[0]
+        return GoodImage((raw.shape[1], raw.shape[0]), frozenset())
     if not raw:
         return BadImage(source.name(i), "zero bytes", "")
     try:
@@ -144,13 +158,12 @@ def judge_image(source: Source, i: int, limit: float) -> BadImage | tuple[int, i
     if size[0] * size[1] > limit * MEGA:
         return BadImage(source.name(i), "too large", f"{size[0]}x{size[1]}, {size[0] * size[1] / MEGA:.1f} megapixels")
     try:
-        decode_image(raw, 3)
+        return GoodImage(size, decode_file(raw, 3).dropped)
     except MemoryError:
         return BadImage(source.name(i), "too large", f"{size[0]}x{size[1]}, no memory to decode it")
     except DecodeError as error:
         said = str(error.__cause__ or error)
         return BadImage(source.name(i), "truncated" if "truncated" in said else "cannot be decoded", said)
-    return size
 
 
 def _check_shards(report: CheckReport, where: str, split: str, workers: int, show: Callable[[BadImage], None]) -> None:
@@ -158,10 +171,9 @@ def _check_shards(report: CheckReport, where: str, split: str, workers: int, sho
     folder = Path(os.path.expanduser(where))
     if not folder.is_dir():
         return
-    with contextlib.suppress(
-        UserError, PermissionError
-    ):  # other formats keep their splits elsewhere; `open_source` has the last word
-        folder = split_folder(folder, split)
+    # Other formats keep their splits elsewhere; `open_source` has the last word.
+    with contextlib.suppress(UserError, PermissionError):
+        folder = split_folder(folder, acceptable_splits(split))
     manifest = read_manifest(folder)
     if manifest is None:
         return
@@ -185,6 +197,8 @@ def _check_shard(folder: Path, entry: dict) -> BadImage | None:
     except FileNotFoundError:
         return BadImage(str(path), "vanished", f"listed in {SHARDS_MANIFEST}")
     except OSError as error:
+        if is_out_of_files(error):
+            raise
         return BadImage(str(path), "unreadable", error.strerror or str(error))
     stated = entry["bytes"], entry["sha256"], entry["images"]
     for name, is_, said in zip(("bytes", "SHA-256", "images"), (size, digest, images), stated, strict=True):
@@ -194,5 +208,10 @@ def _check_shard(folder: Path, entry: dict) -> BadImage | None:
 
 
 def write_bad_list(bad: list[BadImage], path: Path) -> None:
-    """Write one path a line, as the file system spells it."""
-    path.write_bytes(b"".join(os.fsencode(entry.path) + b"\n" for entry in bad))
+    """Write each path once, one a line, as the file system spells it but for line ends and backslashes: see `one_line`."""
+    write_atomic(path, b"".join(os.fsencode(one_line(name)) + b"\n" for name in dict.fromkeys(entry.path for entry in bad)))
+
+
+def one_line(path: str) -> str:
+    r"""Return a path without line ends: a backslash is written as \\, a line feed as \n, a carriage return as \r."""
+    return path.replace("\\", r"\\").replace("\n", r"\n").replace("\r", r"\r")

@@ -9,7 +9,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,11 +22,11 @@ from fastjepa.data.endings import image_endings
 from fastjepa.data.prepare.processes import counting_bar, map_in_processes
 from fastjepa.data.sources import Source
 from fastjepa.data.tar_shards import (
+    INDEX_ARRAYS,
     MANIFEST_FORMAT,
     SHARDS_MANIFEST,
     SHARDS_PLAN,
     STALE_INDEX,
-    ShardIndex,
     index_path,
     stored_index,
     tar_fingerprint,
@@ -110,6 +110,7 @@ def write_shards(source: Source, folder: Path, origin: dict, request: ShardReque
 
     UserError when the folder holds other shards, OSError when it cannot be written or too many images cannot be read.
     """
+    _refuse_more(_not_opened(source), request.max_bad)
     folder.mkdir(parents=True, exist_ok=True)
     plan = {"format": MANIFEST_FORMAT, "source": origin | {"images": len(source), "sha256": _identity(source)},
             "options": request.options(), "classes": list(source.classes)}  # fmt: skip
@@ -123,6 +124,11 @@ def write_shards(source: Source, folder: Path, origin: dict, request: ShardReque
         write_atomic(folder / SHARDS_MANIFEST, _to_json(manifest))
         (folder / SHARDS_PLAN).unlink()
     return manifest
+
+
+def _not_opened(source: Source) -> list[str]:
+    """Return what the source lost when it was opened: damaged parts of tars, folders that cannot be read."""
+    return [f"{path}: {reason}" for path, reason in getattr(source, "unreadable", ())]
 
 
 @contextlib.contextmanager
@@ -141,7 +147,7 @@ def _to_json(content: dict) -> str:
 
 def _write_all(job: ShardJob, workers: int) -> dict:
     """Write all shards; return the part of the manifest that is known when every shard is there."""
-    entries, left_out = [], []
+    entries, left_out = [], _not_opened(job.source)
     with (
         contextlib.closing(map_in_processes(_write_shard, job, range(job.shards), workers)) as results,
         counting_bar() as progress,
@@ -270,7 +276,7 @@ def _write_new(job: ShardJob, number: int, tar: Path) -> dict:
     entry = {"file": tar.name, "images": len(places), "bytes": hashed.tell(), "sha256": hashed.sha256.hexdigest()}
     members, *numbers = zip(*places, strict=True) if places else ((), (), (), ())
     arrays = [np.array(members, dtype="S"), *(np.array(values, dtype=np.int64) for values in numbers)]
-    named = {field.name: array for field, array in zip(fields(ShardIndex), arrays, strict=True)}
+    named = dict(zip(INDEX_ARRAYS, arrays, strict=True))
     entry["left_out"] = left_out
     with atomic_path(index_path(tar)) as hidden:
         np.savez(hidden, **named, fingerprint=tar_fingerprint(tar), entry=json.dumps(entry))
@@ -312,6 +318,6 @@ def _refuse_more(left_out: list[str], max_bad: int) -> None:
     """Raise OSError when more images were left out than may be."""
     if len(left_out) > max_bad:
         raise OSError(
-            f"{left_out[0]}: cannot be read, as {len(left_out)} images so far, more than the {max_bad} that may be left out; "
+            f"{left_out[0]}: cannot be read, as {len(left_out)} so far, more than the {max_bad} that may be left out; "
             "see `fastjepa data check`, then mend them or raise --max-bad"
         )

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -18,6 +19,7 @@ from fastjepa.data.prepare.check_images import check_images
 from fastjepa.data.prepare.write_shards import ShardRequest, write_shards
 from fastjepa.data.sources import open_source
 from fastjepa.errors import UserError
+from fastjepa.loader.loader import batch_recipe
 from fastjepa.loader.micro_batches import MicroBatches
 from tests.support.batches import settings
 from tests.support.images import save_image
@@ -92,7 +94,7 @@ def test_planted_files_are_found_with_their_reasons(planted: Path, workers: int)
 
 def test_bad_is_what_a_run_replaces(planted: Path):
     source = open_source(planted)
-    dataset = MicroBatches(settings(planted, max_bad=100), source, 0, 1)
+    dataset = MicroBatches(batch_recipe(settings(planted, max_bad=100)), source, 0, 1)
     with pytest.warns(Image.DecompressionBombWarning):
         views = [dataset.view(0, i) for i in range(len(source))]
     assert all(image is not None and image.shape == (3, 32, 32) for image, _ in views)
@@ -101,9 +103,14 @@ def test_bad_is_what_a_run_replaces(planted: Path):
 
 
 def test_a_limit_is_judged_before_decoding(tmp_path: Path, monkeypatch):
+
+    def decode_small(raw: bytes, channels: int) -> decode_pillow.Decoded:
+        assert len(raw) < 40_000
+        return decode_pillow.decode_file(raw, channels)
+
     save_image(tmp_path / "large.png", seed=1, size=(200, 100))
     save_image(tmp_path / "small.png", seed=1, size=(100, 100))
-    monkeypatch.setattr("fastjepa.data.prepare.check_images.decode_image", lambda raw, channels: 1 / (len(raw) < 40_000))
+    monkeypatch.setattr("fastjepa.data.prepare.check_images.decode_file", decode_small)
     report = check_images(str(tmp_path), max_pixels=0.01)
     assert [str(bad) for bad in report.bad] == [f"{tmp_path}/large.png: too large (200x100, 0.0 megapixels)"]
 
@@ -139,6 +146,22 @@ def test_the_command_prints_writes_and_exits_with_1(planted: Path, tmp_path: Pat
     found = json.loads(capsys.readouterr().out)
     assert found["by_reason"]["too large"] == 3 and found["list"] == "other.txt" and len(found["bad"]) == 10
     assert (tmp_path / "other.txt").is_file()
+
+
+def test_a_name_with_line_ends_is_one_line(tmp_path: Path, monkeypatch, capsys):
+    """And the list gives back every name: no two names have the same line."""
+    monkeypatch.chdir(tmp_path)
+    names = ["a\nb.jpg", "a\\nb.jpg", "\n.jpg", "c\r\nd.jpg", "e\\.jpg", "plain.jpg"]
+    (tmp_path / "in").mkdir()
+    for name in names:
+        (tmp_path / "in" / name).write_bytes(b"")
+    assert main(["data", "check", "in", "--workers", "1"]) == 1
+    listed = (tmp_path / "bad.txt").read_text().splitlines()
+    assert sorted(re.sub(r"\\(.)", lambda m: {"n": "\n", "r": "\r"}.get(m[1], m[1]), line) for line in listed) == sorted(
+        f"in/{name}" for name in names
+    )
+    assert capsys.readouterr().out.count(": zero bytes\n") == len(listed) == len(names)
+    assert "in/plain.jpg" in listed and r"in/a\nb.jpg" in listed
 
 
 def test_a_good_source_exits_with_0_and_writes_nothing(tmp_path: Path, monkeypatch, capsys):
