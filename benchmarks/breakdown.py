@@ -128,11 +128,8 @@ def measure_parts(config: Config, rounds: int, trace: Path | None = None) -> lis
         clocks = [next(steps) for _ in range(rounds)]
         timing.synchronize(device)
         seconds = (time.perf_counter() - start) / rounds
-        spent = (
-            np.sum([astuple(flops_of_packed(workload_of(config), *micro)) for micro in packed], axis=0)
-            * config.micro_batch
-            / rounds
-        )
+        counted = [astuple(flops_of_packed(workload_of(config), *micro)) for micro in packed]
+        spent = np.sum(counted, axis=0) * config.micro_batch / rounds
         ceiling(1)
         if trace:
             write_trace(steps, device, trace)

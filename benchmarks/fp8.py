@@ -2,13 +2,12 @@
 
 Features are compared as the loss sees them, layer-normalised, with those of fp32 on the same images and weights: by the norm
 of the difference over the norm of the features, and by the cosine of the two. The products are torch's own FP8 products, on
-a CPU too. The weights are those that training starts from, or `--weights`.
+a CPU too. The weights are those that training starts from.
 """
 
 import argparse
 import os
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,22 +19,14 @@ from fastjepa.config.load import load_config
 from fastjepa.config.schema import Config
 from fastjepa.data.crops import crop_image
 from fastjepa.data.decode_pillow import decode_image
-from fastjepa.data.sources import open_source
-from fastjepa.errors import CheckpointError, UserError
-from fastjepa.loader.loader import batch_recipe
-from fastjepa.loader.micro_batches import MicroBatches
 from fastjepa.model.fp8 import use_fp8
 from fastjepa.model.jepa import build_pair
 from fastjepa.model.vit import Encoder, use_auto_attention
 from fastjepa.ranks.world import join_world
-from fastjepa.weights.read import starting_networks
 
 
 def input_images(config: Config, count: int) -> Tensor:
-    """Return (count, C, H, W) uint8: crops of data.source, or of images that decode like photographs."""
-    if config.data.source:
-        views = MicroBatches(batch_recipe(config), open_source(config.data.address), 0, 1)
-        return torch.stack([views.view(0, sample)[0] for sample in range(count)])
+    """Return (count, C, H, W) uint8, made to decode like photographs."""
     decoded = [decode_image(raw, config.data.channels) for raw in photographs(count)]
     return torch.stack([crop_image(image, (0, 0, *image.shape[1:]), config.image_size, False) for image in decoded])
 
@@ -60,34 +51,18 @@ def measure_asked(options: argparse.Namespace) -> dict:
     device = join_world(options.device).device
     images = input_images(config, options.images).to(device)
     encoder = build_pair(config)[1].to(device)
-    if options.weights:
-        load_target(encoder, options.weights)
     exact = target_features(encoder, images, torch.float32)
     use_fp8(encoder)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     errors = {"fp8": feature_error(target_features(encoder, images, dtype), exact)}
-    about = {"model": options.model, "weights": str(options.weights or "initial"), "images": len(images)}
-    return about | {"errors": errors}
-
-
-def load_target(encoder: Encoder, weights: Path) -> None:
-    try:
-        given = starting_networks(weights)
-    except CheckpointError as error:
-        raise UserError(str(error)) from error
-    encoder.load_state_dict(given.get("target_encoder") or given["encoder"])
-
-
-def parse_options(argv: list[str] | None) -> argparse.Namespace:
-    about = "Measure the error of FP8 in the features of the target network."
-    parser = make_parser(about, "", device="cpu", model="vit_base", size=224)
-    parser.add_argument("--images", type=int, default=4, help="how many (default 4)")
-    parser.add_argument("--weights", type=Path, help="a checkpoint, or weights of any kind that `fastjepa convert` reads")
-    return parser.parse_intermixed_args(argv)
+    return {"model": options.model, "weights": "initial", "images": len(images), "errors": errors}
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_script("fp8.py", parse_options(argv), measure_asked)
+    about = "Measure the error of FP8 in the features of the target network."
+    parser = make_parser(about, "", device="cpu", model="vit_base", size=224)
+    parser.add_argument("--images", type=int, default=4, help="how many (default 4)")
+    return run_script("fp8.py", parser.parse_intermixed_args(argv), measure_asked)
 
 
 if __name__ == "__main__":

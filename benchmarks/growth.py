@@ -10,7 +10,6 @@ more things adds, or a cache that is too small for the larger values.
 import argparse
 import os
 import sys
-import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -30,11 +29,7 @@ from fastjepa.checkpoint.save import save_checkpoint
 from fastjepa.checkpoint.state import TrainState
 from fastjepa.cli.options import some_of
 from fastjepa.config.schema import Config
-from fastjepa.data.sources import ImageFolder
-from fastjepa.data.tar_shards import scan_tar
 from fastjepa.errors import UserError
-from fastjepa.loader.loader import batch_recipe
-from fastjepa.loader.micro_batches import MicroBatches
 from fastjepa.masks.check import check_masks
 from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.layouts import Masking
@@ -44,13 +39,11 @@ from fastjepa.plan.memory import FP32_BYTES, activation_bytes, buffer_bytes, net
 from fastjepa.plan.plan import workload_of
 
 TOLERANCE, CONFIDENCE = 0.15, 0.975
-LEAST = 3  # values, so that the fit has an error
-HEAD = 32  # width of an attention head along `width`
-INDICES = 32  # of an epoch's order, for each image of --images
+LEAST, HEAD = 3, 32  # values, so that the fit has an error; width of an attention head along `width`
 EXAMPLES = """examples:
   python benchmarks/growth.py --along batch,tokens,width,depth --threads 1
   python benchmarks/growth.py --along ranks --ranks 1,2,4 --threads 1
-  python benchmarks/growth.py --along masks,packing,checkpoint,folder,shards,order --json
+  python benchmarks/growth.py --along masks,packing,checkpoint --json
   python benchmarks/growth.py --device cuda --model vit_base --along batch,tokens --batch 16,32,64,128 --size 160,224,320"""
 
 
@@ -154,24 +147,19 @@ def on_ranks(config: Config, counts: Sequence[int], rounds: int, device: torch.d
 
 
 def mask_point(place: Place, batch: int) -> Point:
-    config = place.config
-    return Point(batch, lambda n: draw_masks(Masking.of(config), n, range(batch), batch), batch)
+    return Point(batch, lambda number: draw_masks(Masking.of(place.config), number, range(batch), batch), batch)
 
 
 def packing_point(place: Place, batch: int) -> Point:
-    config = place.config
-    drawn = draw_masks(Masking.of(config), 0, range(batch), batch)
+    drawn = draw_masks(Masking.of(place.config), 0, range(batch), batch)
     return Point(batch, lambda number: pack(*drawn), batch)
 
 
 def checkpoint_point(place: Place, depth: int) -> Point:
     """Save checkpoints, against the numbers that one has to hold: weights, two moments and the average."""
     _, config = along(place.config, "depth", depth)
-    run, root, size = (
-        TrainerStep(config, place.device),
-        place.scratch / f"checkpoint-{depth}",
-        network_sizes(NetworkShape.of(config)),
-    )
+    run, root = TrainerStep(config, place.device), place.scratch / f"checkpoint-{depth}"
+    size = network_sizes(NetworkShape.of(config))
     run.take(batch.to(place.device) for batch in Work.draw(config, place.device, 0).packed(config))
     networks = {"encoder": run.jepa.encoder, "predictor": run.jepa.predictor, "target_encoder": run.target_encoder}
     state = TrainState(0, networks, run.engine.optimizer)
@@ -185,39 +173,11 @@ def checkpoint_point(place: Place, depth: int) -> Point:
     return Point(numbers, save_next, numbers, written, FP32_BYTES * numbers)
 
 
-def folder_point(place: Place, images: int) -> Point:
-    """Open a folder: its images are found, sorted and labelled; there are 1,000 in a class, as in ImageNet."""
-    root = place.scratch / f"folder-{images}"
-    for number in range(images):
-        path = root / f"{number // 1000:04d}" / f"{number:07d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    return Point(images, lambda number: ImageFolder(root), images)
-
-
-def shard_point(place: Place, images: int) -> Point:
-    """Open a tar that has no index file: its headers are read."""
-    path = place.scratch / f"{images}.tar"
-    with tarfile.open(path, "w") as tar:
-        for number in range(images):
-            tar.addfile(tarfile.TarInfo(f"{number:07d}.jpg"))
-    return Point(images, lambda number: scan_tar(path), images)
-
-
-def order_point(place: Place, images: int) -> Point:
-    """Take the first sample of a new epoch: its permutation is drawn."""
-    count = INDICES * images
-    return Point(count, lambda number: MicroBatches(batch_recipe(place.config), range(count), 0, 1).samples(0, 0, 1), count)
-
-
 STEP_AXES = {"batch": "batch", "tokens": "size", "width": "width", "depth": "depth"}  # and the option with their values
 HOST_COSTS = {  # name: title, the quantity it grows with, the option with its values, how a point is made
     "masks": ("drawing masks", "images", "drawn", mask_point),
     "packing": ("packing", "images", "drawn", packing_point),
     "checkpoint": ("checkpoint", "numbers in it", "depth", checkpoint_point),
-    "folder": ("finding files", "images", "images", folder_point),
-    "shards": ("reading a tar's index", "images", "images", shard_point),
-    "order": ("order of an epoch", "images", "images", order_point),
 }
 COSTS = (*STEP_AXES, "ranks", *HOST_COSTS)
 
@@ -243,9 +203,8 @@ def cost_rows(name: str, place: Place, options: argparse.Namespace) -> Iterator[
 
 
 VALUES = {"batch": "4,8,16,32", "size": "128,192,256,320", "width": "96,192,384,768", "depth": "3,6,12,24", "ranks": "1,2,4",
-          "drawn": "64,128,256,512,1024,2048", "images": "1000,2000,4000,8000,16000,32000"}  # fmt: skip
-MEANINGS = {"batch": "images a step", "size": "pixels, along tokens", "drawn": "images whose masks are drawn",
-            "images": "images of a data set"}  # fmt: skip
+          "drawn": "64,128,256,512,1024,2048"}  # fmt: skip
+MEANINGS = {"batch": "images a step", "size": "pixels, along tokens", "drawn": "images whose masks are drawn"}
 
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:

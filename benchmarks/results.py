@@ -309,10 +309,8 @@ HEADLINE = {  # result: its description, and the function that sums up its rows
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description="Keep benchmark results and write RESULTS.md.", epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    about, shape = "Keep benchmark results and write RESULTS.md.", argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=about, epilog=EXAMPLES, formatter_class=shape)
     commands = parser.add_subparsers(dest="verb", required=True)
     saving = commands.add_parser("save", help="run a benchmark and keep what it prints", usage="%(prog)s NAME -- COMMAND ...")
     saving.add_argument("name", help="of benchmarks/results/NAME.json, which is replaced")

@@ -89,9 +89,8 @@ class MethodStep:
         self.method = method(config, device)
         self.now = Schedule(config.optimization, STEPS_PER_EPOCH)(0)
         self.parameters = [p for p in self.method.parameters() if p.requires_grad]
-        if (
-            choose_attention(config.runtime.attention, device, COMPUTE_DTYPES[config.runtime.dtype]) == "matmul"
-        ):  # bf16 on a CPU
+        way = choose_attention(config.runtime.attention, device, COMPUTE_DTYPES[config.runtime.dtype])
+        if way == "matmul":  # bf16 on a CPU
             materialise(self.method.networks)
         if config.runtime.compile:
             for network in self.method.networks:

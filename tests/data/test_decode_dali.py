@@ -408,7 +408,7 @@ def load_for_ever(setting: Config) -> None:
         for step in range(10**9):
             list(loader.micro_batches(step))
             if step == 5:
-                print(*(worker.pid for worker in loader._workers._workers), flush=True)
+                print(*(worker.pid for worker in loader._workers.processes), flush=True)
 
 
 @pytest.mark.parametrize("loader", ["dali", "torch"])
