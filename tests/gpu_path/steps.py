@@ -14,10 +14,10 @@ from fastjepa.engine.precision import COMPUTE_DTYPES
 from fastjepa.engine.schedule import StepSettings
 from fastjepa.loader.batch import Batch
 from fastjepa.masks.draw import draw_masks
+from fastjepa.masks.layouts import Masking
 from fastjepa.masks.pack import pack
-from fastjepa.masks.packings import packing_of
-from fastjepa.masks.padding import padding_budget
 from fastjepa.monitoring.skips import Skips
+from fastjepa.plan.plan import workload_of
 from fastjepa.ranks.collectives import max_over_ranks
 from fastjepa.ranks.world import World
 from fastjepa.run.build import apply_process_settings, build_engine, build_networks, build_objective, build_runs
@@ -30,11 +30,11 @@ STEPS, RAGGED_STEPS = 3, 6  # the latter under torch.compile
 
 def micro_batches(config: Config, number: int) -> Iterator[Batch]:
     """Yield a step's micro-batches in pinned memory, with the masks that a run draws."""
-    images, mask = config.data.batch_size, config.mask
-    room = padding_budget(config, images) if config.runtime.cuda_graph else None
+    images, masking = config.data.batch_size, Masking.of(config)
+    room = workload_of(config).padding_budget(images) if config.runtime.cuda_graph else None
     for start in range(0, images, config.micro_batch):
-        drawn = draw_masks(mask, config.grid, 0, number, range(start, start + config.micro_batch), images)
-        packed = pack(*drawn, images, packing_of(config.meta.predictor, config.loss.target), room)
+        drawn = draw_masks(masking, number, range(start, start + config.micro_batch), images)
+        packed = pack(*drawn, images, masking.packing, room)
         pixels = torch.zeros(config.micro_batch, config.data.channels, *config.image_size, dtype=torch.uint8)
         yield Batch(pixels, *packed, bad=()).pin_memory()
 
