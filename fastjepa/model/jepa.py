@@ -8,10 +8,17 @@ from torch import Tensor, nn
 
 from fastjepa.config.schema import Config
 from fastjepa.masks.packed import Blocks, Packed
+from fastjepa.model.moments import RunningMoments
 from fastjepa.model.predictor import Predictor
-from fastjepa.model.vit import AttentionForm, Encoder
+from fastjepa.model.vit import Encoder, NetworkForm
 
 NETWORKS = ("encoder", "predictor", "target_encoder")  # of a run, as checkpoints name them
+
+
+def network_form(config: Config) -> NetworkForm:
+    """Return the form of both networks that a config asks for."""
+    norm = "dyntanh" if config.loss.normalize == "dyntanh" else "layer"
+    return NetworkForm(norm, config.meta.positions == "rope", config.meta.qk_norm)
 
 
 @dataclass(frozen=True)
@@ -23,14 +30,20 @@ class NetworkShape:
     channels: int  # of an image
     encoder: tuple[int, int, int, float]  # width, depth, heads, hidden units of the MLP over the width
     predictor: tuple[int, int, int]  # width, depth, heads
-    target_dim: int  # width of a target
+    target_dim: int  # width of a layer's targets
+    target_layers: int  # layers of the target network that are targets
+    target_depth: int  # blocks of the target network that are run
+    predicted_dim: int  # width of a prediction
+    form: NetworkForm
 
     @classmethod
     def of(cls, config: Config) -> "NetworkShape":
         """Return the shape that a config asks for."""
         meta, encoder = config.meta, config.encoder_shape
         predictor = meta.pred_emb_dim, meta.pred_depth, meta.pred_num_heads or encoder[2]
-        return cls(config.grid, config.mask.patch_size, config.data.channels, encoder, predictor, config.target_dim)
+        targets = config.target_dim, config.target_layers, config.target_depth, config.predicted_dim
+        form = network_form(config)
+        return cls(config.grid, config.mask.patch_size, config.data.channels, encoder, predictor, *targets, form)
 
     @property
     def tokens(self) -> int:
@@ -56,19 +69,16 @@ class Jepa(nn.Module):
         return self.predictor(features, context, blocks), features
 
 
-def attention_form(config: Config) -> AttentionForm:
-    """Return the form of attention that a config asks for, in both networks."""
-    return AttentionForm(config.meta.positions == "rope", config.meta.qk_norm)
-
-
 def build_pair(config: Config) -> tuple[Jepa, Encoder]:
     """Return the trained pair and the target encoder, its copy; weights are a function of runtime.seed alone."""
     shape = NetworkShape.of(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.runtime.seed)
-        form = attention_form(config)
-        encoder = Encoder(shape.grid, shape.patch_size, shape.channels, config.mean_std, shape.encoder, form)
-        predictor = Predictor(shape.grid, shape.encoder[0], shape.predictor, shape.target_dim, form)
+        encoder = Encoder(shape.grid, shape.patch_size, shape.channels, config.mean_std, shape.encoder, shape.form)
+        predictor = Predictor(shape.grid, shape.encoder[0], shape.predictor, shape.predicted_dim, shape.form)
+    if config.loss.normalize == "running":
+        averages = config.loss.layers == "mean"  # which has moments of its own
+        predictor.target_moments = RunningMoments(shape.target_layers + averages, shape.target_dim)
     for network in (encoder, predictor):
         network.checkpointed = config.runtime.checkpoint_activations
     return Jepa(encoder, predictor), copy.deepcopy(encoder).requires_grad_(False)

@@ -4,27 +4,21 @@ import torch
 from torch import Tensor, nn
 
 from fastjepa.masks.packed import Blocks, Packed
+from fastjepa.model.moments import RunningMoments
 from fastjepa.model.rotary import Rotation, grid_rotation
-from fastjepa.model.vit import (
-    OFFICIAL_ATTENTION,
-    AttentionForm,
-    Block,
-    PredictorShape,
-    init_weights,
-    run_block,
-    sincos_positions,
-)
+from fastjepa.model.vit import OFFICIAL_FORM, Block, NetworkForm, PredictorShape, init_weights, run_block, sincos_positions
 
 
 class Predictor(nn.Module):
     """Narrow transformer from context features and masked positions to target features (paper, section 3)."""
 
     def __init__(self, grid: tuple[int, int], embed_dim: int, shape: PredictorShape, target_dim: int | None = None,
-                 form: AttentionForm = OFFICIAL_ATTENTION):  # fmt: skip
+                 form: NetworkForm = OFFICIAL_FORM):  # fmt: skip
         """Build it; `target_dim` is the width of what is predicted, by default the encoder's."""
         super().__init__()
         dim, depth, num_heads = shape
         self.grid, self.checkpointed, self.form = grid, False, form
+        self.target_moments: RunningMoments | None = None  # of the targets, where they are standardised by them
         self.predictor_embed = nn.Linear(embed_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         if not form.rotary:
@@ -38,9 +32,9 @@ class Predictor(nn.Module):
     def forward(self, features: Tensor, context: Packed, blocks: Blocks) -> Tensor:
         """Map features (T, D) of the context rows to predictions (Q, D) of the target rows, in the official order."""
         x, rotation = self.table(features, context)  # (T + N, P): every distinct row, once
-        last = len(self.predictor_blocks) - 1
+        last, everything = len(self.predictor_blocks) - 1, len(blocks.queries.idx) == len(blocks.sequences.idx)
         for i, block in enumerate(self.predictor_blocks):
-            queries = blocks.queries if i == last else None
+            queries = blocks.queries if i == last and not everything else None
             repeats = (blocks.order, blocks.starts) if i == 0 else None
             x = run_block(block, self.checkpointed, x, blocks.sequences, queries, repeats, rotation)
             if rotation is not None and i == 0:

@@ -52,14 +52,15 @@ PredictorShape = tuple[int, int, int]  # width, blocks, heads
 RepeatedRows = tuple[Tensor, Tensor]  # order and starts, as in Blocks
 
 
-class AttentionForm(NamedTuple):
-    """Form of every attention of a network."""
+class NetworkForm(NamedTuple):
+    """Form of a network where it is not the official one."""
 
+    norm: str = "layer"  # the encoder's last: layer or dyntanh
     rotary: bool = False  # positions turn queries and keys, and no code is added to the rows
     qk_norm: bool = False  # queries and keys are normalised by head
 
 
-OFFICIAL_ATTENTION = AttentionForm()
+OFFICIAL_FORM = NetworkForm()
 
 
 class Attention(nn.Module):
@@ -168,6 +169,23 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+class DynTanh(nn.Module):
+    """Bounded last norm: weight * tanh(alpha * x) + bias, each of them learned for every feature (Colton, 2508.02829).
+
+    It looks at no other feature, so tokens keep their energies, which a layer norm makes equal. The target network has the
+    average of what the encoder learns: a loss that could learn the scale of its own targets would shrink them.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.full((dim,), 0.5))
+        self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (T, D) to (T, D) fp32 or wider."""
+        return self.weight * torch.tanh(self.alpha * x) + self.bias
+
+
 class Encoder(nn.Module):
     """Vision transformer without a class token: fixed 2-d sine-cosine positions (paper, appendix A), or rotary ones."""
 
@@ -178,36 +196,46 @@ class Encoder(nn.Module):
         channels: int,
         mean_std: tuple[Sequence[float], Sequence[float]],
         shape: EncoderShape,
-        form: AttentionForm = OFFICIAL_ATTENTION,
+        form: NetworkForm = OFFICIAL_FORM,
     ):
         super().__init__()
         dim, depth, num_heads, mlp_ratio = shape
-        self.grid, self.embed_dim, self.checkpointed, self.attention_form = grid, dim, False, form
+        self.grid, self.embed_dim, self.checkpointed, self.form_of_blocks = grid, dim, False, form
         self.other_positions: Positions = DEFAULT_POSITIONS  # of grids that are not the training grid
         self.antialias = True  # of interpolated positions
         if not form.rotary:
             self.register_buffer("pos_embed", sincos_positions(dim, grid))  # (1, N, D)
         self.patch_embed = MaskedPatchEmbed(patch_size, channels, dim, mean=mean_std[0], std=mean_std[1])
         self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, form.qk_norm) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = DynTanh(dim) if form.norm == "dyntanh" else nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_weights)
 
-    def forward(self, images: Tensor, visible: Packed | None = None, wanted: Packed | None = None) -> Tensor:
-        """Return the features of patches after the final norm.
+    def forward(
+        self,
+        images: Tensor,
+        visible: Packed | None = None,
+        wanted: Packed | None = None,
+        layers: tuple[int, ...] | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Return the features of patches after the final norm, or the outputs of some blocks.
 
         Args:
             images: (b, C, H, W), uint8, or floats that are normalised; any resolution that is a multiple of the patch.
             visible: the patches that are seen, as sequences of flat rows; default: every image whole.
             wanted: the rows (of the T that are seen) to return; default: all.
+            layers: rising numbers of blocks, counted from 1, whose outputs to return in place of the final norm's; blocks
+                after the last of them are not run.
 
         Returns:
-            (T, D), or (Q, D) for the wanted rows.
+            (T, D), or (Q, D) for the wanted rows; a tuple of those of each of the layers.
         """
         p = self.patch_embed.proj.kernel_size[0]
         grid = images.shape[2] // p, images.shape[3] // p
         x, rotation = self.placed_patches(images, visible, grid)
         if visible is None:
             visible = full_sequences(len(images), grid[0] * grid[1], images.device)
+        if layers is not None:
+            return self._outputs(x, visible, wanted, layers, rotation)
         for block in self.blocks[:-1]:
             x = run_block(block, self.checkpointed, x, visible, None, None, rotation)
         return self.norm(run_block(self.blocks[-1], self.checkpointed, x, visible, wanted, None, rotation))
@@ -215,7 +243,7 @@ class Encoder(nn.Module):
     def placed_patches(self, images: Tensor, visible: Packed | None, grid: tuple[int, int]) -> tuple[Tensor, Rotation | None]:
         """Return the embedded patches (T, D) with their positions added, or as they are with the rotation of the rows."""
         x = self.patch_embed(images, None if visible is None else visible.idx)
-        if not self.attention_form.rotary:
+        if not self.form_of_blocks.rotary:
             positions = self.positions(grid)  # (N, D)
             if visible is None:
                 return (x.view(len(images), *positions.shape) + positions).flatten(0, 1), None
@@ -224,6 +252,17 @@ class Encoder(nn.Module):
         if visible is None:
             return x, Rotation(*(angles.repeat(len(images), 1, 1) for angles in rotation))
         return x, rotation.of_rows(visible.idx % (grid[0] * grid[1]))
+
+    def _outputs(
+        self, x: Tensor, visible: Packed, wanted: Packed | None, layers: tuple[int, ...], rotation: Rotation | None
+    ) -> tuple[Tensor, ...]:
+        """Return the outputs of some blocks on the wanted rows, which are all that the last of them finishes."""
+        found, last = [], layers[-1]
+        for number, block in enumerate(self.blocks[:last], 1):
+            x = run_block(block, self.checkpointed, x, visible, wanted if number == last else None, None, rotation)
+            if number in layers:
+                found.append(x if number == last or wanted is None else gather_tokens(x, wanted.idx))
+        return tuple(found)
 
     def features(self, images: Tensor) -> Tensor:
         """Map whole images (b, C, H, W) to (b, N, D)."""

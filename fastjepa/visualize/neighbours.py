@@ -30,7 +30,7 @@ from fastjepa.masks.check import check_masks
 from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.layouts import Masking
 from fastjepa.masks.pack import pack
-from fastjepa.model.jepa import attention_form
+from fastjepa.model.jepa import network_form
 from fastjepa.model.predictor import Predictor
 from fastjepa.model.vit import use_auto_attention
 from fastjepa.rng import SPLIT_STREAM, generator
@@ -100,10 +100,14 @@ def load_predictor(subject: Subject) -> nn.Module:
         raise UserError(f"{subject.path}: holds no {missing[0]}, which predictions need; give a run, its checkpoint or an "
                         "official .pth.tar, or ask with --what for masks,pca alone")  # fmt: skip
     weights, config = networks["predictor"], subject.config
+    loss = config.loss
+    if loss.target == "pixels" or loss.target_layers != "last" or loss.normalize in ("running", "dyntanh"):
+        raise UserError(f"{subject.path}: its predictor learned something else than the last layer's features, with which "
+                        "these pictures compare; ask with --what for masks,pca alone")  # fmt: skip
     depth = len({name.split(".")[1] for name in weights if name.startswith("predictor_blocks.")})
     heads = config.meta.pred_num_heads or config.encoder_shape[2]
     shape = len(weights["mask_token"][0, 0]), depth, heads
-    predictor = Predictor(config.grid, config.encoder_shape[0], shape, form=attention_form(config))
+    predictor = Predictor(config.grid, config.encoder_shape[0], shape, form=network_form(config))
     try:
         predictor.load_state_dict(weights)
     except RuntimeError as error:

@@ -35,7 +35,7 @@ class WholeImages(nn.Module):
             raise UserError(f"{encoder.origin}: positions were learned for one size of image; {remedy}")
         self.patch_embed, self.blocks, self.norm = encoder.patch_embed, encoder.blocks, encoder.norm
         self.dynamic = dynamic
-        self.head_dim = encoder.blocks[0].attn.head_dim if encoder.attention_form.rotary else None
+        self.head_dim = encoder.blocks[0].attn.head_dim if encoder.form_of_blocks.rotary else None
         self.register_buffer("pos_embed", None if self.head_dim else encoder.pos_embed)
         quarter = encoder.embed_dim // 4
         rate = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)

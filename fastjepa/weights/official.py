@@ -204,6 +204,9 @@ def official_contents(path: str | Path, steps_per_epoch: int | None = None) -> d
     said, config = read_state(found), recorded_config(found)
     if config.meta.positions != "sincos" or config.meta.qk_norm:
         raise UserError(f"{found}: the official code has neither meta.positions rope nor meta.qk_norm; use --to fastjepa")
+    if config.loss.normalize in ("running", "dyntanh"):
+        raise UserError(f"{found}: loss.normalize {config.loss.normalize} has a state that the official code has not; "
+                        "convert one encoder with --which, or --to fastjepa")  # fmt: skip
     ipe = steps_per_epoch or said["record"].get("steps_per_epoch")
     if not ipe:
         raise UserError(f"{found}: does not say how many steps an epoch has; pass --steps-per-epoch N")

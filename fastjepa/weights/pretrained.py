@@ -14,9 +14,9 @@ from fastjepa.config.load import config_from_dict
 from fastjepa.config.schema import MODELS, Config, DataConfig
 from fastjepa.errors import UserError
 from fastjepa.masks.packed import Packed
-from fastjepa.model.jepa import attention_form
+from fastjepa.model.jepa import network_form
 from fastjepa.model.positions import Positions
-from fastjepa.model.vit import AttentionForm, Encoder
+from fastjepa.model.vit import Encoder, NetworkForm
 from fastjepa.weights.positions import grid_of_positions, possible_grids
 
 LAYER_NORM_EPS = 1e-6  # in the layer norms of this trainer, the official code and timm
@@ -56,6 +56,7 @@ class EncoderForm:
     layer_norm_eps: float
     which: str  # target, context or UNSTATED_WHICH
     origin: str  # where the weights came from, in words
+    norm: str = "layer"  # the last norm: layer or dyntanh
     rotary: bool = False  # positions turn queries and keys, in place of a code that is added
     qk_norm: bool = False  # queries and keys are normalised by head
 
@@ -93,7 +94,7 @@ class EncoderForm:
         """Make the form of a run's encoder."""
         dim, depth, heads, ratio = config.encoder_shape
         return cls(config.image_size, config.mask.patch_size, config.data.channels, *config.mean_std,
-                   dim, depth, heads, round(dim * ratio), LAYER_NORM_EPS, which, origin, *attention_form(config))  # fmt: skip
+                   dim, depth, heads, round(dim * ratio), LAYER_NORM_EPS, which, origin, *network_form(config))  # fmt: skip
 
     @classmethod
     def of_weights(
@@ -117,8 +118,8 @@ class EncoderForm:
             raise UserError(f"{where}: does not say the heads of width {dim}, depth {depth}; {remedy}")
         rows, columns = grid or told_grid(tensors, where)
         image = (rows * patch, columns * patch), patch, channels, *default_mean_std(channels)
-        qk_norm = "blocks.0.attn.q_norm.weight" in tensors
-        return cls(*image, dim, depth, heads, hidden, LAYER_NORM_EPS, which, origin, qk_norm=qk_norm)
+        norm, qk_norm = "dyntanh" if "norm.alpha" in tensors else "layer", "blocks.0.attn.q_norm.weight" in tensors
+        return cls(*image, dim, depth, heads, hidden, LAYER_NORM_EPS, which, origin, norm, qk_norm=qk_norm)
 
     def config(self) -> Config:
         """Return the config of such an encoder, all else at its default; UserError where none describes it."""
@@ -150,8 +151,8 @@ class PretrainedEncoder(Encoder):
     def __init__(self, form: EncoderForm):
         ratio = form.mlp_hidden / form.embed_dim
         shape = form.embed_dim, form.depth, form.num_heads, ratio
-        attention = AttentionForm(form.rotary, form.qk_norm)
-        super().__init__(form.grid, form.patch_size, form.channels, form.mean_std, shape, attention)
+        own = NetworkForm(form.norm, form.rotary, form.qk_norm)
+        super().__init__(form.grid, form.patch_size, form.channels, form.mean_std, shape, own)
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = form.layer_norm_eps

@@ -49,7 +49,8 @@ def a_run(card: FakeCard, folder: Path) -> None:
     saved = train(run_config(folder), folder / "run")
     assert saved.name == "jepa-00000010" and len(list(saved.glob("*.safetensors"))) == 4
     logged = lines(folder / "run")
-    assert [line["step"] for line in logged] == [2, 4, 6, 8, 10], logged
+    steps = [line["step"] for line in logged]
+    assert steps == sorted(set(steps)) and {1, 2, 4, 6, 8, 10} <= set(steps), logged
     assert {"effective_rank", "lidar", "knn"} <= {key for line in logged for key in line}, logged
     assert {reader for wait in card.waits for reader in wait.callers & READERS} == READERS
     elsewhere = {str(wait) for wait in card.waits if not wait.callers & READERS}
