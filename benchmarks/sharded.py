@@ -92,7 +92,7 @@ def measure_rank(config: Config) -> dict | None:
     running = build_engine(jepa, config, world, config.runtime.zero)
     average = TimedAverage(running.follow(target_encoder), world.device)
     batches = [batch.to(world.device) for batch in Work.draw(config, world.device, world.rank).packed(config)]
-    objective = build_objective(config, running, world)
+    objective = build_objective(config, running, target_encoder, world)
     take_step = Step(running, average, objective, COMPUTE_DTYPES[config.runtime.dtype])
     now, ms = Schedule(config.optimization, STEPS_PER_EPOCH)(0), []
     for _ in range(WARMUP + STEPS):

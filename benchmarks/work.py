@@ -15,7 +15,7 @@ from fastjepa.loader.batch import Batch
 from fastjepa.masks.check import check_masks
 from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.layouts import Masking
-from fastjepa.masks.pack import pack
+from fastjepa.masks.packer import Packer
 from fastjepa.plan.flops import flops_of_packed
 from fastjepa.plan.plan import workload_of
 from fastjepa.ranks.world import join_world
@@ -44,11 +44,11 @@ class Work:
         """Return the trainer's micro-batches, on the host but for their images; for a CUDA graph they are padded."""
         images = len(self.images)
         room = workload_of(config).padding_budget(images) if pad and config.runtime.cuda_graph else None
-        found = []
+        found, packer = [], Packer(Masking.of(config))
         for start in range(0, images, config.micro_batch):
             part = slice(start, start + config.micro_batch)
             drawn = self.context_mask[part], self.target_mask[part]
-            rows = pack(*drawn, images, Masking.of(config).packing, room)
+            rows = packer.pack_drawn(drawn, 0, range(part.start, part.stop), images, room)
             found.append(Batch(self.images[part], *rows, bad=()))
         return found
 
@@ -74,7 +74,7 @@ class TrainerStep:
         pieces, static = config.data.batch_size // config.micro_batch, config.runtime.cuda_graph
         self.engine = PlainEngine(self.jepa, micro_batches=pieces, static_gradients=static)
         self.average = self.engine.follow(self.target_encoder)
-        objective = build_objective(config, self.engine, join_world(config.runtime.device))
+        objective = build_objective(config, self.engine, self.average.target_encoder, join_world(config.runtime.device))
         dtype = COMPUTE_DTYPES[config.runtime.dtype]
         self.step = Step(self.engine, self.average, objective, dtype, build_runs(config, self.engine))
         self.now = Schedule(config.optimization, STEPS_PER_EPOCH)(0)

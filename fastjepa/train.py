@@ -55,9 +55,8 @@ def train(
         deepspeed_config: a JSON file of what DeepSpeed shall do beyond what the config says.
     """
     run = build_run(config, output, resume, init, deepspeed_config)
-    config, state = run.config, run.state
-    world, engine, average, objective = run.world, run.engine, run.average, run.objective
-    schedule = Schedule(config.optimization, len(run.source) // (config.data.batch_size * world.size))
+    config, world, source, engine, average, state, objective, notes = run
+    schedule = Schedule(config.optimization, len(source) // (config.data.batch_size * world.size))
     last = min(schedule.total_steps, max_steps or schedule.total_steps)
     every = config.logging.checkpoint_every or schedule.steps_per_epoch
     skips = Skips(world.device, state.skipped, state.skipped_in_row, state.step)
@@ -65,17 +64,17 @@ def train(
     where = partial(last_good_checkpoint, output, config.logging.write_tag)
     with (
         telling_where_to_go_on(where),
-        Loader(config, run.source, world, state.step, max(last, state.step)) as loader,
+        Loader(config, source, world, state.step, max(last, state.step)) as loader,
         RunLog(workload_of(config), output, world, schedule, state.step, config.logging.every) as log,
         Stop(config.runtime.timeout, where) as stop,
         Heartbeat(world, config.runtime.timeout, state.step) as heart,
     ):
-        probes = plan_probes(config, run.source, last, log.peak.flops_per_image)
-        log.begin(Monitor(config, run.source, average.target_encoder, probes, schedule.steps_per_epoch, log.kept), run.notes)
+        probes = plan_probes(config, source, last, log.peak.flops_per_image)
+        log.begin(Monitor(config, source, average.target_encoder, probes, schedule.steps_per_epoch, log.kept), notes)
         loader.bad.update(state.bad_files)
         while state.step < last and not stop.agreed():
             now, tally = schedule(state.step), StepTally()  # lr, weight decay and EMA momentum: functions of the step
-            batches = objective.regularizer.surveyed(heart.batches(loader.micro_batches(state.step)), now.step)
+            batches = objective.surveyed(heart.batches(loader.micro_batches(state.step)), now.step)
             for batch in runs.over(batches, tally):  # images (b, C, H, W), packed context and target blocks
                 with autocast_of(dtype, world.device):
                     with torch.no_grad():
@@ -86,6 +85,7 @@ def train(
                 tally.note(loss, objective.targets.watched(target, context))
             finite = engine.step(now)  # on the device: a step that is not finite changes no weight, moment or average
             average.update(now.ema_momentum, finite)
+            objective.normalization.update(finite)
             skips.update(finite)
             state.step += 1
             heart.finished(state.step)

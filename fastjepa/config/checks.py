@@ -96,14 +96,46 @@ def _check_objective(config: Config, require: Callable[[bool, str], None]) -> No
                 f"mask.{name}: means nothing to mask.strategy {mask.strategy}; leave it out, or at {default}")  # fmt: skip
     require(not runtime.cuda_graph or loss.regularizer == "none",
             "runtime.cuda_graph: not with loss.regularizer, which would pool the padding; switch one of them off")  # fmt: skip
-    require(
-        not runtime.cuda_graph or loss.target != "input" and loss.normalize != "batch",
-        "runtime.cuda_graph: its padding knows no loss.target input and no loss.normalize batch; switch it off",
-    )
+    require(not runtime.cuda_graph or loss.target != "input" and loss.normalize not in ("batch", "running"),
+            "runtime.cuda_graph: its padding knows no loss.target input and no loss.normalize batch or running; "
+            "switch it off")  # fmt: skip
     require(not (config.meta.predictor == "joint" and loss.target == "input"),
             "meta.predictor: joint has one target for a patch, and loss.target input one for each of its blocks; "
             "change one of them")  # fmt: skip
-    require(loss.normalize != "batch" or config.micro_batch == config.data.batch_size,
-            "runtime.micro_batch: loss.normalize batch takes its mean over a whole step; leave it out")  # fmt: skip
+    _check_layers(config, require)
+    _check_context_use(config, require)
+    require(loss.normalize != "dyntanh" or loss.target != "pixels" and loss.target_layers == "last",
+            "loss.normalize: dyntanh is the last norm of the target network, which loss.target pixels and the blocks of "
+            "loss.target_layers do not pass; change one of them")  # fmt: skip
     require(not runtime.target_fp8 or loss.target != "pixels",
             "runtime.target_fp8: loss.target pixels has no target network to speed up; switch it off")  # fmt: skip
+
+
+def _check_layers(config: Config, require: Callable[[bool, str], None]) -> None:
+    """Refuse layers of the target network that it has not, or that nobody reads."""
+    loss, depth = config.loss, config.encoder_shape[1]
+    require(loss.layers == "each" or loss.target_layers != "last",
+            "loss.layers: mean means nothing to loss.target_layers last; leave it out, or name the layers")  # fmt: skip
+    require(config.target_depth <= depth,
+            f"loss.target_layers: {config.target_depth} is no block of an encoder of {depth}; "
+            f"name blocks from 1 to {depth}")  # fmt: skip
+    require(loss.target != "pixels" or loss.target_layers == "last",
+            "loss.target_layers: loss.target pixels has no target network whose layers could be predicted; "
+            "leave one of them out")  # fmt: skip
+
+
+def _check_context_use(config: Config, require: Callable[[bool, str], None]) -> None:
+    """Refuse a predictor that sees less, or predicts what is visible, where that cannot be."""
+    meta, loss = config.meta, config.loss
+    require(meta.predictor_repeats == 1 or meta.predictor_context < 1,
+            f"meta.predictor_repeats: {meta.predictor_repeats} draws of a whole context are all the same; lower "
+            "meta.predictor_context or leave it at 1")  # fmt: skip
+    for name, used in (
+        ("meta.predictor_context", meta.predictor_context < 1),
+        ("loss.visible_weight", loss.visible_weight > 0),
+    ):
+        require(not (used and config.runtime.cuda_graph),
+                f"runtime.cuda_graph: its padding knows no {name}; switch it off, or leave that out")  # fmt: skip
+    require(loss.visible_weight == 0 or loss.target != "input",
+            "loss.visible_weight: loss.target input shows the target network the target blocks alone, so context patches have "
+            "no target; leave one of them out")  # fmt: skip

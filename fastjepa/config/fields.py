@@ -99,6 +99,8 @@ def type_name(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
         items = typing.get_args(hint)
         return f"a list of {type_name(items[0])}" if items[-1] is Ellipsis else f"[{', '.join(type_name(i) for i in items)}]"
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(map(str, typing.get_args(hint)))
     names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", types.NoneType: "null"}
     return names.get(hint, str(hint))
 

@@ -133,6 +133,12 @@ class MetaConfig:
         "per_block: the paper's, which sees the context once for every target block; joint, another objective: once, with "
         "the patches of all blocks, which attend to each other",
     )
+    predictor_context: float = config_key(
+        1.0, "share of a context's patches that the predictor sees, drawn at random; the encoder sees all of them", is_share
+    )
+    predictor_repeats: int = config_key(
+        1, "of predictor_context: how often a context is drawn, each time to predict all target blocks", is_positive
+    )
     use_bfloat16: bool | None = config_key(None, "official: bf16 autocast; runtime.dtype says the same")
     load_checkpoint: bool = config_key(False, "official: resume, and fail when there is nothing to resume from")
     read_checkpoint: str | None = config_key(None, "official: the checkpoint in the output directory to resume from")
@@ -208,13 +214,40 @@ class LossConfig:
         "what is predicted: the target network's output on the whole image; input: its output on each target block alone; "
         "pixels: those of the patch, without a target network, whose average goes on for evaluation",
     )
-    normalize: Literal["layer", "none", "batch"] = config_key(
+    target_layers: Literal["last"] | tuple[int, ...] = config_key(
+        "last",
+        "blocks of the target network, counted from 1, whose outputs are the targets, such as [2, 4]; last: the output of the "
+        "final norm",
+        ValueCheck(
+            lambda v: v == "last" or bool(v) and v[0] > 0 and all(map(int.__lt__, v, v[1:])), "last or rising block numbers"
+        ),
+    )
+    layers: Literal["each", "mean"] = config_key(
+        "each",
+        "of target_layers: each, all are predicted, and the loss is the mean of theirs; mean: the average of the normalised "
+        "layers, normalised again",
+    )
+    normalize: Literal["layer", "none", "batch", "running", "dyntanh"] = config_key(
         "layer",
         "targets: each row to mean 0 and variance 1; none: as they are; batch: each feature, over all targets of a step, of "
-        "every rank",
+        "every rank; running: each feature, by its mean and variance averaged over steps; dyntanh: as they are, and the "
+        "encoder's last norm is an element-wise tanh of learned scale",
     )
-    regularizer: Literal["none", "vicreg", "sigreg"] = config_key(
-        "none", "term on the mean-pooled context features: vicreg, variance and covariance; sigreg, LeJEPA's"
+    visible_weight: float = config_key(
+        0.0,
+        "weight of a loss on the context's patches too, each divided by the root of its distance in patches to the nearest "
+        "target; 0: none",
+        is_not_negative,
+    )
+    visible_rise: tuple[float, float] = config_key(
+        (0.1, 0.2),
+        "shares of the run between which that weight rises from 0",
+        ValueCheck(lambda v: 0 <= v[0] <= v[1] <= 1, "two rising numbers in [0, 1]"),
+    )
+    regularizer: Literal["none", "vicreg", "sigreg", "visreg"] = config_key(
+        "none",
+        "term on the mean-pooled context features: vicreg, variance and covariance; sigreg, LeJEPA's; visreg, scale, centre "
+        "and the shape of a Gaussian",
     )
     regularizer_weight: float = config_key(0.1, "weight of the regularizer", is_not_negative)
     covariance_weight: float = config_key(0.04, "vicreg: weight of the covariance inside the regularizer", is_not_negative)
@@ -319,6 +352,21 @@ class Config:
         """Return the width of a target: features, or the values of a patch."""
         pixels = self.data.channels * self.mask.patch_size**2
         return pixels if self.loss.target == "pixels" else self.encoder_shape[0]
+
+    @property
+    def target_layers(self) -> int:
+        """Return how many layers of the target network are targets."""
+        return 1 if self.loss.target_layers == "last" else len(self.loss.target_layers)
+
+    @property
+    def target_depth(self) -> int:
+        """Return how many blocks of the target network are run."""
+        return self.encoder_shape[1] if self.loss.target_layers == "last" else self.loss.target_layers[-1]
+
+    @property
+    def predicted_dim(self) -> int:
+        """Return the width of a prediction: that of a target, or of those of all layers."""
+        return self.target_dim * (self.target_layers if self.loss.layers == "each" else 1)
 
     @property
     def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -12,7 +12,7 @@ class StepTally:
     part: Tensor | float = 0.0  # 0-dim: the loss of the last micro-batch
     features: Tensor | None = None  # (U, D) features whose collapse is to be seen
     context_tokens = 0.0  # mean length of a context mask
-    target_tokens = 0.0  # mean length of a target block, or, with a joint predictor, of their union
+    target_tokens = 0.0  # mean rows that a sequence predicts: those of a target block, or of what else is predicted at once
 
     def note(self, loss: Tensor, features: Tensor) -> None:
         """Note a micro-batch's loss and features."""

@@ -18,9 +18,8 @@ from fastjepa.errors import ConfigError, UserError
 from fastjepa.loader.batch import Batch
 from fastjepa.loader.micro_batches import BatchRecipe, EncodedBatches, MicroBatches
 from fastjepa.loader.workers import Crew, Workers
-from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.layouts import Masking
-from fastjepa.masks.pack import pack
+from fastjepa.masks.packer import Packer
 from fastjepa.ranks.world import World
 
 
@@ -66,6 +65,7 @@ def batch_recipe(config: Config) -> BatchRecipe:
         batch_size=data.batch_size,
         micro_batch=config.micro_batch,
         max_bad=data.max_bad,
+        epochs=config.optimization.epochs,
         padded=runtime.cuda_graph,
         token_budget=runtime.token_budget,
     )
@@ -171,7 +171,7 @@ def batch_bytes(config: Config) -> int:
     """Return the bytes of a micro-batch with decoded images, by the masks of the first step."""
     size, total = config.micro_batch, config.data.batch_size
     masking = Masking.of(config)
-    packed = pack(*draw_masks(masking, 0, range(size), total), images=total, packing=masking.packing)
+    packed = Packer(masking).packed(0, range(size), total)
     images = torch.empty(size, config.data.channels, *config.image_size, dtype=torch.uint8, device="meta")
     return sum(tensor.nbytes for tensor in Batch(images, *packed, bad=()).tensors())
 

@@ -23,9 +23,8 @@ from fastjepa.data.remote_shards import RemoteShards
 from fastjepa.data.sources import Source
 from fastjepa.errors import is_out_of_files
 from fastjepa.loader.batch import Batch
-from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.layouts import Masking
-from fastjepa.masks.pack import pack
+from fastjepa.masks.packer import Packer
 from fastjepa.masks.padding import padding_budget
 from fastjepa.rng import BOX_STREAM, ORDER_STREAM, SUBSTITUTE_STREAM, generator
 
@@ -41,6 +40,7 @@ class BatchRecipe:
     batch_size: int  # images of a rank in a step
     micro_batch: int  # images of a forward
     max_bad: int  # undecodable files that a run may meet
+    epochs: int  # of the run, over which the weight of visible patches rises
     padded: bool = False  # to one shape, for a CUDA graph
     token_budget: tuple[int, int, int] | None = None  # rows of that shape, where they are given
 
@@ -69,11 +69,11 @@ class MicroBatches(Dataset):
     def __init__(self, recipe: BatchRecipe, source: Source, rank: int, ranks: int):
         """Take the images of rank `rank` of `ranks`; each step shows batch_size * ranks of them."""
         self.recipe, self.source, self.rank = recipe, source, rank
-        self.crops, self.masking, self.seed = recipe.crops, recipe.masking, recipe.masking.seed
+        self.crops, self.packer, self.seed = recipe.crops, Packer(recipe.masking), recipe.masking.seed
         self.total = recipe.batch_size * ranks
         self.n_micro = recipe.batch_size // recipe.micro_batch
         given = recipe.token_budget
-        self.budget = padding_budget(self.masking, self.total, recipe.micro_batch, given) if recipe.padded else None
+        self.budget = padding_budget(recipe.masking, self.total, recipe.micro_batch, given) if recipe.padded else None
         self.steps_per_epoch = len(source) // self.total
         # However large max_bad is, a source without one readable image must stop the run.
         self.max_bad = min(recipe.max_bad, len(source) - 1)
@@ -92,8 +92,8 @@ class MicroBatches(Dataset):
         if isinstance(self.source, RemoteShards):
             self.source.ahead(samples)
         images, bad, dropped = find(step // self.steps_per_epoch, samples)
-        drawn = draw_masks(self.masking, step, range(start, start + size), self.total)
-        packed = pack(*drawn, images=batch_size, packing=self.masking.packing, budget=self.budget)
+        progress = step / max(1, self.steps_per_epoch * self.recipe.epochs)
+        packed = self.packer.packed(step, range(start, start + size), self.total, batch_size, self.budget, progress)
         return Batch(images, *packed, bad=tuple(bad), reasons=tuple(bad.values()), dropped=tuple(dropped))
 
     @torch.inference_mode()  # saves a fifth of the time at 28 pixels

@@ -1,22 +1,37 @@
 """The objective of a run: a variant of targets, normalisation and regularizer, chosen once from the config."""
 
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from fastjepa.config.schema import LossConfig
-from fastjepa.loss.jepa_loss import NORMALIZATIONS, LayerNormalization
+from fastjepa.loader.batch import Batch
+from fastjepa.loss.normalizations import NORMALIZATIONS, LayerNormalization, RunningNormalization, Target
 from fastjepa.loss.regularizers import NoRegularizer
-from fastjepa.loss.targets import TARGETS, OutputTargets
+from fastjepa.loss.step_targets import StepTargets
+from fastjepa.loss.targets import OutputTargets, choose_targets
+from fastjepa.model.moments import RunningMoments
 
 
 class Objective(NamedTuple):
     """The variant that a run trains."""
 
-    targets: OutputTargets  # by loss.target
+    targets: OutputTargets | StepTargets  # by loss.target and loss.target_layers
     normalization: LayerNormalization  # by loss.normalize
     distance: str  # loss.kind: smooth_l1 or l2
     regularizer: NoRegularizer  # by loss.regularizer
 
+    def surveyed(self, batches: Iterable[Batch], step: int) -> Iterable[Batch]:
+        """Return the micro-batches of a step, after a look at them where a part of the objective spans all of them."""
+        return self.targets.surveyed(self.regularizer.surveyed(batches, step))
 
-def choose_objective(loss: LossConfig, regularizer: NoRegularizer) -> Objective:
-    """Return the objective that the config asks for."""
-    return Objective(TARGETS[loss.target], NORMALIZATIONS[loss.normalize], loss.kind, regularizer)
+
+def choose_objective(loss: LossConfig, regularizer: NoRegularizer, moments: RunningMoments | None = None) -> Objective:
+    """Return the objective that the config asks for; `moments` are the predictor's, for loss.normalize running."""
+    normalization = RunningNormalization(moments) if loss.normalize == "running" else NORMALIZATIONS[loss.normalize]
+    return Objective(choose_targets(loss.target, loss.target_layers), normalization, loss.kind, regularizer)
+
+
+def over_micro_batches(objective: Objective, averaged: bool, compute: Callable[[Batch], Target]) -> Objective:
+    """Return the objective whose targets are standardised over all micro-batches of a step, as StepTargets takes them."""
+    targets = StepTargets(objective.targets, averaged, compute)
+    return objective._replace(targets=targets, normalization=NORMALIZATIONS["none"])

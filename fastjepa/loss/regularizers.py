@@ -1,6 +1,7 @@
-"""Regularizers on the pooled context features: VICReg and SIGReg over the global batch."""
+"""Regularizers on the pooled context features: VICReg, SIGReg and VISReg over the global batch."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from fastjepa.masks.packed import Packed
 from fastjepa.ranks.collectives import all_gather
 from fastjepa.ranks.world import World
 from fastjepa.rng import SLICE_STREAM, torch_seed
+
+VISREG_SLICES = 4096  # lightly's default
 
 RegularizerTerm = Callable[[Tensor, int], Tensor]  # (S, D) pooled features and the step -> fp32 scalar, weighted
 
@@ -36,10 +39,14 @@ def regularizer_term(
     the authors' constants.
     sigreg: distance of 1,024 random projections to a standard Gaussian (LeJEPA, Balestriero & LeCun 2025), with lightly's
     constants; the projections are a function of (seed, step) and of the kind of device.
+    visreg: squared distances of deviations from 1 and of means from 0, and the sliced Wasserstein distance of what is left to
+    a Gaussian (VISReg, Wu et al. 2026), with lightly's terms and 4,096 projections, drawn as those of sigreg.
     """
     if name == "none":
         return None
-    return _vicreg(weight, covariance_weight) if name == "vicreg" else _sigreg(weight, seed, device)
+    if name == "vicreg":
+        return _vicreg(weight, covariance_weight)
+    return _sigreg(weight, seed, device) if name == "sigreg" else _visreg(weight, seed)
 
 
 def variance_hinge(x: Tensor) -> Tensor:
@@ -62,20 +69,44 @@ def _vicreg(weight: float, share: float) -> RegularizerTerm:
 
 
 def _sigreg(weight: float, seed: int, device: torch.device | str) -> RegularizerTerm:
-    try:
-        from lightly.loss.lejepa_loss import SIGReg
-    except ImportError as error:
-        raise UserError("loss.regularizer: sigreg needs lightly; pip install 'fastjepa[lightly]', or set vicreg") from error
-
-    sigreg = SIGReg().to(device)  # its constants are copied now: in a step the host would wait for that
+    sigreg = lightly_losses("sigreg")[0].SIGReg().to(device)  # its constants are copied now: in a step the host would wait
 
     def term(pooled: Tensor, step: int) -> Tensor:
         """Return N times the statistic: a sum over the batch, as in the paper's listing."""
-        with torch.random.fork_rng([pooled.device] if pooled.is_cuda else []):  # it draws from the device's generator
-            torch.manual_seed(torch_seed(seed, SLICE_STREAM, step))
+        with slices_of(seed, step, pooled):
             return weight * sigreg(pooled)
 
     return term
+
+
+def _visreg(weight: float, seed: int) -> RegularizerTerm:
+    visreg = lightly_losses("visreg")[1]
+
+    def term(pooled: Tensor, step: int) -> Tensor:
+        """Return the three parts with equal weights, the authors' setting."""
+        with slices_of(seed, step, pooled):
+            shape = visreg.visreg_shape_loss(pooled, VISREG_SLICES)
+        return weight * (visreg.visreg_scale_loss(pooled) + shape + visreg.visreg_center_loss(pooled))
+
+    return term
+
+
+def lightly_losses(name: str) -> tuple:
+    """Return the modules lightly.loss.lejepa_loss and visreg_loss; UserError where lightly is not installed."""
+    try:
+        from lightly.loss import lejepa_loss, visreg_loss
+    except ImportError as error:
+        needs = f"loss.regularizer: {name} needs lightly"
+        raise UserError(f"{needs}; pip install 'fastjepa[lightly]', or set vicreg") from error
+    return lejepa_loss, visreg_loss
+
+
+@contextmanager
+def slices_of(seed: int, step: int, pooled: Tensor) -> Iterator[None]:
+    """Draw the directions inside as a function of (seed, step): lightly draws from the device's generator."""
+    with torch.random.fork_rng([pooled.device] if pooled.is_cuda else []):
+        torch.manual_seed(torch_seed(seed, SLICE_STREAM, step))
+        yield
 
 
 class NoRegularizer:

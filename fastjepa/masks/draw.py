@@ -9,7 +9,7 @@ a step have the masks of slot 0.
 import numpy as np
 
 from fastjepa.errors import UserError
-from fastjepa.masks.layouts import CHOICE_LANE, Masking, Slots, lay_out
+from fastjepa.masks.layouts import CHOICE_LANE, SEEN_LANE, Masking, Slots, lay_out
 
 
 def draw_masks(masking: Masking, step: int, slots: range, total: int) -> tuple[np.ndarray, np.ndarray]:
@@ -64,6 +64,20 @@ def _choose_patches(masking: Masking, context: np.ndarray, slots: Slots) -> np.n
     chosen = np.zeros_like(context)
     np.put_along_axis(chosen, np.argpartition(order, share - 1, axis=2)[..., :share], True, axis=2)
     return chosen & context
+
+
+def draw_seen(context: np.ndarray, share: float, repeats: int, slots: Slots) -> np.ndarray:
+    """Draw which patches of the contexts (b, K, N) of a range of slots the predictor sees: (b, M, K, N) bool, M `repeats`.
+
+    Each draw shows this share of each context, to the nearest patch, and one at least. Example: a context of 10 patches and
+    a share of 0.25 show 2; of 3 patches 1.
+    """
+    b, masks, patches = context.shape
+    random = slots.uniforms(SEEN_LANE, repeats * masks, patches).reshape(b, repeats, masks, patches)
+    order = np.where(context[:, None], random, 2.0)  # patches outside the context come last
+    kept = np.maximum(np.rint(share * np.count_nonzero(context, axis=2)), 1)  # (b, K)
+    rank = order.argsort(axis=3).argsort(axis=3)
+    return (rank < kept[:, None, :, None]) & context[:, None]
 
 
 def kept_patches(masking: Masking) -> int:

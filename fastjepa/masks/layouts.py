@@ -13,7 +13,7 @@ import numpy as np
 
 from fastjepa.config.schema import Config, MaskConfig
 from fastjepa.errors import ConfigError
-from fastjepa.masks.packings import PER_BLOCK, PerBlockPacking, packing_of
+from fastjepa.masks.packings import PER_BLOCK, ContextUse, PerBlockPacking, packing_of
 from fastjepa.rng import MASK_STREAM, generator
 
 Grid = tuple[int, int]  # (rows, columns) of patches
@@ -23,6 +23,7 @@ Ranges = tuple[tuple[float, float], tuple[float, float]]  # (scale, aspect) of a
 # has the sizes that a step's blocks share, 1 the target blocks, 2 the choice of patches (mask.truncate fraction), and
 # 3, 4, 5, ... the first, second, third, ... attempt at the contexts.
 SIZE_LANE, TARGET_LANE, CHOICE_LANE, CONTEXT_LANE = range(4)
+SEEN_LANE = 1 << 32  # the patches of a context that the predictor sees: past every attempt
 CONTEXT_TRIES = 20  # context blocks tried before one more target block is no longer excluded (official)
 HIDDEN_SHARE = 0.6  # of the grid that is target in block and random masks (paper)
 
@@ -35,12 +36,14 @@ class Masking:
     grid: Grid
     seed: int = 0
     packing: PerBlockPacking = PER_BLOCK
+    use: ContextUse = ContextUse()
 
     @classmethod
     def of(cls, config: Config) -> "Masking":
         """Return the masking that a config asks for."""
-        packing = packing_of(config.meta.predictor, config.loss.target)
-        return cls(config.mask, config.grid, config.runtime.seed, packing)
+        meta, loss = config.meta, config.loss
+        use = ContextUse(meta.predictor_context, meta.predictor_repeats, loss.visible_weight, loss.visible_rise)
+        return cls(config.mask, config.grid, config.runtime.seed, packing_of(meta.predictor, loss.target), use)
 
 
 @dataclass(frozen=True)

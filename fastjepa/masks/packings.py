@@ -1,6 +1,31 @@
-"""Variants of packing: which rows the predictor and the target network see of an image's target blocks."""
+"""Variants of packing: which rows the predictor and the target network see of an image's target blocks and contexts."""
+
+from dataclasses import dataclass
 
 import numpy as np
+
+
+@dataclass(frozen=True)
+class ContextUse:
+    """Use of a context by the predictor, where that is not all of it, once, unpredicted."""
+
+    share: float = 1.0  # of a context's patches that a draw shows
+    repeats: int = 1  # draws of a context
+    visible_weight: float = 0.0  # of the loss on visible patches, at the end of its rise; 0: they are not predicted
+    visible_rise: tuple[float, float] = (0.0, 0.0)  # shares of the run between which that weight rises from 0
+
+    def weight(self, progress: float) -> float:
+        """Return the weight of the loss on visible patches when this share of the run is over.
+
+        Example: a weight of 0.5 that rises from 0.1 to 0.2 is 0 up to a tenth of the run, 0.25 at 0.15, 0.5 from 0.2 on.
+        """
+        start, end = self.visible_rise
+        risen = (progress - start) / (end - start) if end > start else float(progress >= end)
+        return self.visible_weight * min(max(risen, 0.0), 1.0)
+
+    def seen(self, context: float) -> float:
+        """Return the patches that a draw shows of a context of so many."""
+        return context if self.share == 1 else max(1.0, round(self.share * context))
 
 
 class PerBlockPacking:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastjepa.config.schema import Config
 from fastjepa.masks.packed import Blocks, Packed
+from fastjepa.model.moments import RunningMoments
 from fastjepa.model.predictor import Predictor
 from fastjepa.model.vit import Encoder
 
@@ -23,14 +24,20 @@ class NetworkShape:
     channels: int  # of an image
     encoder: tuple[int, int, int, float]  # width, depth, heads, hidden units of the MLP over the width
     predictor: tuple[int, int, int]  # width, depth, heads
-    target_dim: int  # width of a target
+    target_dim: int  # width of a layer's targets
+    target_layers: int  # layers of the target network that are targets
+    target_depth: int  # blocks of the target network that are run
+    predicted_dim: int  # width of a prediction
+    norm: str  # the encoder's last: layer or dyntanh
 
     @classmethod
     def of(cls, config: Config) -> "NetworkShape":
         """Return the shape that a config asks for."""
         meta, encoder = config.meta, config.encoder_shape
         predictor = meta.pred_emb_dim, meta.pred_depth, meta.pred_num_heads or encoder[2]
-        return cls(config.grid, config.mask.patch_size, config.data.channels, encoder, predictor, config.target_dim)
+        targets = config.target_dim, config.target_layers, config.target_depth, config.predicted_dim
+        norm = "dyntanh" if config.loss.normalize == "dyntanh" else "layer"
+        return cls(config.grid, config.mask.patch_size, config.data.channels, encoder, predictor, *targets, norm)
 
     @property
     def tokens(self) -> int:
@@ -61,8 +68,11 @@ def build_pair(config: Config) -> tuple[Jepa, Encoder]:
     shape = NetworkShape.of(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.runtime.seed)
-        encoder = Encoder(shape.grid, shape.patch_size, shape.channels, config.mean_std, shape.encoder)
-        predictor = Predictor(shape.grid, shape.encoder[0], *shape.predictor, shape.target_dim)
+        encoder = Encoder(shape.grid, shape.patch_size, shape.channels, config.mean_std, shape.encoder, shape.norm)
+        predictor = Predictor(shape.grid, shape.encoder[0], *shape.predictor, shape.predicted_dim)
+    if config.loss.normalize == "running":
+        averages = config.loss.layers == "mean"  # which has moments of its own
+        predictor.target_moments = RunningMoments(shape.target_layers + averages, shape.target_dim)
     for network in (encoder, predictor):
         network.checkpointed = config.runtime.checkpoint_activations
     return Jepa(encoder, predictor), copy.deepcopy(encoder).requires_grad_(False)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastjepa.masks.packed import Blocks, Packed
+from fastjepa.model.moments import RunningMoments
 from fastjepa.model.vit import Block, init_weights, run_block, sincos_positions
 
 
@@ -15,6 +16,7 @@ class Predictor(nn.Module):
         """Build it; `target_dim` is the width of what is predicted, by default the encoder's."""
         super().__init__()
         self.checkpointed = False
+        self.target_moments: RunningMoments | None = None  # of the targets, where they are standardised by them
         self.predictor_embed = nn.Linear(embed_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.register_buffer("predictor_pos_embed", sincos_positions(dim, grid))  # (1, N, P)
@@ -29,10 +31,10 @@ class Predictor(nn.Module):
         positions = self.predictor_pos_embed[0]
         seen = self.predictor_embed(features) + positions.index_select(0, context.idx % len(positions))
         table = torch.cat((seen, positions + self.mask_token[0]))  # (T + N, P): every distinct row, once
-        last = len(self.predictor_blocks) - 1
+        last, everything = len(self.predictor_blocks) - 1, len(blocks.queries.idx) == len(blocks.sequences.idx)
         x = table
         for i, block in enumerate(self.predictor_blocks):
-            queries = blocks.queries if i == last else None
+            queries = blocks.queries if i == last and not everything else None
             repeats = (blocks.order, blocks.starts) if i == 0 else None
             x = run_block(block, self.checkpointed, x, blocks.sequences, queries, repeats)
         return self.predictor_proj(self.predictor_norm(x))

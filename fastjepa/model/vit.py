@@ -122,6 +122,23 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+class DynTanh(nn.Module):
+    """Bounded last norm: weight * tanh(alpha * x) + bias, each of them learned for every feature (Colton, 2508.02829).
+
+    It looks at no other feature, so tokens keep their energies, which a layer norm makes equal. The target network has the
+    average of what the encoder learns: a loss that could learn the scale of its own targets would shrink them.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.full((dim,), 0.5))
+        self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (T, D) to (T, D) fp32 or wider."""
+        return self.weight * torch.tanh(self.alpha * x) + self.bias
+
+
 class Encoder(nn.Module):
     """Vision transformer without a class token, fixed 2-d sine-cosine positions (paper, appendix A)."""
 
@@ -132,7 +149,9 @@ class Encoder(nn.Module):
         channels: int,
         mean_std: tuple[Sequence[float], Sequence[float]],
         shape: EncoderShape,
+        norm: str = "layer",
     ):
+        """Build it; `norm` is the last norm, a layer norm or the `dyntanh` of that name."""
         super().__init__()
         dim, depth, num_heads, mlp_ratio = shape
         self.grid, self.embed_dim, self.checkpointed = grid, dim, False
@@ -141,19 +160,27 @@ class Encoder(nn.Module):
         self.register_buffer("pos_embed", sincos_positions(dim, grid))  # (1, N, D)
         self.patch_embed = MaskedPatchEmbed(patch_size, channels, dim, mean=mean_std[0], std=mean_std[1])
         self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = DynTanh(dim) if norm == "dyntanh" else nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_weights)
 
-    def forward(self, images: Tensor, visible: Packed | None = None, wanted: Packed | None = None) -> Tensor:
-        """Return the features of patches after the final norm.
+    def forward(
+        self,
+        images: Tensor,
+        visible: Packed | None = None,
+        wanted: Packed | None = None,
+        layers: tuple[int, ...] | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Return the features of patches after the final norm, or the outputs of some blocks.
 
         Args:
             images: (b, C, H, W), uint8, or floats that are normalised; any resolution that is a multiple of the patch.
             visible: the patches that are seen, as sequences of flat rows; default: every image whole.
             wanted: the rows (of the T that are seen) to return; default: all.
+            layers: rising numbers of blocks, counted from 1, whose outputs to return in place of the final norm's; blocks
+                after the last of them are not run.
 
         Returns:
-            (T, D), or (Q, D) for the wanted rows.
+            (T, D), or (Q, D) for the wanted rows; a tuple of those of each of the layers.
         """
         p = self.patch_embed.proj.kernel_size[0]
         grid = images.shape[2] // p, images.shape[3] // p
@@ -164,9 +191,20 @@ class Encoder(nn.Module):
             x = (x.view(len(images), *positions.shape) + positions).flatten(0, 1)
         else:
             x = x + positions.index_select(0, visible.idx % len(positions))
+        if layers is not None:
+            return self._outputs(x, visible, wanted, layers)
         for block in self.blocks[:-1]:
             x = run_block(block, self.checkpointed, x, visible)
         return self.norm(run_block(self.blocks[-1], self.checkpointed, x, visible, wanted))
+
+    def _outputs(self, x: Tensor, visible: Packed, wanted: Packed | None, layers: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """Return the outputs of some blocks on the wanted rows, which are all that the last of them finishes."""
+        found, last = [], layers[-1]
+        for number, block in enumerate(self.blocks[:last], 1):
+            x = run_block(block, self.checkpointed, x, visible, wanted if number == last else None)
+            if number in layers:
+                found.append(x if number == last or wanted is None else gather_tokens(x, wanted.idx))
+        return tuple(found)
 
     def features(self, images: Tensor) -> Tensor:
         """Map whole images (b, C, H, W) to (b, N, D)."""

@@ -10,9 +10,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from fastjepa.masks.draw import draw_masks
-from fastjepa.masks.pack import pack
 from fastjepa.masks.packed import Blocks, Packed
+from fastjepa.masks.packer import Packer
 from fastjepa.model.jepa import NetworkShape
 from fastjepa.plan.workload import Workload
 
@@ -43,7 +42,7 @@ def muon_flops(shape: NetworkShape) -> float:
     """
     (dim, depth, _, mlp_ratio), (narrow, pred_depth, _) = shape.encoder, shape.predictor
     hidden = [(dim, depth, round(dim * mlp_ratio)), (narrow, pred_depth, round(narrow * PREDICTOR_MLP_RATIO))]
-    matrices = [(narrow, dim), (narrow, shape.target_dim)]  # predictor_embed and predictor_proj
+    matrices = [(narrow, dim), (narrow, shape.predicted_dim)]  # predictor_embed and predictor_proj
     for width, blocks, inner in hidden:
         matrices += blocks * [*4 * [(width, width)], *2 * [(width, inner)]]  # q, k, v, proj, fc1, fc2
     return float(sum(5 * (4 * min(m) ** 2 * max(m) + 2 * min(m) ** 3) for m in matrices))
@@ -55,8 +54,8 @@ class _Rows:
 
     images: int
     context: np.ndarray  # (K*b,) patches of each context
-    queries: np.ndarray  # (R*K*b,) masked rows of each predictor sequence
-    sequences: np.ndarray  # (R*K*b,) all rows of each predictor sequence
+    queries: np.ndarray  # (R*M*K*b,) predicted rows of each predictor sequence
+    sequences: np.ndarray  # (R*M*K*b,) all rows of each predictor sequence
 
 
 def count_flops(
@@ -68,7 +67,8 @@ def count_flops(
 ) -> Flops:
     """Count the FLOPs per image of this package's step, for masks of equal (or mean) lengths; exact when they are equal.
 
-    A joint predictor's only block is the union. For FLOPs a view divide by mask.num_enc_masks: all contexts of an image
+    A joint predictor's only block is the union. Visible patches that are predicted are taken to be those of one context,
+    all of them seen and no targets. For FLOPs a view divide by mask.num_enc_masks: all contexts of an image
     share its target pass.
 
     Args:
@@ -81,8 +81,8 @@ def count_flops(
     packing, lengths = work.masking.packing, (target_block_tokens, target_union)
     rows = _equal_lengths(work, context_tokens, packing.predicted_tokens(*lengths), images)
     sequences = images * packing.target_sequences(work.masking.mask.target_blocks)
-    finished = np.full(sequences, float(packing.finished_tokens(*lengths)))
-    return _flops_of_rows(work, rows, finished)
+    finished = packing.finished_tokens(*lengths) + (context_tokens if work.masking.use.visible_weight else 0)
+    return _flops_of_rows(work, rows, np.full(sequences, float(finished)))
 
 
 def flops_of_packed(work: Workload, context: Packed, target: Packed, blocks: Blocks) -> Flops:
@@ -102,9 +102,8 @@ def flops_per_image(work: Workload, total: int | None = None, steps: int = 16) -
 
     `total` is the number of images in a global batch, which decides who shares a cut (default: one rank's).
     """
-    total, masking = total or work.batch_size, work.masking
-    draws = (draw_masks(masking, step, range(work.micro_batch), total) for step in range(steps))
-    found = (pack(*drawn, packing=masking.packing) for drawn in draws)
+    packer, slots = Packer(work.masking), range(work.micro_batch)
+    found = (packer.packed(step, slots, total or work.batch_size) for step in range(steps))
     return float(np.mean([flops_of_packed(work, *one).total for one in found]))
 
 
@@ -145,7 +144,7 @@ def _target_flops(work: Workload, tokens: np.ndarray, wanted: np.ndarray) -> tup
     """Count the target network's embedding and blocks over sequences of `tokens` patches; none where pixels are predicted."""
     if not work.targets.runs_network:
         return 0.0, 0.0
-    dim, depth, _, mlp_ratio = work.shape.encoder
+    (dim, _, _, mlp_ratio), depth = work.shape.encoder, work.shape.target_depth
     blocks = (depth - 1) * _block_flops(dim, mlp_ratio, tokens, tokens) + _block_flops(dim, mlp_ratio, tokens, wanted)
     return _embed_flops(work.shape, tokens.sum()), blocks
 
@@ -155,7 +154,7 @@ def _predictor_flops(shape: NetworkShape, rows: _Rows) -> float:
     dim, (narrow, depth, _) = shape.encoder[0], shape.predictor
     seen, queries, sequences = rows.context.sum(), rows.queries, rows.sequences
     ends = _linear_flops(seen, dim, narrow) + _linear_flops(
-        queries.sum(), narrow, shape.target_dim
+        queries.sum(), narrow, shape.predicted_dim
     )  # predictor_embed, predictor_proj
     table = 3 * _linear_flops(seen + shape.tokens, narrow, narrow)
     first = table + _mix_flops(narrow, PREDICTOR_MLP_RATIO, sequences, queries if depth == 1 else sequences)
@@ -195,11 +194,12 @@ def _qkv_split_flops(images: int, target_embed: float, target: float, embed: flo
 
 
 def _equal_lengths(work: Workload, context_tokens: float, target_block_tokens: float, images: int) -> _Rows:
-    mask = work.masking.mask
-    contexts = mask.num_enc_masks * images
-    sequences = contexts * work.masking.packing.predictor_sequences(mask.target_blocks)
-    queries = np.full(sequences, float(target_block_tokens))
-    return _Rows(images, np.full(contexts, float(context_tokens)), queries, queries + context_tokens)
+    mask, use = work.masking.mask, work.masking.use
+    contexts, seen = mask.num_enc_masks * images, use.seen(context_tokens)
+    sequences = contexts * work.masking.packing.predictor_sequences(mask.target_blocks) * use.repeats
+    masked = np.full(sequences, float(target_block_tokens))
+    queries = masked + (seen if use.visible_weight else 0)
+    return _Rows(images, np.full(contexts, float(context_tokens)), queries, masked + seen)
 
 
 def _lengths(packed: Packed) -> np.ndarray:

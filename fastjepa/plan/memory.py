@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 
 from fastjepa.engine.deepspeed_config import BUCKET_ELEMENTS
-from fastjepa.masks.draw import draw_masks
-from fastjepa.masks.pack import pack
+from fastjepa.loss.normalizations import LossSize
 from fastjepa.masks.packed import Blocks, Packed
+from fastjepa.masks.packer import Packer
 from fastjepa.model.jepa import NetworkShape
 from fastjepa.plan.workload import Workload
 
@@ -41,8 +41,9 @@ def network_sizes(shape: NetworkShape, muon: bool = False) -> NetworkSizes:
     (dim, depth, _, mlp_ratio), (narrow, pred_depth, _) = shape.encoder, shape.predictor
     patch = shape.patch_values * dim
     encoder, vectors = _layers([patch], [dim], dim, depth, round(dim * mlp_ratio))
+    vectors = vectors + [dim] * (shape.norm == "dyntanh")  # the scale inside of the tanh
     predictor, narrow_vectors = _layers([narrow, dim * narrow], [narrow], narrow, pred_depth, 4 * narrow)
-    out = shape.target_dim
+    out = shape.predicted_dim
     predictor, narrow_vectors = [*predictor, narrow * out], [*narrow_vectors, out]
     groups = tuple(map(tuple, (encoder, predictor, vectors, narrow_vectors)))
     counts = [count for group in groups for count in group]
@@ -166,12 +167,12 @@ def row_counts(work: Workload, micro_batch: int, gpus: int = 1, steps: int = 4) 
 
     With runtime.cuda_graph they are those of its budget, which the graph holds; a micro-batch beside it needs as much again.
     """
-    total, masking = work.batch_size * gpus, work.masking
+    total = work.batch_size * gpus
     if work.padded:
         size = work.padding_budget(total, micro_batch).size
         return RowCounts(size.context, size.target, size.sequences, size.queries)
-    drawn = (draw_masks(masking, step, range(micro_batch), total) for step in range(steps))
-    found = [RowCounts.of(*pack(*one, packing=masking.packing)) for one in drawn]
+    packer = Packer(work.masking)
+    found = [RowCounts.of(*packer.packed(step, range(micro_batch), total)) for step in range(steps)]
     return RowCounts(
         *(max(counts) for counts in zip(*((r.context, r.target, r.sequences, r.queries) for r in found), strict=True))
     )
@@ -198,14 +199,17 @@ def activation_bytes(work: Workload, count: RowCounts) -> ActivationBytes:
     stream, inputs of norms, is fp32; inputs of matrix products have runtime.dtype. Index tensors belong to the batch.
     """
     shape, e = work.shape, compute_width(work.dtype)
-    dim, narrow, out = shape.encoder[0], shape.predictor[0], shape.target_dim
+    dim, narrow = shape.encoder[0], shape.predictor[0]
     patches = count.context * shape.patch_values * e
     features = _norm_bytes(count.context, dim) + count.context * dim * e  # the last norm, and the input of predictor_embed
+    if shape.norm == "dyntanh":  # saves its tanh in place of a mean and a deviation
+        features += count.context * (dim - 2) * FP32_BYTES
     ends = patches + features + _norm_bytes(count.queries, narrow) + count.queries * narrow * e  # and those of predictor_proj
     layers = blocks_bytes(work, count)
     inputs = sum(kept for kept, _ in layers)
-    loss = count.target * out * FP32_BYTES + 2 * count.queries * out * e
-    loss += out * work.normalization.extra_bytes(count.queries, count.target, e)
+    loss = count.target * shape.target_layers * shape.target_dim * FP32_BYTES + 2 * count.queries * shape.predicted_dim * e
+    size = LossSize(count.queries, shape.predicted_dim, count.target, shape.target_layers, shape.target_dim, e, work.pieces)
+    loss += work.normalization.extra_bytes(size)
     saved = ends + sum(inside for _, inside in layers)
     return ActivationBytes(saved, ends + inputs + max(inside - kept for kept, inside in layers), loss)
 

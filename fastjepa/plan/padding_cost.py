@@ -1,8 +1,7 @@
 """The cost of padding micro-batches to one shape."""
 
-from fastjepa.masks.draw import draw_masks
-from fastjepa.masks.pack import pack
 from fastjepa.masks.packed import PackedSize
+from fastjepa.masks.packer import Packer
 from fastjepa.masks.padding import BUDGET_DRAWS, drawn_sizes
 from fastjepa.plan.flops import flops_of_packed
 from fastjepa.plan.workload import Workload
@@ -16,10 +15,11 @@ def draws_over_budget(work: Workload, total: int) -> int:
 
 def padding_share(work: Workload, total: int, steps: int = 16) -> float:
     """Return the FLOPs that the padding adds, as a share of those of the same micro-batches without."""
-    pairs = [draw_masks(work.masking, step, range(work.micro_batch), total) for step in range(steps)]
-    packing = work.masking.packing
-    plain, padded = (sum(flops_of_packed(work, *pack(*pair, packing=packing, budget=room)).total for pair in pairs)
-                     for room in (None, work.padding_budget(total)))  # fmt: skip
+    packer, slots = Packer(work.masking), range(work.micro_batch)
+    plain, padded = (
+        sum(flops_of_packed(work, *packer.packed(step, slots, total, budget=room)).total for step in range(steps))
+        for room in (None, work.padding_budget(total))
+    )
     return padded / plain - 1
 
 

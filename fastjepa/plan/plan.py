@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 from fastjepa.config.schema import Config
 from fastjepa.engine.schedule import warmup_notes
-from fastjepa.loss.jepa_loss import NORMALIZATIONS
-from fastjepa.loss.targets import TARGETS
+from fastjepa.loss.normalizations import NORMALIZATIONS
+from fastjepa.loss.targets import choose_targets
 from fastjepa.masks.layouts import Masking
 from fastjepa.model.jepa import NetworkShape
 from fastjepa.plan.datasheets import DATASHEETS
@@ -42,7 +42,7 @@ def workload_of(config: Config) -> Workload:
     return Workload(
         shape=NetworkShape.of(config),
         masking=Masking.of(config),
-        targets=TARGETS[config.loss.target],
+        targets=choose_targets(config.loss.target, config.loss.target_layers),
         normalization=NORMALIZATIONS[config.loss.normalize],
         batch_size=config.data.batch_size,
         micro_batch=config.micro_batch,

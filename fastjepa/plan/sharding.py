@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from fastjepa.plan.memory import ZERO_STAGES, activation_bytes, network_sizes, row_counts, tensor_bytes
+from fastjepa.errors import ConfigError
+from fastjepa.loss.normalizations import BatchNormalization
+from fastjepa.plan.memory import FP32_BYTES, ZERO_STAGES, activation_bytes, network_sizes, row_counts, tensor_bytes
 from fastjepa.plan.workload import Workload
 
 RESERVED_SHARE = 0.1  # of a rank's memory: what plan.memory does not count
@@ -36,6 +38,23 @@ def choose_zero_stage(work: Workload, ranks: int, memory: int) -> ZeroChoice:
     words = _fitting_words(stage, needs, usable) if fits else _lacking_words(needs[stage], usable, work)
     named = STAGE_NAMES[stage] if ranks > 1 else "one rank shards nothing"
     return ZeroChoice(stage, fits, f"runtime.zero: auto is {stage} ({named}): {words}")
+
+
+def check_step_targets(work: Workload, ranks: int, stage: int, memory: int) -> None:
+    """Raise ConfigError where the targets of a whole step, which `loss.normalize: batch` keeps where a step has several
+    micro-batches, do not fit the `memory` bytes of a rank beside the rest.
+    """
+    if work.pieces == 1 or not isinstance(work.normalization, BatchNormalization):
+        return
+    count, shape = row_counts(work, work.micro_batch, ranks), work.shape
+    kept = FP32_BYTES * work.pieces * count.target * shape.target_layers * shape.target_dim
+    rest = sum(tensor_bytes(network_sizes(shape, work.muon), work.dtype, ranks, stage).values())
+    usable = usable_bytes(memory) - rest
+    if kept > usable:
+        raise ConfigError(
+            f"loss.normalize: batch keeps the targets of a whole step, about {_gigabytes(kept)} GB where "
+            f"{_gigabytes(max(usable, 0))} are left; take running, fewer images a step (data.batch_size) or more ranks"
+        )
 
 
 def possible_stages(work: Workload, ranks: int) -> tuple[int, ...]:

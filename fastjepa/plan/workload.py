@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fastjepa.loss.jepa_loss import LayerNormalization
+from fastjepa.loss.normalizations import LayerNormalization
 from fastjepa.loss.targets import OutputTargets
 from fastjepa.masks.layouts import Masking
 from fastjepa.masks.packed import PaddingBudget
@@ -26,6 +26,11 @@ class Workload:
     muon: bool  # optimization.optimizer
     padded: bool  # to one shape, for a CUDA graph
     token_budget: tuple[int, int, int] | None = None  # rows of that shape, where they are given
+
+    @property
+    def pieces(self) -> int:
+        """Return the micro-batches of a step."""
+        return self.batch_size // self.micro_batch
 
     def padding_budget(self, total: int, micro_batch: int | None = None) -> PaddingBudget:
         """Return the shape that micro-batches of a global batch of `total` images are padded to."""

@@ -25,7 +25,8 @@ from fastjepa.engine.zero import ZeroEngine
 from fastjepa.errors import ConfigError, UserError
 from fastjepa.loader.batch import Batch
 from fastjepa.loader.loader import check_loader, decodes_with_dali
-from fastjepa.loss.objective import Objective, choose_objective
+from fastjepa.loss.normalizations import Target
+from fastjepa.loss.objective import Objective, choose_objective, over_micro_batches
 from fastjepa.loss.regularizers import BatchRegularizer, NoRegularizer, regularizer_term
 from fastjepa.masks.check import check_masks
 from fastjepa.masks.layouts import Masking
@@ -34,7 +35,7 @@ from fastjepa.model.jepa import Jepa, build_pair
 from fastjepa.model.vit import Encoder, choose_attention, use_attention
 from fastjepa.plan.padding_cost import padding_note
 from fastjepa.plan.plan import workload_of
-from fastjepa.plan.sharding import choose_zero_stage
+from fastjepa.plan.sharding import check_step_targets, choose_zero_stage
 from fastjepa.ranks.memory import rank_memory_bytes
 from fastjepa.ranks.world import World, join_world
 from fastjepa.run.resume import checkpoint_to_resume, resume_notes, start_run
@@ -79,7 +80,9 @@ def build_run(config: Config, output: Path, resume: str, init: Path | None, deep
     if found:
         restore_checkpoint(found, state)
     notes += reason + run_warnings(config, world.device)
-    return Run(config, world, source, engine, average, state, build_objective(config, engine, world), notes)
+    check_step_targets(workload_of(config), world.size, stage, rank_memory_bytes(world.device))
+    objective = build_objective(config, engine, average.target_encoder, world)
+    return Run(config, world, source, engine, average, state, objective, notes)
 
 
 def describe_run(config: Config, world: World, source: Source) -> dict:
@@ -210,8 +213,10 @@ def build_engine(jepa: Jepa, config: Config, world: World, stage: int, given: Pa
     return ZeroEngine(jepa, settings, world, scale)
 
 
-def build_objective(config: Config, engine: PlainEngine | ZeroEngine, world: World) -> Objective:
-    """Return the objective; a regularizer looks at the whole batch with the engine's features, of every rank."""
+def build_objective(config: Config, engine: PlainEngine | ZeroEngine, target_encoder: Encoder, world: World) -> Objective:
+    """Return the objective; a regularizer looks at the whole batch with the engine's features, of every rank, and so does a
+    normalisation over the batch with the target encoder's.
+    """
 
     def context_features(batch: Batch) -> Tensor:
         """Return the context features (T, D) of a micro-batch, without gradient."""
@@ -222,7 +227,17 @@ def build_objective(config: Config, engine: PlainEngine | ZeroEngine, world: Wor
     term = regularizer_term(loss.regularizer, loss.regularizer_weight, loss.covariance_weight, seed, world.device)
     pieces = config.data.batch_size // config.micro_batch
     regularizer = BatchRegularizer(term, pieces, world, context_features) if term else NoRegularizer()
-    return choose_objective(loss, regularizer)
+    objective = choose_objective(loss, regularizer, engine.jepa.predictor.target_moments)
+    if loss.normalize != "batch" or pieces == 1:
+        return objective
+
+    @torch.no_grad()
+    def targets(batch: Batch) -> Target:
+        """Return the targets of a micro-batch."""
+        with autocast_of(COMPUTE_DTYPES[config.runtime.dtype], world.device):
+            return objective.targets(target_encoder, batch)
+
+    return over_micro_batches(objective, loss.layers == "mean", targets)
 
 
 def build_runs(config: Config, engine: PlainEngine) -> EagerRuns:

@@ -112,9 +112,10 @@ def load_initial_weights(parts: dict[str, nn.Module], init: Path) -> list[str]:
         given.setdefault("target_encoder", given["encoder"])
     for name in given:
         network = parts[name]
-        positions = {key: value for key, value in network.state_dict().items() if key.endswith("pos_embed")}
-        try:  # positions are fixed and belong to this run's resolution
-            network.load_state_dict(given[name] | positions)
+        parameters = dict(network.named_parameters())
+        own = {key: value for key, value in network.state_dict().items() if key not in parameters}
+        try:  # positions are fixed and belong to this run's resolution, the moments of targets to its steps
+            network.load_state_dict(given[name] | own)
         except RuntimeError as error:
             reason = str(error).split("\n")[1].strip()
             raise ConfigError(f"{init}: the weights do not fit the config's {name}: {reason}") from error

@@ -31,12 +31,13 @@ class Step:
         tally = self.learn(batches, now)
         finite = self.engine.step(now)
         self.average.update(now.ema_momentum, finite)
+        self.objective.normalization.update(finite)
         return tally, finite
 
     def learn(self, batches: Iterable[Batch], now: StepSettings) -> StepTally:
         """Gather the gradients of the micro-batches of a step."""
         tally, objective = StepTally(), self.objective
-        for batch in self.runs.over(objective.regularizer.surveyed(batches, now.step), tally):
+        for batch in self.runs.over(objective.surveyed(batches, now.step), tally):
             with autocast_of(self.dtype, batch.images.device):
                 with torch.no_grad():
                     target = objective.targets(self.average.target_encoder, batch)

@@ -99,6 +99,10 @@ def load_predictor(subject: Subject) -> nn.Module:
         raise UserError(f"{subject.path}: holds no {missing[0]}, which predictions need; give a run, its checkpoint or an "
                         "official .pth.tar, or ask with --what for masks,pca alone")  # fmt: skip
     weights, config = networks["predictor"], subject.config
+    loss = config.loss
+    if loss.target == "pixels" or loss.target_layers != "last" or loss.normalize in ("running", "dyntanh"):
+        raise UserError(f"{subject.path}: its predictor learned something else than the last layer's features, with which "
+                        "these pictures compare; ask with --what for masks,pca alone")  # fmt: skip
     depth = len({name.split(".")[1] for name in weights if name.startswith("predictor_blocks.")})
     heads = config.meta.pred_num_heads or config.encoder_shape[2]
     predictor = Predictor(config.grid, config.encoder_shape[0], len(weights["mask_token"][0, 0]), depth, heads)

@@ -99,6 +99,10 @@ def check_wanted(wanted: Conversion) -> None:
 
 def write_encoder(path: Path, to: str, form: EncoderForm, tensors: dict[str, Tensor]) -> None:
     """Write the weights of one encoder as `to`: a name of FOLDER_WRITERS, or meta."""
+    if form.norm != "layer" and to in ("timm", "transformers", "meta"):
+        raise UserError(
+            f"{form.origin}: its last norm is a tanh (loss.normalize dyntanh), which {to} has not; use --to fastjepa"
+        )
     if to in FOLDER_WRITERS:
         FOLDER_WRITERS[to](path, form, tensors)
         return

@@ -55,6 +55,7 @@ class EncoderForm:
     layer_norm_eps: float
     which: str  # target, context or UNSTATED_WHICH
     origin: str  # where the weights came from, in words
+    norm: str = "layer"  # the last norm: layer or dyntanh
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -79,7 +80,7 @@ class EncoderForm:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> "EncoderForm":
         """Make a form of what `to_dict` gave; UserError names the file `where` it is not whole."""
-        names = [field.name for field in dataclasses.fields(cls)]
+        names = [field.name for field in dataclasses.fields(cls) if field.name in values or field.name != "norm"]
         if missing := [name for name in names if name not in values]:
             raise UserError(f"{where}: does not say the encoder's {', '.join(missing)}; convert the weights again")
         return cls(**{name: tuple(v) if isinstance(v := values[name], list) else v for name in names})
@@ -89,7 +90,8 @@ class EncoderForm:
         """Make the form of a run's encoder."""
         dim, depth, heads, ratio = config.encoder_shape
         return cls(config.image_size, config.mask.patch_size, config.data.channels, *config.mean_std,
-                   dim, depth, heads, round(dim * ratio), LAYER_NORM_EPS, which, origin)  # fmt: skip
+                   dim, depth, heads, round(dim * ratio), LAYER_NORM_EPS, which, origin,
+                   "dyntanh" if config.loss.normalize == "dyntanh" else "layer")  # fmt: skip
 
     @classmethod
     def of_weights(
@@ -112,7 +114,8 @@ class EncoderForm:
             raise UserError(f"{where}: does not say the heads of width {dim}, depth {depth}; {remedy}")
         rows, columns = grid or told_grid(tensors, where)
         image = (rows * patch, columns * patch), patch, channels, *default_mean_std(channels)
-        return cls(*image, dim, depth, heads, hidden, LAYER_NORM_EPS, which, origin)
+        norm = "dyntanh" if "norm.alpha" in tensors else "layer"
+        return cls(*image, dim, depth, heads, hidden, LAYER_NORM_EPS, which, origin, norm)
 
     def config(self) -> Config:
         """Return the config of such an encoder, all else at its default; UserError where none describes it."""
@@ -143,7 +146,7 @@ class PretrainedEncoder(Encoder):
     def __init__(self, form: EncoderForm):
         ratio = form.mlp_hidden / form.embed_dim
         shape = form.embed_dim, form.depth, form.num_heads, ratio
-        super().__init__(form.grid, form.patch_size, form.channels, form.mean_std, shape)
+        super().__init__(form.grid, form.patch_size, form.channels, form.mean_std, shape, form.norm)
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = form.layer_norm_eps

@@ -78,13 +78,13 @@ def _patchify_tokens(patch: int, layout: str, source: torch.dtype, dtype: torch.
     return Case(lambda: patchify_tokens(images, idx, mean, std, patch, dtype), reads=[read, idx, mean, std])
 
 
-def _target_loss(width: int, dtype: torch.dtype, kind: str) -> Case:
+def _target_loss(width: int, dtype: torch.dtype, kind: str, layers: int = 1, parts: int = 1) -> Case:
     """Count one pass more in the backward: it scales the gradient by a number that no host knows, which is part of the op."""
-    prediction, features = torch.randn(43, width).to(dtype), torch.randn(53, width).to(dtype)
+    prediction, features = torch.randn(43, parts * width).to(dtype), [torch.randn(53, width).to(dtype) for _ in range(layers)]
     idx, weight = _some(53, 43), torch.rand(43)
     return Case(
         lambda: target_loss(prediction, features, idx, weight, kind),
-        reads=[prediction, features[:43], idx, weight], leaves=[prediction],
+        reads=[prediction, *(layer[:43] for layer in features), idx, weight], leaves=[prediction],
         writes=[prediction], back_reads=[prediction, weight],
     )  # fmt: skip
 
@@ -140,7 +140,12 @@ CASES = {
     "assemble_predictor": (_assemble_predictor, [(384, BF16), (384, FP32), (768, BF16)]),
     "target_loss": (
         _target_loss,
-        [*((*variant, "smooth_l1") for variant in WIDTHS), (1280, BF16, "l2"), (1280, BF16, "cosine")],
+        [
+            *((*variant, "smooth_l1") for variant in WIDTHS),
+            (1280, BF16, "l2"),
+            (1280, BF16, "cosine"),
+            *((1280, BF16, "smooth_l1", 4, parts) for parts in (4, 1)),
+        ],  # fmt: skip
     ),
     "ema_update": (_ema_update, [(96, FP32, FP32, "alone"), (96, FP32, FP32, "copied"), (96, BF16, BF16, "alone")]),
     "patchify_tokens": (

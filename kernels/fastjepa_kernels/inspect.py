@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +48,7 @@ class Launch(NamedTuple):
     kernel: str
     signature: dict[str, str]
     constexprs: dict[str, Any]
-    aligned: list[int]  # arguments that 16 divides
+    aligned: list[tuple[int, ...]]  # arguments that 16 divides, by place; those in a tuple by their place in it too
     options: dict[str, int]
     grid: tuple[int, ...]
     loads: dict[str, int]  # distinct bytes by argument
@@ -165,26 +166,27 @@ def _launch(function, args: tuple, grid, kwargs: dict, touched: dict) -> Launch:
         signature[name] = kind
         if kind == "constexpr":
             constexprs[name] = special
-        elif special == "D":
-            aligned.append(place)
-    pointers = {name: value for name, value in given.arguments.items() if isinstance(value, Tensor)}
+        aligned += [(place, *path) for path, _, one in _parts(name, special) if one == "D" and kind != "constexpr"]
+    named = (part for name, value in given.arguments.items() for part in _parts(name, value))
+    pointers = {part: value for _, part, value in named if isinstance(value, Tensor)}
     options = {k: v for k, v in kwargs.items() if k not in function.arg_names and v is not None}
     grid = tuple(grid(given.arguments) if callable(grid) else grid)
     requested = sum(size * len(addresses) for accesses in touched.values() for size, addresses in accesses)
     split = {way: _by_argument(accesses, pointers) for way, accesses in touched.items()}
-    return Launch(
-        function.fn.__module__, function.fn.__name__, signature, constexprs, aligned, options, grid,
-        split["load"], split["store"], requested,
-    )  # fmt: skip
+    return Launch(function.fn.__module__, function.fn.__name__, signature, constexprs, aligned, options, grid,
+                  split["load"], split["store"], requested)  # fmt: skip
+
+
+def _parts(name: str, value: Any) -> list[tuple[tuple[int, ...], str, Any]]:
+    """Return (path, name, value) of an argument: of x as it is, of a tuple those of x[0], x[1], ..."""
+    return [((i,), f"{name}[{i}]", one) for i, one in enumerate(value)] if isinstance(value, tuple) else [((), name, value)]
 
 
 def _by_argument(accesses: list[tuple[int, Tensor]], pointers: dict[str, Tensor]) -> dict[str, int]:
     """Sum the bytes of the distinct addresses, by the argument in whose memory they lie."""
-    by_size, counted = defaultdict(list), defaultdict(int)
-    for size, addresses in accesses:
-        by_size[size].append(addresses)
-    for size, parts in by_size.items():
-        distinct = torch.cat(parts).unique()
+    counted = defaultdict(int)
+    for size in {size for size, _ in accesses}:
+        distinct = torch.cat([addresses for one, addresses in accesses if one == size]).unique()
         for name, tensor in pointers.items():
             span = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n) + 1
             inside = (distinct >= tensor.data_ptr()) & (distinct < tensor.data_ptr() + span * tensor.element_size())
@@ -238,13 +240,13 @@ def compiled(launch: Launch, arch: str) -> dict:
     from triton.compiler import ASTSource
 
     kernel = getattr(importlib.import_module(launch.module), launch.kernel)
-    attrs = {(place,): [["tt.divisibility", 16]] for place in launch.aligned}
+    attrs = {path: [["tt.divisibility", 16]] for path in launch.aligned}
     source = ASTSource(kernel, signature=launch.signature, constexprs=launch.constexprs, attrs=attrs)
     binary = triton.compile(source, target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32), options=launch.options)
     registers, spills = _resources(binary.asm["cubin"])
     warps, shared = binary.metadata.num_warps, binary.metadata.shared
-    passed = [(name, kind) for name, kind in launch.signature.items() if kind != "constexpr"]
-    pointers = {place: name for place, (name, kind) in enumerate(passed) if kind.startswith("*")}
+    passed = [part for name, kind in launch.signature.items() if kind != "constexpr" for part in _parts(name, kind)]
+    pointers = {place: name for place, (_, name, kind) in enumerate(passed) if kind.startswith("*")}
     return {
         "registers": registers, "spills": spills, "shared": shared, "warps": warps,
         "occupancy": occupancy(arch, registers, shared, warps), **widths(binary.asm["ptx"], pointers),
@@ -310,18 +312,16 @@ def _parameters(register: str, sources: dict[str, set[str]]) -> set[int]:
 
 def rows(phases: list[Phase], archs: list[str]) -> list[dict]:
     """Make one row for every launch, card and case; equal launches are compiled once."""
-    known, found = {}, []
-    for phase in phases:
-        for launch in phase.launches:
-            for arch in archs:
-                key = repr((arch, *launch[:6]))
-                known[key] = known.get(key) or compiled(launch, arch)
-                found.append(
-                    {"op": phase.op, "case": phase.shape, "direction": phase.direction, "kernel": launch.kernel, "arch": arch}
-                    | known[key]
-                    | {"grid": launch.grid, "bytes": {"load": launch.loads, "store": launch.stores}}
-                    | {"requested": launch.requested, "moved": phase.moved, "least": phase.least}
-                )  # fmt: skip
+    known, found, launches = {}, [], [(phase, launch) for phase in phases for launch in phase.launches]
+    for (phase, launch), arch in product(launches, archs):
+        key = repr((arch, *launch[:6]))
+        known[key] = known.get(key) or compiled(launch, arch)
+        found.append(
+            {"op": phase.op, "case": phase.shape, "direction": phase.direction, "kernel": launch.kernel, "arch": arch}
+            | known[key]
+            | {"grid": launch.grid, "bytes": {"load": launch.loads, "store": launch.stores}}
+            | {"requested": launch.requested, "moved": phase.moved, "least": phase.least}
+        )  # fmt: skip
     return found
 
 
@@ -357,8 +357,8 @@ def measure(cases: str, ops: list[str], archs: list[str]) -> list[dict]:
     return rows(phases, archs)
 
 
-COLUMNS = ["registers", "spills", "shared", "warps", "occupancy", "load", "store", "moved/least"]
-COLUMNS = ["op", "case", "direction", "kernel", "arch", *COLUMNS]
+COLUMNS = ["op", "case", "direction", "kernel", "arch",
+           "registers", "spills", "shared", "warps", "occupancy", "load", "store", "moved/least"]  # fmt: skip
 
 
 def table(found: list[dict]) -> str:

@@ -13,9 +13,8 @@ from fastjepa.config.schema import Config
 from fastjepa.engine.precision import COMPUTE_DTYPES
 from fastjepa.engine.schedule import StepSettings
 from fastjepa.loader.batch import Batch
-from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.layouts import Masking
-from fastjepa.masks.pack import pack
+from fastjepa.masks.packer import Packer
 from fastjepa.monitoring.skips import Skips
 from fastjepa.plan.plan import workload_of
 from fastjepa.ranks.collectives import max_over_ranks
@@ -30,11 +29,10 @@ STEPS, RAGGED_STEPS = 3, 6  # the latter under torch.compile
 
 def micro_batches(config: Config, number: int) -> Iterator[Batch]:
     """Yield a step's micro-batches in pinned memory, with the masks that a run draws."""
-    images, masking = config.data.batch_size, Masking.of(config)
+    images, packer = config.data.batch_size, Packer(Masking.of(config))
     room = workload_of(config).padding_budget(images) if config.runtime.cuda_graph else None
     for start in range(0, images, config.micro_batch):
-        drawn = draw_masks(masking, number, range(start, start + config.micro_batch), images)
-        packed = pack(*drawn, images, masking.packing, room)
+        packed = packer.packed(number, range(start, start + config.micro_batch), images, images, room)
         pixels = torch.zeros(config.micro_batch, config.data.channels, *config.image_size, dtype=torch.uint8)
         yield Batch(pixels, *packed, bad=()).pin_memory()
 
@@ -46,7 +44,7 @@ def take_steps(card: FakeCard, config: Config, device: torch.device, steps: int)
     jepa, target_encoder = build_networks(config, device)
     engine = build_engine(jepa, config, world, 0 if config.runtime.zero == "auto" else config.runtime.zero)
     average = engine.follow(target_encoder)
-    objective, runs = build_objective(config, engine, world), build_runs(config, engine)
+    objective, runs = build_objective(config, engine, average.target_encoder, world), build_runs(config, engine)
     step = Step(engine, average, objective, COMPUTE_DTYPES[config.runtime.dtype], runs)
     skips = Skips(device)
     card.waits.clear()

@@ -20,6 +20,9 @@ CASES = {
         "loss.kind=l2", "loss.normalize=batch", "loss.normalize=none", "loss.target=pixels", "loss.target=input",
         "loss.regularizer=vicreg", "loss.regularizer=sigreg", "loss.regularizer=vicreg runtime.micro_batch=4",
         "loss.regularizer=sigreg runtime.micro_batch=4", "meta.predictor=joint",
+        "loss.target_layers=[1,2]", "loss.target_layers=[1,2] loss.layers=mean loss.normalize=batch runtime.micro_batch=4",
+        "loss.normalize=running runtime.micro_batch=4", "loss.normalize=dyntanh", "loss.visible_weight=0.5",
+        "loss.regularizer=visreg", "meta.predictor_context=0.5 meta.predictor_repeats=2",
         "mask.num_enc_masks=2", "mask.truncate=none", "mask.truncate=batch_min", "data.channels=1",
     )],
     "compute": [

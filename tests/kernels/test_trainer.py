@@ -126,7 +126,8 @@ def calls(path: Path) -> list[ast.Call]:
 def kernels_of(path: Path) -> set[str]:
     """Return the names of a file's Triton kernels."""
     functions = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
-    return {f.name for f in functions if any("jit" in ast.unparse(decorator) for decorator in f.decorator_list)}
+    jitted = (f.name for f in functions if any("jit" in ast.unparse(decorator) for decorator in f.decorator_list))
+    return {name for name in jitted if name.endswith("_kernel")}  # the others are what kernels call
 
 
 def interpreted(code: str) -> str:

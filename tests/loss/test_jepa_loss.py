@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from fastjepa.errors import UserError
-from fastjepa.loss.jepa_loss import NORMALIZATIONS, jepa_loss, standardised_targets
+from fastjepa.loss.jepa_loss import jepa_loss
+from fastjepa.loss.normalizations import NORMALIZATIONS, standardised_targets
 from fastjepa.loss.regularizers import (
     BatchRegularizer,
     covariance_penalty,
@@ -78,11 +79,12 @@ def test_vicregs_terms_and_gradients_are_lightlys(deviation):
 
 
 def test_vicreg_needs_no_lightly(monkeypatch):
-    for module in ("lightly", "lightly.loss.lejepa_loss"):
+    for module in ("lightly", "lightly.loss", "lightly.loss.lejepa_loss"):
         monkeypatch.setitem(sys.modules, module, None)
     assert regularizer_term("vicreg", 0.1, 0.04)(torch.randn(4, 3), 0).isfinite()
-    with pytest.raises(UserError, match="sigreg needs lightly"):
-        regularizer_term("sigreg", 0.1, 0.04)
+    for name in ("sigreg", "visreg"):
+        with pytest.raises(UserError, match=f"{name} needs lightly"):
+            regularizer_term(name, 0.1, 0.04)
 
 
 def sigreg(weight: float = 1.0, seed: int = 0):
@@ -106,6 +108,21 @@ def test_sigreg_tells_a_gaussian_from_a_collapse():
     assert float(sigreg()(gaussian, 0)) < 3
     for collapsed in (torch.zeros(512, 8), gaussian * 0.1, gaussian[:, :1].expand(-1, 8), gaussian + 2):
         assert float(sigreg()(collapsed, 0)) > 30
+
+
+def test_visreg_is_scale_and_centre_and_the_quantiles_of_a_gaussian():
+    """For one feature, whose projections are itself or its mirror; a collapse has a gradient, where sigreg's is gone."""
+    x = torch.randn(64, 1) * 2 + 0.5
+    term = regularizer_term("visreg", 1.0, 0.0)
+    quantiles = torch.distributions.Normal(0.0, 1.0).icdf(torch.arange(1, 65) / 65)
+    normal = ((x - x.mean()) / (x.std(correction=0) + 1e-4)).flatten()
+    shape = torch.stack([(sign * normal).sort().values - quantiles for sign in (1, -1)]).square().mean()
+    expected = (1 - x.std(correction=0)) ** 2 + x.mean() ** 2 + shape
+    assert float(term(x, 0)) == pytest.approx(float(expected), rel=0.02)
+    faint = (1e-3 * torch.randn(64, 8)).requires_grad_()
+    assert torch.autograd.grad(term(faint, 0), faint)[0].norm() > 0.1
+    third, again, fourth = (float(term(faint.detach(), step)) for step in (3, 3, 4))
+    assert third == again != fourth
 
 
 def test_projections_are_a_function_of_seed_and_step_and_touch_no_generator():
@@ -136,7 +153,7 @@ def standardise_together() -> None:
     place = join_world("cpu", timeout=240)
     rows = torch.randn(36, 6, generator=torch.Generator().manual_seed(0)) * 3 + 1
     mine = slice(0, 10) if place.rank == 0 else slice(10, 36)  # ranks have different numbers of targets
-    torch.testing.assert_close(standardised_targets(rows[mine]), F.batch_norm(rows, None, None, training=True)[mine])
+    torch.testing.assert_close(standardised_targets([rows[mine]])[0], F.batch_norm(rows, None, None, training=True)[mine])
     leave_world()
 
 
@@ -144,7 +161,7 @@ def test_ranks_standardise_their_targets_together():
     ranks.run(standardise_together)
 
 
-@pytest.mark.parametrize("name", ["vicreg", "sigreg"])
+@pytest.mark.parametrize("name", ["vicreg", "sigreg", "visreg"])
 @pytest.mark.parametrize(("world", "pieces"), [(1, 1), (1, 4), (2, 1), (2, 2)])
 def test_gradients_of_the_pieces_add_up_to_the_whole(world, pieces, name):
     term = regularizer_term(name, 0.1, 0.04)

@@ -119,7 +119,7 @@ def test_writes_no_gradient_that_nobody_wants(kind, device):
         quiet = target_loss(prediction, *rest, kind)
     torch.testing.assert_close(quiet, target_loss(prediction, *rest, kind).detach(), rtol=0, atol=0)
     assert not quiet.requires_grad and not target_loss(prediction.detach(), *rest, kind).requires_grad
-    made = torch.ops.fastjepa_kernels.target_loss_fwd(prediction.detach(), *rest, kind, False)
+    made = torch.ops.fastjepa_kernels.target_loss_fwd(prediction.detach(), rest[:1], *rest[1:], kind, False)
     assert made[1].shape == (0, 96)
 
 
@@ -149,6 +149,74 @@ def test_autocast_changes_nothing(kind, device):
             torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
+def several(layers, parts, queries, width, device, dtype=torch.float32):
+    """Inputs with the features of several layers, each of a mean and scale of its own, and a prediction `parts` wide."""
+    prediction, _, idx, weight = inputs(queries, 5, parts * width, device, dtype)
+    features = [((1 + n) * torch.randn(5, width, device=device) - n).to(dtype) for n in range(layers)]
+    return prediction, features, idx, weight
+
+
+def by_hand(prediction, features, idx, weight, kind):
+    """The loss as the maths says it: a loop over rows and layers."""
+    distance = {
+        "smooth_l1": torch.nn.functional.smooth_l1_loss,
+        "l2": torch.nn.functional.mse_loss,
+        "cosine": lambda p, y: 1 - torch.nn.functional.cosine_similarity(p, y, dim=0),
+    }[kind]
+    width, total = features[0].shape[1], 0.0
+    for row, at, share in zip(prediction.float(), idx.tolist(), weight, strict=True):
+        normal = [torch.nn.functional.layer_norm(layer[at].float(), (width,)) for layer in features]
+        if len(row) == width:
+            normal = [torch.nn.functional.layer_norm(sum(normal) / len(normal), (width,))]
+        apart = [distance(part, target) for part, target in zip(row.split(width), normal, strict=True)]
+        total = total + share * sum(apart) / len(apart)
+    return total
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("layers", "parts"), [(2, 2), (4, 4), (3, 1)])
+@pytest.mark.parametrize("width", [96, 100, 3])
+def test_several_layers_are_predicted_each_or_as_their_average(layers, parts, width, kind, device):
+    given = several(layers, parts, 7, width, device)
+    for f in both(kind):
+        pairs = zip(values_and_grads(f, list(given)), values_and_grads(by_hand, [*given, kind]), strict=True)
+        for found, expected in pairs:
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("layers", "parts", "queries"), [(4, 4, 31), (4, 1, 31), (2, 2, 0), (2, 1, 1)])
+def test_several_layers_in_every_dtype(layers, parts, queries, dtype, device):
+    prediction, features, idx, weight = several(layers, parts, queries, 768, device, dtype)
+    for kind in KINDS:
+        wide = [layer.float() for layer in features]
+        loss = target_loss(prediction, features, idx, weight, kind)
+        torch.testing.assert_close(loss, target_loss_ref(prediction.float(), wide, idx, weight, kind), rtol=2e-6, atol=1e-7)
+        ours, plain = (
+            lambda p, *rest, f=f, kind=kind: f(p, rest[:layers], *rest[layers:], kind).to(p.dtype)
+            for f in (target_loss, target_loss_ref)
+        )
+        as_good(ours, plain, prediction, *features, idx, weight, units=8.0 if dtype == torch.float32 else 2.0)
+
+
+def test_a_sequence_of_one_layer_is_that_layer_to_the_bit(device):
+    prediction, features, idx, weight = inputs(13, 7, 96, device)
+    for f in (target_loss, target_loss_ref):
+        alone, listed = (values_and_grads(f, [prediction, one, idx, weight]) for one in (features, [features]))
+        assert all(map(torch.equal, alone, listed))
+
+
+def test_layers_may_be_rows_of_wider_tables_and_are_compiled_whole(device):
+    prediction, features, idx, weight = several(2, 2, 7, 64, device)
+    wide = torch.cat((features[0], features[1]), dim=1)
+    given = prediction, [features[0], wide[:, 64:]], idx, weight
+    torch.testing.assert_close(target_loss(*given), target_loss_ref(prediction, features, idx, weight))
+    opcheck(torch.ops.fastjepa_kernels.target_loss_fwd.default, (*given, "l2", True))
+    compiled = torch.compile(target_loss, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(*(values_and_grads(f, list(given)) for f in (compiled, target_loss)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_definition_has_the_gradients_of_calculus(kind):
     prediction, features, idx, weight = inputs(4, 3, 5, torch.device("cpu"), torch.float64)
@@ -159,8 +227,9 @@ def test_the_definition_has_the_gradients_of_calculus(kind):
 def test_registered_with_torch(kind, device):
     given = inputs(5, 3, 64, device)
     ops = torch.ops.fastjepa_kernels
-    opcheck(ops.target_loss_fwd.default, (*given, kind, True))
-    opcheck(ops.target_loss_fwd.default, (given[0].detach(), *given[1:], kind, False))
+    prediction, features, *rest = given
+    opcheck(ops.target_loss_fwd.default, (prediction, [features], *rest, kind, True))
+    opcheck(ops.target_loss_fwd.default, (prediction.detach(), [features], *rest, kind, False))
     opcheck(ops.target_loss_bwd.default, (torch.randn(5, 64, device=device), given[3], torch.tensor(2.0, device=device)))
     compiled = torch.compile(target_loss, fullgraph=True, backend="aot_eager")
     for ours, theirs in zip(*(values_and_grads(f, [*given, kind]) for f in (compiled, target_loss)), strict=True):
@@ -171,9 +240,13 @@ def test_registered_with_torch(kind, device):
     ("wrong", "error", "says"),
     [
         ({"kind": "l1"}, ValueError, "l1 is no kind of distance; use one of smooth_l1, l2, cosine"),
-        ({"prediction": torch.zeros(3)}, ValueError, r"prediction \(Q, D\) needs features \(U, D\); got \(3,\), \(2, 8\)"),
+        ({"prediction": torch.zeros(3)}, ValueError, r"prediction \(Q, D\) needs features \(U, D\), .* got \(3,\), \(2, 8\)"),
         ({"features": torch.zeros(2, 7)}, ValueError, r"got \(3, 8\), \(2, 7\)"),
         ({"prediction": torch.zeros(3, 0), "features": torch.zeros(2, 0)}, ValueError, r"got \(3, 0\), \(2, 0\)"),
+        ({"features": [torch.zeros(2, 8), torch.zeros(3, 8)]}, ValueError, r"got \(3, 8\), \(2, 8\), \(3, 8\)"),
+        ({"features": [torch.zeros(2, 4)] * 3}, ValueError, r"got \(3, 8\), \(2, 4\), \(2, 4\), \(2, 4\)"),
+        ({"features": []}, ValueError, r"got \(3, 8\)"),
+        ({"features": [torch.zeros(2, 8), torch.zeros(2, 8).double()]}, TypeError, r"features\[1\] must be float32"),
         ({"idx": torch.zeros(2).int()}, ValueError, r"3 predictions need idx and weight \(3,\); got \(2,\), \(3,\)"),
         ({"weight": torch.ones(3, 1)}, ValueError, r"got \(3,\), \(3, 1\)"),
         ({"features": torch.zeros(2, 8, requires_grad=True)}, ValueError, r"compute the target under torch.no_grad\(\)"),

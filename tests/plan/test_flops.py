@@ -11,10 +11,12 @@ from fastjepa.config.load import config_from_dict
 from fastjepa.config.schema import LossConfig
 from fastjepa.masks.layouts import Masking
 from fastjepa.masks.pack import pack
+from fastjepa.masks.packer import Packer
 from fastjepa.masks.packings import SEPARATE
 from fastjepa.model import vit
 from fastjepa.model.jepa import NetworkShape
 from fastjepa.plan.flops import count_flops, encoder_flops, flops_of_packed, flops_per_image, official_flops
+from fastjepa.plan.memory import RowCounts, row_counts
 from fastjepa.plan.plan import workload_of
 from tests.support.flops import assert_close, counted, draw, lengths, loop, tiny
 
@@ -49,6 +51,40 @@ def test_other_targets_match_torch(monkeypatch: pytest.MonkeyPatch, target: str,
     assert_close(found, counted(c, *packed))
     assert (found.target_forward == 0) == (target == "pixels")
     assert flops_per_image(workload_of(c), steps=1) == pytest.approx(found.total)
+
+
+@pytest.mark.parametrize("target", ["output", "input"])
+@pytest.mark.parametrize(("numbers", "layers"), [((1, 3), "each"), ((1, 2), "each"), ((1, 2, 3), "mean")])
+def test_targets_of_several_layers_match_torch(monkeypatch: pytest.MonkeyPatch, numbers, layers: str, target: str):
+    """A head as wide as all of them, and no block that comes after the last."""
+    loss = LossConfig(target=target, target_layers=numbers, layers=layers)
+    c = dataclasses.replace(tiny(images=4, truncate="none"), loss=loss)
+    packed = pack(*draw(c), packing=Masking.of(c).packing)
+    monkeypatch.setattr(vit, "packed_attention", loop)
+    assert_close(flops_of_packed(workload_of(c), *packed), counted(c, *packed))
+
+
+USES = {
+    "drawn": ({"predictor_context": 0.25, "predictor_repeats": 3}, {}),
+    "visible": ({}, {"visible_weight": 0.5}),
+    "both, jointly": ({"predictor_context": 0.5, "predictor_repeats": 2, "predictor": "joint"}, {"visible_weight": 0.5}),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("pred_depth", [1, 3])
+def test_what_the_predictor_does_with_the_context_matches_torch(monkeypatch: pytest.MonkeyPatch, use: str, pred_depth: int):
+    meta, loss = USES[use]
+    c = tiny(3, pred_depth, images=4, truncate="none")
+    c = dataclasses.replace(c, meta=dataclasses.replace(c.meta, **meta), loss=LossConfig(**loss))
+    packed = Packer(Masking.of(c)).packed(0, range(4), 4)
+    monkeypatch.setattr(vit, "packed_attention", loop)
+    found = flops_of_packed(workload_of(c), *packed)
+    assert_close(found, counted(c, *packed))
+    assert flops_per_image(workload_of(c), steps=1) == pytest.approx(found.total)
+    rows = RowCounts.of(*packed)
+    assert row_counts(workload_of(c), 4, steps=1) == rows
+    assert (rows.queries == rows.sequences) == bool(loss)
 
 
 def test_a_block_by_itself_is_counted_as_it_is_packed():

@@ -22,11 +22,14 @@ from fastjepa.engine.deepspeed_config import BUCKET_ELEMENTS
 from fastjepa.engine.plain import PlainEngine
 from fastjepa.engine.precision import COMPUTE_DTYPES, autocast_of
 from fastjepa.engine.schedule import StepSettings
-from fastjepa.loss.jepa_loss import NORMALIZATIONS, jepa_loss
+from fastjepa.loss.jepa_loss import jepa_loss
+from fastjepa.loss.normalizations import NORMALIZATIONS, RunningNormalization
 from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.layouts import Masking
 from fastjepa.masks.pack import pack
+from fastjepa.masks.packer import Packer
 from fastjepa.model.jepa import NetworkShape, build_pair
+from fastjepa.model.moments import RunningMoments
 from fastjepa.model.vit import use_attention
 from fastjepa.plan.datasheets import DATASHEETS
 from fastjepa.plan.flops import flops_per_image, muon_flops
@@ -182,7 +185,7 @@ def saved(c: Config) -> tuple[int, RowCounts]:
     """Bytes of distinct storages that autograd saves in a forward, without parameters and buffers."""
     jepa, _ = build_pair(c)
     use_attention(jepa, c.runtime.attention)
-    packed = pack(*draw_masks(Masking.of(c), 0, range(c.micro_batch), c.micro_batch))
+    packed = Packer(Masking.of(c)).packed(0, range(c.micro_batch), c.micro_batch)
     own = {t.untyped_storage().data_ptr() for t in (*jepa.parameters(), *jepa.buffers())}
     kept = {}  # the tensors too: an address that is freed would be used again
 
@@ -204,6 +207,18 @@ def shallow(c: Config, count: RowCounts) -> int:
     """Checkpointing keeps in a forward all but the block that the backward makes anew."""
     blocks = blocks_bytes(workload_of(c), count)
     return activation_bytes(workload_of(c), count).checkpointed - max(inside - kept for kept, inside in blocks)
+
+
+@pytest.mark.parametrize(("loss", "meta"), [
+    ({"normalize": "dyntanh"}, {}), ({"visible_weight": 0.5}, {}), ({"visible_weight": 0.5}, {"pred_depth": 1}),
+    ({}, {"predictor_context": 0.5, "predictor_repeats": 2}),
+    ({"visible_weight": 0.5}, {"predictor_context": 0.5, "pred_depth": 1}),
+])  # fmt: skip
+def test_what_a_variant_of_the_objective_saves_is_counted(loss: dict, meta: dict):
+    c = dataclasses.replace(small("fp32"), loss=LossConfig(**loss))
+    c = dataclasses.replace(c, meta=dataclasses.replace(c.meta, **meta))
+    bytes_saved, count = saved(c)
+    assert bytes_saved == pytest.approx(activation_bytes(workload_of(c), count).saved, rel=0.01)
 
 
 @pytest.mark.slow
@@ -262,27 +277,41 @@ def test_twice_the_ranks_halve_what_is_sharded_and_nothing_else(stage: int, dtyp
             assert four[name] == pytest.approx(two[name] / (2 if sharded else 1), abs=8)
 
 
-@pytest.mark.parametrize("normalize", ["none", "batch"])
-@pytest.mark.parametrize("target", ["output", "input", "pixels"])
-def test_the_loss_holds_what_is_planned_for_it(normalize: str, target: str):
+SEVERAL = {"target_layers": (1, 2, 4)}
+
+
+@pytest.mark.parametrize("normalize", ["none", "batch", "running"])
+@pytest.mark.parametrize(
+    "keys",
+    [{"target": "output"}, {"target": "input"}, {"target": "pixels"}, SEVERAL, SEVERAL | {"layers": "mean"}],
+    ids=lambda keys: " ".join(map(str, keys.values())),
+)
+def test_the_loss_holds_what_is_planned_for_it(normalize: str, keys: dict):
     """Targets, what autograd keeps of the loss, and the gradient that a backward makes; `layer` is the fused kernel's."""
-    c = dataclasses.replace(small(), loss=LossConfig(normalize=normalize, target=target))
-    _, seen, blocks = pack(*draw_masks(Masking.of(c), 0, range(2), 2), packing=Masking.of(c).packing)
-    features = torch.randn(len(seen.idx), c.target_dim)
-    prediction = torch.randn(len(blocks.target_rows), c.target_dim, requires_grad=True)
+    micro = dataclasses.replace(small(), loss=LossConfig(normalize=normalize, **keys))
+    c = dataclasses.replace(micro, runtime=dataclasses.replace(micro.runtime, micro_batch=None))
+    _, seen, blocks = Packer(Masking.of(c)).packed(0, range(2), 2)
+    features = tuple(torch.randn(len(seen.idx), c.target_dim) for _ in range(c.target_layers))
+    prediction = torch.randn(len(blocks.target_rows), c.predicted_dim, requires_grad=True)
     kept = {}
 
     def keep(tensor: Tensor) -> Tensor:
         if tensor.ndim == 2:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()  # of a part, those of the whole
         return tensor
 
+    moments = RunningMoments(c.target_layers + 1, c.target_dim)
+    normalization = RunningNormalization(moments) if normalize == "running" else NORMALIZATIONS[normalize]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        jepa_loss(prediction, features, blocks, normalization=NORMALIZATIONS[normalize])
-    standard = features.nbytes if normalize == "batch" else 0
-    held = sum(tensor.nbytes for tensor in kept.values()) + features.nbytes + standard + prediction.nbytes
+        jepa_loss(prediction, features, blocks, normalization=normalization)
+    one = features[0].nbytes  # the average is one more, and standardised another
+    averaged = one if c.loss.layers == "mean" else 0
+    standard = len(features) * one + averaged if normalize != "none" else 0
+    held = sum(kept.values()) + len(features) * one + averaged + standard + prediction.nbytes
     rows = RowCounts(1, len(seen.idx), 1, len(blocks.target_rows))
     assert activation_bytes(workload_of(c), rows).loss == held
+    kept = standard if normalize == "batch" else 0  # of each of the two micro-batches of a step
+    assert activation_bytes(workload_of(micro), rows).loss == held + kept
 
 
 def test_muons_moments_and_products_are_those_of_its_step():
@@ -308,10 +337,12 @@ def test_each_stage_holds_no_more_than_the_one_before(gpus: int):
 
 
 @pytest.mark.parametrize("change", [{}, {"pred_depth": 1, "pred_emb_dim": 64}, {"model_name": "vit_giant", "depth": 2}])
-@pytest.mark.parametrize("target", ["output", "pixels"])
-def test_sizes_are_the_networks(change: dict, target: str):
+@pytest.mark.parametrize(
+    "keys", [{"target": "output"}, {"target": "pixels"}, {"target_layers": (1, 2)}, {"normalize": "dyntanh"}], ids=str
+)
+def test_sizes_are_the_networks(change: dict, keys: dict):
     """Tensor by tensor, in the optimizer's groups and order."""
-    c = dataclasses.replace(small(), loss=LossConfig(target=target))
+    c = dataclasses.replace(small(), loss=LossConfig(**keys))
     c = dataclasses.replace(c, meta=dataclasses.replace(c.meta, **change))
     jepa, target = build_pair(c)
     size = network_sizes(NetworkShape.of(c))

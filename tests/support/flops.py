@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastjepa.config.load import config_from_dict
 from fastjepa.config.schema import Config
 from fastjepa.loader.batch import Batch
-from fastjepa.loss.targets import TARGETS
+from fastjepa.loss.targets import choose_targets
 from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.layouts import Masking
 from fastjepa.masks.pack import pack
@@ -58,8 +58,9 @@ def counted(config: Config, context: Packed, target: Packed, blocks: Blocks) -> 
         parts.append(counter.get_total_flops() / b)
         return result
 
+    targets = choose_targets(config.loss.target, config.loss.target_layers)
     with torch.no_grad():
-        spent(lambda: TARGETS[config.loss.target](target_encoder, Batch(images, context, target, blocks, bad=())))
+        spent(lambda: targets(target_encoder, Batch(images, context, target, blocks, bad=())))
     features = spent(lambda: jepa.encoder(images, context))
     spent(lambda: features.sum().backward())
     features = features.detach().requires_grad_()

@@ -43,6 +43,15 @@ def plain_block(block: Block, x: torch.Tensor) -> torch.Tensor:
     return x + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x))))
 
 
+def plain_outputs(encoder, image: torch.Tensor) -> list[torch.Tensor]:
+    """(1, N, D) of a whole image (1, C, H, W) after the embedding, after each block, and after the final norm."""
+    weight, bias = encoder.patch_embed.proj.weight, encoder.patch_embed.proj.bias
+    found = [F.conv2d(image, weight, bias, stride=8).flatten(2).transpose(1, 2) + encoder.pos_embed]
+    for block in encoder.blocks:
+        found.append(plain_block(block, found[-1]))
+    return [*found, encoder.norm(found[-1])]
+
+
 def plain_jepa(jepa: Jepa, images, context_mask, target_mask):
     """Predictions of a per-image loop in the official order, and the context features."""
     encoder, predictor = jepa.encoder, jepa.predictor

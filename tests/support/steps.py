@@ -14,7 +14,7 @@ from fastjepa.run.step import Step
 
 def step_of(engine, average, config, regularizer: NoRegularizer | None = None, runs: EagerRuns | None = None) -> Step:
     """Return the step of a config's objective."""
-    objective = choose_objective(config.loss, regularizer or NoRegularizer())
+    objective = choose_objective(config.loss, regularizer or NoRegularizer(), engine.jepa.predictor.target_moments)
     dtype = "fp32" if config.runtime.dtype == "auto" else config.runtime.dtype
     return Step(engine, average, objective, COMPUTE_DTYPES[dtype], runs)
 

@@ -290,3 +290,11 @@ def test_an_unknown_picture_is_refused_by_name(place: Path, capsys: pytest.Captu
     with pytest.raises(SystemExit):
         main(command(place, "--what", "pca,dreams"))
     assert "'dreams' is none of masks, pca, neighbours" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("loss", [{"target": "pixels"}, {"target_layers": (1,)}, {"normalize": "running"}])
+def test_a_predictor_of_something_else_than_the_last_layer_is_refused(place: Path, loss: dict):
+    subject = open_subject(place / "run")
+    config = dataclasses.replace(subject.config, loss=dataclasses.replace(subject.config.loss, **loss))
+    with pytest.raises(UserError, match="its predictor learned something else than the last layer's features"):
+        neighbours.load_predictor(dataclasses.replace(subject, config=config))

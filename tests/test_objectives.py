@@ -1,0 +1,98 @@
+"""Variants of the objective as a user starts them: each is resumed, cut into micro-batches and shared by ranks unchanged."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastjepa
+from fastjepa.cli.main import main
+from fastjepa.model.moments import MOMENTUM
+from tests.support import ranks
+from tests.support.runs import lines, losses, same_weights, trained, weights, without_times
+
+VARIANTS = {
+    "each layer": ["loss.target_layers=[1,2]"],
+    "starved predictor": ["meta.predictor_context=0.25", "meta.predictor_repeats=3", "mask.num_enc_masks=2"],
+    "visible": ["loss.visible_weight=0.5", "loss.visible_rise=[0,0.3]"],
+    "visible, starved and joint": ["loss.visible_weight=0.5", "meta.predictor_context=0.5", "meta.predictor=joint"],
+    "over the batch": ["loss.target_layers=[1,2]", "loss.layers=mean", "loss.normalize=batch", "loss.regularizer=vicreg"],
+    "running": ["loss.normalize=running"],
+    "running over the mean of layers": ["loss.target_layers=[1,2]", "loss.layers=mean", "loss.normalize=running"],
+    "dyntanh": ["loss.normalize=dyntanh"],
+    "mean of layers": ["loss.target_layers=[1,2]", "loss.layers=mean", "loss.kind=l2"],
+}
+QUIET = ["data.num_workers=0", "logging.monitor_every=0", "logging.probe_every=0"]
+
+
+def alike(ours: Path, theirs: Path, step: int) -> None:
+    """The same losses and weights but for rounding, which Adam makes steps of where gradients are near zero."""
+    assert losses(lines(ours)) == pytest.approx(losses(lines(theirs)), rel=2e-5)
+    found, expected = weights(ours, step), weights(theirs, step)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert (found[name] - expected[name]).norm() <= 5e-3 * expected[name].norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_is_resumed_to_the_bit_and_cut_into_micro_batches(toy_config, tmp_path, name):
+    whole, parts, micro = (tmp_path / run for run in ("whole", "parts", "micro"))
+    settings = [*VARIANTS[name], *QUIET]
+    expected = trained(toy_config, whole, "--max-steps", 6, *settings)
+    trained(toy_config, parts, "--max-steps", 3, *settings)
+    entries = trained(toy_config, parts, "--max-steps", 6, *settings)
+    assert without_times(entries) == without_times(expected)
+    assert same_weights(weights(whole, 6), weights(parts, 6))
+    assert losses(expected) != losses(trained(toy_config, tmp_path / "base", "--max-steps", 6, *QUIET))
+    trained(toy_config, micro, "--max-steps", 6, *settings, "runtime.micro_batch=2")
+    alike(micro, whole, 6)
+    moments = weights(whole, 6).get("predictor.target_moments.weight")
+    assert (moments is not None) == name.startswith("running")
+    assert moments is None or float(moments) == pytest.approx(1 - MOMENTUM**6)
+
+
+def test_an_encoder_whose_last_norm_is_a_tanh_is_read_and_written_for_those_that_have_one(toy_config, tmp_path, capsys):
+    trained(toy_config, tmp_path / "run", "--max-steps", 1, *VARIANTS["dyntanh"], *QUIET)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    features = fastjepa.load_encoder(tmp_path / "run").forward_features(images)
+    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "kept"), "--to", "fastjepa"]) == 0
+    assert torch.equal(fastjepa.load_encoder(tmp_path / "kept").forward_features(images), features)
+    for to, more, said in (("timm", [], "its last norm is a tanh"), ("transformers", [], "its last norm is a tanh"),
+                           ("meta", [], "has a state that the official code has not"),
+                           ("meta", ["--which", "target"], "its last norm is a tanh")):  # fmt: skip
+        assert main(["convert", str(tmp_path / "run"), str(tmp_path / "other"), "--to", to, *more]) == 2
+        assert said in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+def test_other_weights_start_with_moments_of_their_own(toy_config, tmp_path):
+    trained(toy_config, tmp_path / "a", "--max-steps", 2, *QUIET)
+    for run, init in (("b", "a"), ("c", "b")):
+        trained(toy_config, tmp_path / run, "--max-steps", 3, "--init", tmp_path / init, *VARIANTS["running"], *QUIET)
+        moments = weights(tmp_path / run, 3)["predictor.target_moments.weight"]
+        assert float(moments) == pytest.approx(1 - MOMENTUM**3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["each layer", "visible, starved and joint", "over the batch", "running over the mean of layers", "dyntanh"]
+)
+def test_two_ranks_give_the_run_of_one_sharded_or_not(toy_config, tmp_path, name):
+    settings = [*VARIANTS[name], *QUIET]
+    trained(toy_config, tmp_path / "one", "--max-steps", 6, *settings)
+    more = ["--max-steps", 6, "data.batch_size=4", "runtime.micro_batch=2", *settings]
+    for stage in (0, 3):
+        words = ["--config", toy_config, "--output", tmp_path / f"zero{stage}", f"runtime.zero={stage}"]
+        ranks.succeeded(ranks.train(2, *words, *more))
+        assert losses(lines(tmp_path / f"zero{stage}")) == pytest.approx(losses(lines(tmp_path / "one")), rel=2e-5)
+    alike(tmp_path / "zero0", tmp_path / "one", 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mean of layers", "visible, starved and joint", "running"])
+def test_checkpointed_activations_give_the_same_bits_and_bf16_and_compile_the_same_run(toy_config, tmp_path, name):
+    settings = ["--max-steps", 3, *VARIANTS[name], *QUIET]
+    plain = trained(toy_config, tmp_path / "plain", *settings)
+    again = trained(toy_config, tmp_path / "again", *settings, "runtime.checkpoint_activations=true")
+    assert losses(again) == losses(plain)
+    for output, key, apart in (("bf16", "runtime.dtype=bf16", 2e-2), ("compiled", "runtime.compile=true", 1e-4)):
+        assert losses(trained(toy_config, tmp_path / output, *settings, key)) == pytest.approx(losses(plain), rel=apart)
