@@ -204,6 +204,7 @@ import numpy as np
 import torch
 from fastjepa.config.schema import Config, DataConfig, MaskConfig, MetaConfig
 from fastjepa.model.jepa import build_pair
+from fastjepa.model.positions import sincos_positions
 from fastjepa.weights.official import optimizer_order, write_official
 
 class Sparse:
@@ -223,6 +224,8 @@ with torch.device("meta"):
 parts = {"encoder": jepa.encoder, "predictor": jepa.predictor, "target_encoder": target}
 networks = {name: {k: torch.zeros(t.shape) for k, t in network.state_dict().items()} for name, network in parts.items()}
 networks["target_encoder"]["norm.weight"] += 1
+for encoder in (networks["encoder"], networks["target_encoder"]):
+    encoder["pos_embed"] = sincos_positions(1280, (16, 16))  # which say the grid
 groups = optimizer_order(networks, with_fixed=True)
 entries, number = {}, 0
 for name in sum(groups, []):
