@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastjepa.data.endings import files_with, image_endings, passed_over
-from fastjepa.data.idx_files import IdxPair
+from fastjepa.data.idx_files import IdxPair, idx_files
 from fastjepa.data.image_folder import ImageFolder, image_files
 from fastjepa.data.parquet import ParquetImages, may_hold_images
 from fastjepa.data.splits import SPLIT_NAMES, folders_in
@@ -104,10 +104,11 @@ def tell_beside(root: Path) -> None:
 
 
 def tell_others(folder: Path) -> None:
-    """Log how many files of other kinds lie beside the tars or Parquet files of a folder; images are counted elsewhere."""
+    """Log how many files of other kinds lie beside the tars, Parquet or idx files of a folder; images are counted elsewhere."""
     tars = files_with(".tar", folder)
     own = {SHARDS_MANIFEST, *(path.name for tar in tars for path in (tar, index_path(tar)))}
     own |= {path.name for path in files_with(".parquet", folder) if may_hold_images(path)}
+    own |= {path.name for path in idx_files(folder)}
     others = Counter(path.suffix.lower() for path in files_with("", folder) if path.name not in own)
     if others := Counter({ending: count for ending, count in others.items() if ending not in image_endings()}):
         log.warning("%s: %s", folder, passed_over(others))

@@ -70,6 +70,12 @@ def idx_file(directory: Path, stem: str) -> Path | None:
     return next((path for path in (directory / stem, directory / f"{stem}.gz") if path.is_file()), None)
 
 
+def idx_files(directory: Path) -> list[Path]:
+    """Return the idx files of images and labels that are there."""
+    names = (f"{prefix}-{kind}" for prefix in PREFIXES.values() for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"))
+    return list(filter(None, (idx_file(directory, name) for name in names)))
+
+
 def holds_idx(directory: Path) -> bool:
     """Return whether a directory holds idx files of images; train-images-idx3-ubyte.txt is none."""
-    return any(idx_file(directory, f"{prefix}-images-idx3-ubyte") for prefix in ("train", "t10k"))
+    return any(idx_file(directory, f"{prefix}-images-idx3-ubyte") for prefix in PREFIXES.values())

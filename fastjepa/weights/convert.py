@@ -19,9 +19,16 @@ from fastjepa.config.schema import Config
 from fastjepa.errors import CheckpointError, UserError
 from fastjepa.files import atomic_path, require_writable
 from fastjepa.model.positions import Positions
-from fastjepa.weights.hub_folders import require_official_attention, write_fastjepa, write_timm, write_transformers
+from fastjepa.weights.hub_folders import write_fastjepa, write_timm, write_transformers
 from fastjepa.weights.official import adopt_training, load_official, official_contents, official_notes, write_official
-from fastjepa.weights.pretrained import LAYER_NORM_EPS, EncoderForm, PretrainedEncoder, encoder_of_weights, shown_grid
+from fastjepa.weights.pretrained import (
+    LAYER_NORM_EPS,
+    EncoderForm,
+    PretrainedEncoder,
+    encoder_of_weights,
+    require_official_attention,
+    shown_grid,
+)
 from fastjepa.weights.read import NETWORK_OF, interpolates_as_timm, read_weights, weights_kind
 
 EXPORTS = ("onnx", "pt2")

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from fastjepa.config.checks import normalisation_fault
 from fastjepa.errors import CheckpointError, UserError
-from fastjepa.weights.pretrained import LAYER_NORM_EPS, UNSTATED_WHICH, EncoderForm, Shape, bare_names, default_mean_std
+from fastjepa.weights.pretrained import (
+    LAYER_NORM_EPS,
+    UNSTATED_WHICH,
+    EncoderForm,
+    Shape,
+    bare_names,
+    default_mean_std,
+    require_official_attention,
+)
 
 CONFIG_FILE, CARD_FILE, PROCESSOR_FILE = "config.json", "README.md", "preprocessor_config.json"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -326,13 +334,6 @@ def timm_arguments(form: EncoderForm) -> tuple[str, dict[str, Any]]:
         "global_pool": "avg",
         "fc_norm": False,
     } | ({"qk_norm": True} if form.qk_norm else {})
-
-
-def require_official_attention(form: EncoderForm, where: str) -> None:
-    """Raise UserError for an encoder whose attention `where` has not."""
-    if form.rotary or form.qk_norm:
-        own = "rotary positions" if form.rotary else "normalised queries and keys"
-        raise UserError(f"{form.origin}: {where} has no {own}; use --to fastjepa, onnx or pt2")
 
 
 def write_transformers(folder: Path, form: EncoderForm, tensors: Mapping[str, Tensor]) -> None:

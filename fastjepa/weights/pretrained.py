@@ -209,6 +209,13 @@ def told_grid(tensors: Mapping[str, Tensor], where: str) -> tuple[int, int]:
     raise UserError(f"{where}: positions were learned, and its {stored.shape[1]} patches may lie as {grids}; {remedy}")
 
 
+def require_official_attention(form: EncoderForm, where: str) -> None:
+    """Raise UserError for an encoder whose attention `where` has not."""
+    if form.rotary or form.qk_norm:
+        own = "rotary positions" if form.rotary else "normalised queries and keys"
+        raise UserError(f"{form.origin}: {where} has no {own}; use --to fastjepa, onnx or pt2")
+
+
 def encoder_skeleton(form: EncoderForm) -> PretrainedEncoder:
     """Return an encoder without memory of its own: names and shapes."""
     with torch.device("meta"):

@@ -176,6 +176,13 @@ def test_a_folder_named_as_a_tar_is_a_class(tmp_path: Path):
     assert len(open_source(f"{tmp_path}/*.tar")) == 20
 
 
+def test_idx_files_are_no_files_of_other_kinds(tmp_path: Path, caplog):
+    write_idx_pairs(tmp_path)
+    assert len(open_source(tmp_path)) and not caplog.messages
+    (tmp_path / "about.txt").write_text("about")
+    assert len(open_source(tmp_path)) and len(caplog.messages) == 1 and "(.txt 1)" in caplog.messages[0]
+
+
 def test_idx_files_are_known_by_their_whole_names(tmp_path: Path):
     write_idx_pairs(tmp_path)
     assert len(open_source(tmp_path)) == 8
