@@ -20,6 +20,7 @@ VARIANTS = {
     "running": ["loss.normalize=running"],
     "running over the mean of layers": ["loss.target_layers=[1,2]", "loss.layers=mean", "loss.normalize=running"],
     "dyntanh": ["loss.normalize=dyntanh"],
+    "rotary": ["meta.positions=rope", "meta.qk_norm=true", "meta.pred_emb_dim=16", "loss.target_layers=[1,2]"],
     "mean of layers": ["loss.target_layers=[1,2]", "loss.layers=mean", "loss.kind=l2"],
 }
 QUIET = ["data.num_workers=0", "logging.monitor_every=0", "logging.probe_every=0"]
@@ -34,7 +35,10 @@ def alike(ours: Path, theirs: Path, step: int) -> None:
         assert (found[name] - expected[name]).norm() <= 5e-3 * expected[name].norm() + 1e-6, name
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+FAST = ("starved predictor", "visible", "over the batch", "running", "rotary")  # which have all keys among them but dyntanh's
+
+
+@pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS])
 def test_a_variant_is_resumed_to_the_bit_and_cut_into_micro_batches(toy_config, tmp_path, name):
     whole, parts, micro = (tmp_path / run for run in ("whole", "parts", "micro"))
     settings = [*VARIANTS[name], *QUIET]
@@ -74,7 +78,8 @@ def test_other_weights_start_with_moments_of_their_own(toy_config, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["each layer", "visible, starved and joint", "over the batch", "running over the mean of layers", "dyntanh"]
+    "name",
+    ["each layer", "visible, starved and joint", "over the batch", "running over the mean of layers", "dyntanh", "rotary"],
 )
 def test_two_ranks_give_the_run_of_one_sharded_or_not(toy_config, tmp_path, name):
     settings = [*VARIANTS[name], *QUIET]
@@ -88,7 +93,7 @@ def test_two_ranks_give_the_run_of_one_sharded_or_not(toy_config, tmp_path, name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mean of layers", "visible, starved and joint", "running"])
+@pytest.mark.parametrize("name", ["mean of layers", "visible, starved and joint", "running", "rotary"])
 def test_checkpointed_activations_give_the_same_bits_and_bf16_and_compile_the_same_run(toy_config, tmp_path, name):
     settings = ["--max-steps", 3, *VARIANTS[name], *QUIET]
     plain = trained(toy_config, tmp_path / "plain", *settings)

@@ -54,7 +54,7 @@ def init_model(device, patch_size, model_name, crop_size, pred_depth, pred_emb_d
     grid = (crop_size // patch_size,) * 2
     dim, depth, heads, mlp_ratio = MODELS[model_name]
     encoder = DenseEncoder(grid, patch_size, 3, ((0.0,) * 3, (1.0,) * 3), (dim, depth, heads, mlp_ratio))
-    return encoder, DensePredictor(grid, dim, pred_emb_dim, pred_depth, heads)
+    return encoder, DensePredictor(grid, dim, (pred_emb_dim, pred_depth, heads))
 
 
 def init_opt(encoder, predictor, start_lr, ref_lr, warmup, iterations_per_epoch, wd, **rest) -> tuple:
