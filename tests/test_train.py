@@ -94,6 +94,7 @@ def test_micro_batches_give_the_same_run(toy_config, tmp_path):
         assert (ours[name] - theirs[name]).norm() <= 1e-3 * theirs[name].norm() + 1e-6, name
 
 
+@pytest.mark.slow
 def test_muon_on_two_ranks_is_muon_on_one(toy_config, tmp_path):
     """Every rank steps all matrices, with the gradient of all; the average of one step tells no rounding from a mistake."""
     settings = ["optimization.optimizer=muon", "--max-steps", 3]
@@ -212,7 +213,7 @@ def test_too_many_skipped_steps_end_the_run_and_name_the_checkpoint(toy_config, 
     assert str(tmp_path / "checkpoints/jepa-00000002") in message
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_exits_with_0(toy_config, tmp_path, number):
     whole = trained(toy_config, tmp_path / "whole", "optimization.epochs=20")
     process = ranks.command("train", "--config", toy_config, "--output", tmp_path / "cut", "optimization.epochs=20")
