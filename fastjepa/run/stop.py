@@ -54,9 +54,12 @@ class Stop(AbstractContextManager):
         os.close(self._ear)
 
     def agreed(self) -> bool:
-        """Return whether any rank was asked, so that all stop after the same step."""
-        self.received = max_over_ranks(self.received or 0) or None
-        return self.received is not None
+        """Return whether any rank was asked, so that all stop after the same step; a signal that comes meanwhile counts at the
+        next one.
+        """
+        asked = max_over_ranks(self.received or 0)
+        self.received = asked or self.received
+        return asked > 0
 
     def _note(self, number: int, frame: object) -> None:
         self.received = self.received or number

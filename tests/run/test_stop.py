@@ -10,6 +10,7 @@ import pytest
 from fastjepa import train
 from fastjepa.cli.main import main
 from fastjepa.loader.micro_batches import MicroBatches
+from fastjepa.run import stop
 from tests.support import ranks
 from tests.support.ranks import Process
 from tests.support.runs import lines, wait_for_steps
@@ -137,3 +138,12 @@ def test_a_stalled_loader_ends_every_rank_with_its_cause(toy_config, tmp_path):
     codes = [process.returncode for process in ranks.ended(two)]
     assert codes == [75, 1], [process.stderr for process in two]
     assert all("delivered nothing for 4 s (runtime.timeout)" in process.stderr for process in two)
+
+
+def test_a_signal_that_comes_while_ranks_agree_counts_at_the_next_step(monkeypatch):
+    """The answer of the other ranks, who were not asked, must not take it back."""
+    asked = stop.Stop(60.0, lambda: "")
+    monkeypatch.setattr(stop, "max_over_ranks", lambda number: asked._note(signal.SIGTERM, None) or number)
+    assert not asked.agreed() and asked.received == signal.SIGTERM
+    monkeypatch.setattr(stop, "max_over_ranks", lambda number: number)
+    assert asked.agreed() and asked.received == signal.SIGTERM
