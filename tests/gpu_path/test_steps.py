@@ -6,7 +6,7 @@ network is one graph over six ragged steps; in a CUDA graph's capture a wait rai
 
 import pytest
 
-from tests.support.card_cases import faults_of
+from tests.support.card_cases import lasting_faults_of
 from tests.support.places import CONFIGS
 
 pytestmark = pytest.mark.slow
@@ -51,8 +51,8 @@ CASES = {
 
 @pytest.mark.parametrize("kind", CASES)
 def test_steps_do_not_wait_for_the_card(kind):
-    assert faults_of("steps", "cuda:0", *CASES[kind]) == {}
+    assert lasting_faults_of("steps", "cuda:0", *CASES[kind]) == {}
 
 
 def test_steps_run_on_a_second_card():
-    assert faults_of("steps", "cuda:1", TINY, f"{TINY} runtime.micro_batch=4 loss.regularizer=vicreg") == {}
+    assert lasting_faults_of("steps", "cuda:1", TINY, f"{TINY} runtime.micro_batch=4 loss.regularizer=vicreg") == {}

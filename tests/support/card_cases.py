@@ -28,6 +28,15 @@ def faults_of(program: str, *words: str) -> dict[str, str]:
     return {case: fault for case, fault in told if fault}
 
 
+def lasting_faults_of(program: str, device: str, *cases: str) -> dict[str, str]:
+    """Return the faults of cases that fail in a process with others and in one without those that passed.
+
+    A fake card computes nothing: values are what memory holds, and one case in thousands trips over them.
+    """
+    faults = faults_of(program, device, *cases)
+    return faults and faults_of(program, device, *faults)
+
+
 def tell_faults(cases: Iterable[str], take: Callable[[str], None]) -> None:
     """Take each case, and print its name and the traceback of the error that it raised, if any."""
     for case in cases:
