@@ -23,6 +23,7 @@ from fastjepa.loader.shared import Shared, SharedMemoryError, free_and_total, sh
 POLL = 1.0  # seconds between two looks at the processes while one of them is waited for
 SETTLE = 2.0  # seconds after which a process that was killed is seen to be dead
 MIB = 2**20
+ENDING = (signal.SIGINT, signal.SIGTERM)  # which a launcher or a terminal sends to every process of a run
 
 _waits_since: float | None = None  # the monotonic clock when the main thread began to wait for an item
 
@@ -108,7 +109,8 @@ class Workers(Iterator):
         self._waits = self._stalled = False
         self._closed = threading.Event()
         try:
-            self._made = iter(_torch_loader(dataset, items, crew))
+            with _signals_held():
+                self._made = iter(_torch_loader(dataset, items, crew))
         except OSError as error:
             _kill([child for child in multiprocessing.active_children() if child not in before])
             told = crew.told(SharedMemoryError(ENOSPC, 0) if error.errno == ENOSPC else error)
@@ -236,10 +238,21 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Hold back the signals that end a run: a process that starts meanwhile holds them until it can ignore them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _ignore_signals(worker: int) -> None:
     """Make a worker deaf to Ctrl-C, which reaches every process of the terminal; the training process ends the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in ENDING:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)  # what came while it started is dropped
 
 
 def _kill(processes: Sequence[BaseProcess]) -> None:

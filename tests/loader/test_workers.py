@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from torch.utils.data._utils import worker as torch_worker
 
 from fastjepa.data.decode_dali import Encoded, View
 from fastjepa.data.sources import open_source
@@ -111,6 +112,26 @@ def test_a_killed_process_is_named(moment: str, number: signal.Signals):
 def test_a_process_that_ends_by_itself_is_named():
     with pytest.raises(LoaderError, match="has ended with exit code 7"):
         read_all(Workers(Numbers(lambda: os._exit(7)), range(9), Crew(1)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_signal_that_comes_while_a_process_starts_is_ignored(monkeypatch, when: str, number: signal.Signals):
+    """`when`: before or after torch has set its own handler of SIGTERM, which ends the process with code 0."""
+    place, name = {"before": (torch_worker, "_worker_loop"), "after": (torch, "manual_seed")}[when]
+    original, parent = getattr(place, name), os.getpid()
+
+    def slow(*given):
+        if os.getpid() != parent:
+            time.sleep(0.5)
+        return original(*given)
+
+    monkeypatch.setattr(place, name, slow)
+    workers = Workers(Numbers(), range(9), Crew(2))
+    for process in workers.processes:
+        time.sleep(0.05)
+        os.kill(process.pid, number)
+    assert read_all(workers) == list(range(9))
 
 
 @pytest.mark.parametrize("how", ["stopped", "hanging"])
