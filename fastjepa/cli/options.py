@@ -1,6 +1,7 @@
 """Options that several commands share: how a command is added with its examples, and the types of values."""
 
 import argparse
+import math
 import re
 from collections.abc import Callable
 
@@ -35,6 +36,13 @@ def positive_int(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
     return number
+
+
+def positive_float(text: str) -> float:
+    """Read a finite number above 0."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be a finite number above 0")
+    return float(text)
 
 
 def non_negative_int(text: str) -> int:

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from fastjepa.cli.options import add_command, given_config, positive_int
+from fastjepa.cli.options import add_command, given_config, positive_float, positive_int
 
 PLAN_EXAMPLES = """examples:
   fastjepa plan --config configs/vit_huge14.yaml --gpus 16
@@ -47,13 +47,6 @@ def register(commands) -> None:
     sub.add_argument("--traffic", action="store_true", help="bytes sent a step on 8 to 512 GPUs, instead (docs/scaling.md)")
     sub.add_argument("--json", action="store_true")
     sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings in place of the file's")
-
-
-def positive_float(text: str) -> float:
-    """Read a finite number above 0."""
-    if not 0 < float(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} must be a finite number above 0")
-    return float(text)
 
 
 def share_of_peak(text: str) -> float:

@@ -6,15 +6,16 @@ import re
 import sys
 from pathlib import Path
 
-from fastjepa.cli.options import add_command, positive_int
+from fastjepa.cli.options import add_command, positive_float, positive_int
 from fastjepa.errors import UserError
 
-STUDY_NAMES = ("masking", "small", "scaling", "truncation")
+STUDY_NAMES = ("masking", "small", "minutes", "scaling", "truncation")
 SWEEP_EXAMPLES = """examples:
   fastjepa sweep --study masking --arms multi-block,rasterized,block,random
   fastjepa sweep --study small --jobs 2 --output runs/studies
   fastjepa sweep --study small --report
   fastjepa sweep --study truncation --seeds 1 --budget 20000 meta.depth=2
+  fastjepa sweep --study minutes --minutes 20 --arms base,MAE
 
 Stopped at any moment, the same command goes on: arm by arm, and inside an arm from its checkpoint; with --write DIR, what
 the studies' files in DIR hold is not trained again. Settings at the end hold for all arms, unless an arm sets the same
@@ -39,7 +40,10 @@ def register(commands) -> None:
         metavar="N",
         help="arms side by side, one CPU thread each (default: a core each; 1 on a GPU)",
     )
-    sub.add_argument("--budget", type=positive_int, metavar="IMAGES", help="that an arm sees (default: the study's)")
+    length = sub.add_mutually_exclusive_group()
+    length.add_argument("--budget", type=positive_int, metavar="IMAGES", help="that an arm sees (default: the study's)")
+    minutes = "of the process's CPU time that an arm trains for, which other work on the machine changes little"
+    length.add_argument("--minutes", type=positive_float, metavar="M", help=f"{minutes} (default: the study's)")
     sub.add_argument("--arms", type=arm_names, metavar="A,B", help="these alone, no space after the comma (default: all)")
     sub.add_argument("--report", action="store_true", help="train nothing; print what there is")
     written = "where rows, table and plot are written, <study>.json, .md, .svg and .png (default: --output)"
@@ -64,7 +68,7 @@ def run_sweep(args: argparse.Namespace) -> int:
     from fastjepa.studies.sweep import STUDIES, Sweep, job_rows, plan_jobs, run_jobs
 
     study, console = STUDIES[args.study], Console(width=None if sys.stdout.isatty() else 130)
-    asked = Sweep(args.study, args.output, args.data, args.seeds, args.budget, args.arms, args.overrides)
+    asked = Sweep(args.study, args.output, args.data, args.seeds, args.budget, args.arms, args.overrides, args.minutes)
     folder, failed = args.write or args.output, []
     require_writable(folder, folder=True)
     jobs = plan_jobs(asked)

@@ -92,7 +92,8 @@ def _check_optimizer(config: Config, require: Callable[[bool, str], None]) -> No
 def _check_objective(config: Config, require: Callable[[bool, str], None]) -> None:
     """Refuse masks, targets and losses that do not go together."""
     mask, loss, runtime = config.mask, config.loss, config.runtime
-    unread = {"multiblock": (), "block": MULTIBLOCK}.get(mask.strategy, (*MULTIBLOCK, "aspect_ratio"))
+    unread = {"multiblock": ("hidden_share",), "block": MULTIBLOCK, "random": (*MULTIBLOCK, "aspect_ratio"),
+              "rasterized": (*MULTIBLOCK, "aspect_ratio", "hidden_share")}[mask.strategy]  # fmt: skip
     for name in unread:
         default = getattr(type(mask), name)
         require(getattr(mask, name) == default,

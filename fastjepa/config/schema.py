@@ -100,9 +100,10 @@ class MaskConfig:
     allow_overlap: bool = config_key(False, "multiblock: whether a context may contain its own targets")
     strategy: Literal["multiblock", "block", "rasterized", "random"] = config_key(
         "multiblock",
-        "how targets and context are laid out; the context of all but multiblock is what is no target: block, one block of .6 "
-        "of the grid; rasterized, three quadrants, a target block each; random, .6 of the patches as one target block",
+        "how targets and context are laid out; the context of all but multiblock is what is no target: block, one block of "
+        "hidden_share; rasterized, three quadrants, a target block each; random, patches anywhere as one target block",
     )
+    hidden_share: float = config_key(0.6, "block and random: area of the target block as a share of the grid", is_share)
     sampling: Literal["official", "uniform"] = config_key(
         "official", "multiblock: the official code's draws, or the paper's; the other strategies have one way to draw"
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from fastjepa.evals.cache import cached_features, images_fingerprint, weights_fi
 from fastjepa.evals.features import Layers, check_encoder_input, extract_features, raw_pixels
 from fastjepa.evals.held_out import HeldOutName, labels_of, open_held_out
 from fastjepa.evals.images import EvalImages
+from fastjepa.evals.kmeans import kmeans_features
 from fastjepa.evals.scoring import TEST_DRAW, TRAIN_DRAW, Features, stratified_subset, subset
 from fastjepa.files import write_atomic
 from fastjepa.model.jepa import build_pair
@@ -36,7 +37,7 @@ from fastjepa.weights.official import recorded_config
 from fastjepa.weights.read import is_foreign_weights, load_encoder, read_weights
 
 Which = Literal["target", "context", "random"]  # random: untrained, of the run's seed
-Inputs = Which | Literal["pixels"]
+Inputs = Which | Literal["pixels", "kmeans", "kmeans_quadrants"]  # the last three: without a network
 # Raw pixels of images above this side are taken at RAW_SIZE: a probe cannot hold the 150,000 values of a large image.
 LARGEST_RAW_SIDE, RAW_SIZE = 64, (32, 32)
 
@@ -66,7 +67,7 @@ class Subject:
     device: torch.device
     cache: Path | None  # the folder of features; its parent holds the unfinished work of probes that train
     size: tuple[int, int]  # (H, W) the images are brought to
-    positions: Positions = DEFAULT_POSITIONS  # of patches, where that is not the run's own size
+    positions: Positions | None = DEFAULT_POSITIONS  # of patches in another size than the run's own; None: they are rotary
 
     @property
     def home(self) -> Path | None:
@@ -94,7 +95,7 @@ class Subject:
             encoder = build_pair(self.config)[1].eval().requires_grad_(False)
         else:
             encoder = load_encoder(self.path, which, self.positions)
-        encoder.other_positions = self.positions
+        encoder.other_positions = self.positions or encoder.other_positions
         encoder.checkpointed = self.config.runtime.checkpoint_activations  # of use to fine-tuning alone
         check_encoder_input(encoder, self.size, self.config.data.channels)
         if split is not None and self.config.data.channels == 1:
@@ -113,11 +114,13 @@ class Subject:
     def features(
         self, which: Inputs, splits: tuple[Split, Split], layers: Layers = "last", n_views: int = 0, seed: int = 0
     ) -> tuple[Features, Features]:
-        """Return (train, test) features of one encoder, or raw pixels; training images also in `n_views` augmented views."""
-        if which == "pixels":
+        """Return (train, test) features of one encoder, or without a network; training images also in `n_views` augmented
+        views.
+        """
+        if which not in get_args(Which):
             if n_views or layers != "last":
                 raise UserError("raw pixels have neither layers nor views: leave --layers and --views out")
-            return self.pixels(splits)
+            return self.of_pixels(which, splits, seed)
         encoder = self.encoder(which, splits[0])
         of_encoder = self.encoder_key(encoder)
 
@@ -134,10 +137,12 @@ class Subject:
         """Return features of `images`, made by one of the run's encoders on the evaluation's device."""
         return extract_features(encoder, images, self.config.mean_std, layers, self.device, self.dtype)
 
-    def pixels(self, splits: tuple[Split, Split]) -> tuple[Features, Features]:
-        """Return (train, test) raw pixels, at the run's image size unless that is large."""
+    def of_pixels(self, which: Inputs, splits: tuple[Split, Split], seed: int) -> tuple[Features, Features]:
+        """Return (train, test) features made without a network, of images of the run's size unless that is large."""
         train, test = (EvalImages(s.source, self.pixel_size, self.config.data.channels, s.rows) for s in splits)
-        return raw_pixels(train, self.config.mean_std), raw_pixels(test, self.config.mean_std)
+        if which == "pixels":
+            return raw_pixels(train, self.config.mean_std), raw_pixels(test, self.config.mean_std)
+        return kmeans_features(train, test, seed, parts=2 if which == "kmeans_quadrants" else 1)
 
     @property
     def pixel_size(self) -> tuple[int, int]:
@@ -198,14 +203,17 @@ def open_subject(
     path = Path(path)
     config = read_config(path)
     size = config.image_size if image_size is None else (image_size, image_size)
-    subject = Subject(path, config, join_world(device).device, None, size, positions or DEFAULT_POSITIONS)
+    rotary = config.meta.positions == "rope"
+    if positions and rotary:
+        raise UserError(f"{path}: rotary positions follow any size by themselves; leave --positions out")
+    subject = Subject(path, config, join_world(device).device, None, size, None if rotary else positions or DEFAULT_POSITIONS)
     if positions and not subject.resized:
         own = "{}x{}".format(*config.image_size)
         raise UserError(f"--positions is for another size than the run's own {own}: give --image-size, or leave it out")
     if subject.resized and image_size % config.mask.patch_size == 0:
         trained, patches = config.grid, image_size // config.mask.patch_size
-        console.print(f"{patches}x{patches} patches, trained on {trained[0]}x{trained[1]}: their positions are "
-                      f"{subject.positions}; --positions chooses")  # fmt: skip
+        how = "rotary" if rotary else f"{subject.positions}; --positions chooses"
+        console.print(f"{patches}x{patches} patches, trained on {trained[0]}x{trained[1]}: their positions are {how}")
     folder = (subject.home or data_dir()) / "features"
     return dataclasses.replace(subject, cache=folder) if cache else subject
 
@@ -229,5 +237,5 @@ def provenance(subject: Subject, which: Inputs, splits: tuple[Split, Split], see
         found, step = subject.path, None
     train, test = splits
     return {"checkpoint": str(found), "step": step, "encoder": which, "image_size": list(subject.size), "data": train.data,
-            "positions": subject.positions if subject.resized else "trained",
+            "positions": (subject.positions or "rotary") if subject.resized else "trained",
             "split": test.name, "classes": len(train.source.classes), "seed": seed}  # fmt: skip

@@ -25,7 +25,6 @@ Ranges = tuple[tuple[float, float], tuple[float, float]]  # (scale, aspect) of a
 SIZE_LANE, TARGET_LANE, CHOICE_LANE, CONTEXT_LANE = range(4)
 SEEN_LANE = 1 << 32  # the patches of a context that the predictor sees: past every attempt
 CONTEXT_TRIES = 20  # context blocks tried before one more target block is no longer excluded (official)
-HIDDEN_SHARE = 0.6  # of the grid that is target in block and random masks (paper)
 
 
 @dataclass(frozen=True)
@@ -87,32 +86,33 @@ def fewest_patches(mask: MaskConfig, grid: Grid) -> tuple[int, int]:
         quadrant = (grid[0] // 2) * (grid[1] // 2)
         return quadrant, quadrant
     if mask.strategy == "random":
-        return patches - round(HIDDEN_SHARE * patches), round(HIDDEN_SHARE * patches)
+        hidden = round(mask.hidden_share * patches)
+        return patches - hidden, hidden
     heights = np.arange(*_block_heights(mask, grid, np.array([0.0, 1.0])) + (0, 1))
-    areas = heights * _block_width(grid, heights)
+    areas = heights * _block_width(mask, grid, heights)
     return int(patches - areas.max()), int(areas.min())
 
 
 def _single_block(mask: MaskConfig, grid: Grid, slots: Slots) -> np.ndarray:
-    """Return (b, 1, N): one rectangle of HIDDEN_SHARE of the grid, to the nearest whole column, in any place and shape."""
+    """Return (b, 1, N): one rectangle of mask.hidden_share of the grid, to the nearest whole column, in any place and shape."""
     aspect, down, right = np.moveaxis(slots.uniforms(TARGET_LANE, 1, 3), -1, 0)  # (b, 1)
     h = _block_heights(mask, grid, aspect)
-    return _placed(grid, h, _block_width(grid, h), down, right, grid)
+    return _placed(grid, h, _block_width(mask, grid, h), down, right, grid)
 
 
 def _block_heights(mask: MaskConfig, grid: Grid, draw: np.ndarray) -> np.ndarray:
     """Return the single block's heights for draws in [0, 1) over mask.aspect_ratio, such that no width passes the grid's.
 
-    On a grid of 10 x 10 a block has 60 patches: aspect ratio 1 gives round(sqrt(60)) = 8 rows and round(60 / 8) = 8 columns;
-    a height below ceil(60 / 10) = 6 would need more columns than there are.
+    On a grid of 10 x 10 a block of .6 has 60 patches: aspect ratio 1 gives round(sqrt(60)) = 8 rows and round(60 / 8) = 8
+    columns; a height below ceil(60 / 10) = 6 would need more columns than there are.
     """
     (rows, cols), (aspect, aspect_end) = grid, mask.aspect_ratio
-    area = HIDDEN_SHARE * rows * cols
+    area = mask.hidden_share * rows * cols
     return np.clip(np.rint(np.sqrt(area * (aspect + draw * (aspect_end - aspect)))), math.ceil(area / cols), rows)
 
 
-def _block_width(grid: Grid, heights: np.ndarray) -> np.ndarray:
-    return np.rint(HIDDEN_SHARE * grid[0] * grid[1] / heights)
+def _block_width(mask: MaskConfig, grid: Grid, heights: np.ndarray) -> np.ndarray:
+    return np.rint(mask.hidden_share * grid[0] * grid[1] / heights)
 
 
 def _three_quadrants(mask: MaskConfig, grid: Grid, slots: Slots) -> np.ndarray:
@@ -127,10 +127,10 @@ def _three_quadrants(mask: MaskConfig, grid: Grid, slots: Slots) -> np.ndarray:
 
 
 def _random_patches(mask: MaskConfig, grid: Grid, slots: Slots) -> np.ndarray:
-    """Return (b, 1, N): HIDDEN_SHARE of the patches at random, as one target block."""
+    """Return (b, 1, N): mask.hidden_share of the patches at random, as one target block."""
     order = slots.uniforms(TARGET_LANE, 1, grid[0] * grid[1])
     target = np.zeros(order.shape, bool)
-    count = round(HIDDEN_SHARE * target.shape[2])
+    count = round(mask.hidden_share * target.shape[2])
     np.put_along_axis(target, np.argpartition(order, count - 1, axis=2)[..., :count], True, axis=2)
     return target
 

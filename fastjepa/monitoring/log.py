@@ -29,8 +29,9 @@ class Log:
     """Log of a run in `output`/metrics.jsonl, TensorBoard events and the console; with `output` None it does nothing.
 
     Call `step` after every optimizer step. Every `every` steps, and at the last, it writes one JSON object; tensors
-    among the values are read from the device only then. Rates are over the wall time since the last such step, without
-    what ran under `pause`. Lines later than `start_step`, the step resumed from, are dropped on entry.
+    among the values are read from the device only then. Rates are over the wall time since the last such step, and `cpu_s`
+    is this process's CPU time since then, without what ran under `pause`. Lines later than `start_step`, the step resumed
+    from, are dropped on entry.
 
     Args:
         peak: what utilisation (MFU) is counted with.
@@ -98,6 +99,7 @@ class Log:
             "epoch": epoch,
             **read,
             "images_per_s": rate,
+            "cpu_s": time.process_time() - self._cpu_start - self._cpu_paused,
             "mfu": mfu,
             "memory_gib": memory_gib(),
             **self._held,
@@ -121,14 +123,16 @@ class Log:
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         """Leave out time that is not training, such as checkpoints, from every rate. May be nested."""
-        start, before = time.perf_counter(), self._paused
+        start, cpu_start, before = time.perf_counter(), time.process_time(), (self._paused, self._cpu_paused)
         try:
             yield
         finally:
-            self._paused = before + time.perf_counter() - start
+            self._paused = before[0] + time.perf_counter() - start
+            self._cpu_paused = before[1] + time.process_time() - cpu_start
 
     def _restart(self, step: int) -> None:
         self._start, self._paused, self._images, self._since = time.perf_counter(), 0.0, 0, step
+        self._cpu_start, self._cpu_paused = time.process_time(), 0.0
 
     def _write(self, record: dict[str, Any], left: float) -> None:
         finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in record.items()}

@@ -2,10 +2,11 @@
 
 from typing import Literal, NamedTuple
 
-JOB_FILE, ROW_FILE, ARM_CONFIG = "job.json", "row.json", "arm.yaml"
-PROBED_INPUT = {"ijepa": "target", "mae": "target", "random": "random", "pixels": "pixels"}  # {method: input of the probes}
+JOB_FILE, ROW_FILE, ARM_CONFIG, PACE_FILE = "job.json", "row.json", "arm.yaml", "pace.json"
+PROBED_INPUT = {"ijepa": "target", "mae": "target", "random": "random", "pixels": "pixels", "kmeans": "kmeans",
+                "kmeans_quadrants": "kmeans_quadrants"}  # {method: input of the probes}  # fmt: skip
 
-Method = Literal["ijepa", "mae", "random", "pixels"]
+Method = Literal["ijepa", "mae", "random", "pixels", "kmeans", "kmeans_quadrants"]
 
 
 class Arm(NamedTuple):
@@ -19,6 +20,6 @@ class Arm(NamedTuple):
     group: str
     overrides: tuple[str, ...] = ()  # section.key=value
     paper: float | None = None  # the paper's number in this place
-    method: Method = "ijepa"  # random and pixels train nothing
-    length: float = 1.0  # images seen, as a multiple of the study's budget
+    method: Method = "ijepa"  # all but ijepa and mae train nothing
+    length: float = 1.0  # images seen, or minutes spent, as a multiple of the study's budget
     fraction: float = 1.0  # of the training images

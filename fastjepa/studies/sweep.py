@@ -22,6 +22,7 @@ from fastjepa.files import write_atomic
 from fastjepa.plan.flops import flops_per_image
 from fastjepa.plan.plan import workload_of
 from fastjepa.studies.arm import JOB_FILE, PROBED_INPUT, ROW_FILE, Arm
+from fastjepa.studies.equal_minutes import MINUTES_ARMS, MINUTES_PAPER
 from fastjepa.studies.masking import MASKING_ARMS, MASKING_PAPER
 from fastjepa.studies.scaling import SCALING_ARMS, SCALING_PAPER
 from fastjepa.studies.small_data import SMALL_ARMS, SMALL_PAPER
@@ -39,6 +40,7 @@ class Study(NamedTuple):
     paper: str  # what the paper's column holds
     budget: int = 100_000  # images an arm sees
     equal: Literal["images", "flops"] = "images"  # flops: as many images as cost what the budget costs the base
+    minutes: float | None = None  # of CPU time that an arm trains for, in place of a number of images
 
     def named(self, names: Iterable[str] | None) -> tuple[Arm, ...]:
         """Return the arms of these names, in the study's order; all when None. UserError for an unknown name."""
@@ -54,6 +56,7 @@ class Study(NamedTuple):
 STUDIES = {
     "masking": Study("Masking strategies and the paper's other knobs", MASKING_ARMS, MASKING_PAPER),
     "small": Study("I-JEPA on small data", SMALL_ARMS, SMALL_PAPER),
+    "minutes": Study("I-JEPA on small data, at equal CPU minutes", MINUTES_ARMS, MINUTES_PAPER, minutes=20),
     "scaling": Study("Model size, data and epochs", SCALING_ARMS, SCALING_PAPER),
     "truncation": Study("What the cut of contexts costs", TRUNCATION_ARMS, TRUNCATION_PAPER, equal="flops"),
 }
@@ -70,6 +73,7 @@ class Sweep:
     budget: int | None = None  # images an arm sees; None: the study's
     arms: Sequence[str] | None = None  # names; None: all
     overrides: Sequence[str] = ()  # section.key=value, for every arm
+    minutes: float | None = None  # of CPU time that an arm trains for, in place of a number of images; None: the study's
 
 
 class ArmJob(NamedTuple):
@@ -96,6 +100,7 @@ def plan_jobs(sweep: Sweep) -> list[ArmJob]:
     """
     study = STUDIES[sweep.study]
     budget = sweep.budget or study.budget
+    minutes = None if sweep.budget else sweep.minutes or study.minutes
     jobs = []
     for seed in range(sweep.seeds):
         shared = (f"data.source={sweep.data}", *sweep.overrides, f"runtime.seed={seed}")
@@ -104,20 +109,23 @@ def plan_jobs(sweep: Sweep) -> list[ArmJob]:
         for arm in study.named(sweep.arms):
             config = load_config(BASE_CONFIG, (*shared, *arm.overrides))
             share = base / flops_per_image(workload_of(config)) if base else 1.0
-            images = round(budget * arm.length * share) if PROBED_INPUT[arm.method] == "target" else 0
-            jobs.append(arm_job(sweep, arm, seed, images, config))
+            if PROBED_INPUT[arm.method] != "target":
+                length = {"images": 0}
+            else:
+                length = {"minutes": minutes * arm.length} if minutes else {"images": round(budget * arm.length * share)}
+            jobs.append(arm_job(sweep, arm, seed, length, config))
     return jobs
 
 
-def arm_job(sweep: Sweep, arm: Arm, seed: int, images: int, config: Config) -> ArmJob:
-    """Return the job of an arm with a seed that trains on `images` images.
+def arm_job(sweep: Sweep, arm: Arm, seed: int, length: dict[str, float], config: Config) -> ArmJob:
+    """Return the job of an arm with a seed that trains for a number of images, or of minutes.
 
     The name of its folder holds a hash of what is trained: with another override or budget it is another folder, and the
     same run in two studies is one.
     """
     asked = {"study": sweep.study, "arm": arm.name, "group": arm.group, "seed": seed, "method": arm.method, "paper": arm.paper,
-             "data": sweep.data, "fraction": arm.fraction, "images": images, "overrides": list(arm.overrides)}  # fmt: skip
-    hashed = {key: asked[key] for key in ("seed", "method", "data", "fraction", "images")} | {
+             "data": sweep.data, "fraction": arm.fraction, "overrides": list(arm.overrides)} | length  # fmt: skip
+    hashed = {key: asked[key] for key in ("seed", "method", "data", "fraction", *length)} | {
         "config": departures_from_default(config)
     }
     digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:12]
@@ -213,4 +221,5 @@ def row_in_words(job: ArmJob, code: int) -> str:
         return f"{job.label}: failed with exit code {code}: {lines[-1]} ({job.folder / 'log.txt'})"
     row = json.loads(job.row.read_text())
     found = ", ".join(f"{name} {100 * row['probe'][name]['accuracy']:.1f}" for name in ("knn", "linear", "linear_bn"))
-    return f"{job.label}: {found}, effective rank {row['probe']['effective_rank']:.1f}, {row['seconds'] / 60:.1f} min of steps"
+    rank, minutes = row["probe"]["effective_rank"], row["cpu_seconds"] / 60
+    return f"{job.label}: {found}, effective rank {rank:.1f}, {minutes:.1f} CPU min of steps"

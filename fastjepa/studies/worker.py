@@ -9,12 +9,14 @@ import fcntl
 import json
 import math
 import os
+import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
@@ -23,18 +25,19 @@ from fastjepa.config.load import config_from_dict, load_config
 from fastjepa.config.schema import Config
 from fastjepa.data.sources import open_source
 from fastjepa.errors import is_users_to_mend
-from fastjepa.evals.inputs import open_splits, open_subject
+from fastjepa.evals.inputs import Which, open_splits, open_subject
 from fastjepa.evals.table import probe_features
 from fastjepa.files import write_atomic
 from fastjepa.plan.flops import flops_per_image
 from fastjepa.plan.plan import workload_of
-from fastjepa.studies.arm import ARM_CONFIG, JOB_FILE, PROBED_INPUT, ROW_FILE
+from fastjepa.studies.arm import ARM_CONFIG, JOB_FILE, PACE_FILE, PROBED_INPUT, ROW_FILE
 from fastjepa.studies.mae import mae_flops_per_image, train_mae
 from fastjepa.studies.subset import subset_of
 from fastjepa.studies.sweep import departures_from_default
 from fastjepa.studies.token_variance import token_variance
 from fastjepa.train import train
 
+PACE_STEPS = 100  # of the trial that tells an arm's pace
 WARMUP_SHARE = 0.1  # of the steps
 PROBE_TRAIN_IMAGES = 20000  # images a probe learns from, as in `fastjepa eval table`
 
@@ -67,23 +70,50 @@ def locked_folder(folder: Path) -> Iterator[None]:
 def run_arm(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train and probe, and return the row of a job; KeyboardInterrupt where a signal has stopped the training."""
     data = subset_of(job["data"], job["fraction"], folder)
-    config, steps = scheduled_config(config_from_dict(job["config"]), data, job["images"])
-    write_atomic(folder / ARM_CONFIG, yaml.safe_dump(config.to_dict(), sort_keys=False))
-    trained = {"images": 0, "seconds": 0.0, "flops": 0.0}
+    asked = config_from_dict(job["config"])
+    images = images_within(job, asked, data, folder) if "minutes" in job else job["images"]
+    config, steps = scheduled_config(asked, data, images)
+    trained = {"images": 0, "seconds": 0.0, "cpu_seconds": 0.0, "flops": 0.0}
     if PROBED_INPUT[job["method"]] == "target":
-        (train_mae if job["method"] == "mae" else train_ijepa)(folder / ARM_CONFIG, folder, steps)
-        if step_of(find_checkpoint(folder)) < steps:
-            raise KeyboardInterrupt
-        images = steps * config.data.batch_size
+        train_arm(job["method"], config, folder, steps)
+        images, lines = steps * config.data.batch_size, logged_lines(folder)
         trained = {
             "images": images,
-            "seconds": images / logged_rate(folder),
+            "seconds": images / logged_rate(lines),
+            "cpu_seconds": sum(line["cpu_s"] for line in lines),
             "flops": images * training_flops(config, job["method"]),
         }
     else:
-        write_atomic(folder / "config.yaml", (folder / ARM_CONFIG).read_text())
+        write_atomic(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
     kept = {name: value for name, value in job.items() if name != "config"}
     return kept | trained | {"changed": departures_from_default(config)} | evaluate_arm(job, folder) | {"made_by": made_by()}
+
+
+def train_arm(method: str, config: Config, folder: Path, steps: int) -> None:
+    """Train by a method for so many steps in all; KeyboardInterrupt where a signal has stopped it before."""
+    folder.mkdir(exist_ok=True)
+    write_atomic(folder / ARM_CONFIG, yaml.safe_dump(config.to_dict(), sort_keys=False))
+    (train_mae if method == "mae" else train_ijepa)(folder / ARM_CONFIG, folder, steps)
+    if step_of(find_checkpoint(folder)) < steps:
+        raise KeyboardInterrupt
+
+
+def images_within(job: dict[str, Any], config: Config, data: str, folder: Path) -> int:
+    """Return how many images the arm can train on in `minutes` of this process's CPU time, by a trial of PACE_STEPS steps.
+
+    The trial's pace is kept in the folder, so that an arm that goes on has the schedule that it began with.
+    """
+    file, trial = folder / PACE_FILE, folder / "pace"
+    if not file.is_file():
+        shutil.rmtree(trial, ignore_errors=True)
+        paced, steps = scheduled_config(config, data, PACE_STEPS * config.data.batch_size)
+        logging = dataclasses.replace(paced.logging, every=PACE_STEPS // 5, monitor_every=0)
+        train_arm(job["method"], dataclasses.replace(paced, logging=logging), trial, steps)
+        seconds = statistics.median(line["cpu_s"] for line in logged_lines(trial)[1:])  # the first line warms up
+        pace = {"images_per_cpu_s": logging.every * config.data.batch_size / seconds}
+        write_atomic(file, json.dumps(pace) + "\n")
+        shutil.rmtree(trial)
+    return round(60 * job["minutes"] * json.loads(file.read_text())["images_per_cpu_s"])
 
 
 def scheduled_config(config: Config, data: str, images: int) -> tuple[Config, int]:
@@ -112,9 +142,13 @@ def training_flops(config: Config, method: str) -> float:
     return mae_flops_per_image(config) if method == "mae" else flops_per_image(workload_of(config))
 
 
-def logged_rate(folder: Path) -> float:
-    """Return the images per second of a run's steps, by its log, however often it was stopped."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def logged_lines(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's log, one set of lines however often it was stopped."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def logged_rate(lines: list[dict[str, Any]]) -> float:
+    """Return the images per second of a run's steps, by the lines of its log."""
     steps = [line["step"] - before for before, line in zip([0, *(line["step"] for line in lines)], lines, strict=False)]
     return sum(steps) / sum(count / line["images_per_s"] for count, line in zip(steps, lines, strict=True))
 
@@ -124,13 +158,14 @@ def evaluate_arm(job: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     Returns:
         `probe`: k-NN, linear and BN + linear with their defaults, and the effective rank of the pooled features;
-        `shares`: the parts of the tokens' energy, None for pixels.
+        `shares`: the parts of the tokens' energy, None where there is no network.
     """
     splits, which = open_splits(job["data"], PROBE_TRAIN_IMAGES, None, job["seed"]), PROBED_INPUT[job["method"]]
     subject = open_subject(folder, cache=False)
     pair = subject.features(which, splits, seed=job["seed"])
     probe = probe_features(*pair, len(splits[0].source.classes), job["seed"], subject.device)
-    return {"probe": probe, "shares": None if which == "pixels" else token_variance(subject, which, splits[1])}
+    shares = token_variance(subject, which, splits[1]) if which in get_args(Which) else None
+    return {"probe": probe, "shares": shares}
 
 
 def made_by() -> dict[str, Any]:

@@ -12,7 +12,7 @@ from fastjepa.checkpoint.save import save_checkpoint
 from fastjepa.cli.main import main
 from fastjepa.config.load import config_from_dict
 from fastjepa.errors import UserError
-from fastjepa.evals.inputs import read_config
+from fastjepa.evals.inputs import open_subject, read_config
 from tests.support.weights import SHAPE, convert, make_state
 
 FORMS = {"rope": {"positions": "rope"}, "qk_norm": {"qk_norm": True}, "both": {"positions": "rope", "qk_norm": True}}
@@ -40,6 +40,16 @@ def test_a_folder_of_ours_has_its_features_at_any_size(run, tmp_path):
         assert torch.equal(features(read, size), features(encoder, size))
     meta = read_config(tmp_path / "folder").meta
     assert (meta.positions == "rope", meta.qk_norm) == (read.form.rotary, read.form.qk_norm)
+
+
+@pytest.mark.parametrize("which", ["target", "context", "random"])
+def test_evaluations_read_it_at_any_size(run, which):
+    """All of them open the encoder in this way."""
+    form, path = run
+    for size in (None, 2 * SHAPE["data"]["crop_size"][0]):
+        subject = open_subject(path, "cpu", cache=False, image_size=size)
+        assert subject.encoder(which).features(torch.randn(2, 3, *subject.size)).isfinite().all()
+        assert (subject.positions is None) == ("positions" in FORMS[form])
 
 
 def test_a_program_of_torch_has_its_features_at_any_size(run, tmp_path):
@@ -77,6 +87,8 @@ def test_rotary_positions_are_not_chosen_and_not_guessed(run, tmp_path):
     if form == "qk_norm":
         assert load_encoder(path, positions="scaled").other_positions == "scaled"
         return
+    with pytest.raises(UserError, match="rotary positions follow any size by themselves; leave --positions out"):
+        open_subject(run[1], "cpu", image_size=2 * SHAPE["data"]["crop_size"][0], positions="scaled")
     with pytest.raises(UserError, match="rotary positions follow any size by themselves"):
         load_encoder(path, positions="scaled")
     with pytest.raises(

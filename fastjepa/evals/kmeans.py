@@ -1,0 +1,83 @@
+"""Features without a network: responses to k-means centroids of whitened patches (Coates, Ng and Lee, AISTATS 2011).
+
+They take seconds, and on small images they are what a pretrained network has to beat.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastjepa.evals.images import EvalImages
+from fastjepa.evals.scoring import Features
+
+PATCH, STRIDE = 6, 2  # pixels
+SAMPLED_PATCHES, CENTROIDS, ROUNDS = 20_000, 64, 15
+CONTRAST_FLOOR, WHITENING_FLOOR = 10 / 255**2, 0.1  # added to the variance of a patch, and to the eigenvalues
+THRESHOLD = 0.5  # responses below it count as 0
+BATCH = 500  # images
+
+
+def kmeans_features(train: EvalImages, test: EvalImages, seed: int, parts: int = 1) -> tuple[Features, Features]:
+    """Return (train, test) features (n, 2 * CENTROIDS * parts**2), centroids learned on patches of the training images.
+
+    Args:
+        parts: 1 averages the responses over the whole image, 2 over each of its quadrants.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    kernel, offset = learned_kernel(sampled_patches(train, generator), generator)
+    features = [
+        torch.cat([pooled_responses(block, kernel, offset, parts) for block in images.batches(BATCH, about="k-means")])
+        for images in (train, test)
+    ]
+    return Features(features[0], train.labels()), Features(features[1], test.labels())
+
+
+def sampled_patches(images: EvalImages, generator: torch.Generator) -> Tensor:
+    """Return SAMPLED_PATCHES patches (m, C * PATCH**2) at random places of random images, each of equal contrast."""
+    chosen = torch.randint(len(images), (min(len(images), SAMPLED_PATCHES),), generator=generator)
+    patches = F.unfold(torch.stack([images[int(i)] for i in chosen]).float() / 255, PATCH)  # (n, C * PATCH**2, L)
+    each = -(-SAMPLED_PATCHES // len(chosen))  # of an image
+    place = torch.randint(patches.shape[2], (len(chosen), 1, each), generator=generator).expand(-1, patches.shape[1], -1)
+    return equal_contrast(patches.gather(2, place)).transpose(1, 2).flatten(0, 1)[:SAMPLED_PATCHES]
+
+
+def equal_contrast(patches: Tensor) -> Tensor:
+    """Return patches (n, values, L) with mean 0 and, but for flat ones, variance 1."""
+    variance, mean = torch.var_mean(patches, dim=1, correction=0, keepdim=True)
+    return (patches - mean) / (variance + CONTRAST_FLOOR).sqrt()
+
+
+def learned_kernel(patches: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return the centroids as a kernel (CENTROIDS, values) on patches that are not whitened, and its offset (CENTROIDS,).
+
+    A whitened patch is (patch - mean) @ W, and its response to centroid c is (patch - mean) @ W @ c: kernel W @ c.
+    """
+    mean = patches.mean(dim=0)
+    values, vectors = torch.linalg.eigh((patches - mean).T.cov())
+    whitening = vectors @ torch.diag((values + WHITENING_FLOOR).rsqrt()) @ vectors.T  # symmetric: ZCA
+    kernel = spherical_kmeans((patches - mean) @ whitening, generator) @ whitening
+    return kernel, kernel @ mean
+
+
+def spherical_kmeans(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Return CENTROIDS unit vectors (CENTROIDS, d) for rows (m, d).
+
+    A row counts for the centroid of largest absolute response, with the response's sign; a centroid without rows stays.
+    """
+    centroids = F.normalize(torch.randn(CENTROIDS, x.shape[1], generator=generator))
+    for _ in range(ROUNDS):
+        responses = x @ centroids.T  # (m, CENTROIDS)
+        best = responses.abs().argmax(dim=1)
+        signs = responses.gather(1, best[:, None]).sign()
+        centroids = F.normalize(centroids + torch.zeros_like(centroids).index_add(0, best, signs * x))
+    return centroids
+
+
+def pooled_responses(images: Tensor, kernel: Tensor, offset: Tensor, parts: int) -> Tensor:
+    """Return features of uint8 images (b, C, H, W): responses of both signs above THRESHOLD, averaged over parts**2 parts."""
+    border = (PATCH - STRIDE) // 2
+    padded = F.pad(images.float() / 255, (border,) * 4, mode="reflect")
+    rows = (padded.shape[2] - PATCH) // STRIDE + 1
+    responses = (kernel @ equal_contrast(F.unfold(padded, PATCH, stride=STRIDE)) - offset[:, None]).unflatten(2, (rows, -1))
+    both = torch.cat((F.relu(responses - THRESHOLD), F.relu(-responses - THRESHOLD)), dim=1)
+    return F.adaptive_avg_pool2d(both, parts).flatten(1)
