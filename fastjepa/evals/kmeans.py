@@ -34,16 +34,20 @@ def kmeans_features(train: EvalImages, test: EvalImages, seed: int, parts: int =
 
 def sampled_patches(images: EvalImages, generator: torch.Generator) -> Tensor:
     """Return SAMPLED_PATCHES patches (m, C * PATCH**2) at random places of random images, each of equal contrast."""
-    chosen = torch.randint(len(images), (min(len(images), SAMPLED_PATCHES),), generator=generator)
-    patches = F.unfold(torch.stack([images[int(i)] for i in chosen]).float() / 255, PATCH)  # (n, C * PATCH**2, L)
-    each = -(-SAMPLED_PATCHES // len(chosen))  # of an image
-    place = torch.randint(patches.shape[2], (len(chosen), 1, each), generator=generator).expand(-1, patches.shape[1], -1)
-    return equal_contrast(patches.gather(2, place)).transpose(1, 2).flatten(0, 1)[:SAMPLED_PATCHES]
+    chosen, counts = torch.randint(len(images), (SAMPLED_PATCHES,), generator=generator).unique(return_counts=True)
+    shown = EvalImages(images.source, images.size, images.channels, images.rows[chosen.numpy()])
+    seen = (image for block in shown.batches(BATCH, about="patches") for image in block)
+    height, width = images.size
+    patches = []
+    for image, count in zip(seen, counts.tolist(), strict=True):
+        places = torch.rand(count, 2, generator=generator) * torch.tensor([height - PATCH + 1, width - PATCH + 1])
+        patches += [image[:, top : top + PATCH, left : left + PATCH] for top, left in places.int().tolist()]
+    return equal_contrast(torch.stack(patches).flatten(1).float().T / 255).T
 
 
 def equal_contrast(patches: Tensor) -> Tensor:
-    """Return patches (n, values, L) with mean 0 and, but for flat ones, variance 1."""
-    variance, mean = torch.var_mean(patches, dim=1, correction=0, keepdim=True)
+    """Return patches (..., values, L) with mean 0 and, but for flat ones, variance 1."""
+    variance, mean = torch.var_mean(patches, dim=-2, correction=0, keepdim=True)
     return (patches - mean) / (variance + CONTRAST_FLOOR).sqrt()
 
 

@@ -14,6 +14,7 @@ FOUR_LAYERS = (*OVER_THE_BATCH, "loss.target_layers=[1,2,3,4]")
 MEAN_OF_FOUR = (*FOUR_LAYERS, "loss.layers=mean", "optimization.ema=[0.98,1.0]")
 RANDOM_JOINT = ("mask.strategy=random", "mask.hidden_share=0.75", "meta.predictor=joint")  # 16 patches seen, 48 predicted
 # fmt: off
+BEST = (*MEAN_OF_FOUR, *RANDOM_JOINT, *MUON)
 MINUTES_ARMS = (
     Arm("base", "base"),
     Arm("raw pixels", "floor", method="pixels"),
@@ -36,7 +37,8 @@ MINUTES_ARMS = (
     Arm("four layers over the batch", "together", FOUR_LAYERS),
     Arm("mean of four over the batch", "together", MEAN_OF_FOUR),
     Arm("mean of four over the batch, Muon", "together", (*MEAN_OF_FOUR, *MUON)),
-    Arm("mean of four over the batch, random masks, Muon", "together", (*MEAN_OF_FOUR, *RANDOM_JOINT, *MUON)),
-    Arm("mean of four over the batch, random masks, Muon, rotary positions", "together",
-        (*MEAN_OF_FOUR, *RANDOM_JOINT, *MUON, "meta.positions=rope")),
+    Arm("mean of four over the batch, random masks, Muon", "together", BEST),
+    Arm("mean of four over the batch, random masks, Muon, rotary positions", "together", (*BEST, "meta.positions=rope")),
+    *(Arm(f"{name}, {minutes} minutes", "time", overrides, method=method, length=minutes / 20) for minutes in (4, 60)
+      for name, method, overrides in (("base", "ijepa", ()), ("MAE, Muon", "mae", MUON), ("mean of four", "ijepa", BEST))),
 )

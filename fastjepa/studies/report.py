@@ -20,7 +20,8 @@ from fastjepa.studies.scaling import law_figure, law_in_words, law_points
 
 FEW_SEEDS = 3  # with fewer seeds an arm shows a lead, not a result
 TABLE_HEAD = "linear_bn"  # the probe that arms are ranked by: its features are conditioned alike
-PROBE_HEADS = ("", "arm", "seeds", *PROBE_NAMES.values(), "rank", "common", "images", "TFLOP", "min", "paper")
+IMAGES_EFFORT = ("images", "TFLOP", "min")  # heads of what an arm cost, in a study of equal images or FLOPs
+MINUTES_EFFORT = ("images", "CPU ms an image", "CPU min")  # in one of equal minutes
 
 
 class ArmResult(NamedTuple):
@@ -37,19 +38,31 @@ class ArmResult(NamedTuple):
         """Return the mean of a number over the seeds."""
         return statistics.fmean(row[name] for row in self.rows)
 
-    def cells(self) -> list[str]:
+    def effort(self, by_cpu: bool) -> list[str]:
+        """Return the cells of what the arm cost, under MINUTES_EFFORT or IMAGES_EFFORT; the mean over its seeds."""
+        images = f"{self.mean('images'):,.0f}"
+        if not by_cpu:
+            return [images, f"{self.mean('flops') / 1e12:.1f}", f"{self.mean('seconds') / 60:.1f}"]
+        cost = f"{1000 * self.cpu_seconds / self.mean('images'):.1f}" if self.mean("images") else ""
+        return [images, cost, f"{self.cpu_seconds / 60:.1f}"]
+
+    @property
+    def cpu_seconds(self) -> float:
+        """The mean over the seeds of the CPU time of the steps."""
+        return statistics.fmean(row.get("cpu_seconds", 0.0) for row in self.rows)
+
+    def cells(self, by_cpu: bool) -> list[str]:
         """Return the cells of the arm's row in the table, after its name."""
         if not self.rows:
             return ["0", *["" for _ in PROBE_NAMES], "", "", "", "", "", paper_cell(self.arm)]
         rank = statistics.fmean(row["probe"]["effective_rank"] for row in self.rows)
-        effort = [f"{self.mean('images'):,.0f}", f"{self.mean('flops') / 1e12:.1f}", f"{self.mean('seconds') / 60:.1f}"]
         seeds = str(len(self.rows)) + (" *" if len(self.rows) < FEW_SEEDS else "")
         return [
             seeds,
             *(mean_and_spread(self.values(p)) for p in PROBE_NAMES),
             f"{rank:.1f}",
             self.common(),
-            *effort,
+            *self.effort(by_cpu),
             paper_cell(self.arm),
         ]
 
@@ -77,11 +90,18 @@ def arm_results(arms: Iterable[Arm], rows: Iterable[dict[str, Any]]) -> list[Arm
     return [ArmResult(arm, by_arm[arm.name]) for arm in arms]
 
 
-def table_rows(found: list[ArmResult]) -> list[list[str]]:
+def table_heads(study: Any) -> list[str]:
+    """Return the heads of the table's columns."""
+    effort = MINUTES_EFFORT if study.minutes else IMAGES_EFFORT
+    return ["", "arm", "seeds", *PROBE_NAMES.values(), "rank", "common", *effort, "paper"]
+
+
+def table_rows(study: Any, found: list[ArmResult]) -> list[list[str]]:
     """Return the table's body; a group is named in its first row alone."""
     groups = ["", *(result.arm.group for result in found)]
+    by_cpu = study.minutes is not None
     return [
-        ["" if result.arm.group == before else result.arm.group, result.arm.name, *result.cells()]
+        ["" if result.arm.group == before else result.arm.group, result.arm.name, *result.cells(by_cpu)]
         for before, result in zip(groups, found, strict=False)
     ]
 
@@ -92,10 +112,13 @@ def footnote(study: Any, found: list[ArmResult]) -> str:
     lead = f" * fewer than {FEW_SEEDS} seeds: a lead, not a result." if few else ""
     tests = sorted({row["probe"][TABLE_HEAD]["n_test"] for result in found for row in result.rows})
     noise = f", each on {tests[0]:,} test images" if len(tests) == 1 else ""
+    effort = "min: minutes of training steps, on a machine that did other work too"
+    if study.minutes:
+        effort = "CPU ms and min: CPU time of the process in training steps"
     return (
         f"Accuracy in %, mean ± standard deviation over seeds{noise}; rank: effective rank of the features; common: what all "
-        "tokens share of their energy, layer-normalised as targets are, in %; min: minutes of training steps, on a machine "
-        f"that did other work too.{lead} Paper: {study.paper}."
+        "tokens share of their energy, layer-normalised as targets are, in %; "
+        f"{effort}.{lead} Paper: {study.paper}."
     )
 
 
@@ -137,8 +160,8 @@ def on_shared_seeds(*pair: ArmResult) -> list[ArmResult]:
 
 def show_study(study: Any, found: list[ArmResult], console: Console) -> None:
     """Print the table and the sentences."""
-    table = Table(*PROBE_HEADS, title=study.title, caption=footnote(study, found), box=None)
-    for row in table_rows(found):
+    table = Table(*table_heads(study), title=study.title, caption=footnote(study, found), box=None)
+    for row in table_rows(study, found):
         table.add_row(*row)
     console.print(table)
     for sentence in conclusions(found):
@@ -158,7 +181,8 @@ def law_sentences(found: list[ArmResult]) -> list[str]:
 
 def study_markdown(study: Any, found: list[ArmResult]) -> str:
     """Return the table, the paragraph on its numbers, and the sentences, as Markdown."""
-    body = ["| " + " | ".join(row) + " |" for row in (PROBE_HEADS, ["---"] * len(PROBE_HEADS), *table_rows(found))]
+    heads = table_heads(study)
+    body = ["| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *table_rows(study, found))]
     return "\n".join([*body, "", footnote(study, found), "", *(f"- {sentence}" for sentence in conclusions(found))])
 
 
@@ -184,8 +208,11 @@ def dot_figure(study: Any, present: list[ArmResult]) -> Any:
     from matplotlib.figure import Figure
 
     groups = list(dict.fromkeys(result.arm.group for result in present))
-    figure = Figure(figsize=(8, 1.2 + 0.28 * len(present)))
-    axes = figure.subplots()
+    curves = curves_over_minutes(present) if study.minutes else {}
+    figure = Figure(figsize=(8 + 4 * bool(curves), 1.2 + 0.28 * len(present)))
+    axes, *more = figure.subplots(1, 1 + bool(curves), squeeze=False, width_ratios=(2, 1)[: 1 + bool(curves)])[0]
+    for panel in more:
+        draw_curves(panel, curves)
     for place, result in enumerate(present):
         values, colour = result.values(TABLE_HEAD), colormaps["tab10"](groups.index(result.arm.group) % 10)
         axes.plot([min(values), max(values)], [place, place], color=colour, linewidth=1)
@@ -198,6 +225,28 @@ def dot_figure(study: Any, present: list[ArmResult]) -> Any:
     axes.set_xlabel("BN + linear, %: a dot a seed, | their mean; in brackets the number of seeds")
     axes.set_title(study.title, loc="left")
     return figure
+
+
+def curves_over_minutes(present: list[ArmResult]) -> dict[str, list[ArmResult]]:
+    """Return {name: results by rising length} of the arms that were trained for several lengths of time.
+
+    They are told by method and overrides; the name is that of the arm of length 1.
+    """
+    families: dict[tuple, list[ArmResult]] = {}
+    for result in present:
+        families.setdefault((result.arm.method, result.arm.overrides), []).append(result)
+    several = [sorted(family, key=lambda result: result.arm.length) for family in families.values() if len(family) > 1]
+    return {next((r.arm.name for r in family if r.arm.length == 1), family[0].arm.name): family for family in several}
+
+
+def draw_curves(axes: Any, curves: dict[str, list[ArmResult]]) -> None:
+    """Draw accuracy against CPU minutes, a line for each arm that was trained for several lengths of time."""
+    for name, family in curves.items():
+        minutes = [result.cpu_seconds / 60 for result in family]
+        axes.plot(minutes, [statistics.fmean(result.values(TABLE_HEAD)) for result in family], "o-", label=name)
+    axes.set(xscale="log", xlabel="CPU minutes of training", ylabel="BN + linear, %")
+    axes.grid(color="#eee")
+    axes.legend(fontsize="small")
 
 
 def write_study(study: Any, name: str, found: list[ArmResult], folder: Path) -> list[Path]:

@@ -98,6 +98,14 @@ def test_a_random_mask_hides_three_fifths_of_the_patches_each_alike():
     assert np.abs(together).max() < 0.1, "neighbours are drawn as apart as any two"
 
 
+@pytest.mark.parametrize("share", [0.3, 0.75])
+def test_blocks_and_random_masks_hide_the_share_that_is_asked_for(share: float):
+    context, target = draw(of("random", hidden_share=share), 512)
+    assert (lengths(target) == round(share * 256)).all() and (lengths(context) == 256 - round(share * 256)).all()
+    context, target = draw(of("block", hidden_share=share), 512)
+    assert lengths(target) == pytest.approx(share * 256, abs=8) and np.array_equal(context, ~target)
+
+
 @pytest.mark.parametrize("strategy", ["multiblock", *OTHERS])
 def test_seed_step_and_slot_each_change_the_masks_unless_the_batch_shares_them(strategy: str):
     apart, together = (draw(of(strategy, share=share), 64)[1].reshape(64, -1) for share in ("image", "batch"))
@@ -135,6 +143,7 @@ def test_statistics_know_every_strategy():
         ((1, 64), {"strategy": "rasterized", "min_keep": 0}, "as few as 0 patches"),
         ((4, 4), {"strategy": "random"}, "mask.strategy: random .* as few as 6 patches.*min_keep: 10"),
         ((5, 5), {"strategy": "block"}, "mask.strategy: block .* as few as 9 patches"),
+        ((8, 8), {"strategy": "random", "hidden_share": 1.0}, "mask.strategy: random .* as few as 0 patches"),
     ],
 )
 def test_grids_too_small_for_a_strategy_are_refused(grid, mask: dict, message: str):
@@ -151,6 +160,8 @@ def test_grids_too_small_for_a_strategy_are_refused(grid, mask: dict, message: s
         ("random", "enc_mask_scale", [0.5, 1.0]),
         ("block", "allow_overlap", True),
         ("random", "aspect_ratio", [1.0, 1.0]),
+        ("rasterized", "hidden_share", 0.5),
+        ("multiblock", "hidden_share", 0.5),
     ],
 )
 def test_what_a_strategy_does_not_read_is_refused_unless_it_is_the_default(strategy: str, key: str, value: object):

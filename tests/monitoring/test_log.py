@@ -24,6 +24,7 @@ def clock(monkeypatch):
         now = 100.0
 
     monkeypatch.setattr(log_module.time, "perf_counter", lambda: Clock.now)
+    monkeypatch.setattr(log_module.time, "process_time", lambda: Clock.now / 4)  # of which this process has a quarter
     return Clock
 
 
@@ -45,7 +46,7 @@ def test_a_line_has_every_promised_field(tmp_path):
     with open_log(tmp_path) as log:
         log.step(1, 0, values(loss=torch.tensor(0.25)), images=8)
     (entry,) = lines(tmp_path)
-    computed = {"step", "epoch", "images_per_s", "mfu", "memory_gib"}
+    computed = {"step", "epoch", "images_per_s", "cpu_s", "mfu", "memory_gib"}
     assert computed | set(values()) == set(entry)
     assert entry["step"] == 1 and entry["loss"] == 0.25 and entry["memory_gib"] > 0
 
@@ -63,6 +64,7 @@ def test_rate_and_mfu_are_over_the_steps_since_the_last_line_without_pauses(tmp_
     first, second = lines(tmp_path)
     assert (first["step"], second["step"]) == (2, 4)
     assert first["images_per_s"] == pytest.approx(20 / 4) and second["images_per_s"] == pytest.approx(40 / 4)
+    assert first["cpu_s"] == pytest.approx(1) and second["cpu_s"] == pytest.approx(1)
     assert second["mfu"] == pytest.approx(10 * 2e9 / 1e11)
 
 

@@ -15,6 +15,7 @@ from fastjepa.studies.arm import Arm
 from fastjepa.studies.report import (
     ArmResult,
     arm_results,
+    curves_over_minutes,
     fill_page,
     footnote,
     group_leads,
@@ -22,6 +23,7 @@ from fastjepa.studies.report import (
     picture_markdown,
     show_study,
     study_markdown,
+    table_heads,
     table_rows,
     write_study,
 )
@@ -49,11 +51,26 @@ def found() -> list[ArmResult]:
 
 
 def test_a_line_says_mean_spread_seeds_cost_and_the_papers_number(found):
-    one, two, three, none = table_rows(found)
+    one, two, three, none = table_rows(STUDY, found)
     assert one == ["pair", "one", "3", "41.0 ± 1.0", "41.0 ± 1.0", "41.0 ± 1.0", "7.2", "86", "100,000", "8.4", "6.5", "54.2"]
     assert two[:4] == ["", "two", "2 *", "39.2 ± 0.4"] and two[-1] == "17.6"
     assert three[:4] == ["alone", "three", "1 *", "35.0"]
     assert none[:3] == ["", "none yet", "0"] and set(none[3:]) == {""}
+
+
+def test_a_study_of_equal_minutes_says_what_an_image_costs_in_cpu_time():
+    study = Study("A study", ARMS, "nothing", minutes=20)
+    rows = [row("one", 0, 40.0, cpu_seconds=600.0), row("two", 0, 30.0, images=0)]
+    one, two, *_ = table_rows(study, arm_results(ARMS, rows))
+    assert one[-4:] == ["100,000", "6.0", "10.0", "54.2"] and two[-4:] == ["0", "", "0.0", "17.6"]
+    assert len(table_heads(study)) == len(one) and "CPU time of the process" in footnote(study, arm_results(ARMS, rows))
+
+
+def test_arms_that_differ_in_length_alone_are_one_curve():
+    arms = [Arm("a", "g", ("x=1",)), Arm("b", "g"), Arm("a, 4 minutes", "time", ("x=1",), length=0.2)]
+    found = arm_results(arms, [row(arm.name, 0, 40.0, cpu_seconds=60 * arm.length) for arm in arms])
+    ((name, family),) = curves_over_minutes(found).items()
+    assert name == "a" and [result.arm.length for result in family] == [0.2, 1]
 
 
 def test_pixels_have_no_tokens_to_share_anything():

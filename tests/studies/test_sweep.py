@@ -25,7 +25,7 @@ from fastjepa.masks.check import check_masks
 from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.layouts import Masking
 from fastjepa.studies import worker
-from fastjepa.studies.arm import ARM_CONFIG, JOB_FILE, Arm
+from fastjepa.studies.arm import ARM_CONFIG, JOB_FILE, PACE_FILE, Arm
 from fastjepa.studies.subset import subset_of
 from fastjepa.studies.sweep import (
     BASE_CONFIG,
@@ -161,6 +161,30 @@ def test_an_arm_trains_and_its_row_says_what_it_rests_on(data, tmp_path):
     assert [path.name for path in (job.folder / "checkpoints").iterdir()] == ["jepa-00000004"]
 
 
+@pytest.mark.parametrize("arm", ["base", "MAE"])
+def test_an_arm_within_minutes_trains_on_what_it_reaches_in_them(data, tmp_path, monkeypatch, arm: str):
+    """Half a second of CPU time; stopped and continued, it keeps the schedule that its pace gave it."""
+    monkeypatch.setattr(worker, "PACE_STEPS", 10)
+    (job,) = plan_jobs(Sweep("minutes", tmp_path, data, 1, None, [arm], TINY, 0.5 / 60))
+    assert "images" not in job.asked and job.asked["minutes"] == 0.5 / 60
+    row = work(job)
+    rate = json.loads((job.folder / PACE_FILE).read_text())["images_per_cpu_s"]
+    assert row["images"] == round(0.5 * rate) // 8 * 8 and not (job.folder / "pace").exists()
+    assert 0.1 < row["cpu_seconds"] < 2.5, "near half a second, on a machine that does other work"
+    (job.folder / PACE_FILE).write_text(json.dumps({"images_per_cpu_s": 64.0}))
+    assert worker.images_within(job.asked, load_config(BASE_CONFIG), data, job.folder) == 32
+
+
+def test_minutes_are_another_length_and_floors_have_none(data, tmp_path):
+    arms = ["base", "random encoder"]
+    images = plan_jobs(Sweep("small", tmp_path, data, 1, 32, arms, TINY))
+    first, second = (plan_jobs(Sweep("minutes", tmp_path, data, 1, None, arms, TINY, minutes)) for minutes in (1, 2))
+    assert len({job[0].folder for job in (images, first, second)}) == 3
+    assert len({job[1].folder for job in (images, first, second)}) == 1
+    (studied,) = plan_jobs(Sweep("minutes", tmp_path, data, 1, None, ["base"], TINY))
+    assert studied.asked["minutes"] == STUDIES["minutes"].minutes
+
+
 def test_an_arm_that_has_its_row_does_nothing(data, tmp_path):
     (job,) = planned(data, tmp_path, "random encoder")
     first = work(job)
@@ -184,8 +208,9 @@ def test_every_arm_can_be_named_on_the_command_line():
 
 
 def test_floors_train_nothing(data, tmp_path):
-    pixels, random = (work(job) for job in planned(data, tmp_path, "raw pixels", "random encoder"))
-    assert random["images"] == random["flops"] == pixels["flops"] == 0
+    jobs = plan_jobs(Sweep("minutes", tmp_path, data, 1, None, ["raw pixels", "random encoder", "k-means, quadrants"], TINY))
+    pixels, random, kmeans = map(work, jobs)
+    assert random["images"] == random["flops"] == pixels["flops"] == kmeans["cpu_seconds"] == 0 and kmeans["shares"] is None
     assert pixels["probe"]["effective_rank"] > random["probe"]["effective_rank"]
 
 

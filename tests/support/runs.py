@@ -47,7 +47,7 @@ def lines(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-TIMES = {"images_per_s", "mfu", "memory_gib", "monitor_share"}
+TIMES = {"images_per_s", "cpu_s", "mfu", "memory_gib", "monitor_share"}
 
 
 def without_times(entries: list[dict]) -> list[dict]:
