@@ -1,5 +1,6 @@
 """Variants of the objective as a user starts them: each is resumed, cut into micro-batches and shared by ranks unchanged."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import fastjepa
 from fastjepa.cli.main import main
 from fastjepa.model.moments import MOMENTUM
 from tests.support import ranks
+from tests.support.images import save_image
 from tests.support.runs import lines, losses, same_weights, trained, weights, without_times
 
 VARIANTS = {
@@ -101,3 +103,46 @@ def test_checkpointed_activations_give_the_same_bits_and_bf16_and_compile_the_sa
     assert losses(again) == losses(plain)
     for output, key, apart in (("bf16", "runtime.dtype=bf16", 2e-2), ("compiled", "runtime.compile=true", 1e-4)):
         assert losses(trained(toy_config, tmp_path / output, *settings, key)) == pytest.approx(losses(plain), rel=apart)
+
+
+ON_PRESETS = {
+    "layers": ["loss.target_layers=[2,3]"],
+    "mean of layers over the batch": ["loss.target_layers=[1,2,3]", "loss.layers=mean", "loss.normalize=batch"],
+    "rotary": ["meta.positions=rope", "meta.qk_norm=true"],
+    "running": ["loss.normalize=running"],
+    "dyntanh": ["loss.normalize=dyntanh"],
+    "visreg": ["loss.regularizer=visreg"],
+    "sigreg with a projector": ["loss.regularizer=sigreg", "loss.projector=[64,32]"],
+    "starved": ["meta.predictor_context=0.25", "meta.predictor_repeats=4"],
+    "knots": ["optimization.ema=[[0,0.9],[0.5,0.99],[1,1]]"],
+    "visible": ["loss.visible_weight=0.5", "loss.visible_rise=[0,0.5]"],
+    "muon": ["optimization.optimizer=muon"],
+    "layers, rotary, muon": ["loss.target_layers=[2,3]", "meta.positions=rope", "optimization.optimizer=muon"],
+    "layers, visible": ["loss.target_layers=[2,3]", "loss.visible_weight=0.5", "loss.visible_rise=[0,0.5]"],
+    "mean of layers, joint, random": [
+        "loss.target_layers=[1,2,3]", "loss.layers=mean", "loss.normalize=batch", "mask.strategy=random",
+        "mask.hidden_share=0.75", "meta.predictor=joint", "optimization.optimizer=muon",
+    ],
+    "starved, rotary, running": ["meta.predictor_context=0.5", "meta.positions=rope", "loss.normalize=running"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory) -> Path:
+    """160 images of two classes, in the folders of an evaluation."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for i in range(160):
+        save_image(folder / "train" / "ab"[i % 2] / f"{i}.png", seed=i, size=(32, 32))
+    return folder
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("preset", ["demo", "cifar10", "study"])
+@pytest.mark.parametrize("name", ON_PRESETS)
+def test_every_key_trains_on_each_small_preset(photographs, tmp_path, preset, name):
+    """20 steps: the loss stays finite and falls, though its target moves."""
+    settings = [f"data.source={photographs}", "data.batch_size=32", "optimization.epochs=4", "optimization.warmup=1",
+                "logging.every=1", "logging.monitor_every=10", "logging.probe_every=0", "loss.regularizer=none"]  # fmt: skip
+    found = losses(trained(preset, tmp_path, *settings, *ON_PRESETS[name]))
+    assert len(found) == 20 and all(map(math.isfinite, found))
+    assert min(found[10:]) < max(found[1:6])  # the first is of targets that `running` takes as they are
