@@ -5,7 +5,8 @@ import sys
 from html import escape
 from pathlib import Path
 
-PANELS = {"loss": "loss", "feature_std": "feature spread", "effective_rank": "effective rank", "knn": "k-NN accuracy"}
+PANELS = {"loss": "loss", "feature_std": "feature spread", "effective_rank": "effective rank",
+          "ema_distance": "distance of the average (updates)", "knn": "k-NN accuracy"}  # fmt: skip
 COLOURS = ("#1f6fb4", "#d9541e", "#3a923a", "#8c5aa8")
 WIDTH, HEIGHT, GAP = 250, 170, 46  # pixels: a panel's size, and the space around it
 

@@ -1,0 +1,82 @@
+"""The distance of the average: its definition on saved weights, and the same elements of them however ranks share them."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as some
+from torch import Tensor, nn
+
+from fastjepa.engine.average import PairedPiece
+from fastjepa.monitoring import ema_distance
+from fastjepa.monitoring.ema_distance import EmaDistance, sample_stride
+from tests.support.runs import distances, trained, weights
+
+
+def defined(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
+    """The distance from the weights of two checkpoints, a step apart."""
+    names = [name.removeprefix("encoder.") for name in after if name.startswith("encoder.")]
+    now, past, average = (torch.cat([w[f"{network}.{name}"].flatten() for name in names if name != "pos_embed"])
+                          for w, network in ((after, "encoder"), (before, "encoder"), (after, "target_encoder")))  # fmt: skip
+    return float((now - average).norm() / (now - past).norm())
+
+
+def test_it_is_the_definition_on_the_weights_of_a_run(toy_config, tmp_path):
+    entries = trained(toy_config, tmp_path, "logging.monitor_every=3", "logging.probe_every=0", "logging.checkpoint_every=1",
+                      "logging.keep_last=99", "data.num_workers=0", "optimization.ema=[[0.5,0.9],[0.6,0.5]]")  # fmt: skip
+    read = {entry["step"]: entry["ema_distance"] for entry in entries if "ema_distance" in entry}
+    assert list(read) == [1, 3, 6, 9]
+    assert read[1] == pytest.approx(0.9, rel=1e-5), "both networks began alike: the momentum is all there is"
+    for step in (3, 6, 9):
+        assert read[step] == pytest.approx(defined(weights(tmp_path, step - 1), weights(tmp_path, step)), rel=1e-4)
+
+
+def test_no_momentum_is_no_distance(toy_config, tmp_path):
+    few = ("--max-steps", 2, "data.num_workers=0", "logging.monitor_every=1", "logging.probe_every=0")
+    assert distances(trained(toy_config, tmp_path / "none", *few, "optimization.ema=[0.0,0.0]")) == [0.0, 0.0]
+    still = ("optimization.lr=0.0", "optimization.start_lr=0.0", "optimization.final_lr=0.0")
+    assert distances(trained(toy_config, tmp_path / "still", *few, *still)) == [], "there is no update"
+
+
+def cut(whole: dict[str, Tensor], places: list[int]) -> list[dict[str, tuple[int, Tensor]]]:
+    """Parts of all weights side by side, cut at those places: {name: (start in the weight, elements)} each."""
+    ends = [0, *sorted(places), sum(p.numel() for p in whole.values())]
+    parts = []
+    for low, high in zip(ends, ends[1:], strict=False):
+        begun, part = 0, {}
+        for name, p in whole.items():
+            start, stop = max(low - begun, 0), min(high - begun, p.numel())
+            if start < stop:
+                part[name] = start, p.view(-1)[start:stop]
+            begun += p.numel()
+        parts.append(part)
+    return parts
+
+
+@given(shapes=some.lists(some.tuples(some.integers(1, 9), some.integers(1, 9)), min_size=1, max_size=4), data=some.data(),
+       wanted=some.integers(1, 200))  # fmt: skip
+def test_ranks_look_at_the_same_elements_however_the_weights_are_cut(shapes, data, wanted):
+    weights = {str(number): torch.randn(shape) for number, shape in enumerate(shapes)}
+    averages, moved = ({name: torch.randn_like(p) for name, p in weights.items()} for _ in range(2))
+    target = nn.ParameterList([nn.Parameter(p) for p in averages.values()])
+    places = data.draw(some.lists(some.integers(0, sum(p.numel() for p in weights.values())), max_size=3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ema_distance, "SAMPLED_ELEMENTS", wanted)
+        every = sample_stride([p.shape for p in target])
+        found = torch.zeros(2)
+        for mine, theirs in zip(cut(weights, places), cut(averages, places), strict=True):
+            pairs = [PairedPiece(p.clone(), theirs[name][1], start) for name, (start, p) in mine.items()]
+            distance = EmaDistance(SimpleNamespace(target_encoder=target, pairs=lambda pairs=pairs: pairs), lambda step: True)
+            distance.keep(0)
+            for (name, (start, p)), pair in zip(mine.items(), pairs, strict=True):
+                pair.online.add_(moved[name].view(-1)[start : start + p.numel()])
+            found += distance.after(1)
+    was, step, average = (torch.cat([of[name].flatten()[::every] for name in weights]) for of in (weights, moved, averages))
+    expected = torch.stack([(was + step - average).square().sum(), step.square().sum()])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sample_of_a_large_network_is_small_and_of_all_columns():
+    assert sample_stride([torch.Size([768, 768])] * 100 + [torch.Size([768])]) == 59  # 57 has the divisor 3, 58 has 2
+    assert sample_stride([torch.Size([10, 10])]) == 1
