@@ -35,6 +35,9 @@ JUMP = 2.0  # a loss this many times all of the three readings before
 STILL = 0.01  # k-NN accuracy above that at the start which is none
 LEARNING_STEPS = 100  # in fewer steps nothing need have been learned
 SHORT_MEMORY = 10  # steps: a target encoder that averages fewer follows the context encoder at once
+# Updates: with momentum 0.9 the average is 2 from the encoder where updates are independent, and further where they agree.
+NEAR = 2.0
+FAR_AFTER = 2 * SHORT_MEMORY  # steps: before, no average can be expected to be far
 BIG_STEP = 0.25  # Adam moves a weight by about the learning rate a step: this share of its initial size is much
 
 
@@ -57,6 +60,11 @@ def collapse_alarms(history: Sequence[Mapping[str, float]], now: StepSettings, s
         if sign.name in last and start > 0 and is_confirmed(bad):
             share = f"{values[-1] / start:.0%} of its value at the start, {start:.3g}"
             found.append(f"{sign.meaning} ({sign.name} {values[-1]:.3g}, {share}); {likely_remedy(history, now, settings)}")
+    if "ema_distance" in last and is_confirmed(near_averages(history)):
+        ranks = readings_of(history, "effective_rank")
+        found.append(f"the target encoder stays {last['ema_distance']:.2g} updates from the context encoder (ema_distance) and "
+                     f"the features do not recover (effective_rank {ranks[-1]:.3g}, {ranks[0]:.3g} at the start); "
+                     f"{likely_remedy(history, now, settings)}")  # fmt: skip
     if "knn" in last and is_confirmed(stagnant_probes(history, settings.warmup_steps)):
         start = readings_of(history, "knn")[0]
         found.append(f"stagnation, a k-NN on the features finds {last['knn']:.1%} after the warm-up, {start:.1%} at the "
@@ -75,6 +83,16 @@ def readings_of(history: Iterable[Mapping[str, float]], name: str) -> list[float
 def is_confirmed(bad: Sequence[bool]) -> bool:
     """Return whether the last reading is the second bad one in a row."""
     return list(bad[-2:]) == [True, True] and list(bad[-3:]) != [True] * 3
+
+
+def near_averages(history: Sequence[Mapping[str, float]]) -> list[bool]:
+    """Return for each distance of the average, from FAR_AFTER steps on, whether it is near while the features have fewer
+    directions than at the start.
+    """
+    start = (readings_of(history, "effective_rank") or [0.0])[0]
+    watched = [entry for entry in history if {"ema_distance", "effective_rank"} <= entry.keys() and entry["step"] >= FAR_AFTER]
+    pairs = zip(readings_of(watched, "ema_distance"), readings_of(watched, "effective_rank"), strict=True)
+    return [distance < NEAR and not rank >= start for distance, rank in pairs]
 
 
 def stagnant_probes(history: Sequence[Mapping[str, float]], warmup_steps: float) -> list[bool]:

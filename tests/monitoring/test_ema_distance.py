@@ -1,5 +1,6 @@
 """The distance of the average: its definition on saved weights, and the same elements of them however ranks share them."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -8,9 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as some
 from torch import Tensor, nn
 
+from fastjepa.config.load import load_config
 from fastjepa.engine.average import PairedPiece
+from fastjepa.engine.schedule import StepSettings
 from fastjepa.monitoring import ema_distance
+from fastjepa.monitoring.alarms import FAR_AFTER, AlarmSettings, collapse_alarms
 from fastjepa.monitoring.ema_distance import EmaDistance, sample_stride
+from tests.support.places import ROOT
 from tests.support.runs import distances, trained, weights
 
 
@@ -80,3 +85,49 @@ def test_ranks_look_at_the_same_elements_however_the_weights_are_cut(shapes, dat
 def test_a_sample_of_a_large_network_is_small_and_of_all_columns():
     assert sample_stride([torch.Size([768, 768])] * 100 + [torch.Size([768])]) == 59  # 57 has the divisor 3, 58 has 2
     assert sample_stride([torch.Size([10, 10])]) == 1
+
+
+def warnings_of(entries: list[dict], regularized: bool, warmup_steps: float) -> list[str]:
+    """Return the warnings of a run with these lines of metrics.jsonl, in order."""
+    settings, found = AlarmSettings(1e-3, regularized, warmup_steps), []
+    for number, entry in enumerate(entries, 1):
+        now = StepSettings(entry["lr"], entry["weight_decay"], entry["ema_momentum"])
+        found += collapse_alarms(entries[:number], now, settings)
+    return found
+
+
+def step_of(warning: str) -> int:
+    return int(warning.removeprefix("step ").partition(":")[0])
+
+
+def test_of_two_real_runs_the_one_that_collapses_is_told_before_its_k_nn_shows_it():
+    warmup = load_config("demo").optimization.warmup * 468  # steps an epoch
+    said = {name: warnings_of([json.loads(line) for line in (ROOT / f"docs/metrics/{name}.jsonl").read_text().splitlines()],
+                              name == "healthy", warmup) for name in ("healthy", "collapsing")}  # fmt: skip
+    assert said["healthy"] == []
+    (near,) = (warning for warning in said["collapsing"] if "ema_distance" in warning)
+    (stagnant,) = (warning for warning in said["collapsing"] if "k-NN" in warning)
+    assert step_of(near) < step_of(stagnant) and near == said["collapsing"][0]
+    assert "stays 0 updates from the context encoder (ema_distance) and the features do not recover" in near
+    assert near.endswith("raise optimization.ema (now 0) to 0.99 or more")
+
+
+SHRINKING = (10.0, 9.0, 8.0, 7.0)
+
+
+@pytest.mark.parametrize(
+    "distances, ranks, warned",
+    [
+        ((0.5, 0.5, 0.5, 0.5), SHRINKING, True),
+        ((0.5, 0.5, 0.5, 0.5), (10.0, 12.0, 14.0, 16.0), False),  # the features do without
+        ((0.5, 19.0, 18.0, 21.0), SHRINKING, False),  # they shrink for another reason
+        ((0.5, 0.5, 19.0, 0.5), SHRINKING, False),  # one odd step
+        ((0.5, float("nan"), None, 0.5), SHRINKING, False),
+    ],
+)
+def test_an_average_that_stays_near_warns_where_features_shrink(distances, ranks, warned):
+    rows = zip((1, FAR_AFTER, FAR_AFTER + 5, FAR_AFTER + 10), distances, ranks, strict=True)
+    entries = [{"step": step, "loss": 0.3, "lr": 1e-3, "weight_decay": 0.0, "ema_momentum": 0.4, "ema_distance": distance,
+                "effective_rank": rank} for step, distance, rank in rows]  # fmt: skip
+    said = [warning for warning in warnings_of(entries, False, 0) if "ema_distance" in warning]
+    assert [step_of(warning) for warning in said] == ([FAR_AFTER + 5] if warned else [])
