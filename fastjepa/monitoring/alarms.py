@@ -35,9 +35,11 @@ JUMP = 2.0  # a loss this many times all of the three readings before
 STILL = 0.01  # k-NN accuracy above that at the start which is none
 LEARNING_STEPS = 100  # in fewer steps nothing need have been learned
 SHORT_MEMORY = 10  # steps: a target encoder that averages fewer follows the context encoder at once
-# Updates: with momentum 0.9 the average is 2 from the encoder where updates are independent, and further where they agree.
-NEAR = 2.0
-FAR_AFTER = 2 * SHORT_MEMORY  # steps: before, no average can be expected to be far
+# Updates. Adam averages gradients with b = 0.9; where these are independent, an average of momentum m is
+# m sqrt((1 + m b) / ((1 - m^2)(1 - m b))) updates from the encoder: 0.9 with m = 0.5, 6.4 with 0.9, 11 with 0.95, 29 with 0.99.
+NEAR = 10.0
+FAR_AFTER = 4 * SHORT_MEMORY  # steps: before, no average need be far
+ENOUGH_MOMENTUM = 0.99
 BIG_STEP = 0.25  # Adam moves a weight by about the learning rate a step: this share of its initial size is much
 
 
@@ -122,9 +124,10 @@ def likely_remedy(
     objective.
     """
     memory = 1 / max(1 - now.ema_momentum, 1e-9)  # steps
-    if memory < SHORT_MEMORY:
+    near = near_averages(history)[-1:] == [True] and now.ema_momentum < ENOUGH_MOMENTUM
+    if memory < SHORT_MEMORY or near:
         return (f"the target encoder follows the context encoder within {memory:.0f} steps: raise optimization.ema "
-                f"(now {now.ema_momentum:.3g}) to 0.99 or more")  # fmt: skip
+                f"(now {now.ema_momentum:.3g}) to {ENOUGH_MOMENTUM} or more")  # fmt: skip
     peak = settings.peak_lr
     if peak > BIG_STEP * INITIAL_STD or any(loss_jumps(readings_of(history, "loss"))):
         return f"the steps are too large: lower optimization.lr (peak {peak:.2g}) or raise optimization.warmup"

@@ -16,9 +16,8 @@ SAMPLED_ELEMENTS = 2**20  # of the encoder, at most but for rounding: 4 MiB are 
 class EmaDistance:
     """The distance ||w - average|| / ||w - w before|| over the encoder's weights w, before and after one step.
 
-    With the momentum m of many steps it is about m / sqrt(1 - m^2) where updates are independent of each other, and at most
-    m / (1 - m) where they are all alike: 7 and 99 with 0.99. Of large encoders it is that of every k-th element of each
-    weight, the same ones however ranks share them.
+    With a momentum m it is at most m / (1 - m), where updates are all alike: 99 with 0.99. Of large encoders it is that of
+    every k-th element of each weight, the same ones however ranks share them.
 
     Args:
         due: whether the distance after so many steps is wanted, the same on every rank.
