@@ -100,7 +100,7 @@ class Official:
     @torch.no_grad()
     def follow(self) -> None:
         """Average as the official trainer does: a Python loop with a temporary for each parameter."""
-        momentum = self.config.optimization.ema[0]
+        momentum = self.config.optimization.momentum_knots[0][1]
         for target, source in zip(self.target_encoder.parameters(), self.encoder.parameters(), strict=True):
             target.mul_(momentum).add_((1.0 - momentum) * source)
 

@@ -1,11 +1,14 @@
 """Readings of runs side by side, as an SVG: `python docs/curves.py PICTURE.svg RUN/metrics.jsonl [...]`."""
 
 import json
+import math
 import sys
 from html import escape
 from pathlib import Path
 
-PANELS = {"loss": "loss", "feature_std": "feature spread", "effective_rank": "effective rank", "knn": "k-NN accuracy"}
+PANELS = {"loss": "loss", "feature_std": "feature spread", "effective_rank": "effective rank",
+          "ema_distance": "distance of the average (log)", "knn": "k-NN accuracy"}  # fmt: skip
+LOGARITHMIC = {PANELS["ema_distance"]}  # whose heights are those of log(1 + value)
 COLOURS = ("#1f6fb4", "#d9541e", "#3a923a", "#8c5aa8")
 WIDTH, HEIGHT, GAP = 250, 170, 46  # pixels: a panel's size, and the space around it
 
@@ -22,14 +25,15 @@ def panel(left: float, title: str, curves: list[Points]) -> str:
     """Return the SVG of one reading of every run over the steps; both axes go from 0 to the largest value."""
     across = max((x for curve in curves for x, _ in curve), default=1)
     high = max((y for curve in curves for _, y in curve), default=1) or 1
+    height = (lambda y: HEIGHT * math.log1p(y) / math.log1p(high)) if title in LOGARITHMIC else lambda y: y / high * HEIGHT
     parts = [f'<g transform="translate({left},{GAP})">',
              f'<path d="M0 0V{HEIGHT}H{WIDTH}" fill="none" stroke="#888"/>',
              f'<text x="0" y="-12" font-weight="bold">{escape(title)}</text>',
-             f'<text x="-6" y="8" text-anchor="end">{high:.3g}</text>',
+             f'<text x="-6" y="8" text-anchor="end">{high:{".3g" if high < 1000 else ".0f"}}</text>',
              f'<text x="-6" y="{HEIGHT}" text-anchor="end">0</text>',
              f'<text x="{WIDTH}" y="{HEIGHT + 18}" text-anchor="end">step {across:g}</text>']  # fmt: skip
     for curve, colour in zip(curves, COLOURS, strict=False):
-        line = " ".join(f"{x / across * WIDTH:.1f},{HEIGHT - y / high * HEIGHT:.1f}" for x, y in curve)
+        line = " ".join(f"{x / across * WIDTH:.1f},{HEIGHT - height(y):.1f}" for x, y in curve)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
     return "\n".join([*parts, "</g>"])
 

@@ -70,7 +70,7 @@ def train(
         Heartbeat(world, config.runtime.timeout, state.step) as heart,
     ):
         probes = plan_probes(config, source, last, log.peak.flops_per_image)
-        log.begin(Monitor(config, source, average.target_encoder, probes, schedule.steps_per_epoch, log.kept), notes)
+        log.begin(Monitor(config, source, average, probes, schedule.steps_per_epoch, log.kept), notes)
         loader.bad.update(state.bad_files)
         while state.step < last and not stop.agreed():
             now, tally = schedule(state.step), StepTally()  # lr, weight decay and EMA momentum: functions of the step

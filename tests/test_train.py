@@ -14,7 +14,7 @@ from fastjepa import train
 from fastjepa.cli.main import main
 from fastjepa.loss.jepa_loss import jepa_loss
 from tests.support import ranks
-from tests.support.runs import lines, losses, same_weights, trained, wait_for_steps, weights, without_times
+from tests.support.runs import distances, lines, losses, same_weights, trained, wait_for_steps, weights, without_times
 
 
 def test_a_run_writes_what_it_promises(toy_config, tmp_path, capsys):
@@ -199,6 +199,8 @@ def test_skipped_steps_are_counted_and_time_moves_on(toy_config, tmp_path, monke
     entries = trained(toy_config, tmp_path / "skipping")
     assert [entry["skipped"] for entry in entries] == [0, 0, 1, 2, 2, 2, 2, 2, 2, 2]
     assert entries[2]["loss"] is None
+    updated = [entry["step"] for entry in entries if "ema_distance" in entry]
+    assert updated == [1, 2, 6, 8, 10], "a skipped step has no update to count distances in, here the 4th"
     for name in ("lr", "weight_decay", "ema_momentum", "context_tokens"):
         assert [entry[name] for entry in entries] == [entry[name] for entry in expected]
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "skipping", 10).values())
@@ -233,6 +235,7 @@ def test_two_ranks_and_micro_batches_give_the_run_of_one(toy_config, tmp_path, z
     ranks.succeeded(two)
     assert ("runtime.zero: auto is 0 (plain DDP): about" in two[0].stdout) == (zero == "auto")
     assert losses(lines(tmp_path / "two")) == pytest.approx(losses(expected), rel=1e-5)
+    assert distances(lines(tmp_path / "two")) == pytest.approx(distances(expected), rel=1e-4)
 
 
 def test_two_ranks_stop_together_on_a_signal_to_one(toy_config, tmp_path):

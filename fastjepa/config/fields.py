@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import difflib
+import itertools
 import math
 import types
 import typing
@@ -27,7 +28,21 @@ is_share = ValueCheck(lambda v: 0 < v <= 1, "in (0, 1]")
 is_share_or_zero = ValueCheck(lambda v: 0 <= v <= 1, "in [0, 1]")
 is_share_range = ValueCheck(lambda v: 0 < v[0] <= v[1] <= 1, "two rising numbers in (0, 1]")
 is_positive_range = ValueCheck(lambda v: 0 < v[0] <= v[1], "two rising numbers greater than 0")
-is_momentum_range = ValueCheck(lambda v: 0 <= v[0] <= 1 and 0 <= v[1] <= 1, "two numbers in [0, 1]")
+
+
+def is_momentum_schedule(value: tuple) -> bool:
+    """Return whether a value is two momenta, or knots (share of the run, momentum) with strictly rising shares."""
+    momenta = [knot[1] if isinstance(knot, tuple) else knot for knot in value]
+    shares = [knot[0] for knot in value if isinstance(knot, tuple)] or [0, 1]
+    rising = all(a < b for a, b in itertools.pairwise(shares))
+    return bool(value) and rising and all(0 <= number <= 1 for number in (*shares, *momenta))
+
+
+is_momentum_range_or_knots = ValueCheck(
+    is_momentum_schedule,
+    "two numbers in [0, 1], or one or more knots [share of the run, momentum], both in [0, 1], whose shares rise from each to "
+    "the next",
+)
 
 
 def is_one_of(names: Collection[str]) -> ValueCheck:
@@ -109,3 +124,8 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Return the end of a message on an unknown name: the closest of `names`, or all of them."""
     close = difflib.get_close_matches(str(name), list(names), n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; valid: {', '.join(names)}"
+
+
+def with_lists(value: Any) -> Any:
+    """Return a value with lists in place of its tuples, at any depth."""
+    return [with_lists(item) for item in value] if isinstance(value, tuple) else value

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from fastjepa.config.fields import (
     ValueCheck,
     config_key,
-    is_momentum_range,
+    is_momentum_range_or_knots,
     is_not_negative,
     is_not_negative_pair,
     is_one_of,
@@ -22,6 +22,7 @@ from fastjepa.config.fields import (
     is_share,
     is_share_or_zero,
     is_share_range,
+    with_lists,
 )
 
 # name -> (embed_dim, depth, num_heads, mlp_ratio)
@@ -176,14 +177,21 @@ class OptimizationConfig:
     muon_weight_decay: tuple[float, float] = config_key(
         (0.05, 0.05), "muon: weight decay of the hidden matrices, first and last step", is_not_negative_pair
     )
-    ema: tuple[float, float] = config_key(
-        (0.996, 1.0), "momentum of the target encoder, first and last step", is_momentum_range
+    ema: tuple[float, float] | tuple[tuple[float, float], ...] = config_key(
+        (0.996, 1.0),
+        "momentum of the target encoder, first and last step; or knots [share of the run, momentum], joined by straight lines",
+        is_momentum_range_or_knots,
     )
     ipe_scale: float = config_key(
         1.0,
         "length of the schedules over that of the run; below 1 they end before it, and stay at their last values",
         is_positive,
     )
+
+    @property
+    def momentum_knots(self) -> tuple[tuple[float, float], ...]:
+        """Return the knots (share of the run, momentum) of `ema`, by rising share: two numbers are those at 0 and 1."""
+        return tuple(zip((0.0, 1.0), self.ema, strict=True)) if not isinstance(self.ema[0], tuple) else self.ema
 
 
 @dataclass(frozen=True)
@@ -194,7 +202,9 @@ class LoggingConfig:
     write_tag: str = config_key("jepa", "official: prefix of checkpoint names")
     every: int = config_key(10, "steps between logged lines", is_positive)
     monitor_every: int = config_key(
-        100, "steps between collapse readings (feature spread, effective rank); 0: never", is_not_negative
+        100,
+        "steps between collapse readings (feature spread, effective rank, distance of the average); 0: never",
+        is_not_negative,
     )
     probe_every: int | None = config_key(
         None,
@@ -385,5 +395,5 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dictionaries and lists, as YAML and JSON write them; `config_from_dict` reads them back."""
-        return {name: {k: list(v) if isinstance(v, tuple) else v for k, v in section.items()}
+        return {name: {key: with_lists(value) for key, value in section.items()}
                 for name, section in dataclasses.asdict(self).items()}  # fmt: skip

@@ -1,6 +1,7 @@
 """The target encoder: an exponential moving average of the context encoder (paper, section 3), always in fp32."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,14 @@ from torch import Tensor, nn
 from fastjepa.ranks.collectives import all_gather, gather_objects, this_rank
 from fastjepa.ranks.shard import Piece
 from fastjepa_kernels import ema_table, ema_update_
+
+
+class PairedPiece(NamedTuple):
+    """A part of a weight of the encoder and of its average that a rank holds, as views of what trains."""
+
+    online: Tensor  # (n,) fp32, of the flattened weight from `start`
+    average: Tensor  # (n,) fp32
+    start: int
 
 
 class Average:
@@ -29,16 +38,29 @@ class Average:
         """
         ema_update_(self.averages, self.values, momentum, finite, table=self.table)
 
+    def pairs(self) -> list[PairedPiece]:
+        """Return every weight of the encoder with its average."""
+        return _whole_pairs(self.values, self.averages)
+
 
 class FollowedAverage:
     """An average that the engine's optimizer moves in its own pass, as PlainEngine.follow says."""
 
-    def __init__(self, target_encoder: nn.Module):
-        self.target_encoder = target_encoder
+    def __init__(self, target_encoder: nn.Module, online: nn.Module):
+        self.target_encoder, self.online = target_encoder, online
 
     def update(self, momentum: float, finite: Tensor) -> None:
         """Return at once: the step that has just been taken moved the average, with the same momentum and flag."""
         return None
+
+    def pairs(self) -> list[PairedPiece]:
+        """Return every weight of the encoder with its average."""
+        return _whole_pairs(self.online.parameters(), self.target_encoder.parameters())
+
+
+def _whole_pairs(values: Iterable[Tensor], averages: Iterable[Tensor]) -> list[PairedPiece]:
+    pairs = zip(values, averages, strict=True)
+    return [PairedPiece(value.detach().view(-1), average.detach().view(-1), 0) for value, average in pairs]
 
 
 class ShardedAverage:
@@ -73,6 +95,11 @@ class ShardedAverage:
     def pieces(self) -> dict[str, Piece]:
         """Return this rank's piece of the average of each parameter that it has a piece of, by name."""
         return {name: piece for part in self.parts for name, piece in part.pieces.items()}
+
+    def pairs(self) -> list[PairedPiece]:
+        """Return this rank's pieces of the encoder's master weights with their averages."""
+        return [PairedPiece(value, piece.tensor, piece.start) for part in self.parts
+                for value, piece in zip(part.values, part.pieces.values(), strict=True)]  # fmt: skip
 
 
 class _Part:

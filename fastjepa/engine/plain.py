@@ -53,7 +53,7 @@ class PlainEngine:
             return Average(target_encoder, self.jepa.encoder)
         self.optimizer = build_adamw_ema(self.jepa.encoder, self.jepa.predictor, target_encoder, self.pred_lr_scale)
         self.advance = self._advance_with_average
-        return FollowedAverage(target_encoder)
+        return FollowedAverage(target_encoder, self.jepa.encoder)
 
     def __call__(self, images: Tensor, context: Packed, blocks: Blocks) -> tuple[Tensor, Tensor]:
         """Return predictions (Q, D) and context features (T, D), as Jepa.forward."""

@@ -1,6 +1,8 @@
 """Learning rate, weight decay and EMA momentum as pure functions of the step (paper, appendix A.1)."""
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastjepa.config.schema import OptimizationConfig
@@ -44,7 +46,7 @@ class Schedule:
         else:
             lr = cosine_between(o.lr, o.final_lr, (step + 1 - warmup) / max(1, horizon - warmup))
         weight_decay = cosine_between(o.weight_decay, o.final_weight_decay, (step + 1) / max(1, horizon))
-        momentum = o.ema[0] + step * (o.ema[1] - o.ema[0]) / stretched if step < stretched else o.ema[1]
+        momentum = between_knots(o.momentum_knots, step, stretched)
         muon_lr = o.muon_lr * lr / o.lr if o.lr else 0.0
         muon_decay = cosine_between(*o.muon_weight_decay, (step + 1) / max(1, horizon))
         return StepSettings(lr, weight_decay, momentum, step, muon_lr, muon_decay)
@@ -66,6 +68,19 @@ def warmup_notes(optimization: OptimizationConfig) -> list[str]:
                 f"ends the schedules after {o.ipe_scale * o.epochs:.3g} of {o.epochs} epochs: the learning rate falls from "
                 f"{o.lr:g} to {o.final_lr:g} in one step; lower the warm-up or raise optimization.ipe_scale"]  # fmt: skip
     return []
+
+
+def between_knots(knots: Sequence[tuple[float, float]], step: int, horizon: float) -> float:
+    """Go in straight lines through knots (share of `horizon` steps, value); before the first and after the last stand still.
+
+    Example: (0.2, 0.9) and (0.4, 1.0) over 10 steps give 0.9 up to step 2, 0.95 at step 3 and 1.0 from step 4 on.
+    """
+    if step < knots[0][0] * horizon:
+        return knots[0][1]
+    for (start, low), (end, high) in itertools.pairwise(knots):
+        if step < end * horizon:
+            return low + (step - start * horizon) * (high - low) / ((end - start) * horizon)
+    return knots[-1][1]
 
 
 def cosine_between(start: float, end: float, progress: float) -> float:

@@ -35,6 +35,11 @@ JUMP = 2.0  # a loss this many times all of the three readings before
 STILL = 0.01  # k-NN accuracy above that at the start which is none
 LEARNING_STEPS = 100  # in fewer steps nothing need have been learned
 SHORT_MEMORY = 10  # steps: a target encoder that averages fewer follows the context encoder at once
+# Updates. Adam averages gradients with b = 0.9; where these are independent, an average of momentum m is
+# m sqrt((1 + m b) / ((1 - m^2)(1 - m b))) updates from the encoder: 0.9 with m = 0.5, 6.4 with 0.9, 11 with 0.95, 29 with 0.99.
+NEAR = 10.0
+FAR_AFTER = 4 * SHORT_MEMORY  # steps: before, no average need be far
+ENOUGH_MOMENTUM = 0.99
 BIG_STEP = 0.25  # Adam moves a weight by about the learning rate a step: this share of its initial size is much
 
 
@@ -57,6 +62,11 @@ def collapse_alarms(history: Sequence[Mapping[str, float]], now: StepSettings, s
         if sign.name in last and start > 0 and is_confirmed(bad):
             share = f"{values[-1] / start:.0%} of its value at the start, {start:.3g}"
             found.append(f"{sign.meaning} ({sign.name} {values[-1]:.3g}, {share}); {likely_remedy(history, now, settings)}")
+    if "ema_distance" in last and is_confirmed(near_averages(history)):
+        ranks = readings_of(history, "effective_rank")
+        found.append(f"the target encoder stays {last['ema_distance']:.2g} updates from the context encoder (ema_distance) and "
+                     f"the features do not recover (effective_rank {ranks[-1]:.3g}, {ranks[0]:.3g} at the start); "
+                     f"{likely_remedy(history, now, settings)}")  # fmt: skip
     if "knn" in last and is_confirmed(stagnant_probes(history, settings.warmup_steps)):
         start = readings_of(history, "knn")[0]
         found.append(f"stagnation, a k-NN on the features finds {last['knn']:.1%} after the warm-up, {start:.1%} at the "
@@ -75,6 +85,16 @@ def readings_of(history: Iterable[Mapping[str, float]], name: str) -> list[float
 def is_confirmed(bad: Sequence[bool]) -> bool:
     """Return whether the last reading is the second bad one in a row."""
     return list(bad[-2:]) == [True, True] and list(bad[-3:]) != [True] * 3
+
+
+def near_averages(history: Sequence[Mapping[str, float]]) -> list[bool]:
+    """Return for each distance of the average, from FAR_AFTER steps on, whether it is near while the features have fewer
+    directions than at the start.
+    """
+    start = (readings_of(history, "effective_rank") or [0.0])[0]
+    watched = [entry for entry in history if {"ema_distance", "effective_rank"} <= entry.keys() and entry["step"] >= FAR_AFTER]
+    pairs = zip(readings_of(watched, "ema_distance"), readings_of(watched, "effective_rank"), strict=True)
+    return [distance < NEAR and not rank >= start for distance, rank in pairs]
 
 
 def stagnant_probes(history: Sequence[Mapping[str, float]], warmup_steps: float) -> list[bool]:
@@ -104,9 +124,10 @@ def likely_remedy(
     objective.
     """
     memory = 1 / max(1 - now.ema_momentum, 1e-9)  # steps
-    if memory < SHORT_MEMORY:
+    near = near_averages(history)[-1:] == [True] and now.ema_momentum < ENOUGH_MOMENTUM
+    if memory < SHORT_MEMORY or near:
         return (f"the target encoder follows the context encoder within {memory:.0f} steps: raise optimization.ema "
-                f"(now {now.ema_momentum:.3g}) to 0.99 or more")  # fmt: skip
+                f"(now {now.ema_momentum:.3g}) to {ENOUGH_MOMENTUM} or more")  # fmt: skip
     peak = settings.peak_lr
     if peak > BIG_STEP * INITIAL_STD or any(loss_jumps(readings_of(history, "loss"))):
         return f"the steps are too large: lower optimization.lr (peak {peak:.2g}) or raise optimization.warmup"

@@ -155,6 +155,7 @@ def _console_line(record: Mapping[str, Any], total: int, left: float) -> str:
     for name, label, form in (
         ("loss", "loss", ".4f"), ("lr", "lr", ".2e"), ("ema_momentum", "momentum", ".4f"), ("images_per_s", "img/s", ".1f"),
         ("mfu", "MFU", ".1%"), ("memory_gib", "GiB", ".2f"), ("feature_std", "std", ".3f"), ("effective_rank", "rank", ".1f"),
+        ("ema_distance", "distance", ".3g"),
         ("lidar", "LiDAR", ".1f"), ("knn", "k-NN", ".1%"),
     ):  # fmt: skip
         if record.get(name) is not None:

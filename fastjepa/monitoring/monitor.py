@@ -1,9 +1,10 @@
 """The monitor: readings of the target encoder's features while a run goes on, and the warnings they give rise to.
 
 Two kinds of readings go to the log. Every `logging.monitor_every` steps the features a step has made anyway are
-measured (`feature_std`, `effective_rank`). Probes show the target encoder a fixed set of images: their RankMe, LiDAR and,
-where there are labels, an online k-NN. They fall at the start, at the end and at least twice between. When to look is a
-function of the step, whatever was resumed; only the rank that writes the log looks, and nothing here talks between ranks.
+measured (`feature_std`, `effective_rank`), and how far the encoder is from its average (`ema_distance`). Probes show the
+target encoder a fixed set of images: their RankMe, LiDAR and, where there are labels, an online k-NN. They fall at the
+start, at the end and at least twice between. When to look is a function of the step, whatever was resumed. Only the rank
+that writes the log looks; of the distance every rank measures its part.
 """
 
 import math
@@ -19,6 +20,7 @@ from fastjepa.config.schema import Config
 from fastjepa.data.crops import CROP_TRIES, crop_box, crop_image, fit_to
 from fastjepa.data.decode_pillow import DecodeError, decode_image
 from fastjepa.data.sources import Source
+from fastjepa.engine.average import Average, FollowedAverage, ShardedAverage
 from fastjepa.engine.precision import COMPUTE_DTYPES, autocast_of
 from fastjepa.engine.schedule import StepSettings
 from fastjepa.errors import SplitError, UserError
@@ -28,12 +30,13 @@ from fastjepa.evals.knn import knn_classify
 from fastjepa.evals.scoring import Features
 from fastjepa.model.jepa import NetworkShape
 from fastjepa.monitoring.alarms import AlarmSettings, collapse_alarms
+from fastjepa.monitoring.ema_distance import EmaDistance
 from fastjepa.plan.flops import encoder_flops
 
 BANK_IMAGES, QUERY_IMAGES, NEIGHBOURS = 1024, 512, 20  # images the k-NN may look at, images it must classify, votes
 LIDAR_VIEWS = 8  # of an image, for LiDAR
 FEWEST_PROBES, LEAST_SHARE = 4, 1 / 8  # of a run, and of those images where a run is too short for four full probes
-READING_NAMES = ("feature_std", "effective_rank", "image_std", "image_rank", "lidar", "knn")
+READING_NAMES = ("feature_std", "effective_rank", "ema_distance", "image_std", "image_rank", "lidar", "knn")
 
 
 @dataclass(frozen=True)
@@ -242,9 +245,10 @@ class Monitor:
         history: the entries of a resumed run's log, () for a new one.
     """
 
-    def __init__(self, config: Config, source: Source, target_encoder: nn.Module, plan: ProbePlan, steps_per_epoch: int,
-                 history: Iterable[Mapping[str, float]]):  # fmt: skip
-        self.config, self.source, self.encoder = config, source, target_encoder
+    def __init__(self, config: Config, source: Source, average: Average | FollowedAverage | ShardedAverage, plan: ProbePlan,
+                 steps_per_epoch: int, history: Iterable[Mapping[str, float]]):  # fmt: skip
+        self.config, self.source, self.encoder = config, source, average.target_encoder
+        self.distance = EmaDistance(average, self._monitors)
         self.plan = plan
         self.history = [dict(entry) for entry in history if not entry.keys().isdisjoint(READING_NAMES)]
         warmup_steps = config.optimization.warmup * steps_per_epoch
@@ -255,18 +259,24 @@ class Monitor:
     def due(self, step: int) -> bool:
         return self._monitors(step) or self.plan.due(step)
 
-    def look(self, step: int, target: Tensor, loss: Tensor, now: StepSettings) -> tuple[dict[str, float], list[str]]:
+    def look(
+        self, step: int, target: Tensor, loss: Tensor, now: StepSettings, apart: Tensor | None
+    ) -> tuple[dict[str, float], list[str]]:
         """Take the readings that are due after `step` steps: what to log, by name, and what to tell the user.
 
         Args:
             target: (U, D) target features of the last micro-batch.
             loss: 0-dim, of this step.
+            apart: (2,) as EmaDistance.after returns them.
         """
         if target.is_cuda:
             torch.cuda.synchronize(target.device)  # the steps still under way are no cost of the readings
         start, found, notes = time.perf_counter(), {}, []
         if self._monitors(step):
             found |= {"feature_std": feature_std(target), "effective_rank": effective_rank(target)}
+            from_average, update = apart.tolist()
+            if update:  # a step that was skipped has none
+                found["ema_distance"] = math.sqrt(from_average / update)
         if self.plan.due(step):
             if self.probe is None:
                 self.probe = gather_probe(self.config, self.source, self.plan.share)

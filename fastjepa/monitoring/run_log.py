@@ -33,6 +33,7 @@ class RunLog(Log):
         for note in notes:
             self.message(note)
         self.monitor = monitor
+        monitor.distance.keep(self.start_step)
 
     def has_line(self, step: int) -> bool:
         """Return whether `step` gets a line: also where readings fall, so that each stands at its own step."""
@@ -40,9 +41,10 @@ class RunLog(Log):
 
     def record(self, step: int, tally: StepTally, now: StepSettings, skips: Skips, extras: dict[str, float | Tensor]) -> None:
         """Record that `step` steps have been taken; a line and readings are made where they are due."""
+        apart = self.monitor.distance.after(step)  # every rank takes part
         if self.writes and self.monitor.due(step):  # the ranks that do not write the log go on meanwhile
             with self.pause():
-                readings, notes = self.monitor.look(step, tally.features, tally.loss, now)
+                readings, notes = self.monitor.look(step, tally.features, tally.loss, now, apart)
             self.hold(readings)
             for note in notes:
                 self.message(note)

@@ -24,6 +24,7 @@ CHARTED_READINGS = [ChartedReading(*row) for row in (
     ("loss", "Loss", "Learning", ".4f", "Alone it shows nothing: a collapsed network predicts its target perfectly."),
     ("effective_rank", "Effective rank of patch features", "Learning", ".1f", "Under half of its start: collapse."),
     ("feature_std", "Spread of patch features", "Learning", ".3f", "Under a quarter of its start: all patches look alike."),
+    ("ema_distance", "Distance from encoder to target encoder", "Learning", ".1f", "In updates; near 0: it follows at once."),
     ("knn", "Online k-NN accuracy", "Learning", ".1%", "Of some hundred images: a pulse, not a result."),
     ("image_rank", "Effective rank of image features", "Learning", ".1f", "As for patches, over images."),
     ("image_std", "Spread of image features", "Learning", ".3f", "As for patches, over images."),

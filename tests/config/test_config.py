@@ -68,6 +68,9 @@ def refusal(folder: Path, raw: object, *overrides: str) -> str:
     return message
 
 
+MOMENTA = ("two numbers in [0, 1], or one or more knots [share of the run, momentum], both in [0, 1], whose shares rise from "
+           "each to the next")  # fmt: skip
+
 # What loads
 
 
@@ -114,6 +117,24 @@ def test_a_whole_number_is_a_float_where_one_is_asked_for():
     loaded = config_from_dict({"optimization": {"warmup": 40, "ema": [1, 1]}})
     assert isinstance(loaded.optimization.warmup, float)
     assert loaded.optimization.ema == (1.0, 1.0)
+
+
+def test_momenta_are_two_or_at_knots(tmp_path):
+    """Both forms are read from files and overrides, and written so that they are read back."""
+    for text, knots in (
+        ("[0.9, 1]", ((0.0, 0.9), (1.0, 1.0))),
+        ("[[0,0.95],[1,1.0]]", ((0.0, 0.95), (1.0, 1.0))),
+        ("[[0, 0.95], [1e-1, 0.999], [1, 0.9995]]", ((0.0, 0.95), (0.1, 0.999), (1.0, 0.9995))),
+        ("[[0.3, 0.5]]", ((0.3, 0.5),)),
+    ):
+        loaded = load_config(written(tmp_path, OFFICIAL), [f"optimization.ema={text}"])
+        assert loaded.optimization.momentum_knots == knots
+        assert load_config(written(tmp_path, f"optimization: {{ema: {text}}}")).optimization.ema == loaded.optimization.ema
+        assert load_config(written(tmp_path, loaded.to_dict())) == loaded
+        assert json.loads(json.dumps(loaded.to_dict())) == loaded.to_dict(), "lists at every depth"
+    message = refusal(tmp_path, {"optimization": {"ema": [[0, 0.9, 1], [1, 1, 1]]}})
+    assert "must be [a finite number, a finite number] or a list of [a finite number, a finite number]" in message
+    assert "must be [a finite number, a finite number] or a list" in refusal(tmp_path, "", "optimization.ema=[0.9,[1,1]]")
 
 
 def test_sequences_become_tuples():
@@ -321,7 +342,13 @@ def test_a_wrong_type_is_refused_in_words(tmp_path, section, name, value, wanted
         ("meta", "depth", 0, "greater than 0"),
         ("optimization", "lr", -1e-3, "0 or greater"),
         ("optimization", "ipe_scale", 0, "greater than 0"),
-        ("optimization", "ema", [0.996, 1.1], "two numbers in [0, 1]"),
+        ("optimization", "ema", [0.996, 1.1], MOMENTA),
+        ("optimization", "ema", [], MOMENTA),
+        ("optimization", "ema", [[0, 0.9], [0.5, 1.1]], MOMENTA),
+        ("optimization", "ema", [[0, 0.9], [0.5, 0.99], [0.5, 1.0]], MOMENTA),
+        ("optimization", "ema", [[0.5, 0.9], [0.2, 0.99]], MOMENTA),
+        ("optimization", "ema", [[-0.1, 0.9]], MOMENTA),
+        ("optimization", "ema", [[0, 0.9], [1.5, 0.99]], MOMENTA),
         ("logging", "every", 0, "greater than 0"),
         ("loss", "regularizer_weight", -0.1, "0 or greater"),
         ("runtime", "seed", -1, "in [0, 2**64)"),

@@ -22,6 +22,7 @@ from fastjepa.config.load import config_from_dict
 from fastjepa.engine.plain import PlainEngine
 from fastjepa.engine.schedule import StepSettings
 from fastjepa.model.jepa import build_pair
+from fastjepa.monitoring.ema_distance import EmaDistance
 
 config = config_from_dict({
     "data": {"crop_size": 16, "batch_size": 2}, "mask": {"patch_size": 4},
@@ -40,21 +41,26 @@ def build():
 
 
 engine, average, state = build()
+distance, squares = EmaDistance(average, lambda step: True), []
 for step in range(steps):
     if step == restart:  # through a checkpoint, into an engine that has not stepped
         written = save_checkpoint(folder, state)
         engine, average, state = build()
         restore_checkpoint(written, state)
+        distance = EmaDistance(average, lambda step: True)
     random = torch.Generator().manual_seed(step)
     for p in engine.parameters:
         p.grad = torch.randn(p.shape, generator=random)
     if step in (3, 4):
         engine.parameters[2].grad.view(-1)[0] = float("nan")
+    distance.keep(step)
     now = StepSettings(lr=1e-3 * (1 + step % 5), weight_decay=0.1 + 0.01 * step, ema_momentum=0.9 + 0.004 * step)
     average.update(now.ema_momentum, engine.step(now))
+    squares.append(distance.after(step + 1).tolist())
     state.step += 1
 saved = save_checkpoint(folder, state)
-print(json.dumps({"optimizer": type(engine.optimizer).__name__, "average": type(average).__name__, "saved": str(saved)}))
+print(json.dumps({"optimizer": type(engine.optimizer).__name__, "average": type(average).__name__, "saved": str(saved),
+                  "squares": squares}))
 """
 
 
@@ -93,5 +99,8 @@ def test_twenty_steps_in_one_pass_are_those_of_adamw_and_the_average(runs, name)
         assert found.keys() == expected.keys()
         for key, value in expected.items():
             torch.testing.assert_close(found[key], value, rtol=2e-6, atol=1e-7, msg=lambda text, key=key: f"{key}: {text}")
+    apart, found = (torch.tensor(runs[run]["squares"]) for run in ("apart", name))
+    torch.testing.assert_close(found, apart, rtol=1e-4, atol=0)
+    assert [step for step, (_, update) in enumerate(found) if not update] == [3, 4], "what the distance is counted in"
     steps = {float(value) for key, value in expected.items() if key.endswith(".step")}
     assert steps == {18.0}, "two of the twenty were not finite"

@@ -2,8 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as some
 
+from fastjepa.config.load import config_from_dict
 from fastjepa.config.schema import OptimizationConfig
 from fastjepa.engine.schedule import Schedule, cosine_between, warmup_notes
 
@@ -53,6 +57,30 @@ def test_schedules_that_end_before_the_run_stay_at_their_last_values(scale, ema)
     for now in settings[math.ceil(scale * 50) :]:
         assert now.ema_momentum == ema[1] and now.weight_decay == pytest.approx(0.4)
         assert now.step < 10 or now.lr == pytest.approx(1e-6), "the warm-up of 10 steps is not cut"
+
+
+momenta = some.floats(0, 1)
+
+
+@given(first=momenta, last=momenta, steps=some.integers(1, 300), scale=some.floats(0.01, 3))
+def test_two_momenta_are_the_official_line_to_the_bit_and_knots_at_both_ends_are_the_same(first, last, steps, scale):
+    line, knots = (Schedule(OptimizationConfig(epochs=1, ema=ema, ipe_scale=scale), steps)
+                   for ema in ((first, last), ((0.0, first), (1.0, last))))  # fmt: skip
+    for step in range(steps):
+        expected = first + step * (last - first) / (scale * steps) if step < scale * steps else last
+        assert line(step).ema_momentum == knots(step).ema_momentum == expected
+
+
+@given(shares=some.lists(some.integers(0, 1000), min_size=1, max_size=5, unique=True).map(sorted), data=some.data(),
+       steps=some.integers(1, 300), scale=some.sampled_from([0.3, 1.0, 1.25]))  # fmt: skip
+def test_the_momentum_goes_straight_from_knot_to_knot_and_stands_still_outside(shares, data, steps, scale):
+    values = data.draw(some.lists(momenta, min_size=len(shares), max_size=len(shares)))
+    knots = [[share / 1000, value] for share, value in zip(shares, values, strict=True)]
+    optimization = config_from_dict({"optimization": {"epochs": 1, "ema": knots, "ipe_scale": scale}}).optimization
+    found = [Schedule(optimization, steps)(step).ema_momentum for step in range(steps)]
+    xs = [share / 1000 * scale * steps for share in shares]
+    assert found == pytest.approx(np.interp(range(steps), xs, values).tolist(), abs=1e-9)
+    assert all(min(values) <= momentum <= max(values) for momentum in found)
 
 
 def test_no_warm_up_starts_at_the_full_rate():

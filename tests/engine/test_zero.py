@@ -27,7 +27,7 @@ from fastjepa.ranks.shard import Piece
 from fastjepa.ranks.world import World
 from fastjepa.run.build import build_engine
 from tests.support import ranks
-from tests.support.runs import TINY, lines, losses, trained
+from tests.support.runs import TINY, distances, lines, losses, trained
 
 WHOLE = ["optimization.epochs=4", "optimization.pred_lr_scale=4"]  # 20 steps of 8 images; groups of different rates
 ONE = World(0, 0, 1, torch.device("cpu"))
@@ -65,6 +65,7 @@ def one(toy_config, tmp_path_factory):
 def test_every_stage_gives_the_run_of_one_process(toy_config, one, tmp_path, count, stage):
     entries = sharded(toy_config, tmp_path, count, stage, *(["runtime.micro_batch=2"] if count == 2 else []))
     assert losses(entries) == pytest.approx(losses(one[1]), rel=1e-5)
+    assert distances(entries) == pytest.approx(distances(one[1]), rel=1e-3)
     assert displacement_error(tmp_path, one[0]) < 1e-3
 
 

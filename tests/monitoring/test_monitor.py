@@ -343,14 +343,14 @@ def test_a_probe_classifies_what_can_be_told_apart(file):
 def test_a_run_logs_its_readings_and_their_cost_and_is_not_changed_by_them(file, tmp_path, capsys):
     entries = trained(file, tmp_path / "watched")
     at = {name: [entry["step"] for entry in entries if name in entry] for name in (*READING_NAMES, "monitor_share")}
-    assert at["feature_std"] == at["effective_rank"] == at["monitor_share"] == [1, *range(4, 37, 4)], (
+    assert at["feature_std"] == at["effective_rank"] == at["ema_distance"] == at["monitor_share"] == [1, *range(4, 37, 4)], (
         "a line at each step with readings"
     )
     assert all(at[name] == [1, 8, 16, 24, 32, 36] for name in ("image_std", "image_rank", "lidar", "knn"))
     assert all(0 < entry["monitor_share"] < 1 for entry in entries if "monitor_share" in entry)
     out = capsys.readouterr().out
     assert out.count("probes after step 1, every 8 and step 36: a k-NN of 16 other training images") == 1
-    assert "LiDAR" in out and "k-NN 1" in out and "warning" not in out
+    assert "LiDAR" in out and "distance 0.99" in out and "k-NN 1" in out and "warning" not in out
     plain = trained(file, tmp_path / "plain", "logging.monitor_every=0", "logging.probe_every=0")
     assert not any(name in entry for entry in plain for name in READING_NAMES)
     first, second = (tmp_path / run / "checkpoints/jepa-00000036/target_encoder.safetensors" for run in ("watched", "plain"))
@@ -358,11 +358,12 @@ def test_a_run_logs_its_readings_and_their_cost_and_is_not_changed_by_them(file,
 
 
 def test_a_resumed_run_takes_the_same_readings(file, tmp_path, capsys):
-    whole = trained(file, tmp_path / "whole", "--max-steps", 20, "logging.checkpoint_every=9", "logging.keep_last=9")
+    """It goes on just before step 12, whose update it could not know otherwise."""
+    saving = ("logging.checkpoint_every=11", "logging.keep_last=9")
+    whole = trained(file, tmp_path / "whole", "--max-steps", 20, *saving)
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
-    for step in (18, 20):
-        shutil.rmtree(tmp_path / f"parts/checkpoints/jepa-{step:08}")
-    parts = trained(file, tmp_path / "parts", "--max-steps", 20, "logging.checkpoint_every=9", "logging.keep_last=9")
+    shutil.rmtree(tmp_path / "parts/checkpoints/jepa-00000020")
+    parts = trained(file, tmp_path / "parts", "--max-steps", 20, *saving)
     assert "resuming from" in capsys.readouterr().out and readings(parts) == readings(whole)
 
 

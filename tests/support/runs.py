@@ -43,6 +43,11 @@ def losses(entries: list[dict]) -> list[float]:
     return [entry["loss"] for entry in entries]
 
 
+def distances(entries: list[dict]) -> list[float]:
+    """The distances of the average, in updates, where they were read."""
+    return [entry["ema_distance"] for entry in entries if "ema_distance" in entry]
+
+
 def lines(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
