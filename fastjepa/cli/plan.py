@@ -97,8 +97,6 @@ def print_plan(found: dict) -> None:
     for column in table.columns[1:-1]:
         column.justify = "right"
     for name, note in MEMORY_ROWS.items():
-        if name not in next(iter(stages.values())):
-            continue  # there is no teacher
         numbers = (f"{needs[name] / 1e9:.2f}" for needs in stages.values())
         table.add_row(row_title(name), *numbers, note, end_section=name.startswith("total"))
     fits = f"in {found['usable'] / 1e9:.0f} of {found['gpu_memory'] / 1e9:.0f} GB"

@@ -96,7 +96,6 @@ def state_bytes(size: NetworkSizes, dtype: str, gpus: int, stage: int) -> dict[s
     narrow = 0 if dtype == "fp32" else 2 * size.matrices
     inside = stage < 3 or gpus == 1  # an EMA shard in the copy's own dtype lies in it
     matrices, vectors = size.teacher
-    teacher = {"teacher": compute_width(dtype) * matrices + FP32_BYTES * vectors} if matrices else {}
     doubled = FP32_BYTES * (size.encoder if dtype == "fp32" else size.encoder - size.matrices) if inside else 0
     return {
         "parameters": whole if stage < 3 else sharded + (FP32_BYTES * size.small if gpus > 1 else 0),
@@ -105,7 +104,8 @@ def state_bytes(size: NetworkSizes, dtype: str, gpus: int, stage: int) -> dict[s
         "master_weights": 0 if stage < 1 else sharded,
         "ema": FP32_BYTES * size.encoder if stage < 1 else (FP32_BYTES * size.encoder + (0 if inside else narrow)) // gpus,
         "target_copy": 0 if stage < 1 else copied_bytes(size, dtype) - doubled // gpus,
-    } | teacher
+        "teacher": compute_width(dtype) * matrices + FP32_BYTES * vectors,
+    }
 
 
 def touched_elements(size: NetworkSizes, gpus: int) -> int:
