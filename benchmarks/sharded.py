@@ -23,9 +23,10 @@ from fastjepa.engine.precision import COMPUTE_DTYPES
 from fastjepa.engine.schedule import Schedule
 from fastjepa.engine.zero import ZeroEngine
 from fastjepa.errors import UserError
+from fastjepa.plan.plan import settle_teacher
 from fastjepa.ranks.collectives import barrier, gather_objects
 from fastjepa.ranks.world import join_world, leave_world
-from fastjepa.run.build import apply_process_settings, build_engine, build_networks, build_objective
+from fastjepa.run.build import apply_process_settings, build_engine, build_networks, build_objective, place_teacher
 from fastjepa.run.step import Step
 
 STEPS, WARMUP = 3, 1  # of each start
@@ -88,11 +89,13 @@ def measure_rank(config: Config) -> dict | None:
     """Take steps on batches of this rank's own; rank 0 returns the times and the most bytes that any rank held."""
     world = join_world(config.runtime.device)
     apply_process_settings(config)
+    config, teacher = settle_teacher(config)
+    place_teacher(teacher, config, world.device)
     jepa, target_encoder = build_networks(config, world.device)
     running = build_engine(jepa, config, world, config.runtime.zero)
     average = TimedAverage(running.follow(target_encoder), world.device)
     batches = [batch.to(world.device) for batch in Work.draw(config, world.device, world.rank).packed(config)]
-    objective = build_objective(config, running, target_encoder, world)
+    objective = build_objective(config, running, target_encoder, world, teacher)
     take_step = Step(running, average, objective, COMPUTE_DTYPES[config.runtime.dtype])
     now, ms = Schedule(config.optimization, STEPS_PER_EPOCH)(0), []
     for _ in range(WARMUP + STEPS):

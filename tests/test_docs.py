@@ -186,7 +186,8 @@ def place(tmp_path_factory, request) -> Path:
     for name in ("demo", "cifar10"):
         toy(["train", "--config", name], root, Path("runs") / name)
     toy(["decoder", "runs/demo", "--data", "fashion-mnist"], root, root)
-    shutil.copytree("runs/cifar10", "runs/h14")
+    for copy in ("runs/h14", "runs/salt-teacher"):
+        shutil.copytree("runs/cifar10", copy)
     shutil.copyfile("runs/h14/config.yaml", "in1k_vith14_ep300.yaml")
     for name in ("IN1K-vit.h.14-300e.pth.tar", "jepa-ep100.pth.tar"):
         assert main(["convert", "runs/h14", name, "--to", "meta", "--steps-per-epoch", "1"]) == 0

@@ -12,6 +12,7 @@ from fastjepa.model.moments import MOMENTUM
 from tests.support import ranks
 from tests.support.images import save_image
 from tests.support.runs import lines, losses, same_weights, trained, weights, without_times
+from tests.support.teachers import write_teacher
 
 VARIANTS = {
     "each layer": ["loss.target_layers=[1,2]"],
@@ -23,9 +24,19 @@ VARIANTS = {
     "running over the mean of layers": ["loss.target_layers=[1,2]", "loss.layers=mean", "loss.normalize=running"],
     "dyntanh": ["loss.normalize=dyntanh"],
     "rotary": ["meta.positions=rope", "meta.qk_norm=true", "meta.pred_emb_dim=16", "loss.target_layers=[1,2]"],
+    "teacher": ["meta.teacher=TEACHER", "loss.target_layers=[1,3]", "loss.normalize=running"],
+    "teacher over the batch": ["meta.teacher=TEACHER", "loss.normalize=batch", "loss.visible_weight=0.5"],
     "mean of layers": ["loss.target_layers=[1,2]", "loss.layers=mean", "loss.kind=l2"],
 }
 QUIET = ["data.num_workers=0", "logging.monitor_every=0", "logging.probe_every=0"]
+
+
+def settings_of(name: str, place: Path) -> list[str]:
+    """Return a variant's settings, with a teacher of patches twice as large as the student's where it learns from one."""
+    folder = place / "teacher"
+    if any("TEACHER" in word for word in VARIANTS[name]) and not folder.exists():
+        write_teacher(folder, 8, grid=(8, 8))
+    return [*(word.replace("TEACHER", str(folder)) for word in VARIANTS[name]), *QUIET]
 
 
 def alike(ours: Path, theirs: Path, step: int) -> None:
@@ -37,13 +48,20 @@ def alike(ours: Path, theirs: Path, step: int) -> None:
         assert (found[name] - expected[name]).norm() <= 5e-3 * expected[name].norm() + 1e-6, name
 
 
-FAST = ("starved predictor", "visible", "over the batch", "running", "rotary")  # which have all keys among them but dyntanh's
+FAST = (
+    "starved predictor",
+    "visible",
+    "over the batch",
+    "running",
+    "rotary",
+    "teacher",
+)  # which have all keys among them but dyntanh's
 
 
 @pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS])
 def test_a_variant_is_resumed_to_the_bit_and_cut_into_micro_batches(toy_config, tmp_path, name):
     whole, parts, micro = (tmp_path / run for run in ("whole", "parts", "micro"))
-    settings = [*VARIANTS[name], *QUIET]
+    settings = settings_of(name, tmp_path)
     expected = trained(toy_config, whole, "--max-steps", 6, *settings)
     trained(toy_config, parts, "--max-steps", 3, *settings)
     entries = trained(toy_config, parts, "--max-steps", 6, *settings)
@@ -53,7 +71,7 @@ def test_a_variant_is_resumed_to_the_bit_and_cut_into_micro_batches(toy_config, 
     trained(toy_config, micro, "--max-steps", 6, *settings, "runtime.micro_batch=2")
     alike(micro, whole, 6)
     moments = weights(whole, 6).get("predictor.target_moments.weight")
-    assert (moments is not None) == name.startswith("running")
+    assert (moments is not None) == ("loss.normalize=running" in settings)
     assert moments is None or float(moments) == pytest.approx(1 - MOMENTUM**6)
 
 
@@ -81,10 +99,19 @@ def test_other_weights_start_with_moments_of_their_own(toy_config, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["each layer", "visible, starved and joint", "over the batch", "running over the mean of layers", "dyntanh", "rotary"],
+    [
+        "each layer",
+        "visible, starved and joint",
+        "over the batch",
+        "running over the mean of layers",
+        "dyntanh",
+        "rotary",
+        "teacher",
+        "teacher over the batch",
+    ],
 )
 def test_two_ranks_give_the_run_of_one_sharded_or_not(toy_config, tmp_path, name):
-    settings = [*VARIANTS[name], *QUIET]
+    settings = settings_of(name, tmp_path)
     trained(toy_config, tmp_path / "one", "--max-steps", 6, *settings)
     more = ["--max-steps", 6, "data.batch_size=4", "runtime.micro_batch=2", *settings]
     for stage in (0, 3):
@@ -95,9 +122,9 @@ def test_two_ranks_give_the_run_of_one_sharded_or_not(toy_config, tmp_path, name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mean of layers", "visible, starved and joint", "running", "rotary"])
+@pytest.mark.parametrize("name", ["mean of layers", "visible, starved and joint", "running", "rotary", "teacher"])
 def test_checkpointed_activations_give_the_same_bits_and_bf16_and_compile_the_same_run(toy_config, tmp_path, name):
-    settings = ["--max-steps", 3, *VARIANTS[name], *QUIET]
+    settings = ["--max-steps", 3, *settings_of(name, tmp_path)]
     plain = trained(toy_config, tmp_path / "plain", *settings)
     again = trained(toy_config, tmp_path / "again", *settings, "runtime.checkpoint_activations=true")
     assert losses(again) == losses(plain)

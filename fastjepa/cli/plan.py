@@ -22,6 +22,7 @@ MEMORY_ROWS = {
     "master_weights": "fp32, the optimizer's",
     "ema": "fp32, of the encoder",
     "target_copy": "of the target network",
+    "teacher": "frozen, whole on every rank",
     "autocast_copies": "weights in bf16",
     "communication_buffers": "buckets, gathered weights",
     "activations": "",

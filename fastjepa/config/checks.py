@@ -107,6 +107,7 @@ def _check_objective(config: Config, require: Callable[[bool, str], None]) -> No
             "meta.predictor: joint has one target for a patch, and loss.target input one for each of its blocks; "
             "change one of them")  # fmt: skip
     _check_layers(config, require)
+    _check_teacher(config, require)
     _check_context_use(config, require)
     require(loss.normalize != "dyntanh" or loss.target != "pixels" and loss.target_layers == "last",
             "loss.normalize: dyntanh is the last norm of the target network, which loss.target pixels and the blocks of "
@@ -117,15 +118,31 @@ def _check_objective(config: Config, require: Callable[[bool, str], None]) -> No
 
 def _check_layers(config: Config, require: Callable[[bool, str], None]) -> None:
     """Refuse layers of the target network that it has not, or that nobody reads."""
-    loss, depth = config.loss, config.encoder_shape[1]
+    loss, meta = config.loss, config.meta
     require(loss.layers == "each" or loss.target_layers != "last",
             "loss.layers: mean means nothing to loss.target_layers last; leave it out, or name the layers")  # fmt: skip
-    require(config.target_depth <= depth,
-            f"loss.target_layers: {config.target_depth} is no block of an encoder of {depth}; "
-            f"name blocks from 1 to {depth}")  # fmt: skip
     require(loss.target != "pixels" or loss.target_layers == "last",
             "loss.target_layers: loss.target pixels has no target network whose layers could be predicted; "
             "leave one of them out")  # fmt: skip
+    if meta.teacher is None or meta.teacher_shape:  # else the teacher's blocks are known once its file has been read
+        depth, network = config.target_network[0][1], "a teacher" if meta.teacher else "an encoder"
+        require(config.target_depth <= depth,
+                f"loss.target_layers: {config.target_depth} is no block of {network} of {depth}; "
+                f"name blocks from 1 to {depth}")  # fmt: skip
+
+
+def _check_teacher(config: Config, require: Callable[[bool, str], None]) -> None:
+    """Refuse a frozen teacher beside what replaces or ignores it."""
+    meta, loss = config.meta, config.loss
+    require(meta.teacher is not None or meta.teacher_shape is None,
+            "meta.teacher_shape: means nothing without meta.teacher; leave it out")  # fmt: skip
+    require(meta.teacher is None or loss.target != "pixels",
+            "meta.teacher: loss.target pixels asks no network for targets; leave one of them out")  # fmt: skip
+    require(meta.teacher is None or loss.normalize != "dyntanh",
+            "loss.normalize: dyntanh is the last norm of the run's own encoder, and meta.teacher gives the targets; "
+            "change one of them")  # fmt: skip
+    require(meta.teacher is None or not config.runtime.target_fp8,
+            "runtime.target_fp8: meta.teacher replaces the target network that it is for; switch it off")  # fmt: skip
 
 
 def _check_context_use(config: Config, require: Callable[[bool, str], None]) -> None:

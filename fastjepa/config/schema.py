@@ -6,10 +6,10 @@ An official key either acts or raises: nothing is accepted and ignored.
 """
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fastjepa.config.data_keys import DataConfig
 from fastjepa.config.fields import (
     ValueCheck,
     config_key,
@@ -20,10 +20,10 @@ from fastjepa.config.fields import (
     is_positive,
     is_positive_range,
     is_share,
-    is_share_or_zero,
     is_share_range,
     with_lists,
 )
+from fastjepa.errors import ConfigError
 
 # name -> (embed_dim, depth, num_heads, mlp_ratio)
 MODELS = {
@@ -35,50 +35,6 @@ MODELS = {
     "vit_giant": (1408, 40, 16, 48 / 11),
     "vit_gigantic": (1664, 48, 16, 64 / 13),
 }
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Images, their crops, and how they are loaded."""
-
-    source: str | None = config_key(
-        None, "a directory, or a data set's name (fashion-mnist, cifar10); replaces root_path + image_folder"
-    )
-    root_path: str | None = config_key(None, "official: directory that holds image_folder")
-    image_folder: str | None = config_key(None, "official: image folder below root_path")
-    batch_size: int = config_key(64, "images per rank per optimizer step", is_positive)
-    crop_size: int | tuple[int, int] = config_key(224, "side of the square training image in pixels, or [height, width]")
-    crop_scale: tuple[float, float] = config_key(
-        (0.3, 1.0), "area of the random resized crop as a share of the image", is_share_range
-    )
-    use_horizontal_flip: bool = config_key(False, "mirror every image with probability 1/2")
-    use_color_distortion: bool = config_key(False, "official key", unsupported="I-JEPA trains without it; set it to false")
-    use_gaussian_blur: bool = config_key(False, "official key", unsupported="I-JEPA trains without it; set it to false")
-    color_jitter_strength: float = config_key(0.0, "official key", unsupported="there is no colour distortion; set it to 0.0")
-    num_workers: int = config_key(8, "loader processes per rank; 0 loads in the training process", is_not_negative)
-    pin_mem: bool = config_key(True, "page-locked host memory for asynchronous copies to the GPU")
-    loader: Literal["auto", "dali", "torch"] = config_key(
-        "auto",
-        "which decoder makes images of files; auto: dali on a GPU where it is installed, else torch; idx files need none",
-    )
-    decode_threads: int | None = config_key(None, "dali: CPU threads that decode; default: as many as num_workers", is_positive)
-    prefetch: int = config_key(
-        2, "micro-batches that each loader process, and dali, makes ahead of the training step", is_positive
-    )
-    hw_decoder_load: float = config_key(
-        0.65,
-        "dali: share of the JPEGs given to a GPU's hardware decoder, where it has one",
-        is_share_or_zero,
-    )
-    max_bad: int = config_key(100, "undecodable files a run may meet before it stops", is_not_negative)
-    channels: int = config_key(3, "image channels: 1 (grey) or 3 (RGB)", ValueCheck(lambda v: v in (1, 3), "1 or 3"))
-    mean: tuple[float, ...] | None = config_key(None, "per-channel mean of pixels that count from 0 to 1; default: ImageNet's")
-    std: tuple[float, ...] | None = config_key(None, "per-channel standard deviation of the same; default: ImageNet's")
-
-    @property
-    def address(self) -> str:
-        """Return the name, path or address of the data set, the official keys joined to one path; "" where none is set."""
-        return self.source or os.path.join(self.root_path or "", self.image_folder or "")
 
 
 @dataclass(frozen=True)
@@ -146,6 +102,17 @@ class MetaConfig:
     )
     predictor_repeats: int = config_key(
         1, "of predictor_context: how often a context is drawn, each time to predict all target blocks", is_positive
+    )
+    teacher: str | None = config_key(
+        None,
+        "a frozen encoder whose features are the targets, in place of the target network's: whatever fastjepa.load_encoder "
+        "reads, of any width, depth and patch size; the average of the run's own encoder goes on for evaluation",
+    )
+    teacher_shape: tuple[int, int, int, int, int] | None = config_key(
+        None,
+        "of teacher: width, blocks, heads, width of its MLPs, patch size; a run fills it in from the file, so that its "
+        "checkpoints are read without it",
+        ValueCheck(lambda v: min(v) > 0, "five numbers greater than 0"),
     )
     use_bfloat16: bool | None = config_key(None, "official: bf16 autocast; runtime.dtype says the same")
     load_checkpoint: bool = config_key(False, "official: resume, and fail when there is nothing to resume from")
@@ -354,6 +321,16 @@ class Config:
         return self.meta.embed_dim or dim, self.meta.depth or depth, self.meta.num_heads or heads, mlp_ratio
 
     @property
+    def target_network(self) -> tuple[tuple[int, int, int, float], int]:
+        """Return the shape of the target network, as `encoder_shape` is, and its patch size: a teacher's where there is one."""
+        if self.meta.teacher is None:
+            return self.encoder_shape, self.mask.patch_size
+        if self.meta.teacher_shape is None:
+            raise ConfigError("meta.teacher_shape: is not known here, where the file of meta.teacher is not read; give it")
+        width, depth, heads, hidden, patch_size = self.meta.teacher_shape
+        return (width, depth, heads, hidden / width), patch_size
+
+    @property
     def head_dims(self) -> tuple[int, int]:
         """Return the channels of a head of the encoder and of the predictor."""
         dim, _, heads, _ = self.encoder_shape
@@ -368,7 +345,7 @@ class Config:
     def target_dim(self) -> int:
         """Return the width of a target: features, or the values of a patch."""
         pixels = self.data.channels * self.mask.patch_size**2
-        return pixels if self.loss.target == "pixels" else self.encoder_shape[0]
+        return pixels if self.loss.target == "pixels" else self.target_network[0][0]
 
     @property
     def target_layers(self) -> int:
@@ -378,7 +355,7 @@ class Config:
     @property
     def target_depth(self) -> int:
         """Return how many blocks of the target network are run."""
-        return self.encoder_shape[1] if self.loss.target_layers == "last" else self.loss.target_layers[-1]
+        return self.target_network[0][1] if self.loss.target_layers == "last" else self.loss.target_layers[-1]
 
     @property
     def predicted_dim(self) -> int:

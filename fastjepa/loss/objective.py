@@ -8,14 +8,15 @@ from fastjepa.loader.batch import Batch
 from fastjepa.loss.normalizations import NORMALIZATIONS, LayerNormalization, RunningNormalization, Target
 from fastjepa.loss.regularizers import NoRegularizer
 from fastjepa.loss.step_targets import StepTargets
-from fastjepa.loss.targets import OutputTargets, choose_targets
+from fastjepa.loss.targets import OutputTargets, TeacherTargets, choose_targets
 from fastjepa.model.moments import RunningMoments
+from fastjepa.model.vit import Encoder
 
 
 class Objective(NamedTuple):
     """The variant that a run trains."""
 
-    targets: OutputTargets | StepTargets  # by loss.target and loss.target_layers
+    targets: OutputTargets | TeacherTargets | StepTargets  # by loss.target, loss.target_layers and meta.teacher
     normalization: LayerNormalization  # by loss.normalize
     distance: str  # loss.kind: smooth_l1 or l2
     regularizer: NoRegularizer  # by loss.regularizer
@@ -25,10 +26,18 @@ class Objective(NamedTuple):
         return self.targets.surveyed(self.regularizer.surveyed(batches, step))
 
 
-def choose_objective(loss: LossConfig, regularizer: NoRegularizer, moments: RunningMoments | None = None) -> Objective:
-    """Return the objective that the config asks for; `moments` are the predictor's, for loss.normalize running."""
+def choose_objective(
+    loss: LossConfig, regularizer: NoRegularizer, moments: RunningMoments | None = None, teacher: Encoder | None = None
+) -> Objective:
+    """Return the objective that the config asks for.
+
+    Args:
+        moments: the predictor's, for loss.normalize running.
+        teacher: the encoder of meta.teacher, on the device.
+    """
     normalization = RunningNormalization(moments) if loss.normalize == "running" else NORMALIZATIONS[loss.normalize]
-    return Objective(choose_targets(loss.target, loss.target_layers), normalization, loss.kind, regularizer)
+    targets = choose_targets(loss.target, loss.target_layers)
+    return Objective(TeacherTargets(targets, teacher) if teacher else targets, normalization, loss.kind, regularizer)
 
 
 def over_micro_batches(objective: Objective, averaged: bool, compute: Callable[[Batch], Target]) -> Objective:

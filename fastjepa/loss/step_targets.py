@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastjepa.loader.batch import Batch
 from fastjepa.loss.normalizations import Target, standardised_targets
-from fastjepa.loss.targets import OutputTargets
+from fastjepa.loss.targets import OutputTargets, TeacherTargets
 from fastjepa.model.vit import Encoder
 from fastjepa_kernels.target_loss import layers_of
 
@@ -18,7 +18,7 @@ class StepTargets:
     average is predicted, 3 averages are kept.
     """
 
-    def __init__(self, targets: OutputTargets, averaged: bool, compute: Callable[[Batch], Target]):
+    def __init__(self, targets: OutputTargets | TeacherTargets, averaged: bool, compute: Callable[[Batch], Target]):
         """Take the targets, whether the average of their layers is predicted, and what computes those of a micro-batch."""
         self.targets, self.averaged, self.compute = targets, averaged, compute
         self.ready, self.shown = [], None

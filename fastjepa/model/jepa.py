@@ -35,6 +35,7 @@ class NetworkShape:
     target_depth: int  # blocks of the target network that are run
     predicted_dim: int  # width of a prediction
     form: NetworkForm
+    teacher: tuple[tuple[int, int, int, float], int] | None = None  # as `encoder`, and its patch size in pixels
 
     @classmethod
     def of(cls, config: Config) -> "NetworkShape":
@@ -43,12 +44,18 @@ class NetworkShape:
         predictor = meta.pred_emb_dim, meta.pred_depth, meta.pred_num_heads or encoder[2]
         targets = config.target_dim, config.target_layers, config.target_depth, config.predicted_dim
         form = network_form(config)
-        return cls(config.grid, config.mask.patch_size, config.data.channels, encoder, predictor, *targets, form)
+        teacher = config.target_network if meta.teacher else None
+        return cls(config.grid, config.mask.patch_size, config.data.channels, encoder, predictor, *targets, form, teacher)
 
     @property
     def tokens(self) -> int:
         """Return the patches of an image."""
         return self.grid[0] * self.grid[1]
+
+    @property
+    def target_network(self) -> tuple[tuple[int, int, int, float], int]:
+        """Return the shape of the network that makes the targets, and its patch size: the teacher's, else the encoder's."""
+        return self.teacher or (self.encoder, self.patch_size)
 
     @property
     def patch_values(self) -> int:

@@ -141,12 +141,14 @@ def _flops_of_rows(work: Workload, rows: _Rows, wanted: np.ndarray) -> Flops:
 
 
 def _target_flops(work: Workload, tokens: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
-    """Count the target network's embedding and blocks over sequences of `tokens` patches; none where pixels are predicted."""
+    """Count the embedding and blocks of the target network, or of the teacher, over sequences of `tokens` patches; none where
+    pixels are predicted.
+    """
     if not work.targets.runs_network:
         return 0.0, 0.0
-    (dim, _, _, mlp_ratio), depth = work.shape.encoder, work.shape.target_depth
+    ((dim, _, _, mlp_ratio), patch_size), depth = work.shape.target_network, work.shape.target_depth
     blocks = (depth - 1) * _block_flops(dim, mlp_ratio, tokens, tokens) + _block_flops(dim, mlp_ratio, tokens, wanted)
-    return _embed_flops(work.shape, tokens.sum()), blocks
+    return _linear_flops(tokens.sum(), work.shape.channels * patch_size**2, dim), blocks
 
 
 def _predictor_flops(shape: NetworkShape, rows: _Rows) -> float:

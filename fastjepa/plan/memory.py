@@ -34,10 +34,14 @@ class NetworkSizes:
     linear: int  # weights of linear layers: autograd keeps their bf16 copies from the forward to the backward
     small: int  # in tensors of at most SMALL_PARAMETER elements
     groups: tuple[tuple[int, ...], ...]  # of each tensor, by the groups of `build_adamw`: DeepSpeed shards each group
+    teacher: tuple[int, int] = (0, 0)  # in the matrices of a frozen teacher, and in its 1-d parameters
 
 
 def network_sizes(shape: NetworkShape, muon: bool = False) -> NetworkSizes:
-    """Count the parameters of networks of that shape, without making them; `muon` steps the hidden matrices."""
+    """Count the parameters of networks of that shape, without making them; `muon` steps the hidden matrices.
+
+    A teacher's norms of queries and keys, and the scale of its tanh, where it has them, are not counted.
+    """
     (dim, depth, heads, mlp_ratio), (narrow, pred_depth, pred_heads) = shape.encoder, shape.predictor
     patch = shape.patch_values * dim
     encoder, vectors = _layers([patch], [dim], dim, depth, round(dim * mlp_ratio))
@@ -50,6 +54,10 @@ def network_sizes(shape: NetworkShape, muon: bool = False) -> NetworkSizes:
     groups = tuple(map(tuple, (encoder, predictor, vectors, narrow_vectors)))
     counts = [count for group in groups for count in group]
     linear = sum(encoder) - patch + sum(predictor) - narrow
+    teacher = ((), ())
+    if shape.teacher:
+        (dim, depth, _, mlp_ratio), side = shape.teacher
+        teacher = _layers([shape.channels * side**2 * dim], [dim], dim, depth, round(dim * mlp_ratio))
     return NetworkSizes(
         trained=sum(counts),
         encoder=sum(encoder) + sum(vectors),
@@ -58,6 +66,7 @@ def network_sizes(shape: NetworkShape, muon: bool = False) -> NetworkSizes:
         linear=linear,
         small=sum(count for count in counts if count <= SMALL_PARAMETER),
         groups=groups,
+        teacher=(sum(teacher[0]), sum(teacher[1])),
     )
 
 
@@ -76,7 +85,7 @@ def state_bytes(size: NetworkSizes, dtype: str, gpus: int, stage: int) -> dict[s
     shard is then held once more, and an fp32 one counts for itself. ZeRO-1 shards moments, EMA and the fp32 master weights
     that it keeps beside the parameters; ZeRO-2 the gradients too, but whole tensors where a shard begins or ends in them;
     ZeRO-3 gradients and parameters, except small ones, which it holds whole beside their shards. Gradients are whole at
-    stages 0 and 1 while micro-batches add to them.
+    stages 0 and 1 while micro-batches add to them. A frozen teacher is whole on every rank, its matrices in `dtype`.
 
     Args:
         dtype: runtime.dtype, fp32 or bf16: what the target network's copy is made in. At stage 0 it computes from its EMA.
@@ -86,6 +95,7 @@ def state_bytes(size: NetworkSizes, dtype: str, gpus: int, stage: int) -> dict[s
     whole, sharded = FP32_BYTES * size.trained, FP32_BYTES * size.trained // gpus
     narrow = 0 if dtype == "fp32" else 2 * size.matrices
     inside = stage < 3 or gpus == 1  # an EMA shard in the copy's own dtype lies in it
+    matrices, vectors = size.teacher
     doubled = FP32_BYTES * (size.encoder if dtype == "fp32" else size.encoder - size.matrices) if inside else 0
     return {
         "parameters": whole if stage < 3 else sharded + (FP32_BYTES * size.small if gpus > 1 else 0),
@@ -94,6 +104,7 @@ def state_bytes(size: NetworkSizes, dtype: str, gpus: int, stage: int) -> dict[s
         "master_weights": 0 if stage < 1 else sharded,
         "ema": FP32_BYTES * size.encoder if stage < 1 else (FP32_BYTES * size.encoder + (0 if inside else narrow)) // gpus,
         "target_copy": 0 if stage < 1 else copied_bytes(size, dtype) - doubled // gpus,
+        "teacher": compute_width(dtype) * matrices + FP32_BYTES * vectors,
     }
 
 

@@ -6,8 +6,10 @@ Memory is counted by `plan.memory`, traffic by `plan.traffic`; hours are FLOPs o
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from fastjepa.config.load import config_from_dict
 from fastjepa.config.schema import Config
 from fastjepa.engine.schedule import warmup_notes
+from fastjepa.errors import ConfigError
 from fastjepa.loss.normalizations import NORMALIZATIONS
 from fastjepa.loss.targets import choose_targets
 from fastjepa.masks.layouts import Masking
@@ -18,6 +20,8 @@ from fastjepa.plan.memory import ZERO_STAGES, ActivationBytes, activation_bytes,
 from fastjepa.plan.sharding import recommend_stage, usable_bytes
 from fastjepa.plan.traffic import TRAFFIC_GPUS, traffic_rows
 from fastjepa.plan.workload import Workload
+from fastjepa.weights.pretrained import PretrainedEncoder
+from fastjepa.weights.teacher import read_teacher, teacher_shape
 
 IMAGENET_IMAGES = 1_281_167  # images of ImageNet-1k's training set
 
@@ -64,7 +68,8 @@ def plan_run(
         stages: the ZeRO stages to lay side by side.
         images: images of an epoch.
     """
-    work = workload_of(config_on_card(config))
+    config = config_on_card(config)
+    work = workload_of(config)
     usable, dtype = usable_bytes(cards.memory * 1e9), work.dtype
     activations = _Activations(work, cards.count)
     needs = {stage: _stage_needs(activations, stage, usable) for stage in stages}
@@ -98,9 +103,33 @@ def plan_traffic(config: Config, cards: Cards, gpus: Sequence[int] = TRAFFIC_GPU
 
 
 def config_on_card(config: Config) -> Config:
-    """Return the config as the cards run it: `runtime.dtype: auto` is bf16 there."""
+    """Return the config as the cards run it: `runtime.dtype: auto` is bf16 there, and the teacher's shape is known."""
+    config = with_teacher_shape(config)
     dtype = "fp32" if config.runtime.dtype == "fp32" else "bf16"
     return replace(config, runtime=replace(config.runtime, dtype=dtype))
+
+
+def settle_teacher(config: Config) -> tuple[Config, PretrainedEncoder | None]:
+    """Return the config with the shape of its teacher, and the teacher as it is read; None where the config names none.
+
+    Raises:
+        ConfigError: a teacher that cannot be read, has another shape than the config says, or does not fit its other keys.
+    """
+    name, said = config.meta.teacher, config.meta.teacher_shape
+    if name is None:
+        return config, None
+    teacher = read_teacher(name, config.grid, config.data.channels)
+    shape = teacher_shape(teacher)
+    if said not in (None, shape):
+        raise ConfigError(f"meta.teacher_shape: {list(said)} is not that of {name}, {list(shape)}; leave it out")
+    sections = config.to_dict()
+    sections["meta"]["teacher_shape"] = shape
+    return config_from_dict(sections, f"meta.teacher {name}"), teacher
+
+
+def with_teacher_shape(config: Config) -> Config:
+    """Return the config with the shape of its teacher, if it has one; its file is read where the config does not say it."""
+    return config if config.meta.teacher_shape else settle_teacher(config)[0]
 
 
 class _Activations:

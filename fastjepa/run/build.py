@@ -34,13 +34,16 @@ from fastjepa.model.fp8 import check_fp8, use_fp8
 from fastjepa.model.jepa import Jepa, build_pair
 from fastjepa.model.vit import Encoder, choose_attention, use_attention
 from fastjepa.plan.padding_cost import padding_note
-from fastjepa.plan.plan import workload_of
+from fastjepa.plan.plan import settle_teacher, workload_of
 from fastjepa.plan.sharding import check_step_targets, choose_zero_stage
+from fastjepa.ranks.collectives import gather_objects
 from fastjepa.ranks.memory import rank_memory_bytes
 from fastjepa.ranks.world import World, join_world
-from fastjepa.run.resume import checkpoint_to_resume, resume_notes, start_run
+from fastjepa.run.resume import check_teacher_path, checkpoint_to_resume, resume_notes, start_run
 from fastjepa.weights.official import adopt_training
+from fastjepa.weights.pretrained import PretrainedEncoder
 from fastjepa.weights.read import TORCH_FILES
+from fastjepa.weights.teacher import hash_of_weights, place_on_grid
 
 
 class Run(NamedTuple):
@@ -62,15 +65,18 @@ def build_run(config: Config, output: Path, resume: str, init: Path | None, deep
     dtype = settle_dtype(config.runtime.dtype, world.device)
     config = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, dtype=dtype))
     apply_process_settings(config)
+    check_teacher_path(config.meta.teacher, output)
+    config, teacher = settle_teacher(config)
     source = open_source(config.data.address)
     check_masks(Masking.of(config), config.data.batch_size * world.size)
     check_loader(config, source, world.size)
-    about = describe_run(config, world, source)
+    about = describe_run(config, world, source, teacher)
     resume = "must" if config.meta.load_checkpoint and resume == "auto" else resume
     found = checkpoint_to_resume(output, config.logging.write_tag, config.meta.read_checkpoint, resume)
     if found and found.suffix in TORCH_FILES:
         found = adopt_training(found, output / "checkpoints", about["steps_per_epoch"], about, config.logging.write_tag)
     jepa, target_encoder = build_networks(config, world.device, world.size)
+    told = place_teacher(teacher, config, world.device)
     notes = resume_notes(found, about, init) if found else start_run(jepa, target_encoder, output, about, init, world)
     stage, reason = zero_stage(config, world)
     engine = build_engine(jepa, config, world, stage, deepspeed_config)
@@ -79,13 +85,13 @@ def build_run(config: Config, output: Path, resume: str, init: Path | None, deep
     state = TrainState(0, networks, engine.optimizer, record=about, shards=engine.shards(average, networks))
     if found:
         restore_checkpoint(found, state)
-    notes += reason + run_warnings(config, world.device)
+    notes += reason + told + run_warnings(config, world.device)
     check_step_targets(workload_of(config), world.size, stage, rank_memory_bytes(world.device))
-    objective = build_objective(config, engine, average.target_encoder, world)
+    objective = build_objective(config, engine, average.target_encoder, world, teacher)
     return Run(config, world, source, engine, average, state, objective, notes)
 
 
-def describe_run(config: Config, world: World, source: Source) -> dict:
+def describe_run(config: Config, world: World, source: Source, teacher: PretrainedEncoder | None) -> dict:
     """Describe a run, for a resumed one to compare with: exactness holds on one machine, with equal versions and threads."""
     versions = {"fastjepa": __version__, "torch": torch.__version__, "python": platform.python_version()}
     decoder = "dali" if decodes_with_dali(config.data.loader, config.runtime.device, source) else "torch"
@@ -98,7 +104,15 @@ def describe_run(config: Config, world: World, source: Source) -> dict:
         "decoder": decoder,
         "world": world.size,
         "steps_per_epoch": len(source) // (config.data.batch_size * world.size),
-    }
+    } | ({"teacher": hash_on_ranks(teacher)} if teacher else {})
+
+
+def hash_on_ranks(teacher: PretrainedEncoder) -> str:
+    """Return the SHA-256 of a teacher's weights; ConfigError where ranks have read different ones."""
+    found = gather_objects(hash_of_weights(teacher))
+    if len(set(found)) > 1:
+        raise ConfigError(f"meta.teacher: ranks read different weights, of SHA-256 {', '.join(found)}; give all one file")
+    return found[0]
 
 
 def zero_stage(config: Config, world: World) -> tuple[int, list[str]]:
@@ -121,12 +135,15 @@ def attention_notes(config: Config, device: torch.device) -> list[str]:
     if device.type != "cuda" or config.runtime.attention != "auto" or config.runtime.dtype == "fp32":
         return []
     rows = zip(AttentionWays._fields, attention_ways(config, device), config.head_dims, strict=True)
-    return [
+    return [padded_note(network, way, head_dim) for network, way, head_dim in rows if way in PADDED_WAYS]
+
+
+def padded_note(network: str, way: str, head_dim: int) -> str:
+    """Return the sentence on a network whose attention pads."""
+    return (
         f"the {network}'s attention runs in {way}, which pads its sequences to the longest: no library that could do without "
         f"is here for heads of {head_dim} channels; `fastjepa doctor` says which libraries are"
-        for network, way, head_dim in rows
-        if way in PADDED_WAYS
-    ]
+    )
 
 
 def apply_process_settings(config: Config) -> None:
@@ -162,6 +179,29 @@ def build_networks(config: Config, device: torch.device, ranks: int = 1) -> tupl
         for network in pair:
             network.compile(dynamic=True)
     return pair
+
+
+def place_teacher(teacher: PretrainedEncoder | None, config: Config, device: torch.device) -> list[str]:
+    """Bring a teacher to the device, computing as `runtime` says on the run's grid; return sentences for the user.
+
+    Its matrices are in the dtype that autocast would bring them to at every forward, norms and biases in fp32.
+    """
+    if teacher is None:
+        return []
+    runtime, dtype, head_dim = config.runtime, COMPUTE_DTYPES[config.runtime.dtype], teacher.blocks[0].attn.head_dim
+    notes = place_on_grid(teacher, config.grid)
+    way = choose_attention(runtime.attention, device, dtype, head_dim, config.grid[0] * config.grid[1])
+    if device.type == "cuda" and runtime.attention == "auto" and runtime.dtype != "fp32" and way in PADDED_WAYS:
+        notes.append(padded_note("teacher", way, head_dim))
+    if runtime.cuda_graph:
+        check_cuda_graph(device, way, 1, runtime.zero)
+    use_attention(teacher.to(device), way)
+    for parameter in teacher.parameters():
+        if parameter.ndim > 1:
+            parameter.data = parameter.data.to(dtype)
+    if config.runtime.compile:
+        teacher.compile(dynamic=True)
+    return notes
 
 
 class AttentionWays(NamedTuple):
@@ -213,9 +253,14 @@ def build_engine(jepa: Jepa, config: Config, world: World, stage: int, given: Pa
     return ZeroEngine(jepa, settings, world, scale)
 
 
-def build_objective(config: Config, engine: PlainEngine | ZeroEngine, target_encoder: Encoder, world: World) -> Objective:
+def build_objective(
+    config: Config, engine: PlainEngine | ZeroEngine, target_encoder: Encoder, world: World, teacher: Encoder | None
+) -> Objective:
     """Return the objective; a regularizer looks at the whole batch with the engine's features, of every rank, and so does a
-    normalisation over the batch with the target encoder's.
+    normalisation over the batch with the targets.
+
+    Args:
+        teacher: what `place_teacher` has placed; None where the config names none.
     """
 
     def context_features(batch: Batch) -> Tensor:
@@ -227,7 +272,7 @@ def build_objective(config: Config, engine: PlainEngine | ZeroEngine, target_enc
     term = regularizer_term(loss.regularizer, loss.regularizer_weight, loss.covariance_weight, seed, world.device)
     pieces = config.data.batch_size // config.micro_batch
     regularizer = BatchRegularizer(term, pieces, world, context_features) if term else NoRegularizer()
-    objective = choose_objective(loss, regularizer, engine.jepa.predictor.target_moments)
+    objective = choose_objective(loss, regularizer, engine.jepa.predictor.target_moments, teacher)
     if loss.normalize != "batch" or pieces == 1:
         return objective
 

@@ -65,9 +65,31 @@ def telling_where_to_go_on(where: Callable[[], str]) -> Iterator[None]:
 def resume_notes(found: Path, about: dict, init: Path | None) -> list[str]:
     """Return sentences for the user of a run that is resumed: from where, and in what it differs."""
     verify_checkpoint(found, [STATE_FILE])
-    differs = record_differences(read_state(found)["record"], about)
+    saved = read_state(found)["record"]
+    check_same_teacher(saved.get("teacher"), about.get("teacher"), found)
+    differs = record_differences(saved, about)
     unused = [f"--init {init} is not used: it is for runs that start"] if init else []
     return [f"resuming from {found}", *unused, *(f"differs from the run that wrote it: {line}" for line in differs)]
+
+
+def check_same_teacher(before: str | None, now: str | None, found: Path) -> None:
+    """Raise ConfigError where a run would go on with another teacher, told by the SHA-256 of its weights, or with none."""
+    if before != now:
+        raise ConfigError(f"meta.teacher: the run in {found} has learned from {teacher_words(before)}, and now there is "
+                          f"{teacher_words(now)}; give the same weights (a checkpoint of a run stays as it is), or another "
+                          "--output")  # fmt: skip
+
+
+def teacher_words(sha256: str | None) -> str:
+    """Return the words for a teacher that a sentence names by its hash."""
+    return f"the teacher of SHA-256 {sha256}" if sha256 else "no teacher"
+
+
+def check_teacher_path(teacher: str | None, output: Path) -> None:
+    """Raise ConfigError for a teacher that lies in the output directory of the run that would learn from it."""
+    if teacher and Path(teacher).expanduser().resolve().is_relative_to(output.resolve()):
+        raise ConfigError(f"meta.teacher: {teacher} is in {output}, the directory of this run, which it would learn to copy; "
+                          "give another --output")  # fmt: skip
 
 
 def start_run(jepa: Jepa, target_encoder: Encoder, output: Path, about: dict, init: Path | None,

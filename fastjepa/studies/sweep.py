@@ -20,7 +20,7 @@ from fastjepa.config.schema import Config
 from fastjepa.errors import UserError
 from fastjepa.files import write_atomic
 from fastjepa.plan.flops import flops_per_image
-from fastjepa.plan.plan import workload_of
+from fastjepa.plan.plan import with_teacher_shape, workload_of
 from fastjepa.studies.arm import JOB_FILE, PROBED_INPUT, ROW_FILE, Arm
 from fastjepa.studies.equal_minutes import MINUTES_ARMS, MINUTES_PAPER
 from fastjepa.studies.masking import MASKING_ARMS, MASKING_PAPER
@@ -105,9 +105,10 @@ def plan_jobs(sweep: Sweep) -> list[ArmJob]:
     for seed in range(sweep.seeds):
         shared = (f"data.source={sweep.data}", *sweep.overrides, f"runtime.seed={seed}")
         # A seed draws masks of its own, and so has FLOPs of its own.
-        base = flops_per_image(workload_of(load_config(BASE_CONFIG, shared))) if study.equal == "flops" else 0.0
+        plain = load_config(BASE_CONFIG, shared)
+        base = flops_per_image(workload_of(with_teacher_shape(plain))) if study.equal == "flops" else 0.0
         for arm in study.named(sweep.arms):
-            config = load_config(BASE_CONFIG, (*shared, *arm.overrides))
+            config = with_teacher_shape(load_config(BASE_CONFIG, (*shared, *arm.overrides)))
             share = base / flops_per_image(workload_of(config)) if base else 1.0
             if PROBED_INPUT[arm.method] != "target":
                 length = {"images": 0}

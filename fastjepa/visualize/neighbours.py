@@ -101,7 +101,8 @@ def load_predictor(subject: Subject) -> nn.Module:
                         "official .pth.tar, or ask with --what for masks,pca alone")  # fmt: skip
     weights, config = networks["predictor"], subject.config
     loss = config.loss
-    if loss.target == "pixels" or loss.target_layers != "last" or loss.normalize in ("running", "dyntanh"):
+    own = loss.target != "pixels" and loss.target_layers == "last" and config.meta.teacher is None
+    if not own or loss.normalize in ("running", "dyntanh"):
         raise UserError(f"{subject.path}: its predictor learned something else than the last layer's features, with which "
                         "these pictures compare; ask with --what for masks,pca alone")  # fmt: skip
     depth = len({name.split(".")[1] for name in weights if name.startswith("predictor_blocks.")})

@@ -160,7 +160,13 @@ class PretrainedEncoder(Encoder):
         self.image_size, self.patch_size, self.channels = form.image_size, form.patch_size, form.channels
         self.mean_std, self.which, self.origin = form.mean_std, form.which, form.origin
 
-    def forward(self, images: Tensor, visible: Packed | None = None, wanted: Packed | None = None) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        visible: Packed | None = None,
+        wanted: Packed | None = None,
+        layers: tuple[int, ...] | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
         """Return features as every encoder does; UserError for what is no batch of images that this one takes."""
         shape, patch = tuple(getattr(images, "shape", ())), self.patch_size
         good = isinstance(images, Tensor) and len(shape) == 4 and shape[0] > 0 and shape[1] == self.channels
@@ -169,7 +175,7 @@ class PretrainedEncoder(Encoder):
             one = "; images[None] makes a batch of one image" if len(shape) == 3 and shape[0] == self.channels else ""
             raise UserError(f"{self.origin}: images must be a tensor (b, {self.channels}, H, W), H and W multiples of {patch}, "
                             f"not {given}{one}")  # fmt: skip
-        return super().forward(images, visible, wanted)
+        return super().forward(images, visible, wanted, layers)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Return features (b, N, D) of images (b, C, H, W), after the final norm."""

@@ -16,10 +16,17 @@ from fastjepa.loader.batch import Batch
 from fastjepa.masks.layouts import Masking
 from fastjepa.masks.packer import Packer
 from fastjepa.monitoring.skips import Skips
-from fastjepa.plan.plan import workload_of
+from fastjepa.plan.plan import settle_teacher, workload_of
 from fastjepa.ranks.collectives import max_over_ranks
 from fastjepa.ranks.world import World
-from fastjepa.run.build import apply_process_settings, build_engine, build_networks, build_objective, build_runs
+from fastjepa.run.build import (
+    apply_process_settings,
+    build_engine,
+    build_networks,
+    build_objective,
+    build_runs,
+    place_teacher,
+)
 from fastjepa.run.step import Step
 from tests.support.card_cases import tell_faults
 from tests.support.places import ROOT
@@ -41,10 +48,12 @@ def take_steps(card: FakeCard, config: Config, device: torch.device, steps: int)
     """Take steps as the loop of `train` does; AssertionError where the host waits in one, or a tensor is elsewhere."""
     world = World(0, device.index, 1, device)
     apply_process_settings(config)
+    config, teacher = settle_teacher(config)
+    place_teacher(teacher, config, device)
     jepa, target_encoder = build_networks(config, device)
     engine = build_engine(jepa, config, world, 0 if config.runtime.zero == "auto" else config.runtime.zero)
     average = engine.follow(target_encoder)
-    objective, runs = build_objective(config, engine, average.target_encoder, world), build_runs(config, engine)
+    objective, runs = build_objective(config, engine, average.target_encoder, world, teacher), build_runs(config, engine)
     step = Step(engine, average, objective, COMPUTE_DTYPES[config.runtime.dtype], runs)
     skips = Skips(device)
     card.waits.clear()

@@ -8,11 +8,12 @@ import pytest
 
 from tests.support.card_cases import lasting_faults_of
 from tests.support.places import CONFIGS
+from tests.support.teachers import write_teacher
 
 pytestmark = pytest.mark.slow
 
 SHALLOW = "meta.depth=2 meta.pred_depth=2 data.batch_size=16"
-SMALL = {name: "data.batch_size=32" for name in ("demo", "cifar10", "study")}
+SMALL = {name: "data.batch_size=32" for name in ("demo", "cifar10", "study", "salt")}
 TINY = f"vit_base16 meta.model_name=vit_tiny meta.pred_emb_dim=96 {SHALLOW}"
 CASES = {
     "presets": [f"{file.stem} {SMALL.get(file.stem, SHALLOW)}" for file in CONFIGS],
@@ -52,6 +53,21 @@ CASES = {
 @pytest.mark.parametrize("kind", CASES)
 def test_steps_do_not_wait_for_the_card(kind):
     assert lasting_faults_of("steps", "cuda:0", *CASES[kind]) == {}
+
+
+def test_steps_with_a_teacher_of_other_patches_do_not_wait_either(tmp_path):
+    """Eagerly, in a CUDA graph and compiled, where the average is not run and the teacher is the second graph."""
+    teacher = f"{TINY} meta.teacher={write_teacher(tmp_path / 'teacher', 14, grid=(16, 16), num_heads=2)}"
+    graph = "runtime.cuda_graph=true mask.truncate_group=8"
+    keys = (
+        "",
+        "loss.target_layers=[1,3] runtime.micro_batch=4",
+        "loss.target=input",
+        graph,
+        "runtime.compile=true",
+        "runtime.zero=1",
+    )
+    assert lasting_faults_of("steps", "cuda:0", *(f"{teacher} {more}" for more in keys)) == {}
 
 
 def test_steps_run_on_a_second_card():

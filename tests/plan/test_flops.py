@@ -15,6 +15,7 @@ from fastjepa.masks.packer import Packer
 from fastjepa.masks.packings import SEPARATE
 from fastjepa.model import vit
 from fastjepa.model.jepa import NetworkShape
+from fastjepa.model.vit import Encoder, use_attention
 from fastjepa.plan.flops import count_flops, encoder_flops, flops_of_packed, flops_per_image, official_flops
 from fastjepa.plan.memory import RowCounts, row_counts
 from fastjepa.plan.plan import workload_of
@@ -62,6 +63,22 @@ def test_targets_of_several_layers_match_torch(monkeypatch: pytest.MonkeyPatch, 
     packed = pack(*draw(c), packing=Masking.of(c).packing)
     monkeypatch.setattr(vit, "packed_attention", loop)
     assert_close(flops_of_packed(workload_of(c), *packed), counted(c, *packed))
+
+
+@pytest.mark.parametrize("target", ["output", "input"])
+@pytest.mark.parametrize("numbers", ["last", (2, 4)])
+@pytest.mark.parametrize("patch_size", [4, 6])
+def test_the_forward_of_a_teacher_matches_torch(monkeypatch: pytest.MonkeyPatch, patch_size: int, numbers, target: str):
+    """A network of its own width, depth and MLPs, and of patches of its own, in place of the target network's forward."""
+    c = dataclasses.replace(tiny(images=4, truncate="none"), loss=LossConfig(target=target, target_layers=numbers))
+    shape = 40, 5, 4, 104, patch_size
+    c = dataclasses.replace(c, meta=dataclasses.replace(c.meta, teacher="not read", teacher_shape=shape))
+    teacher = Encoder(c.grid, patch_size, 1, c.mean_std, (40, 5, 4, 104 / 40))
+    use_attention(teacher, "matmul")
+    packed = pack(*draw(c), packing=Masking.of(c).packing)
+    monkeypatch.setattr(vit, "packed_attention", loop)
+    assert_close(flops_of_packed(workload_of(c), *packed), counted(c, *packed, teacher))
+    assert encoder_flops(NetworkShape.of(c)) == encoder_flops(NetworkShape.of(tiny()))
 
 
 USES = {

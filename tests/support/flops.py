@@ -11,13 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastjepa.config.load import config_from_dict
 from fastjepa.config.schema import Config
 from fastjepa.loader.batch import Batch
-from fastjepa.loss.targets import choose_targets
+from fastjepa.loss.objective import choose_objective
+from fastjepa.loss.regularizers import NoRegularizer
 from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.layouts import Masking
 from fastjepa.masks.pack import pack
 from fastjepa.masks.packed import Blocks, Packed
 from fastjepa.model.jepa import build_pair
-from fastjepa.model.vit import use_attention
+from fastjepa.model.vit import Encoder, use_attention
 from fastjepa.plan.flops import Flops
 
 
@@ -43,7 +44,7 @@ def loop(q: Tensor, k: Tensor, v: Tensor, queries: Packed, keys: Packed, way: st
     return torch.cat(parts)
 
 
-def counted(config: Config, context: Packed, target: Packed, blocks: Blocks) -> Flops:
+def counted(config: Config, context: Packed, target: Packed, blocks: Blocks, teacher: Encoder | None = None) -> Flops:
     """Return what FlopCounterMode sees of each part, per image."""
     jepa, target_encoder = build_pair(config)
     for network in (jepa, target_encoder):
@@ -58,7 +59,7 @@ def counted(config: Config, context: Packed, target: Packed, blocks: Blocks) -> 
         parts.append(counter.get_total_flops() / b)
         return result
 
-    targets = choose_targets(config.loss.target, config.loss.target_layers)
+    targets = choose_objective(config.loss, NoRegularizer(), None, teacher).targets
     with torch.no_grad():
         spent(lambda: targets(target_encoder, Batch(images, context, target, blocks, bad=())))
     features = spent(lambda: jepa.encoder(images, context))

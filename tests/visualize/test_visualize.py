@@ -298,3 +298,10 @@ def test_a_predictor_of_something_else_than_the_last_layer_is_refused(place: Pat
     config = dataclasses.replace(subject.config, loss=dataclasses.replace(subject.config.loss, **loss))
     with pytest.raises(UserError, match="its predictor learned something else than the last layer's features"):
         neighbours.load_predictor(dataclasses.replace(subject, config=config))
+
+
+def test_so_is_one_that_has_learned_from_a_teacher(place: Path):
+    subject = open_subject(place / "run")
+    meta = dataclasses.replace(subject.config.meta, teacher="anywhere", teacher_shape=(32, 2, 2, 128, 8))
+    with pytest.raises(UserError, match="its predictor learned something else than the last layer's features"):
+        neighbours.load_predictor(dataclasses.replace(subject, config=dataclasses.replace(subject.config, meta=meta)))
