@@ -15,6 +15,7 @@ class AlarmSettings(NamedTuple):
     peak_lr: float
     regularized: bool  # whether loss.regularizer is any
     warmup_steps: float = 0  # until when a k-NN may stand where it stood at the start
+    averaged: bool = True  # whether the average makes the targets, rather than pixels or a frozen teacher
 
 
 class CollapseSign(NamedTuple):
@@ -62,7 +63,7 @@ def collapse_alarms(history: Sequence[Mapping[str, float]], now: StepSettings, s
         if sign.name in last and start > 0 and is_confirmed(bad):
             share = f"{values[-1] / start:.0%} of its value at the start, {start:.3g}"
             found.append(f"{sign.meaning} ({sign.name} {values[-1]:.3g}, {share}); {likely_remedy(history, now, settings)}")
-    if "ema_distance" in last and is_confirmed(near_averages(history)):
+    if settings.averaged and "ema_distance" in last and is_confirmed(near_averages(history)):
         ranks = readings_of(history, "effective_rank")
         found.append(f"the target encoder stays {last['ema_distance']:.2g} updates from the context encoder (ema_distance) and "
                      f"the features do not recover (effective_rank {ranks[-1]:.3g}, {ranks[0]:.3g} at the start); "
@@ -125,14 +126,15 @@ def likely_remedy(
     """
     memory = 1 / max(1 - now.ema_momentum, 1e-9)  # steps
     near = near_averages(history)[-1:] == [True] and now.ema_momentum < ENOUGH_MOMENTUM
-    if memory < SHORT_MEMORY or near:
+    if settings.averaged and (memory < SHORT_MEMORY or near):
         return (f"the target encoder follows the context encoder within {memory:.0f} steps: raise optimization.ema "
                 f"(now {now.ema_momentum:.3g}) to {ENOUGH_MOMENTUM} or more")  # fmt: skip
     peak = settings.peak_lr
     if peak > BIG_STEP * INITIAL_STD or any(loss_jumps(readings_of(history, "loss"))):
         return f"the steps are too large: lower optimization.lr (peak {peak:.2g}) or raise optimization.warmup"
-    if not settings.regularized:
-        return "set loss.regularizer=vicreg, lower optimization.lr or raise optimization.ema"
-    if stuck:
+    if settings.regularized and stuck:
         return "train longer (optimization.epochs), or raise optimization.lr"
-    return "raise loss.regularizer_weight, lower optimization.lr or raise optimization.ema"
+    regularizer = "raise loss.regularizer_weight" if settings.regularized else "set loss.regularizer=vicreg"
+    if not settings.averaged:
+        return f"{regularizer} or lower optimization.lr"
+    return f"{regularizer}, lower optimization.lr or raise optimization.ema"

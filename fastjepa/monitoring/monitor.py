@@ -252,7 +252,8 @@ class Monitor:
         self.plan = plan
         self.history = [dict(entry) for entry in history if not entry.keys().isdisjoint(READING_NAMES)]
         warmup_steps = config.optimization.warmup * steps_per_epoch
-        self.alarms = AlarmSettings(config.optimization.lr, config.loss.regularizer != "none", warmup_steps)
+        averaged = config.loss.target != "pixels" and config.meta.teacher is None
+        self.alarms = AlarmSettings(config.optimization.lr, config.loss.regularizer != "none", warmup_steps, averaged)
         self.seconds, self.probe = 0.0, None
         self._start = time.perf_counter()
 

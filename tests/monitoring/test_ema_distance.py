@@ -87,9 +87,9 @@ def test_a_sample_of_a_large_network_is_small_and_of_all_columns():
     assert sample_stride([torch.Size([10, 10])]) == 1
 
 
-def warnings_of(entries: list[dict], regularized: bool, warmup_steps: float) -> list[str]:
+def warnings_of(entries: list[dict], regularized: bool, warmup_steps: float, averaged: bool = True) -> list[str]:
     """Return the warnings of a run with these lines of metrics.jsonl, in order."""
-    settings, found = AlarmSettings(1e-3, regularized, warmup_steps), []
+    settings, found = AlarmSettings(1e-3, regularized, warmup_steps, averaged), []
     for number, entry in enumerate(entries, 1):
         now = StepSettings(entry["lr"], entry["weight_decay"], entry["ema_momentum"])
         found += collapse_alarms(entries[:number], now, settings)
@@ -131,6 +131,7 @@ def test_an_average_that_stays_near_warns_where_features_shrink(distances, ranks
     rows = zip((1, FAR_AFTER, FAR_AFTER + 5, FAR_AFTER + 10), distances, ranks, strict=True)
     entries = [{"step": step, "loss": 0.3, "lr": 1e-3, "weight_decay": 0.0, "ema_momentum": 0.9, "ema_distance": distance,
                 "effective_rank": rank} for step, distance, rank in rows]  # fmt: skip
+    assert not any("optimization.ema" in warning for warning in warnings_of(entries, False, 0, averaged=False))
     said = [warning for warning in warnings_of(entries, False, 0) if "ema_distance" in warning]
     assert [step_of(warning) for warning in said] == ([FAR_AFTER + 5] if warned else [])
     assert all(warning.endswith("raise optimization.ema (now 0.9) to 0.99 or more") for warning in said)
