@@ -16,7 +16,7 @@ EXTRAS = {
     "eval": ["scikit-learn>=1.4", "timm>=1.0.20"],  # logistic regression and fine-tuning; k-NN and probes need neither
     "pyarrow": ["pyarrow>=17"],  # Parquet files
     "remote": ["fsspec[http]>=2024.6", "s3fs>=2024.6", "braceexpand"],  # shards behind https:// and s3://
-    "lightly": ["lightly>=1.6"],  # loss.regularizer: sigreg and visreg
+    "lightly": ["lightly>=1.6"],  # loss.regularizer: sigreg and visreg; loss.projector
     "studies": ["lightly>=1.6", "timm>=1.0.20", "matplotlib>=3.8", "scipy>=1.11"],  # sweep: MAE, plots, the fitted curve
     "viz": ["diffusers>=0.35"],  # decoder, and visualize --what samples
     "tensorboard": ["tensorboard"],

@@ -79,9 +79,9 @@ def train(
                 with autocast_of(dtype, world.device):
                     with torch.no_grad():
                         target = objective.targets(average.target_encoder, batch)  # the upper branch of the paper's figure
-                    prediction, context = engine(batch.images, batch.context, batch.blocks)  # the lower branch
+                    prediction, context, pooled = engine(batch.images, batch.context, batch.blocks)  # the lower branch
                     loss = jepa_loss(prediction, target, batch.blocks, objective.distance, objective.normalization)
-                engine.backward(loss + objective.regularizer(context, batch.context))
+                engine.backward(loss + objective.regularizer(pooled))
                 tally.note(loss, objective.targets.watched(target, context))
             finite = engine.step(now)  # on the device: a step that is not finite changes no weight, moment or average
             average.update(now.ema_momentum, finite)

@@ -1,5 +1,6 @@
 """Variants of the objective as a user starts them: each is resumed, cut into micro-batches and shared by ranks unchanged."""
 
+import json
 import math
 from pathlib import Path
 
@@ -8,7 +9,11 @@ import torch
 
 import fastjepa
 from fastjepa.cli.main import main
+from fastjepa.config.load import load_config
+from fastjepa.evals.inputs import open_subject
+from fastjepa.model.jepa import build_pair
 from fastjepa.model.moments import MOMENTUM
+from fastjepa.visualize.neighbours import load_predictor
 from tests.support import ranks
 from tests.support.images import save_image
 from tests.support.runs import lines, losses, same_weights, trained, weights, without_times
@@ -27,6 +32,7 @@ VARIANTS = {
     "teacher": ["meta.teacher=TEACHER", "loss.target_layers=[1,3]", "loss.normalize=running"],
     "teacher over the batch": ["meta.teacher=TEACHER", "loss.normalize=batch", "loss.visible_weight=0.5"],
     "mean of layers": ["loss.target_layers=[1,2]", "loss.layers=mean", "loss.kind=l2"],
+    "projected": ["loss.regularizer=sigreg", "loss.projector=[48,16]", "mask.num_enc_masks=2"],
 }
 QUIET = ["data.num_workers=0", "logging.monitor_every=0", "logging.probe_every=0"]
 
@@ -39,23 +45,22 @@ def settings_of(name: str, place: Path) -> list[str]:
     return [*(word.replace("TEACHER", str(folder)) for word in VARIANTS[name]), *QUIET]
 
 
+def values(output: Path) -> list[float]:
+    """The losses of a run and what its regularizer adds."""
+    return [entry.get(name, 0.0) for entry in lines(output) for name in ("loss", "regularizer")]
+
+
 def alike(ours: Path, theirs: Path, step: int) -> None:
     """The same losses and weights but for rounding, which Adam makes steps of where gradients are near zero."""
-    assert losses(lines(ours)) == pytest.approx(losses(lines(theirs)), rel=2e-5)
+    assert values(ours) == pytest.approx(values(theirs), rel=2e-5)
     found, expected = weights(ours, step), weights(theirs, step)
     assert found.keys() == expected.keys()
     for name in expected:
         assert (found[name] - expected[name]).norm() <= 5e-3 * expected[name].norm() + 1e-6, name
 
 
-FAST = (
-    "starved predictor",
-    "visible",
-    "over the batch",
-    "running",
-    "rotary",
-    "teacher",
-)  # which have all keys among them but dyntanh's
+# Which have all keys among them but dyntanh's.
+FAST = ("starved predictor", "visible", "over the batch", "running", "rotary", "projected")
 
 
 @pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS])
@@ -88,6 +93,25 @@ def test_an_encoder_whose_last_norm_is_a_tanh_is_read_and_written_for_those_that
         assert said in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
+def test_a_projector_is_of_its_run_alone(toy_config, tmp_path, capsys):
+    """Weights with one start a run without it, or with one of its own; predictions and encoders are read without."""
+    standing = [f"optimization.{name}=0" for name in ("start_lr", "lr", "final_lr")]
+    for name, keys in {"a": VARIANTS["projected"], "b": ["--init", tmp_path / "a"],
+                       "c": ["--init", tmp_path / "a", *VARIANTS["projected"], *standing]}.items():  # fmt: skip
+        trained(toy_config, tmp_path / name, "--max-steps", 1, *keys, *QUIET)
+    a, b, c = (weights(tmp_path / name, 1) for name in "abc")
+    first = build_pair(load_config(toy_config, VARIANTS["projected"]))[0].predictor.projector.state_dict()
+    for name, tensor in first.items():
+        stored = f"predictor.projector.{name}"
+        assert stored not in b and torch.equal(c[stored], tensor) and not torch.equal(a[stored], tensor)
+    predictor = load_predictor(open_subject(tmp_path / "a")).state_dict()
+    assert predictor.keys() == {name.removeprefix("predictor.") for name in b if name.startswith("predictor.")}
+    assert all(torch.equal(a[f"predictor.{name}"], tensor) for name, tensor in predictor.items())
+    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "other"), "--to", "meta"]) == 2
+    assert "loss.projector has weights that the official code has not" in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "kept"), "--to", "fastjepa"]) == 0
+
+
 def test_other_weights_start_with_moments_of_their_own(toy_config, tmp_path):
     trained(toy_config, tmp_path / "a", "--max-steps", 2, *QUIET)
     for run, init in (("b", "a"), ("c", "b")):
@@ -108,21 +132,25 @@ def test_other_weights_start_with_moments_of_their_own(toy_config, tmp_path):
         "rotary",
         "teacher",
         "teacher over the batch",
+        "projected",
     ],
 )
 def test_two_ranks_give_the_run_of_one_sharded_or_not(toy_config, tmp_path, name):
-    settings = settings_of(name, tmp_path)
+    """Stage 3 holds no weight whole outside of the forward that uses it, as small as these are."""
+    sharded, settings = tmp_path / "sharded.json", settings_of(name, tmp_path)
+    zero = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
+    sharded.write_text(json.dumps({"zero_optimization": zero}))
     trained(toy_config, tmp_path / "one", "--max-steps", 6, *settings)
     more = ["--max-steps", 6, "data.batch_size=4", "runtime.micro_batch=2", *settings]
-    for stage in (0, 3):
-        words = ["--config", toy_config, "--output", tmp_path / f"zero{stage}", f"runtime.zero={stage}"]
+    for stage, given in ((0, ()), (3, ("--deepspeed_config", sharded))):
+        words = ["--config", toy_config, "--output", tmp_path / f"zero{stage}", f"runtime.zero={stage}", *given]
         ranks.succeeded(ranks.train(2, *words, *more))
-        assert losses(lines(tmp_path / f"zero{stage}")) == pytest.approx(losses(lines(tmp_path / "one")), rel=2e-5)
+        assert values(tmp_path / f"zero{stage}") == pytest.approx(values(tmp_path / "one"), rel=2e-5)
     alike(tmp_path / "zero0", tmp_path / "one", 6)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mean of layers", "visible, starved and joint", "running", "rotary", "teacher"])
+@pytest.mark.parametrize("name", ["mean of layers", "visible, starved and joint", "running", "rotary", "teacher", "projected"])
 def test_checkpointed_activations_give_the_same_bits_and_bf16_and_compile_the_same_run(toy_config, tmp_path, name):
     settings = ["--max-steps", 3, *settings_of(name, tmp_path)]
     plain = trained(toy_config, tmp_path / "plain", *settings)

@@ -20,7 +20,7 @@ from fastjepa.loader.workers import MIB, Crew
 OPTIONAL_PACKAGES = {  # (distributions, any of which will do): (what needs them, what installs them)
     ("nvidia-dali-cuda130", "nvidia-dali-cuda120"): ("data.loader: dali", "pip install 'fastjepa[dali]'"),
     ("deepspeed",): ("runtime.zero: 1 to 3", "pip install 'fastjepa[deepspeed]'"),
-    ("lightly",): ("loss.regularizer: sigreg, visreg", "pip install 'fastjepa[lightly]'"),
+    ("lightly",): ("loss.regularizer: sigreg, visreg; loss.projector", "pip install 'fastjepa[lightly]'"),
     ("tensorboard",): ("TensorBoard beside metrics.jsonl", "pip install 'fastjepa[tensorboard]'"),
     ("scikit-learn",): ("eval lowshot", "pip install 'fastjepa[eval]'"),
     ("timm",): ("eval finetune, folders that timm wrote", "pip install 'fastjepa[eval]'"),

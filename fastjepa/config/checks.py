@@ -100,6 +100,8 @@ def _check_objective(config: Config, require: Callable[[bool, str], None]) -> No
                 f"mask.{name}: means nothing to mask.strategy {mask.strategy}; leave it out, or at {default}")  # fmt: skip
     require(not runtime.cuda_graph or loss.regularizer == "none",
             "runtime.cuda_graph: not with loss.regularizer, which would pool the padding; switch one of them off")  # fmt: skip
+    require(not loss.projector or loss.regularizer != "none",
+            "loss.projector: projects features for loss.regularizer, which is none; set that, or leave it out")  # fmt: skip
     require(not runtime.cuda_graph or loss.target != "input" and loss.normalize not in ("batch", "running"),
             "runtime.cuda_graph: its padding knows no loss.target input and no loss.normalize batch or running; "
             "switch it off")  # fmt: skip

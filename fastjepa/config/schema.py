@@ -233,6 +233,11 @@ class LossConfig:
         "term on the mean-pooled context features: vicreg, variance and covariance; sigreg, LeJEPA's; visreg, scale, centre "
         "and the shape of a Gaussian",
     )
+    projector: tuple[int, ...] | None = config_key(
+        None,
+        "widths of an MLP that the pooled features pass before the regularizer, such as [256, 64]; default: none",
+        ValueCheck(lambda v: bool(v) and min(v) > 0, "widths greater than 0"),
+    )
     regularizer_weight: float = config_key(0.1, "weight of the regularizer", is_not_negative)
     covariance_weight: float = config_key(0.04, "vicreg: weight of the covariance inside the regularizer", is_not_negative)
 

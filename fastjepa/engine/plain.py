@@ -55,14 +55,14 @@ class PlainEngine:
         self.advance = self._advance_with_average
         return FollowedAverage(target_encoder, self.jepa.encoder)
 
-    def __call__(self, images: Tensor, context: Packed, blocks: Blocks) -> tuple[Tensor, Tensor]:
-        """Return predictions (Q, D) and context features (T, D), as Jepa.forward."""
+    def __call__(self, images: Tensor, context: Packed, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return predictions (Q, D), context features (T, D) and those pooled, as Jepa.forward."""
         return self.network(images, context, blocks)
 
     @torch.no_grad()
-    def features(self, images: Tensor, context: Packed, blocks: Blocks) -> Tensor:
-        """Return the context features (T, D) alone, without gradient."""
-        return self.jepa.encoder(images, context)
+    def pooled(self, images: Tensor, context: Packed, blocks: Blocks) -> Tensor:
+        """Return the pooled features alone, as a regularizer reads them, without gradient."""
+        return self.jepa.pooled(self.jepa.encoder(images, context), context)
 
     def backward(self, loss: Tensor) -> None:
         """Add a micro-batch's gradients to those of the step."""

@@ -61,14 +61,18 @@ class ZeroEngine:
         online = {name.removeprefix("encoder."): piece for name, piece in masters.items()}
         return ShardedAverage(target_encoder, online, torch.bfloat16 if self.low else torch.float32)
 
-    def __call__(self, images: Tensor, context: Packed, blocks: Blocks) -> tuple[Tensor, Tensor]:
-        """Return predictions (Q, D) and context features (T, D), as Jepa.forward."""
+    def __call__(self, images: Tensor, context: Packed, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return predictions (Q, D), context features (T, D) and those pooled, as Jepa.forward."""
         return self.network(images, context, blocks)
 
     @torch.no_grad()
-    def features(self, images: Tensor, context: Packed, blocks: Blocks) -> Tensor:
-        """Return the context features (T, D) alone; sharded weights are gathered for the whole pair or not at all."""
-        return self.network(images, context, blocks)[1] if self.stage == 3 else self.jepa.encoder(images, context)
+    def pooled(self, images: Tensor, context: Packed, blocks: Blocks) -> Tensor:
+        """Return the pooled features alone, as a regularizer reads them; sharded weights are gathered for the whole pair or
+        not at all.
+        """
+        if self.stage == 3:
+            return self.network(images, context, blocks)[2]
+        return self.jepa.pooled(self.jepa.encoder(images, context), context)
 
     def backward(self, loss: Tensor) -> None:
         """Add a micro-batch's gradients to those of the step."""

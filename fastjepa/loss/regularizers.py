@@ -8,7 +8,6 @@ from torch import Tensor
 
 from fastjepa.errors import UserError
 from fastjepa.loader.batch import Batch
-from fastjepa.masks.packed import Packed
 from fastjepa.ranks.collectives import all_gather
 from fastjepa.ranks.world import World
 from fastjepa.rng import SLICE_STREAM, torch_seed
@@ -16,17 +15,6 @@ from fastjepa.rng import SLICE_STREAM, torch_seed
 VISREG_SLICES = 4096  # lightly's default
 
 RegularizerTerm = Callable[[Tensor, int], Tensor]  # (S, D) pooled features and the step -> fp32 scalar, weighted
-
-
-def pool_sequences(features: Tensor, sequences: Packed) -> Tensor:
-    """Return the fp32 mean of each sequence: (T, D) -> (S, D).
-
-    Example: rows 1, 3, 5 with cu_seqlens 0, 2, 3 belong to sequences 0, 0, 1 and have the means 2, 5.
-    """
-    lengths = sequences.cu_seqlens.diff()
-    owner = torch.repeat_interleave(torch.arange(len(lengths), device=features.device), lengths, output_size=len(features))
-    sums = features.new_zeros(len(lengths), features.shape[1], dtype=torch.float32).index_add(0, owner, features.float())
-    return sums / lengths[:, None]
 
 
 def regularizer_term(
@@ -116,8 +104,8 @@ class NoRegularizer:
         """Return the micro-batches of a step, after a look at them where the term spans all of them."""
         return batches
 
-    def __call__(self, context: Tensor, sequences: Packed) -> Tensor | float:
-        """Return the term on the context features (T, D) of the next micro-batch, scaled for a mean over ranks."""
+    def __call__(self, pooled: Tensor | None) -> Tensor | float:
+        """Return the term on the pooled features (S, D) of the next micro-batch, scaled for a mean over ranks."""
         return 0.0
 
     def logged(self) -> dict[str, Tensor]:
@@ -133,33 +121,32 @@ class BatchRegularizer(NoRegularizer):
     micro-batch 1 of rank 1 owns the rows 24 to 31 of the 32.
     """
 
-    def __init__(self, term: RegularizerTerm, pieces: int, world: World, features: Callable[[Batch], Tensor] | None = None,
+    def __init__(self, term: RegularizerTerm, pieces: int, world: World, compute: Callable[[Batch], Tensor] | None = None,
                  gather: Callable[[Tensor], Tensor] = all_gather):  # fmt: skip
-        """Make it for `pieces` micro-batches a step; `features` computes the context features of one, without gradient."""
+        """Make it for `pieces` micro-batches a step; `compute` gives the pooled features (S, D) of one, without gradient."""
         self.term, self.pieces, self.rank, self.ranks, self.gather = term, pieces, world.rank, world.size, gather
-        self.features = features
-        self.pooled, self.piece, self.step = None, 0, 0
+        self.compute = compute
+        self.everyone, self.piece, self.step = None, 0, 0
         self.value = 0.0  # the term of the last batch, for the log
 
     def surveyed(self, batches: Iterable[Batch], step: int) -> Iterable[Batch]:
         self.step = step
         if self.pieces > 1:  # a first pass, without gradient, over all of this rank's micro-batches
             batches = list(batches)
-            self.survey([pool_sequences(self.features(batch), batch.context) for batch in batches])
+            self.survey([self.compute(batch) for batch in batches])
         return batches
 
     def survey(self, pooled: list[Tensor]) -> None:
         """Gather the (S, D) pooled features, without gradient, of all of this rank's micro-batches from every rank."""
-        self.pooled, self.piece = self.gather(torch.cat(pooled)), 0
+        self.everyone, self.piece = self.gather(torch.cat(pooled)), 0
 
-    def __call__(self, context: Tensor, sequences: Packed) -> Tensor:
-        pooled = pool_sequences(context, sequences)  # (S, D)
+    def __call__(self, pooled: Tensor) -> Tensor:
         if self.pieces == 1:
             self.survey([pooled.detach()])
         start = (self.rank * self.pieces + self.piece) * len(pooled)
         self.piece += 1
-        everyone = torch.cat((self.pooled[:start], pooled, self.pooled[start + len(pooled) :]))
-        value = self.term(everyone, self.step)
+        whole = torch.cat((self.everyone[:start], pooled, self.everyone[start + len(pooled) :]))
+        value = self.term(whole, self.step)
         self.value = value.detach()
         return self.ranks * value
 

@@ -10,6 +10,7 @@ from fastjepa.config.schema import Config
 from fastjepa.masks.packed import Blocks, Packed
 from fastjepa.model.moments import RunningMoments
 from fastjepa.model.predictor import Predictor
+from fastjepa.model.projector import build_projector, pool_sequences
 from fastjepa.model.vit import Encoder, NetworkForm
 
 NETWORKS = ("encoder", "predictor", "target_encoder")  # of a run, as checkpoints name them
@@ -35,6 +36,7 @@ class NetworkShape:
     target_depth: int  # blocks of the target network that are run
     predicted_dim: int  # width of a prediction
     form: NetworkForm
+    projector: tuple[int, ...]  # widths of its layers; none: ()
     teacher: tuple[tuple[int, int, int, float], int] | None = None  # as `encoder`, and its patch size in pixels
 
     @classmethod
@@ -44,8 +46,9 @@ class NetworkShape:
         predictor = meta.pred_emb_dim, meta.pred_depth, meta.pred_num_heads or encoder[2]
         targets = config.target_dim, config.target_layers, config.target_depth, config.predicted_dim
         form = network_form(config)
-        teacher = config.target_network if meta.teacher else None
-        return cls(config.grid, config.mask.patch_size, config.data.channels, encoder, predictor, *targets, form, teacher)
+        projector, teacher = config.loss.projector or (), config.target_network if meta.teacher else None
+        own = config.grid, config.mask.patch_size, config.data.channels
+        return cls(*own, encoder, predictor, *targets, form, projector, teacher)
 
     @property
     def tokens(self) -> int:
@@ -64,16 +67,23 @@ class NetworkShape:
 
 
 class Jepa(nn.Module):
-    """Pair that is trained: the context encoder and the predictor."""
+    """Pair that is trained: the context encoder and the predictor; a regularizer reads features pooled where `pools`."""
 
-    def __init__(self, encoder: Encoder, predictor: Predictor):
+    def __init__(self, encoder: Encoder, predictor: Predictor, pools: bool = False):
         super().__init__()
-        self.encoder, self.predictor = encoder, predictor
+        self.encoder, self.predictor, self.pools = encoder, predictor, pools
 
-    def forward(self, images: Tensor, context: Packed, blocks: Blocks) -> tuple[Tensor, Tensor]:
-        """Map images (b, C, H, W) to predictions (Q, D) and context features (T, D)."""
+    def forward(self, images: Tensor, context: Packed, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Map images (b, C, H, W) to predictions (Q, D), context features (T, D) and those pooled, as `pooled` has them."""
         features = self.encoder(images, context)
-        return self.predictor(features, context, blocks), features
+        return self.predictor(features, context, blocks), features, self.pooled(features, context)
+
+    def pooled(self, features: Tensor, context: Packed) -> Tensor | None:
+        """Return what a regularizer reads: the fp32 means (S, D) of the contexts, or (S, P) behind a projector; else None.
+
+        Example: two images with one context each give two rows, whatever their patches.
+        """
+        return self.predictor.projector(pool_sequences(features, context)).float() if self.pools else None
 
 
 def build_pair(config: Config) -> tuple[Jepa, Encoder]:
@@ -83,9 +93,12 @@ def build_pair(config: Config) -> tuple[Jepa, Encoder]:
         torch.manual_seed(config.runtime.seed)
         encoder = Encoder(shape.grid, shape.patch_size, shape.channels, config.mean_std, shape.encoder, shape.form)
         predictor = Predictor(shape.grid, shape.encoder[0], shape.predictor, shape.predicted_dim, shape.form)
+        if shape.projector:
+            predictor.projector = build_projector(shape.encoder[0], shape.projector)
     if config.loss.normalize == "running":
         averages = config.loss.layers == "mean"  # which has moments of its own
         predictor.target_moments = RunningMoments(shape.target_layers + averages, shape.target_dim)
     for network in (encoder, predictor):
         network.checkpointed = config.runtime.checkpoint_activations
-    return Jepa(encoder, predictor), copy.deepcopy(encoder).requires_grad_(False)
+    pools = config.loss.regularizer != "none"
+    return Jepa(encoder, predictor, pools), copy.deepcopy(encoder).requires_grad_(False)

@@ -26,6 +26,7 @@ class Predictor(nn.Module):
         self.predictor_blocks = nn.ModuleList(Block(dim, num_heads, 4.0, form.qk_norm) for _ in range(depth))
         self.predictor_norm = nn.LayerNorm(dim, eps=1e-6)
         self.predictor_proj = nn.Linear(dim, target_dim or embed_dim)
+        self.projector: nn.Module = nn.Identity()  # of pooled features, for a regularizer; the forward has no use for it
         self.apply(init_weights)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 

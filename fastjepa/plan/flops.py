@@ -2,11 +2,12 @@
 
 A multiply-add is 2 FLOPs and only matrix products count: linear layers, the patch embedding and attention's two
 products; a backward pass costs twice its forward, except that images need no gradient. Recomputation (activation
-checkpointing, attention backward), norms, the loss, its regularizer, optimizer and EMA are left out, as usual for MFU, and
-so is the padding of runtime.cuda_graph, which is no work that anybody wants.
+checkpointing, attention backward), norms, the loss, a regularizer's term, optimizer and EMA are left out, as usual for MFU,
+and so is the padding of runtime.cuda_graph, which is no work that anybody wants.
 """
 
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import numpy as np
 
@@ -45,6 +46,7 @@ def muon_flops(shape: NetworkShape) -> float:
     matrices = [(narrow, dim), (narrow, shape.predicted_dim)]  # predictor_embed and predictor_proj
     for width, blocks, inner in hidden:
         matrices += blocks * [*4 * [(width, width)], *2 * [(width, inner)]]  # q, k, v, proj, fc1, fc2
+    matrices += pairwise((dim, *shape.projector))
     return float(sum(5 * (4 * min(m) ** 2 * max(m) + 2 * min(m) ** 3) for m in matrices))
 
 
@@ -152,12 +154,15 @@ def _target_flops(work: Workload, tokens: np.ndarray, wanted: np.ndarray) -> tup
 
 
 def _predictor_flops(shape: NetworkShape, rows: _Rows) -> float:
-    """Count the predictor: its first block projects a table of distinct rows, its last one finishes the queries alone."""
+    """Count the predictor: its first block projects a table of distinct rows, its last one finishes the queries alone; and the
+    projector, a row for each context.
+    """
     dim, (narrow, depth, _) = shape.encoder[0], shape.predictor
     seen, queries, sequences = rows.context.sum(), rows.queries, rows.sequences
     ends = _linear_flops(seen, dim, narrow) + _linear_flops(
         queries.sum(), narrow, shape.predicted_dim
     )  # predictor_embed, predictor_proj
+    ends += sum(_linear_flops(len(rows.context), *widths) for widths in pairwise((dim, *shape.projector)))
     table = 3 * _linear_flops(seen + shape.tokens, narrow, narrow)
     first = table + _mix_flops(narrow, PREDICTOR_MLP_RATIO, sequences, queries if depth == 1 else sequences)
     if depth == 1:

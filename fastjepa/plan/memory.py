@@ -1,10 +1,11 @@
 """Closed-form memory of a training step on one rank: tensors that the engine holds between steps, and that autograd saves.
 
 Bytes of tensors. Not counted: the CUDA context, allocator rounding, the batch itself, workspaces, the short-lived tensors
-of the target network's forward, of a backward and of an optimizer step, and the regularizer.
+of the target network's forward, of a backward and of an optimizer step, and the regularizer's term.
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -50,7 +51,10 @@ def network_sizes(shape: NetworkShape, muon: bool = False) -> NetworkSizes:
     if shape.form.qk_norm:  # a scale and a bias each, as long as a head
         vectors, narrow_vectors = vectors + 4 * depth * [dim // heads], narrow_vectors + 4 * pred_depth * [narrow // pred_heads]
     out = shape.predicted_dim
-    predictor, narrow_vectors = [*predictor, narrow * out], [*narrow_vectors, out]
+    widths = (dim, *shape.projector)  # whose layers have a norm each, and the last one a bias
+    projector, scales = [a * b for a, b in pairwise(widths)], [h for h in shape.projector[:-1] for _ in range(2)]
+    predictor = [*predictor, narrow * out, *projector]
+    narrow_vectors = [*narrow_vectors, out, *scales, *shape.projector[-1:]]
     groups = tuple(map(tuple, (encoder, predictor, vectors, narrow_vectors)))
     counts = [count for group in groups for count in group]
     linear = sum(encoder) - patch + sum(predictor) - narrow
@@ -168,11 +172,13 @@ class RowCounts:
     target: int  # that the target network finishes
     sequences: int  # of the predictor's sequences
     queries: int  # that the predictor finishes
+    pooled: int = 0  # contexts, a row each to the projector
 
     @classmethod
     def of(cls, context: Packed, target: Packed, blocks: Blocks) -> "RowCounts":
         """Count the rows of what `pack` returned."""
-        return cls(len(context.idx), len(target.idx), len(blocks.sequences.idx), len(blocks.queries.idx))
+        contexts = len(context.cu_seqlens) - 1
+        return cls(len(context.idx), len(target.idx), len(blocks.sequences.idx), len(blocks.queries.idx), contexts)
 
 
 def row_counts(work: Workload, micro_batch: int, gpus: int = 1, steps: int = 4) -> RowCounts:
@@ -186,9 +192,7 @@ def row_counts(work: Workload, micro_batch: int, gpus: int = 1, steps: int = 4) 
         return RowCounts(size.context, size.target, size.sequences, size.queries)
     packer = Packer(work.masking)
     found = [RowCounts.of(*packer.packed(step, range(micro_batch), total)) for step in range(steps)]
-    return RowCounts(
-        *(max(counts) for counts in zip(*((r.context, r.target, r.sequences, r.queries) for r in found), strict=True))
-    )
+    return RowCounts(*(max(counts) for counts in zip(*map(astuple, found), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -223,6 +227,7 @@ def activation_bytes(work: Workload, count: RowCounts) -> ActivationBytes:
     loss = count.target * shape.target_layers * shape.target_dim * FP32_BYTES + 2 * count.queries * shape.predicted_dim * e
     size = LossSize(count.queries, shape.predicted_dim, count.target, shape.target_layers, shape.target_dim, e, work.pieces)
     loss += work.normalization.extra_bytes(size)
+    ends += projector_bytes(shape, count.pooled, e)
     saved = ends + sum(inside for _, inside in layers)
     return ActivationBytes(saved, ends + inputs + max(inside - kept for kept, inside in layers), loss)
 
@@ -232,25 +237,26 @@ def blocks_bytes(work: Workload, count: RowCounts) -> list[tuple[int, int]]:
     (dim, depth, heads, mlp_ratio), e = work.shape.encoder, compute_width(work.dtype)
     narrow, pred_depth, pred_heads = work.shape.predictor
     table, sequences, queries = count.context + work.shape.tokens, count.sequences, count.queries
-    encoder = (
-        count.context * dim * FP32_BYTES,
-        block_bytes(dim, heads, mlp_ratio, BlockRows(count.context, count.context, count.context), e),
-    )
-    found = [encoder] * depth
+    norms = qk_norm_bytes if work.shape.form.qk_norm else lambda *block: 0
+    rows = BlockRows(count.context, count.context, count.context)
+    inside = block_bytes(dim, heads, mlp_ratio, rows, e) + norms(rows, dim, heads, e)
+    found = [(count.context * dim * FP32_BYTES, inside)] * depth
     for i in range(pred_depth):
         read = table if i == 0 else sequences
         rows = BlockRows(read, sequences, queries if i == pred_depth - 1 else sequences)
-        found.append((read * narrow * FP32_BYTES, block_bytes(narrow, pred_heads, 4.0, rows, e)))
-    if not work.shape.form.qk_norm:
-        return found
-    rows = BlockRows(count.context, count.context, count.context)
-    last = BlockRows(table if pred_depth == 1 else sequences, sequences, queries)
-    others = [BlockRows(sequences, sequences, sequences)] * (pred_depth - 2)
-    first = [BlockRows(table, sequences, sequences)] * (pred_depth > 1)
-    more = depth * [qk_norm_bytes(rows, dim, heads, e)] + [
-        qk_norm_bytes(r, narrow, pred_heads, e) for r in (*first, *others, last)
-    ]
-    return [(given, kept + norms) for (given, kept), norms in zip(found, more, strict=True)]
+        inside = block_bytes(narrow, pred_heads, 4.0, rows, e) + norms(rows, narrow, pred_heads, e)
+        found.append((read * narrow * FP32_BYTES, inside))
+    return found
+
+
+def projector_bytes(shape: NetworkShape, rows: int, e: int) -> int:
+    """Return the bytes that the projector saves: the input of each linear layer and of each norm, and in fp32 the output of
+    each ReLU, which in fp32 is an input.
+    """
+    hidden = shape.projector[:-1]
+    inputs = (shape.encoder[0], *hidden) if shape.projector else ()
+    outputs = hidden if e < FP32_BYTES else ()
+    return rows * (sum(inputs) * e + sum(outputs) * FP32_BYTES) + sum(_norm_bytes(rows, width) for width in hidden)
 
 
 def qk_norm_bytes(rows: "BlockRows", dim: int, heads: int, e: int) -> int:

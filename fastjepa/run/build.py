@@ -263,15 +263,15 @@ def build_objective(
         teacher: what `place_teacher` has placed; None where the config names none.
     """
 
-    def context_features(batch: Batch) -> Tensor:
-        """Return the context features (T, D) of a micro-batch, without gradient."""
+    def pooled(batch: Batch) -> Tensor:
+        """Return the pooled features (S, D) of a micro-batch, without gradient."""
         with autocast_of(COMPUTE_DTYPES[config.runtime.dtype], world.device):
-            return engine.features(batch.images, batch.context, batch.blocks)
+            return engine.pooled(batch.images, batch.context, batch.blocks)
 
     loss, seed = config.loss, config.runtime.seed
     term = regularizer_term(loss.regularizer, loss.regularizer_weight, loss.covariance_weight, seed, world.device)
     pieces = config.data.batch_size // config.micro_batch
-    regularizer = BatchRegularizer(term, pieces, world, context_features) if term else NoRegularizer()
+    regularizer = BatchRegularizer(term, pieces, world, pooled) if term else NoRegularizer()
     objective = choose_objective(loss, regularizer, engine.jepa.predictor.target_moments, teacher)
     if loss.normalize != "batch" or pieces == 1:
         return objective

@@ -14,6 +14,7 @@ from fastjepa.checkpoint.directory import lack_of, latest_checkpoint, named_chec
 from fastjepa.checkpoint.state import STATE_FILE, read_state, record_differences
 from fastjepa.errors import MACHINE_FAILED, ConfigError, LoaderError, exit_code, sentence_of
 from fastjepa.model.jepa import Jepa
+from fastjepa.model.projector import PROJECTOR_PREFIX, without_projector
 from fastjepa.model.vit import Encoder
 from fastjepa.ranks.collectives import barrier
 from fastjepa.ranks.world import World
@@ -128,16 +129,19 @@ def move_aside(output: Path) -> list[str]:
 
 
 def load_initial_weights(parts: dict[str, nn.Module], init: Path) -> list[str]:
-    """Load the networks that `init` holds; a target encoder it lacks starts as the encoder. Return their names."""
+    """Load the networks that `init` holds; a target encoder it lacks starts as the encoder, a projector anew. Return their
+    names.
+    """
     given = starting_networks(init)
     if "encoder" in given:
         given.setdefault("target_encoder", given["encoder"])
     for name in given:
         network = parts[name]
         parameters = dict(network.named_parameters())
-        own = {key: value for key, value in network.state_dict().items() if key not in parameters}
-        try:  # positions are fixed and belong to this run's resolution, the moments of targets to its steps
-            network.load_state_dict(given[name] | own)
+        own = {key: value for key, value in network.state_dict().items()
+               if key not in parameters or key.startswith(PROJECTOR_PREFIX)}  # fmt: skip
+        try:  # positions are fixed and belong to this run's resolution, moments of targets and the projector to its objective
+            network.load_state_dict(without_projector(given[name]) | own)
         except RuntimeError as error:
             reason = str(error).split("\n")[1].strip()
             raise ConfigError(f"{init}: the weights do not fit the config's {name}: {reason}") from error

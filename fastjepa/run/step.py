@@ -41,8 +41,8 @@ class Step:
             with autocast_of(self.dtype, batch.images.device):
                 with torch.no_grad():
                     target = objective.targets(self.average.target_encoder, batch)
-                prediction, context = self.engine(batch.images, batch.context, batch.blocks)
+                prediction, context, pooled = self.engine(batch.images, batch.context, batch.blocks)
                 loss = jepa_loss(prediction, target, batch.blocks, objective.distance, objective.normalization)
-            self.engine.backward(loss + objective.regularizer(context, batch.context))
+            self.engine.backward(loss + objective.regularizer(pooled))
             tally.note(loss, objective.targets.watched(target, context))
         return tally

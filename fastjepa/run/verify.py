@@ -139,7 +139,7 @@ def first_step_errors(reference: ReferenceFile) -> dict[str, float]:
     with torch.no_grad():
         whole = target_encoder.features(batch.images)
         target = target_encoder(batch.images, wanted=batch.target)
-    prediction, context = engine(batch.images, batch.context, batch.blocks)
+    prediction, context, _ = engine(batch.images, batch.context, batch.blocks)
     loss = jepa_loss(prediction, target, batch.blocks)
     engine.backward(loss)
     normalised = torch.nn.functional.layer_norm(target, target.shape[-1:])
@@ -188,7 +188,7 @@ def variable_length_errors(reference: ReferenceFile) -> dict[str, float]:
     batch = reference_batch(reference["varlen.images"], context[:, None], target)
     with torch.no_grad():
         features = target_encoder(batch.images, wanted=batch.target)
-    prediction, _ = engine(batch.images, batch.context, batch.blocks)
+    prediction, *_ = engine(batch.images, batch.context, batch.blocks)
     loss = jepa_loss(prediction, features, batch.blocks)
     engine.backward(loss)
     return {

@@ -32,6 +32,7 @@ from fastjepa.masks.layouts import Masking
 from fastjepa.masks.pack import pack
 from fastjepa.model.jepa import network_form
 from fastjepa.model.predictor import Predictor
+from fastjepa.model.projector import without_projector
 from fastjepa.model.vit import use_auto_attention
 from fastjepa.rng import SPLIT_STREAM, generator
 from fastjepa.weights.read import starting_networks
@@ -99,7 +100,7 @@ def load_predictor(subject: Subject) -> nn.Module:
     if missing := [name for name in ("predictor", "encoder", "target_encoder") if not networks.get(name)]:
         raise UserError(f"{subject.path}: holds no {missing[0]}, which predictions need; give a run, its checkpoint or an "
                         "official .pth.tar, or ask with --what for masks,pca alone")  # fmt: skip
-    weights, config = networks["predictor"], subject.config
+    weights, config = without_projector(networks["predictor"]), subject.config
     loss = config.loss
     own = loss.target != "pixels" and loss.target_layers == "last" and config.meta.teacher is None
     if not own or loss.normalize in ("running", "dyntanh"):

@@ -23,7 +23,7 @@ NOW = StepSettings(lr=1e-2, weight_decay=0.1, ema_momentum=0.9)
 
 def stepped(engine: PlainEngine, poison: float | None = None) -> torch.Tensor:
     context, _, blocks = pack(*masks())
-    prediction, _ = engine(torch.ones(3, 3, 32, 32), context, blocks)
+    prediction, *_ = engine(torch.ones(3, 3, 32, 32), context, blocks)
     engine.backward(prediction.square().mean())
     if poison is not None:
         engine.parameters[7].grad.view(-1)[3] = poison
@@ -119,7 +119,7 @@ def test_micro_batches_add_up_to_the_batch(dtype):
             part = slice(start, start + size)
             context, _, blocks = pack(context_mask[part], target_mask[part], images=4)
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-                prediction, _ = engine(images[part], context, blocks)
+                prediction, *_ = engine(images[part], context, blocks)
             engine.backward((prediction.float().square().mean(dim=1) * blocks.weight).sum())
         gradients.append([p.grad for p in engine.parameters])
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
@@ -147,10 +147,10 @@ def test_a_step_never_waits_for_the_device(dtype):
 
 def test_a_step_tells_the_regularizer_its_number():
     """So that random projections are the schedule's, not those of how often a process was called."""
-    config = small(data={"batch_size": 3})
+    config = small(data={"batch_size": 3}, loss={"regularizer": "vicreg"})
     seen = []
     spread = BatchRegularizer(lambda pooled, step: seen.append(step) or pooled.sum(), 1, World(0, 0, 1, torch.device("cpu")))
-    jepa, target_encoder = perturbed_pair()
+    jepa, target_encoder = build_pair(config)
     batch = Batch(torch.ones(3, 3, 32, 32), *pack(*masks()), bad=())
     for now in (Schedule(config.optimization, 4)(step) for step in (5, 2)):
         take_step(PlainEngine(jepa), Average(target_encoder, jepa.encoder), [batch], now, config, spread)

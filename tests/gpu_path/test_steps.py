@@ -15,6 +15,7 @@ pytestmark = pytest.mark.slow
 SHALLOW = "meta.depth=2 meta.pred_depth=2 data.batch_size=16"
 SMALL = {name: "data.batch_size=32" for name in ("demo", "cifar10", "study", "salt")}
 TINY = f"vit_base16 meta.model_name=vit_tiny meta.pred_emb_dim=96 {SHALLOW}"
+PROJECTOR = "loss.projector=[64,64,32]"
 CASES = {
     "presets": [f"{file.stem} {SMALL.get(file.stem, SHALLOW)}" for file in CONFIGS],
     "objectives": [f"{TINY} {keys}" for keys in (
@@ -25,13 +26,17 @@ CASES = {
         "loss.normalize=running runtime.micro_batch=4", "loss.normalize=dyntanh", "loss.visible_weight=0.5",
         "loss.regularizer=visreg", "meta.predictor_context=0.5 meta.predictor_repeats=2",
         "mask.num_enc_masks=2", "mask.truncate=none", "mask.truncate=batch_min", "data.channels=1",
+        "meta.positions=rope meta.qk_norm=true", f"loss.regularizer=sigreg {PROJECTOR}",
+        f"loss.regularizer=vicreg {PROJECTOR} runtime.micro_batch=4",
     )],
     "compute": [
         *(f"{TINY} {keys}" for keys in (
             "runtime.micro_batch=4", "runtime.micro_batch=4 mask.num_enc_masks=2 meta.predictor=joint",
             "runtime.checkpoint_activations=true", "runtime.dtype=fp32", "runtime.attention=varlen", "runtime.attention=sdpa",
             "runtime.attention=matmul", "runtime.attention=short", "runtime.deterministic=true", "runtime.kernels=torch",
-            "optimization.pred_lr_scale=2",
+            "optimization.pred_lr_scale=2", "optimization.optimizer=muon",
+            f"optimization.optimizer=muon runtime.micro_batch=4 loss.regularizer=vicreg {PROJECTOR}",
+            f"runtime.zero=3 loss.regularizer=vicreg {PROJECTOR}",
         )),
         f"vit_base16 {SHALLOW} runtime.target_fp8=true",
         f"{TINY} runtime.zero=1", f"{TINY} runtime.zero=2 runtime.micro_batch=4", f"{TINY} runtime.zero=3",
@@ -39,13 +44,14 @@ CASES = {
     "graphs": [
         *(f"{TINY} runtime.cuda_graph=true mask.truncate_group=8 {keys}" for keys in (
             "", "runtime.micro_batch=4", "meta.predictor=joint", "runtime.attention=short", "loss.target=pixels",
-            "runtime.checkpoint_activations=true",
+            "runtime.checkpoint_activations=true", "meta.positions=rope meta.qk_norm=true", "optimization.optimizer=muon",
         )),
         f"vit_base16 {SHALLOW} runtime.cuda_graph=true mask.truncate_group=8 runtime.target_fp8=true",
     ],
     "compiled": [f"{TINY} runtime.compile=true {keys}" for keys in (
         "", "runtime.micro_batch=4 runtime.checkpoint_activations=true", "runtime.attention=short meta.predictor=joint",
-        "mask.truncate=none mask.num_enc_masks=2 loss.target=input",
+        "mask.truncate=none mask.num_enc_masks=2 loss.target=input", "meta.positions=rope meta.qk_norm=true",
+        f"loss.regularizer=sigreg {PROJECTOR}",
     )],
 }  # fmt: skip
 

@@ -35,7 +35,7 @@ def learned(config):
     batch = Batch(IMAGES, *packer.pack_drawn(drawn, STEP, range(4, 7)), bad=())
     with torch.no_grad():
         target = objective.targets(target_encoder, batch)
-    prediction, _ = jepa(batch.images, batch.context, batch.blocks)
+    prediction, *_ = jepa(batch.images, batch.context, batch.blocks)
     loss = jepa_loss(prediction, target, batch.blocks, objective.distance, objective.normalization)
     loss.backward()
     return loss, [p.grad for p in jepa.parameters()]

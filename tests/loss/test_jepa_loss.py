@@ -13,12 +13,12 @@ from fastjepa.loss.normalizations import NORMALIZATIONS, standardised_targets
 from fastjepa.loss.regularizers import (
     BatchRegularizer,
     covariance_penalty,
-    pool_sequences,
     regularizer_term,
     variance_hinge,
 )
 from fastjepa.masks.pack import pack
-from fastjepa.masks.packed import Packed, full_sequences
+from fastjepa.masks.packed import Packed
+from fastjepa.model.projector import pool_sequences
 from fastjepa.ranks.world import World, join_world, leave_world
 from tests.support import ranks
 
@@ -177,7 +177,6 @@ def test_gradients_of_the_pieces_add_up_to_the_whole(world, pieces, name):
         if pieces > 1:
             spread.survey([part.detach() for part in mine])
         for part in mine:
-            value = spread(part, full_sequences(len(part), 1))  # sequences of one row, which are their own means
-            (value / world).backward()  # DDP averages over ranks
+            (spread(part) / world).backward()  # DDP averages over ranks
         torch.testing.assert_close(spread.value, term(x, 3))
     torch.testing.assert_close(torch.cat([part.grad for part in parts]), whole.grad)

@@ -35,7 +35,7 @@ def learned(config) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor
     batch = Batch(IMAGES, *pack(*masks(), packing=Masking.of(config).packing), bad=())
     with torch.no_grad():
         target = objective.targets(target_encoder, batch)
-    prediction, context = jepa(batch.images, batch.context, batch.blocks)
+    prediction, context, _ = jepa(batch.images, batch.context, batch.blocks)
     loss = jepa_loss(prediction, target, batch.blocks, objective.distance, objective.normalization)
     loss.backward()
     return loss, [p.grad for p in jepa.parameters()], objective.targets.watched(target, context)

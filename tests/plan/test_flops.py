@@ -104,6 +104,17 @@ def test_what_the_predictor_does_with_the_context_matches_torch(monkeypatch: pyt
     assert (rows.queries == rows.sequences) == bool(loss)
 
 
+@pytest.mark.parametrize("contexts", [1, 2])
+def test_a_projector_matches_torch(monkeypatch: pytest.MonkeyPatch, contexts: int):
+    c = tiny(images=4, truncate="none", num_enc_masks=contexts)
+    wide = dataclasses.replace(c, loss=LossConfig(regularizer="vicreg", projector=(512, 384, 64)))
+    packed = pack(*draw(c))
+    monkeypatch.setattr(vit, "packed_attention", loop)
+    found, without = (flops_of_packed(workload_of(config), *packed) for config in (wide, c))
+    assert_close(found, counted(wide, *packed), 1e-9)
+    assert found.predictor_backward > 1.02 * without.predictor_backward
+
+
 def test_a_block_by_itself_is_counted_as_it_is_packed():
     c = dataclasses.replace(tiny(num_pred_masks=2), loss=LossConfig(target="input"))
     context_mask, target_mask = np.zeros((2, 1, 48), bool), np.zeros((2, 2, 48), bool)

@@ -1,4 +1,4 @@
-"""The plan against what it plans: tensors that real ranks hold and send, activations that autograd saves; and its words."""
+"""The plan against what it plans: tensors that real ranks hold and send, what the loss holds; and its words."""
 
 import dataclasses
 import gc
@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastjepa.cli.main import main
 from fastjepa.cli.plan import MEMORY_ROWS
 from fastjepa.config.load import config_from_dict
-from fastjepa.config.schema import Config, LossConfig, OptimizationConfig
+from fastjepa.config.schema import LossConfig, OptimizationConfig
 from fastjepa.engine.adamw import build_adamw
 from fastjepa.engine.deepspeed_config import BUCKET_ELEMENTS
 from fastjepa.engine.plain import PlainEngine
@@ -30,7 +30,6 @@ from fastjepa.masks.pack import pack
 from fastjepa.masks.packer import Packer
 from fastjepa.model.jepa import NetworkShape, build_pair
 from fastjepa.model.moments import RunningMoments
-from fastjepa.model.vit import use_attention
 from fastjepa.plan.datasheets import DATASHEETS
 from fastjepa.plan.flops import flops_per_image, muon_flops
 from fastjepa.plan.memory import (
@@ -38,8 +37,6 @@ from fastjepa.plan.memory import (
     ZERO_STAGES,
     RowCounts,
     activation_bytes,
-    blocks_bytes,
-    buffer_bytes,
     network_sizes,
     state_bytes,
 )
@@ -51,30 +48,13 @@ from fastjepa.ranks.world import join_world
 from fastjepa.run.build import build_engine, build_networks
 from tests.support import ranks
 from tests.support.places import ROOT
+from tests.support.plans import PROJECTED, small
 
 STATES = ("parameters", "gradients", "moments", "master_weights", "ema", "target_copy")
 SHARDED = {0: (), 1: ("moments", "master_weights", "ema"), 2: ("gradients", "moments", "master_weights", "ema")}
 FEW = [(1, 0, "fp32"), (1, 3, "fp32"), *((2, stage, "fp32") for stage in ZERO_STAGES), (2, 1, "bf16")]
 SENT = [case for case in FEW if case[0] > 1 and case[1]]  # cases whose collectives are called from Python
 MANY = [pytest.param(case, marks=pytest.mark.slow) for case in [(4, 2, "fp32"), (4, 3, "bf16")]]
-
-
-def small(dtype: str = "fp32", stage: int = 0, **runtime: object) -> Config:
-    """Large enough that the padding of shards is lost in it; two micro-batches a step."""
-    return config_from_dict(
-        {
-            "data": {"crop_size": 64, "batch_size": 4},
-            "mask": {"patch_size": 8, "min_keep": 4},
-            "meta": {"embed_dim": 256, "depth": 4, "num_heads": 4, "pred_depth": 2, "pred_emb_dim": 128},
-            "runtime": {"dtype": dtype, "device": "cpu", "attention": "sdpa", "micro_batch": 2, "zero": stage} | runtime,
-        }
-    )
-
-
-def vit(name: str, **runtime: object) -> Config:
-    """At 224 and patch 16; its two images have contexts, and its sequences lengths, alike: nothing is padded."""
-    runtime = {"dtype": "fp32", "device": "cpu", "attention": "sdpa"} | runtime
-    return config_from_dict({"data": {"batch_size": 2}, "meta": {"model_name": name}, "runtime": runtime})
 
 
 # What ranks hold and send
@@ -107,7 +87,7 @@ def report(count: int, stage: int, dtype: str) -> dict:
             with autocast_of(COMPUTE_DTYPES[c.runtime.dtype], world.device):
                 with torch.no_grad():
                     features = target_encoder(images, wanted=target)
-                prediction, seen = network(images, context, blocks)
+                prediction, seen, _ = network(images, context, blocks)
                 value = jepa_loss(prediction, features, blocks)
             network.backward(value)
             del features, prediction, seen, value
@@ -178,83 +158,6 @@ def test_traffic_is_what_ranks_send(case):
         assert ring["gather"] == pytest.approx(planned["parameters"] + planned["target_copy"], rel=0.02)
 
 
-# What autograd saves
-
-
-def saved(c: Config) -> tuple[int, RowCounts]:
-    """Bytes of distinct storages that autograd saves in a forward, without parameters and buffers."""
-    jepa, _ = build_pair(c)
-    use_attention(jepa, c.runtime.attention)
-    packed = Packer(Masking.of(c)).packed(0, range(c.micro_batch), c.micro_batch)
-    own = {t.untyped_storage().data_ptr() for t in (*jepa.parameters(), *jepa.buffers())}
-    kept = {}  # the tensors too: an address that is freed would be used again
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    images = torch.zeros(c.micro_batch, 3, *c.image_size, dtype=torch.uint8)
-    with (
-        autocast_of(COMPUTE_DTYPES[c.runtime.dtype], torch.device("cpu")),
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-    ):
-        jepa(images, packed[0], packed[2])
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), RowCounts.of(*packed)
-
-
-def shallow(c: Config, count: RowCounts) -> int:
-    """Checkpointing keeps in a forward all but the block that the backward makes anew."""
-    blocks = blocks_bytes(workload_of(c), count)
-    return activation_bytes(workload_of(c), count).checkpointed - max(inside - kept for kept, inside in blocks)
-
-
-@pytest.mark.parametrize(("loss", "meta"), [
-    ({"normalize": "dyntanh"}, {}), ({"visible_weight": 0.5}, {}), ({"visible_weight": 0.5}, {"pred_depth": 1}),
-    ({}, {"predictor_context": 0.5, "predictor_repeats": 2}),
-    ({"visible_weight": 0.5}, {"predictor_context": 0.5, "pred_depth": 1}),
-])  # fmt: skip
-def test_what_a_variant_of_the_objective_saves_is_counted(loss: dict, meta: dict):
-    c = dataclasses.replace(small("fp32"), loss=LossConfig(**loss))
-    c = dataclasses.replace(c, meta=dataclasses.replace(c.meta, **meta))
-    bytes_saved, count = saved(c)
-    assert bytes_saved == pytest.approx(activation_bytes(workload_of(c), count).saved, rel=0.01)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["vit_small", "vit_base"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_activations_are_what_autograd_saves(name: str, dtype: str):
-    """With sdpa on equal lengths, which saves what flash attention does; bf16 also saves the weights' copies."""
-    c = vit(name, dtype=dtype)
-    bytes_saved, count = saved(c)
-    planned = (
-        activation_bytes(workload_of(c), count).saved
-        + buffer_bytes(network_sizes(NetworkShape.of(c)), dtype, 0)["autocast_copies"]
-    )
-    assert planned == pytest.approx(bytes_saved, rel=0.001)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["vit_small", "vit_base"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_checkpointed_activations_are_what_autograd_saves(name: str, dtype: str):
-    """In bf16 the predictor's two outer layers, outside of every block, still save their weights' copies."""
-    c = vit(name, dtype=dtype, checkpoint_activations=True)
-    bytes_saved, count = saved(c)
-    outer = 2 * 2 * c.encoder_shape[0] * c.meta.pred_emb_dim if dtype == "bf16" else 0
-    assert shallow(c, count) + outer == pytest.approx(bytes_saved, rel=0.001)
-
-
-@pytest.mark.parametrize("pred_depth", [1, 2, 3])
-def test_a_predictor_of_any_depth_is_counted(pred_depth: int):
-    c = config_from_dict({"data": {"batch_size": 2, "crop_size": 64}, "mask": {"patch_size": 8, "min_keep": 4},
-                          "meta": {"embed_dim": 48, "depth": 1, "num_heads": 4, "pred_depth": pred_depth, "pred_emb_dim": 32},
-                          "runtime": {"dtype": "fp32", "device": "cpu", "attention": "sdpa"}})  # fmt: skip
-    bytes_saved, count = saved(c)
-    assert activation_bytes(workload_of(c), count).saved == pytest.approx(bytes_saved, rel=0.001)
-
-
 # What the forms promise
 
 
@@ -314,8 +217,9 @@ def test_the_loss_holds_what_is_planned_for_it(normalize: str, keys: dict):
     assert activation_bytes(workload_of(micro), rows).loss == held + kept
 
 
-def test_muons_moments_and_products_are_those_of_its_step():
-    c = dataclasses.replace(small(), optimization=OptimizationConfig(optimizer="muon"))
+@pytest.mark.parametrize("keys", [{}, PROJECTED], ids=str)
+def test_muons_moments_and_products_are_those_of_its_step(keys: dict):
+    c = dataclasses.replace(small(), loss=LossConfig(**keys), optimization=OptimizationConfig(optimizer="muon"))
     jepa, target = build_pair(c)
     engine = PlainEngine(jepa, muon=True)
     for p in engine.parameters:
@@ -338,7 +242,9 @@ def test_each_stage_holds_no_more_than_the_one_before(gpus: int):
 
 @pytest.mark.parametrize("change", [{}, {"pred_depth": 1, "pred_emb_dim": 64}, {"model_name": "vit_giant", "depth": 2}])
 @pytest.mark.parametrize(
-    "keys", [{"target": "output"}, {"target": "pixels"}, {"target_layers": (1, 2)}, {"normalize": "dyntanh"}], ids=str
+    "keys",
+    [{"target": "output"}, {"target": "pixels"}, {"target_layers": (1, 2)}, {"normalize": "dyntanh"}, PROJECTED],
+    ids=str,
 )
 def test_sizes_are_the_networks(change: dict, keys: dict):
     """Tensor by tensor, in the optimizer's groups and order."""

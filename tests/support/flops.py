@@ -65,8 +65,8 @@ def counted(config: Config, context: Packed, target: Packed, blocks: Blocks, tea
     features = spent(lambda: jepa.encoder(images, context))
     spent(lambda: features.sum().backward())
     features = features.detach().requires_grad_()
-    prediction = spent(lambda: jepa.predictor(features, context, blocks))
-    spent(lambda: prediction.sum().backward())
+    said = spent(lambda: (jepa.predictor(features, context, blocks), jepa.pooled(features, context)))
+    spent(lambda: sum(x.sum() for x in said if x is not None).backward())
     return Flops(*parts)
 
 

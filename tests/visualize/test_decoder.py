@@ -143,7 +143,7 @@ def test_a_condition_is_the_mean_of_what_the_predictor_says_of_one_block(
         for i in range(4):
             context, _, blocks = pack(contexts[i : i + 1], targets[i : i + 1, :1])
             with torch.no_grad():
-                rows, _ = networks(normalise_pixels(images[i : i + 1], subject.config.mean_std), context, blocks)
+                rows, *_ = networks(normalise_pixels(images[i : i + 1], subject.config.mean_std), context, blocks)
             torch.testing.assert_close(condition[i], rows.mean(dim=0), rtol=1e-4, atol=1e-4)
 
 

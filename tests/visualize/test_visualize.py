@@ -122,7 +122,7 @@ def test_the_true_distance_is_the_loss_of_that_block_alone(place: Path, subject:
         context, target, wanted = pack(contexts[i : i + 1, :1], targets[i : i + 1, :1])
         image = normalise_pixels(pixels[None], subject.config.mean_std)
         with torch.no_grad():
-            predicted, _ = networks(image, context, wanted)
+            predicted, *_ = networks(image, context, wanted)
             loss = jepa_loss(predicted, subject.encoder("target")(image, wanted=target), wanted, "l2")
         torch.testing.assert_close(queries.predicted[i], predicted, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(queries.true[i], loss, rtol=1e-4, atol=1e-5)
