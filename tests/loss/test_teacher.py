@@ -106,7 +106,7 @@ def test_targets_are_the_features_of_resized_crops(tmp_path, patch_size: int, ke
     jepa, target_encoder = perturbed(build_pair(config)[0]), build_pair(config)[1]
     objective, batch = choose_objective(config.loss, NoRegularizer(), None, teacher), batch_of(config)
     target = objective.targets(target_encoder, batch)
-    prediction, _ = jepa(batch.images, batch.context, batch.blocks)
+    prediction, *_ = jepa(batch.images, batch.context, batch.blocks)
     loss = jepa_loss(prediction, target, batch.blocks, objective.distance, objective.normalization)
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
