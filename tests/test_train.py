@@ -38,7 +38,9 @@ def test_a_warm_up_longer_than_the_run_is_said_at_the_start(toy_config, tmp_path
         assert "40 epochs of warm-up in a run of 2: the learning rate ends at 0.00024" in said and "warm-up" not in after
 
 
-@pytest.mark.parametrize("regularizer", ["none", "vicreg", "sigreg"])
+@pytest.mark.parametrize(
+    "regularizer", ["none", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vicreg", "sigreg"))]
+)
 def test_a_run_interrupted_mid_epoch_continues_bit_for_bit(toy_config, tmp_path, regularizer):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     # Every step is probed: by default a run cut short is probed at its own end as well.
@@ -60,7 +62,7 @@ ARMS = {
 }
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", [*(pytest.param(name, marks=pytest.mark.slow) for name in list(ARMS)[:3]), "rotary", "muon"])
 def test_the_arms_of_the_ablations_train_resume_and_keep_their_objective(toy_config, tmp_path, arm):
     settings = [*ARMS[arm], "logging.monitor_every=2", "logging.probe_every=1", "data.num_workers=0"]
     expected = trained(toy_config, tmp_path / "whole", "--max-steps", 6, *settings)

@@ -91,7 +91,7 @@ def build_run(config: Config, output: Path, resume: str, init: Path | None, deep
     return Run(config, world, source, engine, average, state, objective, notes)
 
 
-def describe_run(config: Config, world: World, source: Source, teacher: PretrainedEncoder | None) -> dict:
+def describe_run(config: Config, world: World, source: Source, teacher: PretrainedEncoder | None = None) -> dict:
     """Describe a run, for a resumed one to compare with: exactness holds on one machine, with equal versions and threads."""
     versions = {"fastjepa": __version__, "torch": torch.__version__, "python": platform.python_version()}
     decoder = "dali" if decodes_with_dali(config.data.loader, config.runtime.device, source) else "torch"

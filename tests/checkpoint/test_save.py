@@ -415,7 +415,7 @@ def kill_writers(root: Path, again: bool) -> None:
     print(json.dumps(outcomes))
 
 
-@pytest.mark.parametrize("step", ["next", "again"])
+@pytest.mark.parametrize("step", ["next", pytest.param("again", marks=pytest.mark.slow)])
 def test_kill_9_at_any_moment_leaves_the_old_or_the_new_one_whole(tmp_path, step):
     (done,) = ranks.succeeded([ranks.begin(kill_writers, tmp_path / "checkpoints", step == "again")])
     outcomes = json.loads(done.stdout)

@@ -471,6 +471,7 @@ def hashed(file: Path, words: list[str]) -> int:
         return main(words)
 
 
+@pytest.mark.slow
 def test_two_ranks_stopped_and_resumed_see_the_batches_of_the_whole_run(tmp_path: Path):
     """Real runs over gloo, stopped in the second epoch, around files that DALI gives up on; every byte is hashed."""
     files = {f"{seed:02d}.png": encode(natural(60, 40, seed), "PNG") for seed in range(40)}

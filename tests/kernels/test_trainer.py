@@ -197,6 +197,7 @@ for way in ("torch", "triton"):
 """
 
 
+@pytest.mark.slow
 def test_a_default_device_changes_nothing():
     """The device meta stands for a card: a table that is made on either fails alike."""
     interpreted(UNDER_A_DEFAULT_DEVICE)

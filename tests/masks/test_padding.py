@@ -58,7 +58,7 @@ def learned(way: str, context_mask, target_mask, **how) -> tuple[torch.Tensor, l
     context, target, blocks = pack(context_mask, target_mask, **how)
     with torch.no_grad():
         features = TARGET(IMAGES, wanted=target)
-    prediction, _ = JEPA(IMAGES, context, blocks)
+    prediction, *_ = JEPA(IMAGES, context, blocks)
     JEPA.zero_grad()
     loss = jepa_loss(prediction, features, blocks)
     loss.backward()

@@ -29,6 +29,7 @@ def python(*command: object) -> subprocess.Popen:
     return start(sys.executable, "-m", "fastjepa.cli", *command)
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_by_name_and_the_first_goes_on(toy_config, tmp_path, capsys):
     command = ["train", "--config", str(toy_config), "--output", str(tmp_path / "run"), "logging.every=1"]
     first = python(*command, LONG)

@@ -161,7 +161,7 @@ def test_an_arm_trains_and_its_row_says_what_it_rests_on(data, tmp_path):
     assert [path.name for path in (job.folder / "checkpoints").iterdir()] == ["jepa-00000004"]
 
 
-@pytest.mark.parametrize("arm", ["base", "MAE"])
+@pytest.mark.parametrize("arm", ["base", pytest.param("MAE", marks=pytest.mark.slow)])
 def test_an_arm_within_minutes_trains_on_what_it_reaches_in_them(data, tmp_path, monkeypatch, arm: str):
     """Half a second of CPU time; stopped and continued, it keeps the schedule that its pace gave it."""
     monkeypatch.setattr(worker, "PACE_STEPS", 10)
