@@ -105,8 +105,7 @@ def refuse_whole_steps(config: Config) -> None:
         if getattr(config.runtime, key):
             raise UserError(f"--breakdown: such a step is one piece and has no parts; set runtime.{key}=false")
     if config.loss.target == "pixels" or config.meta.teacher:
-        raise UserError("--breakdown: neither pixels nor a teacher need the target encoder, whose forward is a part here; set "
-                        "loss.target=output and no meta.teacher")  # fmt: skip
+        raise UserError("--breakdown: its part of the target encoder needs loss.target=output without meta.teacher; set that")
 
 
 def measure_parts(config: Config, rounds: int, trace: Path | None = None) -> list[dict]:

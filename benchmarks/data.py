@@ -204,8 +204,7 @@ def measure_asked(options: argparse.Namespace) -> dict:
         sets = prepare_sets(options.data, options.images, 2 * max(2, *options.workers), Path(scratch))
         if sets.about["images"] < config.data.batch_size:
             raise UserError(f"--images: {sets.about['images']} images are fewer than a batch of {config.data.batch_size}")
-        rows = measure_loaders(entrants, config, sets, options, device)
-    return {"rows": rows, "not_measured": gaps, "data": sets.about}
+        return {"rows": measure_loaders(entrants, config, sets, options, device), "not_measured": gaps, "data": sets.about}
 
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:

@@ -23,10 +23,9 @@ from fastjepa.engine.precision import COMPUTE_DTYPES
 from fastjepa.engine.schedule import Schedule
 from fastjepa.engine.zero import ZeroEngine
 from fastjepa.errors import UserError
-from fastjepa.plan.plan import settle_teacher
 from fastjepa.ranks.collectives import barrier, gather_objects
 from fastjepa.ranks.world import join_world, leave_world
-from fastjepa.run.build import apply_process_settings, build_engine, build_networks, build_objective, place_teacher
+from fastjepa.run.build import apply_process_settings, build_engine, build_networks, build_objective, placed_teacher
 from fastjepa.run.step import Step
 
 STEPS, WARMUP = 3, 1  # of each start
@@ -89,8 +88,7 @@ def measure_rank(config: Config) -> dict | None:
     """Take steps on batches of this rank's own; rank 0 returns the times and the most bytes that any rank held."""
     world = join_world(config.runtime.device)
     apply_process_settings(config)
-    config, teacher = settle_teacher(config)
-    place_teacher(teacher, config, world.device)
+    config, teacher = placed_teacher(config, world.device)
     jepa, target_encoder = build_networks(config, world.device)
     running = build_engine(jepa, config, world, config.runtime.zero)
     average = TimedAverage(running.follow(target_encoder), world.device)
@@ -107,8 +105,8 @@ def measure_rank(config: Config) -> dict | None:
     resident = timing.resident_bytes("VmHWM") if world.device.type == "cpu" else torch.cuda.max_memory_allocated()
     peak, state = (max(gather_objects(mine)) for mine in (resident, state_bytes(running, average.average)))
     leave_world()
-    kept = {"ms": ms[WARMUP:], "ema_ms": average.ms[WARMUP:], "peak_bytes": peak, "state_bytes": state}
-    return kept if world.is_main else None
+    measured = {"ms": ms[WARMUP:], "ema_ms": average.ms[WARMUP:], "peak_bytes": peak, "state_bytes": state}
+    return measured if world.is_main else None
 
 
 def state_bytes(running: PlainEngine | ZeroEngine, average) -> int:

@@ -17,9 +17,9 @@ from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.layouts import Masking
 from fastjepa.masks.packer import Packer
 from fastjepa.plan.flops import flops_of_packed
-from fastjepa.plan.plan import settle_teacher, workload_of
+from fastjepa.plan.plan import workload_of
 from fastjepa.ranks.world import join_world
-from fastjepa.run.build import apply_process_settings, build_networks, build_objective, build_runs, place_teacher
+from fastjepa.run.build import apply_process_settings, build_networks, build_objective, build_runs, placed_teacher
 from fastjepa.run.step import Step
 
 STEPS_PER_EPOCH = 1000  # of the schedules here; only their pace depends on it
@@ -69,17 +69,14 @@ class TrainerStep:
     """The trainer's own networks, engine, average and step, at the schedule's first values."""
 
     def __init__(self, config: Config, device: torch.device):
-        config, teacher = settle_teacher(config)
-        place_teacher(teacher, config, device)
+        config, teacher = placed_teacher(config, device)
         self.config, self.device = config, device
         self.jepa, self.target_encoder = build_networks(config, device)
-        pieces, static = config.data.batch_size // config.micro_batch, config.runtime.cuda_graph
-        self.engine = PlainEngine(self.jepa, micro_batches=pieces, static_gradients=static)
+        self.engine = PlainEngine(self.jepa, 1, config.data.batch_size // config.micro_batch, config.runtime.cuda_graph)
         self.average = self.engine.follow(self.target_encoder)
-        world = join_world(config.runtime.device)
-        objective = build_objective(config, self.engine, self.average.target_encoder, world, teacher)
-        dtype = COMPUTE_DTYPES[config.runtime.dtype]
-        self.step = Step(self.engine, self.average, objective, dtype, build_runs(config, self.engine))
+        objective = build_objective(config, self.engine, self.target_encoder, join_world(config.runtime.device), teacher)
+        parts = self.engine, self.average, objective, COMPUTE_DTYPES[config.runtime.dtype]
+        self.step = Step(*parts, build_runs(config, self.engine))
         self.now = Schedule(config.optimization, STEPS_PER_EPOCH)(0)
 
     def take(self, batches: Iterable[Batch]) -> Tensor:

@@ -204,6 +204,13 @@ def place_teacher(teacher: PretrainedEncoder | None, config: Config, device: tor
     return notes
 
 
+def placed_teacher(config: Config, device: torch.device) -> tuple[Config, PretrainedEncoder | None]:
+    """Return the config with the shape of its teacher, and the teacher on the device; None where the config names none."""
+    config, teacher = settle_teacher(config)
+    place_teacher(teacher, config, device)
+    return config, teacher
+
+
 class AttentionWays(NamedTuple):
     """The implementation that each network's attention runs in."""
 
