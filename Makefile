@@ -80,6 +80,7 @@ pictures: $(VENV)/dev.stamp ## draw every picture of the documentation again, fr
 	@test -d $(DEMO)/checkpoints || { echo "make: $(DEMO) holds no checkpoint; run make demo first." >&2; exit 1; }
 	$(BIN)/python docs/curves.py docs/pictures/runs.svg docs/metrics/healthy.jsonl docs/metrics/collapsing.jsonl
 	$(BIN)/python docs/curves.py docs/pictures/small.svg $(patsubst %,docs/metrics/%.jsonl,base over-the-batch vicreg)
+	$(BIN)/python docs/scene_labels.py docs/pictures/scene-labels.png
 	$(BIN)/fastjepa decoder $(DEMO) --data fashion-mnist
 	$(BIN)/fastjepa visualize $(DEMO) --data fashion-mnist --images 6 --output docs/pictures
 

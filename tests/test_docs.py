@@ -279,6 +279,13 @@ def test_the_picture_is_of_the_runs_beside_it(name: str, runs: str, tmp_path: Pa
     assert drawn.read_text() == (ROOT / f"docs/pictures/{name}.svg").read_text()
 
 
+def test_the_picture_of_the_scenes_is_of_their_labels(tmp_path: Path):
+    drawn, headings = tmp_path / "drawn.png", 24  # rows of text, which another version of Pillow may draw otherwise
+    subprocess.run([sys.executable, "docs/scene_labels.py", drawn], cwd=ROOT, check=True, timeout=60)
+    with Image.open(drawn) as new, Image.open(ROOT / "docs/pictures/scene-labels.png") as old:
+        assert new.size == old.size and np.array_equal(np.array(new)[headings:], np.array(old)[headings:])
+
+
 @pytest.mark.slow
 def test_the_site_builds_without_a_broken_link_and_with_every_key(tmp_path: Path):
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir"]

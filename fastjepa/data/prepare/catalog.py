@@ -15,18 +15,19 @@ from fastjepa.data.prepare.downloads import (
     fetch_cifar10,
     fetch_fashion_mnist,
 )
-from fastjepa.data.prepare.write_scenes import scenes_complete, write_scenes
+from fastjepa.data.prepare.write_scenes import scenes_complete, write_missing_labels, write_scenes
 from fastjepa.errors import UserError
 from fastjepa.files import atomic_path
 
 
 @dataclass(frozen=True)
 class NamedDataset:
-    """A data set: the function that fills a directory with it, the one that sees whether it is whole, and its class names."""
+    """A data set: the functions that fill a directory with it, see whether it is whole and complete it, and its class names."""
 
     fetch: Callable[[Path, Path | None], None]  # (empty directory, archive): raises one-sentence errors
     is_complete: Callable[[Path], bool]
     classes: tuple[str, ...]
+    supplement: Callable[[Path], None] = lambda folder: None  # writes what an earlier version did not
 
 
 def data_dir() -> Path:
@@ -37,6 +38,8 @@ def data_dir() -> Path:
 def get_dataset(name: str, directory: str | Path | None = None, archive: str | Path | None = None) -> Path:
     """Return the directory of data set `name`, fetched first where it is not there yet.
 
+    One that an earlier version wrote gets what that did not write.
+
     Args:
         directory: holds the data sets, one folder each, in place of `data_dir()`.
         archive: a zip or tar to unpack in place of a download (cifar10: class folders below train/ and test/).
@@ -46,6 +49,7 @@ def get_dataset(name: str, directory: str | Path | None = None, archive: str | P
     """
     entry, final = _dataset_of(name), Path(directory or data_dir()) / name
     if _holds_files(final):
+        entry.supplement(final)
         return _checked(entry, final)
     make_folder(final.parent)
     try:
@@ -111,6 +115,6 @@ def _render_scenes(folder: Path, archive: Path | None, size: int) -> None:
 DATASETS = {
     "fashion-mnist": NamedDataset(fetch_fashion_mnist, fashion_mnist_complete, FASHION_CLASSES),
     "cifar10": NamedDataset(fetch_cifar10, cifar10_complete, CIFAR10_CLASSES),
-    "scenes": NamedDataset(functools.partial(_render_scenes, size=64), scenes_complete, ()),
-    "scenes-128": NamedDataset(functools.partial(_render_scenes, size=128), scenes_complete, ()),
+    "scenes": NamedDataset(functools.partial(_render_scenes, size=64), scenes_complete, (), write_missing_labels),
+    "scenes-128": NamedDataset(functools.partial(_render_scenes, size=128), scenes_complete, (), write_missing_labels),
 }

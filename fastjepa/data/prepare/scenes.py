@@ -1,5 +1,7 @@
 """Rendered scenes to count and to measure: spheres, boxes and cylinders on a plane, with exact labels, and no download.
 
+A scene gives a picture, the geometry of its objects, and labels of every pixel.
+
 A ray caster in numpy after CLEVR (Johnson et al., CVPR 2017): 3 to 10 objects of two sizes, eight colours and two materials,
 each of them in plain sight, under a camera and a light that vary. Image i is a function of (seed, split, i) alone. Only IEEE
 arithmetic and square roots are used, in a fixed order, so the bits depend on neither batch, process nor vector width.
@@ -8,6 +10,7 @@ Points and directions are three arrays x, y, z that broadcast. Lengths are in un
 -1 to 1 in both directions, right and up.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,6 +25,8 @@ COLOURS = {  # sRGB
 }  # fmt: skip
 FEWEST, MOST = 3, 10  # objects of a scene
 SCENE_SPLITS = ("train", "val")
+PIXEL_LABELS = ("depth", "object", "shape", "material", "normal")
+DEPTH_STEPS = 1000  # a unit, of a stored depth: 16 bits reach to 65.5 units, and scenes to 26
 
 EXTENT, OBJECT_GAP = 3.6, 0.25  # half the side of the square that objects stand in, and the least room between two
 HALF_VIEW = 0.37  # tangent of half the angle of view
@@ -269,12 +274,52 @@ def render_scene(scene: Scene, size: int) -> np.ndarray:
         _darken(scene, i, [v[window] for v in (x, y, z)], ids[window], lit[window], open_sky[window])
     light = _ground_light(scene, x, y, lit, open_sky)
     pixels = np.stack([light * np.float32(channel) for channel in GROUND])
-    for i, window in enumerate(_windows(scene, scene.blocks(), side)):
-        own = ids[window] == i
-        point = [v[window][own] for v in (x, y, z)]
+    for i, window, own, point in _seen_points(scene, (x, y, z), ids):
         for channel, values in zip(pixels, _surface(scene, i, point, lit[window][own]), strict=True):
             channel[window][own] = values
     return _to_bytes(pixels, size)
+
+
+@QUIET
+def label_scene(scene: Scene, size: int) -> dict[str, np.ndarray]:
+    """Label the pixels of a scene's picture, each with what the ray through its middle meets first; no label is a mean.
+
+    Returns:
+        depth: (size, size) uint16, the distance along the optical axis, in DEPTH_STEPS a unit. 0, no depth, never occurs.
+        object: (size, size) uint8, 0 for the plane, i + 1 for object i.
+        shape, material: (size, size) uint8, 0 for the plane, then 1 + the index in SHAPES or MATERIALS.
+        normal: (size, size, 3) uint8, the unit normal to the right, up, and backwards along the optical axis, which is
+            towards the camera. A coordinate c is 255 * (c + 1) / 2, rounded: -1, 0 and 1 are 0, 128 and 255.
+    """
+    depth, ids, _ = trace_scene(scene, size)
+    points = tuple(a + d * depth for a, d in zip(scene.camera, _rays(scene, size), strict=True))
+    x, y, z = normal = np.stack([np.zeros_like(depth), np.zeros_like(depth), np.ones_like(depth)])  # of the plane
+    for i, window, own, point in _seen_points(scene, points, ids):
+        for coordinate, values in zip(normal, _normal(scene, i, point), strict=True):
+            coordinate[window][own] = values
+    cos, sin = scene.tilt
+    turned = np.stack([x, y * sin + z * cos, z * sin - y * cos], axis=2)
+    return {
+        "depth": (depth * np.float32(DEPTH_STEPS) + np.float32(0.5)).astype(np.uint16),
+        "object": (ids + 1).astype(np.uint8),
+        "shape": np.append(scene.shape + 1, 0)[ids].astype(np.uint8),  # the plane's -1 is the last
+        "material": np.append(scene.metal + 1, 0)[ids].astype(np.uint8),
+        "normal": ((turned + 1) * np.float32(127.5) + np.float32(0.5)).astype(np.uint8),
+    }
+
+
+def _seen_points(
+    scene: Scene, points: Vector, ids: np.ndarray
+) -> Iterator[tuple[int, tuple[slice, slice], np.ndarray, Vector]]:
+    """Yield each object's number, its window, the rays (h, w) bool of it that meet the object first, and where they do.
+
+    Args:
+        points: where all rays end, each (side, side); those of an object are each (n,).
+        ids: (side, side), the object of each ray.
+    """
+    for i, window in enumerate(_windows(scene, scene.blocks(), len(ids))):
+        own = ids[window] == i
+        yield i, window, own, tuple(v[window][own] for v in points)
 
 
 def _darkened(scene: Scene) -> np.ndarray:

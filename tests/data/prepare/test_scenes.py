@@ -1,9 +1,11 @@
-"""Rendered scenes: the same bits everywhere, true labels, objects that can be counted, and a data set whole or not at all."""
+"""Rendered scenes: the same bits everywhere, true labels of objects and of pixels, a data set whole or not at all."""
 
+import dataclasses
 import functools
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
 from PIL import Image
 
 from fastjepa.data.prepare import scenes
@@ -20,15 +23,21 @@ from fastjepa.data.prepare.catalog import get_dataset
 from fastjepa.data.prepare.scenes import (
     AMBIENT,
     BOX,
+    COLOURS,
     CYLINDER,
     GROUND,
     HALF_VIEW,
     LOOK,
+    MATERIALS,
     OBJECT_GAP,
+    PIXEL_LABELS,
     RADII,
+    SAMPLES,
+    SHAPES,
     SPHERE,
     Scene,
     draw_scene,
+    label_scene,
     render_scene,
     trace_scene,
 )
@@ -38,6 +47,8 @@ from fastjepa.errors import UserError
 
 SMALL = {"train": 12, "val": 6}
 FIRST = "b7dc5d8e73e76d18"  # how the SHA-256 of the pixels of train_000000.png begins
+FIRST_LABELS = {"depth": "bd7f444763911a4c", "object": "404600074f948168", "shape": "0c75feb691abdb08",
+                "material": "178e49705274721f", "normal": "d56f8bc69b132f26"}  # fmt: skip
 
 
 @pytest.fixture
@@ -79,15 +90,24 @@ def test_the_first_picture_is_the_one_it_always_was():
     assert hashlib.sha256(picture.tobytes()).hexdigest().startswith(FIRST)
 
 
-def test_a_picture_depends_on_its_seed_split_and_number_alone():
-    again = render_scene(draw_scene(3, "val", 5), 32)
+def test_the_labels_of_the_first_picture_are_those_they_always_were():
+    labels = label_scene(draw_scene(0, "train", 0), 64)
+    assert {kind: hashlib.sha256(label.tobytes()).hexdigest()[:16] for kind, label in labels.items()} == FIRST_LABELS
+
+
+def test_a_picture_and_its_labels_depend_on_seed_split_and_number_alone():
+    """Another process, that drew others before, and whose numpy computes with the shortest vectors, gives the same bits."""
+    scene = draw_scene(3, "val", 5)
+    again = render_scene(scene, 32)
     code = (
-        "from fastjepa.data.prepare.scenes import draw_scene, render_scene;"
-        "[render_scene(draw_scene(3, 'val', i), 24) for i in (9, 4)];"
-        "import sys; sys.stdout.buffer.write(render_scene(draw_scene(3, 'val', 5), 32).tobytes())"
+        "from fastjepa.data.prepare.scenes import draw_scene, label_scene, render_scene;"
+        "[(render_scene(scene, 24), label_scene(scene, 24)) for scene in (draw_scene(3, 'val', i) for i in (9, 4))];"
+        "import sys; scene = draw_scene(3, 'val', 5);"
+        "[sys.stdout.buffer.write(a.tobytes()) for a in (render_scene(scene, 32), *label_scene(scene, 32).values())]"
     )
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
-    assert other == again.tobytes()
+    short = {"NPY_DISABLE_CPU_FEATURES": " ".join(name for name in __cpu_dispatch__ if __cpu_features__[name])}
+    other = subprocess.run([sys.executable, "-c", code], env=os.environ | short, capture_output=True, check=True).stdout
+    assert other == b"".join(a.tobytes() for a in (again, *label_scene(scene, 32).values()))
     for key in ((4, "val", 5), (3, "train", 5), (3, "val", 6)):
         assert not np.array_equal(render_scene(draw_scene(*key), 32), again)
 
@@ -99,7 +119,7 @@ def test_files_do_not_depend_on_workers_or_batches(tmp_path: Path, monkeypatch: 
         root = tmp_path / f"{workers}"
         write_scenes(root, 32, SMALL, workers=workers)
         found.append({str(file.relative_to(root)): file.read_bytes() for file in sorted(root.rglob("*.*"))})
-    assert len(found[0]) == 20 and found[0] == found[1]
+    assert len(found[0]) == 18 * (1 + len(PIXEL_LABELS)) + 2 and found[0] == found[1]
 
 
 @pytest.mark.parametrize("i", range(4))
@@ -134,6 +154,73 @@ def test_the_ground_is_dark_where_an_object_hides_the_light(i: int, monkeypatch:
     bright = linear * (1 + 0.012 * (points[:, 0] ** 2 + points[:, 1] ** 2)) / (scene.ground * GROUND[0])
     dark = bright < AMBIENT + 0.25 * scene.key * scene.light[2] * (1 - AMBIENT)
     assert hidden.sum() > 20 and (dark == hidden).mean() > 0.99
+
+
+@pytest.mark.parametrize("i", range(3))
+def test_a_recoloured_object_changes_the_pixels_of_its_label(i: int, monkeypatch: pytest.MonkeyPatch):
+    """With the one ray through its middle a pixel changes exactly where the label is the object; with all, no less."""
+    scene, size = draw_scene(4, "train", i), 48
+    blue, yellow = (list(COLOURS).index(name) for name in ("blue", "yellow"))
+    matte = dataclasses.replace(scene, metal=np.zeros_like(scene.metal), colour=np.full_like(scene.colour, blue))
+    label = label_scene(matte, size)["object"]
+    for rays in (1, SAMPLES):
+        monkeypatch.setattr(scenes, "SAMPLES", rays)
+        before = render_scene(matte, size)
+        for k in range(len(scene.shape)):
+            repainted = dataclasses.replace(matte, colour=np.where(np.arange(len(scene.shape)) == k, yellow, blue))
+            changed = (render_scene(repainted, size) != before).any(axis=2)
+            assert (changed == (label == k + 1)).all() if rays == 1 else changed[label == k + 1].all()
+
+
+def test_labels_are_those_of_the_middle_one_of_a_pixels_rays():
+    for i in range(3):
+        scene = draw_scene(4, "val", i)
+        depth, ids, _ = trace_scene(scene, 64 * SAMPLES)
+        labels, middle = label_scene(scene, 64), np.s_[SAMPLES // 2 :: SAMPLES, SAMPLES // 2 :: SAMPLES]
+        assert (labels["object"] == ids[middle] + 1).mean() > 0.999  # a ray along an edge may round to either side
+        same = labels["object"] == ids[middle] + 1
+        assert np.abs(labels["depth"] / 1000 - depth[middle])[same].max() < 0.002
+        assert np.array_equal(labels["shape"], np.array([0, *(scene.shape + 1)])[labels["object"]])
+        assert np.array_equal(labels["material"], np.array([0, *(scene.metal + 1)])[labels["object"]])
+
+
+def test_the_depth_and_the_normal_of_the_plane_are_those_of_its_equation():
+    for i in range(3):
+        scene = draw_scene(5, "train", i)
+        axes, rays = camera_rays(scene, 32)
+        labels = label_scene(scene, 32)
+        plane = labels["object"] == 0
+        expected = scene.camera[2] / -rays[..., 2]  # z = 0 at camera + depth * ray
+        assert np.abs(labels["depth"] / 1000 - expected)[plane].max() < 0.0006
+        up = np.round(255 * (axes @ [0, 0, 1] * [1, 1, -1] + 1) / 2)  # right, up, towards the camera
+        assert np.abs(labels["normal"][plane] - up)[:, 1:].max() == 0
+        assert set(labels["normal"][plane][:, 0]) == {128}  # which rounds 127.5
+
+
+@pytest.mark.parametrize("i", range(3))
+def test_normals_are_those_of_the_surface_that_the_depth_gives(i: int):
+    """The cross product of the differences, along a column and a row, of the points that the depths stand for."""
+    scene, size = draw_scene(6, "train", i), 256
+    labels = label_scene(scene, size)
+    step = ((np.arange(size) + 0.5) / size * 2 - 1) * HALF_VIEW
+    across, down = np.meshgrid(step, step)
+    rays = np.stack([across, -down, -np.ones_like(across)], axis=2)  # right, up, towards the camera
+    normal = labels["normal"] / 255.0 * 2 - 1
+    assert np.abs(np.linalg.norm(normal, axis=2) - 1).max() < 0.008  # half a step of 2 / 255 in each coordinate
+    normal /= np.linalg.norm(normal, axis=2, keepdims=True)
+    points = labels["depth"][..., None] / 1000 * rays
+    along_row, along_column = points[1:-1, 2:] - points[1:-1, :-2], points[2:, 1:-1] - points[:-2, 1:-1]
+    measured = np.cross(along_column, along_row)  # down x right is towards the camera
+    measured /= np.linalg.norm(measured, axis=2, keepdims=True)
+    centre, smooth = normal[1:-1, 1:-1], np.ones((size - 2, size - 2), bool)
+    for beside in (np.s_[:-2, 1:-1], np.s_[2:, 1:-1], np.s_[1:-1, :-2], np.s_[1:-1, 2:]):
+        smooth &= labels["object"][beside] == labels["object"][1:-1, 1:-1]
+        smooth &= (normal[beside] * centre).sum(axis=2) > 0.98  # no edge of a solid, no outline of a ball
+    degrees = np.degrees(np.arccos(np.clip((measured * centre).sum(axis=2), -1, 1)))
+    for shape in np.unique(labels["shape"]):
+        here = smooth & (labels["shape"][1:-1, 1:-1] == shape)
+        assert here.sum() > 20 and np.median(degrees[here]) < 1 and degrees[here].max() < 6
+    assert ((normal * rays).sum(axis=2) < 0.02).all()  # each faces the camera
 
 
 def test_every_object_can_be_counted():
@@ -187,6 +274,16 @@ def test_labels_in_the_files_are_those_of_the_geometry(tmp_path: Path):
         assert scene.depth.min() == pytest.approx(min(thing["pixel_coords"][2] for thing in entry["objects"]))
         with Image.open(tmp_path / "val" / entry["image_filename"]) as picture:
             assert np.array_equal(np.array(picture), render_scene(scene, 64))
+        stored = {}
+        for kind, label in label_scene(scene, 64).items():
+            with Image.open(tmp_path / "labels" / kind / "val" / entry["image_filename"]) as picture:
+                assert picture.mode == {"depth": "I;16", "normal": "RGB"}.get(kind, "L")
+                stored[kind] = np.array(picture)
+            assert np.array_equal(stored[kind], label) and stored[kind].dtype == label.dtype
+        for k, thing in enumerate(entry["objects"]):
+            own = stored["object"] == k + 1
+            assert set(stored["shape"][own]) == {1 + SHAPES.index(thing["shape"])}
+            assert set(stored["material"][own]) == {1 + MATERIALS.index(thing["material"])}
 
 
 def test_every_class_of_both_tasks_is_met():
@@ -206,6 +303,7 @@ def test_get_scenes_gives_a_source_of_images(small: Path):
     assert path == small / "scenes" and [entry.name for entry in small.iterdir()] == ["scenes"]
     train, val = open_source("scenes"), open_source("scenes", "val")
     assert (len(train), len(val)) == (12, 6) and train.classes == ()
+    assert [train.name(i) for i in range(12)] == [str(path / "train" / f"train_{i:06d}.png") for i in range(12)]
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*.png")}
     assert get_dataset("scenes") == path
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*.png")} == before
@@ -213,11 +311,34 @@ def test_get_scenes_gives_a_source_of_images(small: Path):
         assert large.size == (128, 128)
 
 
-@pytest.mark.parametrize("damage", ["image", "listing", "text"])
+def test_scenes_of_an_earlier_version_get_their_labels(small: Path):
+    path = get_dataset("scenes")
+    before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in path.rglob("*.*")}
+    shutil.rmtree(path / "labels")
+    assert get_dataset("scenes") == path
+    assert {file: file.read_bytes() for file in path.rglob("*.*")} == {file: content for file, (_, content) in before.items()}
+    for split in SMALL:
+        assert all(file.stat().st_mtime_ns == before[file][0] for file in (path / split).iterdir())
+
+
+def test_scenes_that_are_drawn_otherwise_now_get_no_labels(small: Path):
+    path = get_dataset("scenes")
+    shutil.rmtree(path / "labels")
+    listing = path / "scenes" / "CLEVR_val_scenes.json"
+    found = json.loads(listing.read_text())
+    found["scenes"][2]["objects"][0]["3d_coords"][0] += 0.01
+    listing.write_text(json.dumps(found))
+    with pytest.raises(OSError, match=f"{path}: its scenes are not those .*; delete it and run: fastjepa data get scenes"):
+        get_dataset("scenes")
+    assert sorted(entry.name for entry in path.iterdir()) == ["scenes", "train", "val"]
+
+
+@pytest.mark.parametrize("damage", ["image", "label", "listing", "text"])
 def test_damaged_scenes_are_named(small: Path, damage: str):
     path = get_dataset("scenes")
     listing = path / "scenes" / "CLEVR_val_scenes.json"
-    {"image": (path / "val" / "val_000002.png").unlink, "listing": listing.unlink,
+    {"image": (path / "val" / "val_000002.png").unlink, "label": (path / "labels/depth/val/val_000002.png").unlink,
+     "listing": listing.unlink,
      "text": lambda: listing.write_text("{")}[damage]()  # fmt: skip
     with pytest.raises(OSError, match=f"{path}: incomplete or damaged; delete it and run: fastjepa data get scenes"):
         get_dataset("scenes")
