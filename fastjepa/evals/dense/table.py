@@ -189,7 +189,7 @@ def segmentation_labels(splits: tuple[Split, Split], options: DenseOptions) -> t
     train = None
     if classes is None:
         train = read_labels(splits[0], Segmentation(2**31, ignored))
-        highest = max((int(image[image != ignored].max(initial=-1)) for image in train), default=-1)
+        highest = max(int(number) for image in train for number in {-1, *np.unique(image).tolist()} - {ignored})
         classes = highest + 1 - int(ignored == 0)
         console.print(f"{splits[0].data}: {classes} classes in the training label images; --classes says others")
     if classes < 2:
