@@ -24,7 +24,7 @@ def predictions_sheet(task: str, sample: ShownPredictions) -> np.ndarray:
         picture = decode_image(content, 3).permute(1, 2, 0).numpy()
         paint = colour(truth)
         rows.append([tile(picture), tile(paint(truth)), *(tile(paint(found[i])) for found in sample.predicted.values())])
-    headings = [name.removeprefix("raw ").replace(" encoder", "").replace(", ", "\n") for name in sample.predicted]
+    headings = [name.replace(" patches", "").replace(" encoder", "").replace(", ", "\n") for name in sample.predicted]
     return picture_sheet(rows, headings=["picture", "truth", *headings])
 
 
