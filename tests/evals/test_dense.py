@@ -66,8 +66,11 @@ def test_neighbours_are_those_of_scikit_learn():
 
 
 def test_a_bank_holds_the_shares_of_its_patches_pixels():
+    """And no patch of which no pixel counts."""
     stored, x = label_images("segmentation", 3, 4, 0), torch.arange(12.0).view(3, 4, 1)
+    stored[1, :2, :2] = 255
     bank, values = draw_bank(examples(TASKS["segmentation"], stored, x, 2), 100, 0)
+    assert bank[:, 0].int().tolist() == [0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11]
     for number, shares in zip(bank[:, 0].int().tolist(), values, strict=True):
         picture, place = divmod(number, 4)
         top, left = 2 * (place // 2), 2 * (place % 2)
