@@ -13,7 +13,7 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.18"],  # sharding (runtime.zero 1 to 3)
     "flash": ["flash-attn>=2.8"],  # built from source: needs nvcc
     "xformers": ["xformers>=0.0.35"],
-    "eval": ["scikit-learn>=1.4", "timm>=1.0.20"],  # logistic regression and fine-tuning; k-NN and probes need neither
+    "eval": ["scikit-learn>=1.4", "timm>=1.0.20", "torchmetrics>=1.4"],  # lowshot, finetune, dense; k-NN and probes need none
     "pyarrow": ["pyarrow>=17"],  # Parquet files
     "remote": ["fsspec[http]>=2024.6", "s3fs>=2024.6", "braceexpand"],  # shards behind https:// and s3://
     "lightly": ["lightly>=1.6"],  # loss.regularizer: sigreg and visreg; loss.projector
@@ -47,7 +47,6 @@ EXTRAS["dev"] = [
     "timm>=1.0.20",  # the ViT that the packed encoder must equal
     "onnxruntime",  # runs what is exported
     "transformers>=5.0",  # IJepaModel and its files; brings huggingface_hub, which reads the folders
-    "torchmetrics",  # counts accuracy as the evaluations must
     "kernels>=0.17",  # Hugging Face's: loads kernels/ in its layout
     "playwright",  # drives the Chromium that `make browser` installs
     "axe-playwright-python",  # what a screen reader would stumble over

@@ -39,6 +39,7 @@ ONLY_PARSED = {  # how a command begins: why it is only parsed
     "fastjepa data get": "it fetches or renders; tests/test_catalog.py and tests/test_scenes.py run it",
     "fastjepa sweep": "it trains for hours; tests/test_studies.py runs it small",
     "fastjepa eval lowlevel": "it needs rendered scenes; tests/test_lowlevel.py runs it",
+    "fastjepa eval dense": "it needs label images; tests/evals/test_dense_table.py runs it",
 }
 # Before the settings of the page, which therefore win.
 SMALL = [f"meta.{key}" for key in ("model_name=vit_tiny", "embed_dim=32", "depth=4", "num_heads=2", "pred_depth=1",

@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from fastjepa.cli.dense import register_dense
 from fastjepa.cli.options import add_command, positions_option, positive_int
 
 EVAL_EXAMPLES = {
@@ -61,7 +62,7 @@ TABLE_LIMITS = {"n_train": 20000, "n_test": 10000}  # of `eval table`, where nei
 
 def register(commands) -> None:
     """Add the subcommand and its kinds."""
-    about = "probe frozen features, or fine-tune: knn, linear, attentive, lowshot, finetune, transfer, lowlevel, table"
+    about = "probe frozen features, or fine-tune: knn, linear, attentive, lowshot, finetune, transfer, lowlevel, dense, table"
     kinds = add_command(commands, "eval", None, about, EVAL_EXAMPLES["eval"]).add_subparsers(
         dest="kind", required=True, metavar="KIND"
     )
@@ -70,6 +71,7 @@ def register(commands) -> None:
         several = {"nargs": "+"} if kind == "transfer" else {}
         shared_options(sub, several, pixels=kind in ("knn", "linear", "linear_bn", "transfer", "lowlevel"), kind=kind)
         KIND_OPTIONS[kind](sub)
+    register_dense(kinds)
 
 
 def shared_options(sub: argparse.ArgumentParser, several: dict, pixels: bool, kind: str) -> None:

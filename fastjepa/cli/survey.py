@@ -24,6 +24,7 @@ OPTIONAL_PACKAGES = {  # (distributions, any of which will do): (what needs them
     ("tensorboard",): ("TensorBoard beside metrics.jsonl", "pip install 'fastjepa[tensorboard]'"),
     ("scikit-learn",): ("eval lowshot", "pip install 'fastjepa[eval]'"),
     ("timm",): ("eval finetune, folders that timm wrote", "pip install 'fastjepa[eval]'"),
+    ("torchmetrics",): ("eval dense", "pip install 'fastjepa[eval]'"),
     ("pyarrow",): ("Parquet files", "pip install 'fastjepa[pyarrow]'"),
     ("fsspec",): ("shards behind https:// and s3://", "pip install 'fastjepa[remote]'"),
     ("onnx",): ("convert --to onnx", "pip install 'fastjepa[onnx]'"),

@@ -14,7 +14,7 @@ class EvalRequest:
     """One evaluation as it is asked for; what only some evaluations have is handed over beside it."""
 
     checkpoint: str | Path  # a run directory (its latest checkpoint), a checkpoint, or weights that `load_encoder` reads
-    data: str  # a data set's name or path, with a train split and a val or test split
+    data: str | None  # a data set's name or path, with a train split and a val or test split; None: no data set has the images
     encoder: Inputs = "target"  # target, context, random (untrained), or pixels (none at all)
     layers: Layers = "last"  # or concat4: the last four blocks side by side
     image_size: int | None = None  # side of the square images; None: the run's

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from fastjepa.errors import UserError
+from fastjepa.evals.dense.table import HEAD_NAMES, in_units
 from fastjepa.evals.published import PAPER_COLUMNS, PUBLISHED, published_for
 from fastjepa.evals.table import PROBE_NAMES, in_percent
 from fastjepa.report.recorded_run import RecordedRun
@@ -20,7 +21,8 @@ def evaluation_tables(run: RecordedRun) -> list[dict[str, Any]]:
     tables = []
     for stem, found in run.results.items():
         try:
-            tables += [evaluation_table(stem, found)] if {"rows", "accuracy"} & found.keys() else []
+            several = found.values() if stem == "dense" and "rows" not in found else (found,)
+            tables += [evaluation_table(stem, one) for one in several if {"rows", "accuracy"} & one.keys()]
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             problem = f"{run.path / stem}.json: not as `fastjepa eval` writes it ({error!r}); write it anew or move it away"
             raise UserError(problem) from error
@@ -30,6 +32,8 @@ def evaluation_tables(run: RecordedRun) -> list[dict[str, Any]]:
 def evaluation_table(stem: str, found: dict[str, Any]) -> dict[str, Any]:
     """Return the table of one file of results."""
     rows = found.get("rows")
+    if "constant" in found:
+        return dense_table_of(found)
     if isinstance(rows, dict):
         return encoders_table(found)
     return transfer_table(rows) if isinstance(rows, list) else single_table(stem, found)
@@ -48,6 +52,29 @@ def encoders_table(found: dict[str, Any]) -> dict[str, Any]:
         for name, row in found["rows"].items()
     ]
     return table_beside_paper(f"{found['data']}: encoders and baselines", [*PROBE_NAMES.values(), "effective rank"], rows, said)
+
+
+def dense_table_of(found: dict[str, Any]) -> dict[str, Any]:
+    """Return the table of `eval dense`: chance, raw patches and encoders, by neighbours and by a linear layer."""
+    head = [f"{name}: {score['title']}" for name in HEAD_NAMES.values() for score in found["scores"].values()]
+    each = {"constant": dict.fromkeys(HEAD_NAMES, found["constant"])} | found["rows"]
+    rows = [(name, [cell for kind in HEAD_NAMES for cell in dense_cells(found, row[kind])]) for name, row in each.items()]
+    layers = "last layer" if found["layers"] == "last" else f"layers {', '.join(map(str, found['layers']))}"
+    said = [image_counts(found), "Constant: always the most frequent class, or the mean, of the training pictures."]
+    return {
+        "title": f"{found['data']}: {found['task']} of pixels, {layers}",
+        "unit": "",
+        "head": head,
+        "rows": rows,
+        "said": said,
+    }
+
+
+def dense_cells(found: dict[str, Any], scores: dict[str, Any]) -> list[Cell]:
+    """Return the scores of one head with half of their intervals; those of which 1 is best have a bar."""
+    about = found["scores"]
+    return [plain_cell(in_units(about[name], one)) | {"share": float(one["value"]) if about[name]["best"] == 1 else None}
+            for name, one in scores.items()]  # fmt: skip
 
 
 def transfer_table(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -70,7 +97,13 @@ def table_beside_paper(title: str, head: list[str], rows: list[Row], said: list[
     body = [
         (name, cells + [plain_cell(f"{paper[m]:.1f}" if m in paper else "–") for m in methods]) for name, cells, paper in rows
     ]
-    return {"title": title, "head": head + [f"{method} (paper)" for method in methods], "rows": body, "said": said}
+    return {
+        "title": title,
+        "head": head + [f"{method} (paper)" for method in methods],
+        "rows": body,
+        "said": said,
+        "unit": ", accuracy in %",
+    }
 
 
 def probe_cells(row: dict[str, Any]) -> list[Cell]:

@@ -18,6 +18,9 @@ PICTURE_CAPTIONS = {  # {file stem: (title, sentence)}
         "Nearest neighbours of predictions",
         "Blocks of other images nearest to what is predicted of a hidden one.",
     ),
+    "dense-segmentation": ("Classes of pixels", "Pictures, the truth, and what k-NN and a linear layer say of patch features."),
+    "dense-depth": ("Depth of pixels", "Near is bright; k-NN and a linear layer on patch features beside the truth."),
+    "dense-normals": ("Normals of pixels", "Coordinates as colours; k-NN and a linear layer beside the truth."),
     "samples": ("Samples of the predictor", "What a diffusion decoder draws from a prediction, beside the truth."),
 }
 
