@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fastjepa.data.prepare.processes import console
+from fastjepa.data.prepare.scenes import DEPTH_STEPS
 from fastjepa.errors import UserError
 from fastjepa.evals.dense.heads import (
     READ_BATCH,
@@ -48,7 +49,6 @@ from fastjepa.weights.read import NETWORK_OF, is_foreign_weights, load_encoder, 
 
 HEAD_NAMES = {"knn": "k-NN", "linear": "linear"}
 SCENE_CLASSES = {"shape": 4, "material": 3, "object": 11}
-DEPTH_SCALE = 1000.0  # label images in millimetres
 RESAMPLES, RESAMPLE_DRAW = 1000, (1 << 38) + 1  # of the test pictures; step of SPLIT_STREAM
 
 
@@ -79,7 +79,7 @@ class DenseOptions:
     protocol: str = "default"  # or a name of DENSE_PROTOCOLS
     classes: int | None = None  # None: those that the training label images hold
     ignore_index: int | None = None
-    depth_scale: float | None = None  # of the task depth; None: DEPTH_SCALE
+    depth_scale: float | None = None  # of the task depth; None: DEPTH_STEPS, as of the scenes
     layers: tuple[int, ...] | None = None  # numbers of blocks from 1; None: the last
     encoders: Sequence[str] | None = None  # of target, context, random, pixels; None: all that there are
     neighbours: PatchNeighbours = PatchNeighbours()
@@ -170,7 +170,7 @@ def labels_of_splits(splits: tuple[Split, Split], options: DenseOptions) -> tupl
         return segmentation_labels(splits, options)
     if options.protocol != "default" or options.classes is not None or options.ignore_index is not None:
         raise UserError(f"--protocol, --classes and --ignore-index are for segmentation, not {options.task}; leave them out")
-    task = Normals() if options.task == "normals" else Depth(options.depth_scale or DEPTH_SCALE)
+    task = Normals() if options.task == "normals" else Depth(options.depth_scale or DEPTH_STEPS)
     return task, [read_labels(split, task) for split in splits]
 
 
