@@ -34,7 +34,10 @@ def lasting_faults_of(program: str, device: str, *cases: str) -> dict[str, str]:
     A fake card computes nothing: values are what memory holds, and one case in thousands trips over them.
     """
     faults = faults_of(program, device, *cases)
-    return faults and faults_of(program, device, *faults)
+    lasting = faults and faults_of(program, device, *faults)
+    for case, fault in lasting.items():
+        print(case, fault, sep="\n")  # whole, where the comparison of a test shows its beginning
+    return lasting
 
 
 def tell_faults(cases: Iterable[str], take: Callable[[str], None]) -> None:
