@@ -105,7 +105,7 @@ def refuse_whole_steps(config: Config) -> None:
         if getattr(config.runtime, key):
             raise UserError(f"--breakdown: such a step is one piece and has no parts; set runtime.{key}=false")
     if config.loss.target == "pixels" or config.meta.teacher:
-        raise UserError("--breakdown: its part of the target encoder needs loss.target=output without meta.teacher; set that")
+        raise UserError("--breakdown: the target encoder has a part in it; set loss.target=output, and leave meta.teacher out")
 
 
 def measure_parts(config: Config, rounds: int, trace: Path | None = None) -> list[dict]:
