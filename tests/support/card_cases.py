@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 
 from tests.support.places import ROOT
 
-
 LEFT_BEHIND = ("DS_ACCELERATOR", "LOCAL_RANK")  # by a run with ZeRO on the CPU, in the process of the tests
 
 
