@@ -5,6 +5,7 @@ The global batch stays the same. All stages and numbers of ranks take turns, eac
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,7 +14,6 @@ from pathlib import Path
 
 import timing
 import torch
-from timing import Spread
 from work import STEPS_PER_EPOCH, Work
 
 from fastjepa.config.load import config_from_dict
@@ -63,8 +63,8 @@ def cause_of_failure(stderr: str) -> str:
 
 
 def stage_row(stage: int, ranks: int, starts: list[dict]) -> dict:
-    steps = Spread.of([ms for one in starts for ms in one["ms"]])
-    share = Spread.of([ema / ms for one in starts for ema, ms in zip(one["ema_ms"], one["ms"], strict=True)])
+    steps = timing.Spread.of([ms for one in starts for ms in one["ms"]])
+    share = timing.Spread.of([ema / ms for one in starts for ema, ms in zip(one["ema_ms"], one["ms"], strict=True)])
     return {"zero": stage, "ranks": ranks, "ms": steps.median, "p20": steps.p20, "p80": steps.p80, "n": len(starts) * STEPS,
             "ema_share": share.median, "peak_bytes": max(one["peak_bytes"] for one in starts),
             "state_bytes": starts[0]["state_bytes"]}  # fmt: skip
@@ -105,8 +105,7 @@ def measure_rank(config: Config) -> dict | None:
     resident = timing.resident_bytes("VmHWM") if world.device.type == "cpu" else torch.cuda.max_memory_allocated()
     peak, state = (max(gather_objects(mine)) for mine in (resident, state_bytes(running, average.average)))
     leave_world()
-    measured = {"ms": ms[WARMUP:], "ema_ms": average.ms[WARMUP:], "peak_bytes": peak, "state_bytes": state}
-    return measured if world.is_main else None
+    return dict(ms=ms[WARMUP:], ema_ms=average.ms[WARMUP:], peak_bytes=peak, state_bytes=state) if world.is_main else None
 
 
 def state_bytes(running: PlainEngine | ZeroEngine, average) -> int:
@@ -122,3 +121,4 @@ def state_bytes(running: PlainEngine | ZeroEngine, average) -> int:
 if __name__ == "__main__":
     if (measured := measure_rank(config_from_dict(json.loads(sys.argv[1])))) is not None:
         print(json.dumps(measured), flush=True)
+    os._exit(0)  # at an ordinary end a thread of torch's now and then aborts the process
