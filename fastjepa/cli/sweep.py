@@ -9,7 +9,7 @@ from pathlib import Path
 from fastjepa.cli.options import add_command, positive_float, positive_int
 from fastjepa.errors import UserError
 
-STUDY_NAMES = ("masking", "small", "minutes", "scaling", "truncation")
+STUDY_NAMES = ("masking", "small", "minutes", "dense", "scaling", "truncation")
 SWEEP_EXAMPLES = """examples:
   fastjepa sweep --study masking --arms multi-block,rasterized,block,random
   fastjepa sweep --study small --jobs 2 --output runs/studies
@@ -31,7 +31,7 @@ def register(commands) -> None:
         "--output", type=Path, default=Path("runs/studies"), metavar="DIR", help="a folder an arm (default runs/studies)"
     )
     sub.add_argument(
-        "--data", default="cifar10", help="data set's name, or a directory with train/ and test/ (default cifar10)"
+        "--data", help="data set's name, or a directory with train/ and test/ (default: the study's, cifar10 or scenes)"
     )
     sub.add_argument("--seeds", type=positive_int, default=3, metavar="N", help="of each arm (default 3)")
     sub.add_argument(
@@ -42,8 +42,8 @@ def register(commands) -> None:
     )
     length = sub.add_mutually_exclusive_group()
     length.add_argument("--budget", type=positive_int, metavar="IMAGES", help="that an arm sees (default: the study's)")
-    minutes = "of the process's CPU time that an arm trains for, which other work on the machine changes little"
-    length.add_argument("--minutes", type=positive_float, metavar="M", help=f"{minutes} (default: the study's)")
+    minutes = "that an arm trains for on one core, counted by what its images cost beside the base's (default: the study's)"
+    length.add_argument("--minutes", type=positive_float, metavar="M", help=minutes)
     sub.add_argument("--arms", type=arm_names, metavar="A,B", help="these alone, no space after the comma (default: all)")
     sub.add_argument("--report", action="store_true", help="train nothing; print what there is")
     written = "where rows, table and plot are written, <study>.json, .md, .svg and .png (default: --output)"
@@ -62,20 +62,20 @@ def run_sweep(args: argparse.Namespace) -> int:
     """Train the arms that have no row yet, and print and write the table of the study."""
     from rich.console import Console
 
-    from fastjepa.evals.inputs import open_splits
     from fastjepa.files import require_writable
     from fastjepa.studies.report import arm_results, fill_page, picture_markdown, show_study, study_markdown, write_study
-    from fastjepa.studies.sweep import STUDIES, Sweep, job_rows, plan_jobs, run_jobs
+    from fastjepa.studies.sweep import STUDIES, Sweep, check_data, job_rows, plan_jobs, run_jobs
 
     study, console = STUDIES[args.study], Console(width=None if sys.stdout.isatty() else 130)
-    asked = Sweep(args.study, args.output, args.data, args.seeds, args.budget, args.arms, args.overrides, args.minutes)
+    data = args.data or study.data
+    asked = Sweep(args.study, args.output, data, args.seeds, args.budget, args.arms, args.overrides, args.minutes)
     folder, failed = args.write or args.output, []
     require_writable(folder, folder=True)
     jobs = plan_jobs(asked)
     if not args.report:
-        open_splits(args.data, None, None, 0)  # refused here, once, rather than by every arm
+        check_data(study, data)
         failed = run_jobs(jobs, args.jobs or jobs_at_once(), console, folder)
-    found = arm_results(study.named(args.arms), job_rows(jobs, folder))
+    found = arm_results(study.named(args.arms), job_rows(jobs, folder), study.measures.ranked)
     show_study(study, found, console)
     if args.arms is None:  # a part of a table is shown, not kept
         files = write_study(study, args.study, found, folder)

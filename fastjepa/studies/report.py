@@ -13,15 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 from fastjepa.errors import UserError
-from fastjepa.evals.table import PROBE_NAMES
 from fastjepa.files import atomic_path, write_atomic
 from fastjepa.studies.arm import Arm
+from fastjepa.studies.measures import BN_LINEAR, Measure, looked_up
 from fastjepa.studies.scaling import law_figure, law_in_words, law_points
 
 FEW_SEEDS = 3  # with fewer seeds an arm shows a lead, not a result
-TABLE_HEAD = "linear_bn"  # the probe that arms are ranked by: its features are conditioned alike
 IMAGES_EFFORT = ("images", "TFLOP", "min")  # heads of what an arm cost, in a study of equal images or FLOPs
-MINUTES_EFFORT = ("images", "CPU ms an image", "CPU min")  # in one of equal minutes
+MINUTES_EFFORT = ("images", "CPU ms an image", "CPU min")  # in one of equal minutes, which are counted by the base's pace
 
 
 class ArmResult(NamedTuple):
@@ -29,47 +28,43 @@ class ArmResult(NamedTuple):
 
     arm: Arm
     rows: list[dict[str, Any]]
+    ranked: Measure = BN_LINEAR  # what arms are ranked by
 
-    def values(self, probe: str) -> list[float]:
-        """Return a probe's accuracy with each seed, in %."""
-        return [100 * row["probe"][probe]["accuracy"] for row in self.rows]
+    @property
+    def scores(self) -> list[float]:
+        """The number that arms are ranked by, with each seed."""
+        return [self.ranked.of(row) for row in self.rows]
 
     def mean(self, name: str) -> float:
         """Return the mean of a number over the seeds."""
         return statistics.fmean(row[name] for row in self.rows)
 
-    def effort(self, by_cpu: bool) -> list[str]:
+    def effort(self, counted: bool) -> list[str]:
         """Return the cells of what the arm cost, under MINUTES_EFFORT or IMAGES_EFFORT; the mean over its seeds."""
         images = f"{self.mean('images'):,.0f}"
-        if not by_cpu:
+        if not counted:
             return [images, f"{self.mean('flops') / 1e12:.1f}", f"{self.mean('seconds') / 60:.1f}"]
-        cost = f"{1000 * self.cpu_seconds / self.mean('images'):.1f}" if self.mean("images") else ""
-        return [images, cost, f"{self.cpu_seconds / 60:.1f}"]
+        cost = f"{60_000 * self.minutes / self.mean('images'):.1f}" if self.mean("images") else ""
+        return [images, cost, f"{self.minutes:.1f}"]
 
     @property
-    def cpu_seconds(self) -> float:
-        """The mean over the seeds of the CPU time of the steps."""
-        return statistics.fmean(row.get("cpu_seconds", 0.0) for row in self.rows)
+    def minutes(self) -> float:
+        """The mean over the seeds of the counted minutes; of a row without a pace, those that its steps took."""
+        paced = (row["images"] / row["pace"] if row.get("pace") else row.get("cpu_seconds", 0.0) for row in self.rows)
+        return statistics.fmean(paced) / 60
 
-    def cells(self, by_cpu: bool) -> list[str]:
+    def cells(self, columns: Sequence[Measure], counted: bool) -> list[str]:
         """Return the cells of the arm's row in the table, after its name."""
         if not self.rows:
-            return ["0", *["" for _ in PROBE_NAMES], "", "", "", "", "", paper_cell(self.arm)]
-        rank = statistics.fmean(row["probe"]["effective_rank"] for row in self.rows)
+            return ["0", *["" for _ in (*columns, *IMAGES_EFFORT)], paper_cell(self.arm)]
         seeds = str(len(self.rows)) + (" *" if len(self.rows) < FEW_SEEDS else "")
-        return [
-            seeds,
-            *(mean_and_spread(self.values(p)) for p in PROBE_NAMES),
-            f"{rank:.1f}",
-            self.common(),
-            *self.effort(by_cpu),
-            paper_cell(self.arm),
-        ]
+        return [seeds, *(measure_cell(one, self.rows) for one in columns), *self.effort(counted), paper_cell(self.arm)]
 
-    def common(self) -> str:
-        """Return the mean share of energy that all tokens have in common, in %; empty where no row has it."""
-        found = [row["shares"]["common"] for row in self.rows if row.get("shares")]
-        return f"{100 * statistics.fmean(found):.0f}" if found else ""
+
+def measure_cell(measure: Measure, rows: Iterable[dict[str, Any]]) -> str:
+    """Return the mean of a measure over the rows that have it, and its spread where it is shown; empty where none has it."""
+    values = [value for row in rows if (value := measure.of(row)) is not None]
+    return mean_and_spread(values if measure.spread else [statistics.fmean(values)], measure.form) if values else ""
 
 
 def paper_cell(arm: Arm) -> str:
@@ -77,31 +72,31 @@ def paper_cell(arm: Arm) -> str:
     return "" if arm.paper is None else f"{arm.paper:.1f}"
 
 
-def mean_and_spread(values: Sequence[float]) -> str:
+def mean_and_spread(values: Sequence[float], form: str) -> str:
     """Return the mean and, of two values or more, their standard deviation."""
-    return f"{statistics.fmean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+    return f"{statistics.fmean(values):{form}}" + (f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else "")
 
 
-def arm_results(arms: Iterable[Arm], rows: Iterable[dict[str, Any]]) -> list[ArmResult]:
+def arm_results(arms: Iterable[Arm], rows: Iterable[dict[str, Any]], ranked: Measure = BN_LINEAR) -> list[ArmResult]:
     """Return the rows of each arm together, in the order of the arms; an arm may have none."""
     by_arm: dict[str, list] = {arm.name: [] for arm in arms}
     for row in rows:
         by_arm[row["arm"]].append(row)
-    return [ArmResult(arm, by_arm[arm.name]) for arm in arms]
+    return [ArmResult(arm, by_arm[arm.name], ranked) for arm in arms]
 
 
 def table_heads(study: Any) -> list[str]:
     """Return the heads of the table's columns."""
     effort = MINUTES_EFFORT if study.minutes else IMAGES_EFFORT
-    return ["", "arm", "seeds", *PROBE_NAMES.values(), "rank", "common", *effort, "paper"]
+    return ["", "arm", "seeds", *(measure.title for measure in study.measures.columns), *effort, "paper"]
 
 
 def table_rows(study: Any, found: list[ArmResult]) -> list[list[str]]:
     """Return the table's body; a group is named in its first row alone."""
     groups = ["", *(result.arm.group for result in found)]
-    by_cpu = study.minutes is not None
+    shown = study.measures.columns, study.minutes is not None
     return [
-        ["" if result.arm.group == before else result.arm.group, result.arm.name, *result.cells(by_cpu)]
+        ["" if result.arm.group == before else result.arm.group, result.arm.name, *result.cells(*shown)]
         for before, result in zip(groups, found, strict=False)
     ]
 
@@ -110,16 +105,15 @@ def footnote(study: Any, found: list[ArmResult]) -> str:
     """Return the paragraph that says what the numbers are."""
     few = any(len(result.rows) < FEW_SEEDS for result in found)
     lead = f" * fewer than {FEW_SEEDS} seeds: a lead, not a result." if few else ""
-    tests = sorted({row["probe"][TABLE_HEAD]["n_test"] for result in found for row in result.rows})
+    tests = sorted({looked_up(row, study.measures.tested) for result in found for row in result.rows})
     noise = f", each on {tests[0]:,} test images" if len(tests) == 1 else ""
     effort = "min: minutes of training steps, on a machine that did other work too"
     if study.minutes:
-        effort = "CPU ms and min: CPU time of the process in training steps"
-    return (
-        f"Accuracy in %, mean ± standard deviation over seeds{noise}; rank: effective rank of the features; common: what all "
-        "tokens share of their energy, layer-normalised as targets are, in %; "
-        f"{effort}.{lead} Paper: {study.paper}."
-    )
+        pace = f"of a core on which the base trains on {study.base_pace:.0f} images/s"
+        effort = f"CPU ms and min: {pace}, by what an image costs beside the base's in alternating trials"
+    about = [f"{measure.title}: {measure.about}" for measure in study.measures.columns if measure.about]
+    unit = f"{study.measures.unit}, mean" if study.measures.unit else "Mean"
+    return "; ".join([f"{unit} ± standard deviation over seeds{noise}", *about, f"{effort}.{lead} Paper: {study.paper}."])
 
 
 def group_leads(found: list[ArmResult]) -> list[str]:
@@ -139,23 +133,23 @@ def group_leads(found: list[ArmResult]) -> list[str]:
 def lead_sentence(group: str, members: list[ArmResult]) -> str:
     """Compare the first two arms of a group on the seeds that both have: a seed moves all arms alike."""
     first, second = ranked_arms(on_shared_seeds(*ranked_arms(members)[:2]))
-    gap = statistics.fmean(first.values(TABLE_HEAD)) - statistics.fmean(second.values(TABLE_HEAD))
+    gap = statistics.fmean(first.scores) - statistics.fmean(second.scores)
     said = f"{group}: {first.arm.name} leads {second.arm.name} by {gap:.1f} points"
     if len(first.rows) < 2:
         return f"{said}, of one seed: nothing can be said of the spread."
-    error = math.sqrt(sum(statistics.variance(result.values(TABLE_HEAD)) / len(result.rows) for result in (first, second)))
+    error = math.sqrt(sum(statistics.variance(result.scores) / len(result.rows) for result in (first, second)))
     return f"{said}, {'more' if gap > 2 * error else 'not more'} than twice its standard error ({error:.2f})."
 
 
 def ranked_arms(members: Iterable[ArmResult]) -> list[ArmResult]:
     """Return arms by falling mean accuracy."""
-    return sorted(members, key=lambda result: -statistics.fmean(result.values(TABLE_HEAD)))
+    return sorted(members, key=lambda result: -statistics.fmean(result.scores))
 
 
 def on_shared_seeds(*pair: ArmResult) -> list[ArmResult]:
     """Return two arms with the rows of the seeds that both have; in an unfinished sweep one may have more seeds."""
     seeds = set.intersection(*({row["seed"] for row in result.rows} for result in pair))
-    return [ArmResult(result.arm, [row for row in result.rows if row["seed"] in seeds]) for result in pair]
+    return [result._replace(rows=[row for row in result.rows if row["seed"] in seeds]) for result in pair]
 
 
 def show_study(study: Any, found: list[ArmResult], console: Console) -> None:
@@ -214,15 +208,15 @@ def dot_figure(study: Any, present: list[ArmResult]) -> Any:
     for panel in more:
         draw_curves(panel, curves)
     for place, result in enumerate(present):
-        values, colour = result.values(TABLE_HEAD), colormaps["tab10"](groups.index(result.arm.group) % 10)
+        values, colour = result.scores, colormaps["tab10"](groups.index(result.arm.group) % 10)
         axes.plot([min(values), max(values)], [place, place], color=colour, linewidth=1)
         axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.5, markersize=5)
         axes.plot([statistics.fmean(values)], [place], "|", color=colour, markersize=16, markeredgewidth=2)
     axes.set_yticks(range(len(present)), [f"{result.arm.name} ({len(result.rows)})" for result in present])
-    axes.axvline(statistics.fmean(present[0].values(TABLE_HEAD)), color="#bbb", linewidth=1, zorder=0)
+    axes.axvline(statistics.fmean(present[0].scores), color="#bbb", linewidth=1, zorder=0)
     axes.invert_yaxis()
     axes.grid(axis="x", color="#eee")
-    axes.set_xlabel("BN + linear, %: a dot a seed, | their mean; in brackets the number of seeds")
+    axes.set_xlabel(f"{present[0].ranked.title}, %: a dot a seed, | their mean; in brackets the number of seeds")
     axes.set_title(study.title, loc="left")
     return figure
 
@@ -242,9 +236,9 @@ def curves_over_minutes(present: list[ArmResult]) -> dict[str, list[ArmResult]]:
 def draw_curves(axes: Any, curves: dict[str, list[ArmResult]]) -> None:
     """Draw accuracy against CPU minutes, a line for each arm that was trained for several lengths of time."""
     for name, family in curves.items():
-        minutes = [result.cpu_seconds / 60 for result in family]
-        axes.plot(minutes, [statistics.fmean(result.values(TABLE_HEAD)) for result in family], "o-", label=name)
-    axes.set(xscale="log", xlabel="CPU minutes of training", ylabel="BN + linear, %")
+        minutes = [result.minutes for result in family]
+        axes.plot(minutes, [statistics.fmean(result.scores) for result in family], "o-", label=name)
+    axes.set(xscale="log", xlabel="CPU minutes of training", ylabel=f"{BN_LINEAR.title}, %")
     axes.grid(color="#eee")
     axes.legend(fontsize="small")
 

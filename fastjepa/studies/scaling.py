@@ -70,7 +70,7 @@ def law_figure(results: Sequence[Any]) -> Any:
     colours = dict(zip(SCALING_SIZES, ("C0", "C1", "C2"), strict=True))
     for result in results:
         colour = colours[result.arm.name.partition(",")[0]]
-        error = 100 - statistics.fmean(result.values("linear_bn"))
+        error = 100 - statistics.fmean(result.scores)
         for axes, x in zip(panels, (result.mean("flops") / 1e12, result.mean("seconds") / 60), strict=True):
             axes.plot(x, error, "o", color=colour, markerfacecolor=colour if result.arm.fraction == 1 else "none")
     _, flops, error = law_points([row for result in results for row in result.rows])

@@ -18,12 +18,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastjepa.config.load import load_config
 from fastjepa.config.schema import Config
 from fastjepa.errors import UserError
+from fastjepa.evals.dense.labels import SCENE_KINDS, rendered_pictures
+from fastjepa.evals.inputs import open_splits
 from fastjepa.files import write_atomic
 from fastjepa.plan.flops import flops_per_image
 from fastjepa.plan.plan import with_teacher_shape, workload_of
 from fastjepa.studies.arm import JOB_FILE, PROBED_INPUT, ROW_FILE, Arm
+from fastjepa.studies.dense import DENSE_ARMS, DENSE_PAPER, DENSE_SETTINGS
 from fastjepa.studies.equal_minutes import MINUTES_ARMS, MINUTES_PAPER
 from fastjepa.studies.masking import MASKING_ARMS, MASKING_PAPER
+from fastjepa.studies.measures import OF_IMAGES, OF_PIXELS, Measures
 from fastjepa.studies.scaling import SCALING_ARMS, SCALING_PAPER
 from fastjepa.studies.small_data import SMALL_ARMS, SMALL_PAPER
 from fastjepa.studies.truncation import TRUNCATION_ARMS, TRUNCATION_PAPER
@@ -40,7 +44,11 @@ class Study(NamedTuple):
     paper: str  # what the paper's column holds
     budget: int = 100_000  # images an arm sees
     equal: Literal["images", "flops"] = "images"  # flops: as many images as cost what the budget costs the base
-    minutes: float | None = None  # of CPU time that an arm trains for, in place of a number of images
+    minutes: float | None = None  # that an arm trains for, in place of a number of images; see `base_pace`
+    base_pace: float = 374.0  # images that the base trains on in a second of the core whose minutes are counted
+    data: str = "cifar10"
+    settings: tuple[str, ...] = ()  # section.key=value, of every arm
+    measures: Measures = OF_IMAGES
 
     def named(self, names: Iterable[str] | None) -> tuple[Arm, ...]:
         """Return the arms of these names, in the study's order; all when None. UserError for an unknown name."""
@@ -57,6 +65,15 @@ STUDIES = {
     "masking": Study("Masking strategies and the paper's other knobs", MASKING_ARMS, MASKING_PAPER),
     "small": Study("I-JEPA on small data", SMALL_ARMS, SMALL_PAPER),
     "minutes": Study("I-JEPA on small data, at equal CPU minutes", MINUTES_ARMS, MINUTES_PAPER, minutes=20),
+    "dense": Study(
+        "What patches know of rendered scenes",
+        DENSE_ARMS,
+        DENSE_PAPER,
+        minutes=5,
+        data="scenes",
+        settings=DENSE_SETTINGS,
+        measures=OF_PIXELS,
+    ),
     "scaling": Study("Model size, data and epochs", SCALING_ARMS, SCALING_PAPER),
     "truncation": Study("What the cut of contexts costs", TRUNCATION_ARMS, TRUNCATION_PAPER, equal="flops"),
 }
@@ -73,7 +90,7 @@ class Sweep:
     budget: int | None = None  # images an arm sees; None: the study's
     arms: Sequence[str] | None = None  # names; None: all
     overrides: Sequence[str] = ()  # section.key=value, for every arm
-    minutes: float | None = None  # of CPU time that an arm trains for, in place of a number of images; None: the study's
+    minutes: float | None = None  # that an arm trains for, in place of a number of images; None: the study's
 
 
 class ArmJob(NamedTuple):
@@ -81,6 +98,10 @@ class ArmJob(NamedTuple):
 
     folder: Path
     asked: dict[str, Any]
+
+    def beside(self, base: Config, pace: float) -> "ArmJob":
+        """Return the job with the base, by whose pace in images/s its minutes are counted."""
+        return self._replace(asked=self.asked | {"base": base.to_dict(), "base_pace": pace})
 
     @property
     def row(self) -> Path:
@@ -93,6 +114,14 @@ class ArmJob(NamedTuple):
         return f"{self.asked['arm']}, seed {self.asked['seed']}"
 
 
+def check_data(study: Study, data: str) -> None:
+    """Raise UserError where the data lack what the study measures: once, rather than by every arm."""
+    if study.measures is OF_PIXELS:
+        rendered_pictures(data, SCENE_KINDS["segmentation"][0], "train")
+    else:
+        open_splits(data, None, None, 0)
+
+
 def plan_jobs(sweep: Sweep) -> list[ArmJob]:
     """Return a job for every arm with every seed.
 
@@ -103,7 +132,7 @@ def plan_jobs(sweep: Sweep) -> list[ArmJob]:
     minutes = None if sweep.budget else sweep.minutes or study.minutes
     jobs = []
     for seed in range(sweep.seeds):
-        shared = (f"data.source={sweep.data}", *sweep.overrides, f"runtime.seed={seed}")
+        shared = (f"data.source={sweep.data}", *study.settings, *sweep.overrides, f"runtime.seed={seed}")
         # A seed draws masks of its own, and so has FLOPs of its own.
         plain = load_config(BASE_CONFIG, shared)
         base = flops_per_image(workload_of(with_teacher_shape(plain))) if study.equal == "flops" else 0.0
@@ -114,7 +143,8 @@ def plan_jobs(sweep: Sweep) -> list[ArmJob]:
                 length = {"images": 0}
             else:
                 length = {"minutes": minutes * arm.length} if minutes else {"images": round(budget * arm.length * share)}
-            jobs.append(arm_job(sweep, arm, seed, length, config))
+            job = arm_job(sweep, arm, seed, length, config)
+            jobs.append(job.beside(plain, study.base_pace) if "minutes" in length else job)
     return jobs
 
 
@@ -126,12 +156,15 @@ def arm_job(sweep: Sweep, arm: Arm, seed: int, length: dict[str, float], config:
     """
     asked = {"study": sweep.study, "arm": arm.name, "group": arm.group, "seed": seed, "method": arm.method, "paper": arm.paper,
              "data": sweep.data, "fraction": arm.fraction, "overrides": list(arm.overrides)} | length  # fmt: skip
-    hashed = {key: asked[key] for key in ("seed", "method", "data", "fraction", *length)} | {
-        "config": departures_from_default(config)
-    }
+    of_pixels = {"measured": "pixels"} if STUDIES[sweep.study].measures is OF_PIXELS else {}
+    hashed = (
+        {key: asked[key] for key in ("seed", "method", "data", "fraction", *length)}
+        | of_pixels
+        | {"config": departures_from_default(config)}
+    )
     digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:12]
     folder = sweep.output / "runs" / f"{digest}-seed{seed}"
-    return ArmJob(folder, asked | {"hash": digest, "config": config.to_dict()})
+    return ArmJob(folder, asked | of_pixels | {"hash": digest, "config": config.to_dict()})
 
 
 def departures_from_default(config: Config) -> dict[str, dict[str, Any]]:
@@ -221,6 +254,6 @@ def row_in_words(job: ArmJob, code: int) -> str:
         lines = (job.folder / "log.txt").read_text().splitlines() or ["it wrote nothing"]
         return f"{job.label}: failed with exit code {code}: {lines[-1]} ({job.folder / 'log.txt'})"
     row = json.loads(job.row.read_text())
-    found = ", ".join(f"{name} {100 * row['probe'][name]['accuracy']:.1f}" for name in ("knn", "linear", "linear_bn"))
-    rank, minutes = row["probe"]["effective_rank"], row["cpu_seconds"] / 60
-    return f"{job.label}: {found}, effective rank {rank:.1f}, {minutes:.1f} CPU min of steps"
+    columns = STUDIES[row["study"]].measures.columns
+    found = ", ".join(f"{one.title} {value:{one.form}}" for one in columns if (value := one.of(row)) is not None)
+    return f"{job.label}: {found}; {row['images']:,} images, {row['cpu_seconds'] / 60:.1f} CPU min of steps here"

@@ -25,7 +25,11 @@ from fastjepa.config.load import config_from_dict, load_config
 from fastjepa.config.schema import Config
 from fastjepa.data.sources import open_source
 from fastjepa.errors import is_users_to_mend
+from fastjepa.evals.dense.heads import DenseRecipe, PatchNeighbours
+from fastjepa.evals.dense.table import DenseOptions, evaluate_dense
 from fastjepa.evals.inputs import Which, open_splits, open_subject
+from fastjepa.evals.lowlevel import evaluate_lowlevel
+from fastjepa.evals.request import EvalRequest
 from fastjepa.evals.table import probe_features
 from fastjepa.files import write_atomic
 from fastjepa.plan.flops import flops_per_image
@@ -37,8 +41,9 @@ from fastjepa.studies.sweep import departures_from_default
 from fastjepa.studies.token_variance import token_variance
 from fastjepa.train import train
 
-PACE_STEPS = 100  # of the trial that tells an arm's pace
+PACE_ROUNDS, PACE_STEPS = 3, 60  # trials that tell an arm's pace, and steps of one
 WARMUP_SHARE = 0.1  # of the steps
+DENSE_IMAGES, DENSE_BANK, DENSE_STEPS = (2000, 1000), 5000, 500  # to train and test on; patches of k-NN; steps of the head
 PROBE_TRAIN_IMAGES = 20000  # images a probe learns from, as in `fastjepa eval table`
 
 
@@ -71,7 +76,8 @@ def run_arm(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train and probe, and return the row of a job; KeyboardInterrupt where a signal has stopped the training."""
     data = subset_of(job["data"], job["fraction"], folder)
     asked = config_from_dict(job["config"])
-    images = images_within(job, asked, data, folder) if "minutes" in job else job["images"]
+    within = "minutes" in job
+    images = images_within(job, asked, data, folder) if within else job["images"]
     config, steps = scheduled_config(asked, data, images)
     trained = {"images": 0, "seconds": 0.0, "cpu_seconds": 0.0, "flops": 0.0}
     if PROBED_INPUT[job["method"]] == "target":
@@ -85,8 +91,11 @@ def run_arm(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         }
     else:
         write_atomic(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
-    kept = {name: value for name, value in job.items() if name != "config"}
-    return kept | trained | {"changed": departures_from_default(config)} | evaluate_arm(job, folder) | {"made_by": made_by()}
+    if within:
+        trained["pace"] = job["base_pace"] * pace_over_base(job, asked, data, folder)  # images a second of the counted minutes
+    kept = {name: value for name, value in job.items() if name not in ("config", "base")}
+    evaluate = evaluate_pixels if job.get("measured") == "pixels" else evaluate_images
+    return kept | trained | {"changed": departures_from_default(config)} | evaluate(job, folder) | {"made_by": made_by()}
 
 
 def train_arm(method: str, config: Config, folder: Path, steps: int) -> None:
@@ -99,21 +108,37 @@ def train_arm(method: str, config: Config, folder: Path, steps: int) -> None:
 
 
 def images_within(job: dict[str, Any], config: Config, data: str, folder: Path) -> int:
-    """Return how many images the arm can train on in `minutes` of this process's CPU time, by a trial of PACE_STEPS steps.
+    """Return how many images the arm trains on in `minutes` of a core on which the base trains on `base_pace` images/s."""
+    return round(60 * job["minutes"] * job["base_pace"] * pace_over_base(job, config, data, folder))
 
-    The trial's pace is kept in the folder, so that an arm that goes on has the schedule that it began with.
+
+def pace_over_base(job: dict[str, Any], config: Config, data: str, folder: Path) -> float:
+    """Return the arm's images a second of CPU time over the base's: 0.5 for an arm whose images cost twice as much.
+
+    Trials of PACE_STEPS steps alternate between the two, so that other work and the machine's speed touch both. The pace is
+    kept in the folder, so that an arm that goes on has the schedule that it began with.
     """
-    file, trial = folder / PACE_FILE, folder / "pace"
+    if job["config"] == job["base"]:
+        return 1.0
+    file, base = folder / PACE_FILE, config_from_dict(job["base"])
     if not file.is_file():
-        shutil.rmtree(trial, ignore_errors=True)
-        paced, steps = scheduled_config(config, data, PACE_STEPS * config.data.batch_size)
-        logging = dataclasses.replace(paced.logging, every=PACE_STEPS // 5, monitor_every=0)
-        train_arm(job["method"], dataclasses.replace(paced, logging=logging), trial, steps)
-        seconds = statistics.median(line["cpu_s"] for line in logged_lines(trial)[1:])  # the first line warms up
-        pace = {"images_per_cpu_s": logging.every * config.data.batch_size / seconds}
-        write_atomic(file, json.dumps(pace) + "\n")
-        shutil.rmtree(trial)
-    return round(60 * job["minutes"] * json.loads(file.read_text())["images_per_cpu_s"])
+        rounds = [(trial_seconds("ijepa", base, data, folder), trial_seconds(job["method"], config, data, folder))
+                  for _ in range(PACE_ROUNDS)]  # fmt: skip
+        over_base = statistics.median(of_base / of_arm for of_base, of_arm in rounds)
+        write_atomic(file, json.dumps({"over_base": over_base, "cpu_s_of_base_and_arm": rounds}) + "\n")
+    return json.loads(file.read_text())["over_base"]
+
+
+def trial_seconds(method: str, config: Config, data: str, folder: Path) -> float:
+    """Return the CPU time in seconds of an image's share of a step, by a trial that leaves nothing behind."""
+    trial = folder / "pace"
+    shutil.rmtree(trial, ignore_errors=True)
+    paced, steps = scheduled_config(config, data, PACE_STEPS * config.data.batch_size)
+    logging = dataclasses.replace(paced.logging, every=PACE_STEPS // 6, monitor_every=0)
+    train_arm(method, dataclasses.replace(paced, logging=logging), trial, steps)
+    seconds = statistics.median(line["cpu_s"] for line in logged_lines(trial)[1:])  # the first line warms up
+    shutil.rmtree(trial)
+    return seconds / (logging.every * config.data.batch_size)
 
 
 def scheduled_config(config: Config, data: str, images: int) -> tuple[Config, int]:
@@ -153,8 +178,8 @@ def logged_rate(lines: list[dict[str, Any]]) -> float:
     return sum(steps) / sum(count / line["images_per_s"] for count, line in zip(steps, lines, strict=True))
 
 
-def evaluate_arm(job: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Evaluate the encoder that the method trained, or its stand-in.
+def evaluate_images(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Evaluate by images the encoder that the method trained, or its stand-in.
 
     Returns:
         `probe`: k-NN, linear and BN + linear with their defaults, and the effective rank of the pooled features;
@@ -166,6 +191,24 @@ def evaluate_arm(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     probe = probe_features(*pair, len(splits[0].source.classes), job["seed"], subject.device)
     shares = token_variance(subject, which, splits[1]) if which in get_args(Which) else None
     return {"probe": probe, "shares": shares}
+
+
+def evaluate_pixels(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Evaluate by pixels, on rendered scenes, the encoder that the method trained, or its stand-in.
+
+    Returns:
+        `dense`: n_test, and the scores of k-NN and a linear layer, for shapes and for depth;
+        `counting`: the linear probe of how many objects there are.
+    """
+    which, seed = PROBED_INPUT[job["method"]], job["seed"]
+    request = EvalRequest(folder, job["data"], which, seed=seed, cache=False)
+    fewer, dense = dataclasses.replace(request, n_train=DENSE_IMAGES[0], n_test=DENSE_IMAGES[1]), {}
+    heads = {"neighbours": PatchNeighbours(bank=DENSE_BANK), "recipe": DenseRecipe(steps=DENSE_STEPS)}
+    for task in ("segmentation", "depth"):
+        table, _ = evaluate_dense(fewer, DenseOptions(task, encoders=(which,), **heads))
+        (row,) = table["rows"].values()
+        dense[task] = row | {"n_test": table["n_test"]}
+    return {"dense": dense, "counting": evaluate_lowlevel(request, "count")}
 
 
 def made_by() -> dict[str, Any]:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from fastjepa.errors import UserError
 from fastjepa.studies.arm import Arm
+from fastjepa.studies.measures import OF_PIXELS
 from fastjepa.studies.report import (
     ArmResult,
     arm_results,
@@ -60,10 +61,23 @@ def test_a_line_says_mean_spread_seeds_cost_and_the_papers_number(found):
 
 def test_a_study_of_equal_minutes_says_what_an_image_costs_in_cpu_time():
     study = Study("A study", ARMS, "nothing", minutes=20)
-    rows = [row("one", 0, 40.0, cpu_seconds=600.0), row("two", 0, 30.0, images=0)]
-    one, two, *_ = table_rows(study, arm_results(ARMS, rows))
+    rows = [row("one", 0, 40.0, cpu_seconds=600.0), row("two", 0, 30.0, images=0),
+            row("three", 0, 35.0, cpu_seconds=900.0, pace=100_000 / 60)]  # fmt: skip
+    one, two, three, _ = table_rows(study, arm_results(ARMS, rows))
     assert one[-4:] == ["100,000", "6.0", "10.0", "54.2"] and two[-4:] == ["0", "", "0.0", "17.6"]
-    assert len(table_heads(study)) == len(one) and "CPU time of the process" in footnote(study, arm_results(ARMS, rows))
+    assert three[-4:] == ["100,000", "0.6", "1.0", ""], "minutes are counted by the pace, not by a slow machine's clock"
+    assert len(table_heads(study)) == len(one) and "374 images/s" in footnote(study, arm_results(ARMS, rows))
+
+
+def test_a_study_of_pixels_has_columns_of_its_own():
+    found = {"segmentation": {"n_test": 50, "knn": {"miou": {"value": 0.4}}, "linear": {"miou": {"value": 0.5}}},
+             "depth": {"n_test": 50, "knn": {"rmse": {"value": 1.25}}, "linear": {"rmse": {"value": 0.75}}}}  # fmt: skip
+    study = Study("A study", ARMS, "nothing", minutes=5, measures=OF_PIXELS)
+    rows = [row("one", 0, 40.0, dense=found, counting={"accuracy": 0.3})]
+    results = arm_results(ARMS, rows, study.measures.ranked)
+    one, *_ = table_rows(study, results)
+    assert one[3:8] == ["40.0", "50.0", "1.25", "0.75", "30.0"] and results[0].scores == [50.0]
+    assert "each on 50 test images" in footnote(study, results) and "scene's units" in footnote(study, results)
 
 
 def test_arms_that_differ_in_length_alone_are_one_curve():
@@ -75,7 +89,8 @@ def test_arms_that_differ_in_length_alone_are_one_curve():
 
 def test_pixels_have_no_tokens_to_share_anything():
     (line,) = arm_results(ARMS[:1], [row("one", 0, 40.0, shares=None)])
-    assert line.common() == ""
+    (cells,) = table_rows(STUDY, [line])
+    assert cells[table_heads(STUDY).index("common")] == ""
 
 
 def test_what_the_numbers_are_is_said(found):
