@@ -21,8 +21,8 @@ class MaskedPatchEmbed(nn.Module):
 
     Args:
         patch_size, in_chans, embed_dim, bias: as in timm.
-        mean, std: of each channel, counting from 0 to 1: uint8 images are normalised with them, floats taken as they
-            are. Not in the state dict; fp32 whatever the module is cast to, and there after `to_empty`.
+        mean, std: of each channel, counting from 0 to 1: uint8 and uint16 images are normalised with them, floats taken as
+            they are. Not in the state dict; fp32 whatever the module is cast to, and there after `to_empty`.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class MaskedPatchEmbed(nn.Module):
         """
         device = images.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.proj.weight.dtype
-        # Bytes are normalised here; floats have been, by whoever made them.
+        # Whole numbers are normalised here; floats have been, by whoever made them.
         mean, std = (None, None) if images.is_floating_point() else (self.mean, self.std)
         rows = patchify_tokens(images, idx, mean, std, self.patch_size, dtype)  # (T, C * p * p)
         return F.linear(rows, self.proj.weight.flatten(1), self.proj.bias)

@@ -1,6 +1,6 @@
 """patchify_tokens: copy the visible patches of images into normalised rows, ready for the patch-embedding GEMM.
 
-    out[t, (c p + i) p + j] = (images[b, c, y p + i, z p + j] / u - mean[c]) / std[c]      u = 255 for uint8, else 1
+    out[t, (c p + i) p + j] = (images[b, c, y p + i, z p + j] / u - mean[c]) / std[c]      u = the value that counts as 1
     where idx[t] = (b gh + y) gw + z: columns in the order of a convolution's weight, so that
     out @ weight.flatten(1).T + bias is the convolution at those patches
 
@@ -11,6 +11,8 @@ An example: 2 images of 3 x 32 x 48, p = 16, so gh = 2 rows of gw = 3 patches, N
 patch 10 % 6 = 4, which is row y = 4 // 3 = 1, column z = 4 % 3 = 1: pixels [16, 32) down and [16, 32) across. Column 300 of
 its row is channel 300 // 256 = 1, line 44 // 16 = 2, pixel 44 % 16 = 12 of the patch.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -28,14 +30,16 @@ def patchify_tokens_ref(
     std: Tensor | None = None,
     patch_size: int = 16,
     dtype: torch.dtype = torch.float32,
+    unit: float | None = None,
 ) -> Tensor:
-    """Compute patchify_tokens in plain PyTorch."""
+    """Compute patchify_tokens in plain PyTorch; uint16, for which torch has few operations, is made fp32 first."""
     count, channels, gh, gw = _grid(images, patch_size)
+    unit = _unit(images, unit)
+    images = images.float() if images.dtype == torch.uint16 else images
     patches = images.unflatten(3, (gw, patch_size)).unflatten(2, (gh, patch_size)).permute(0, 2, 4, 1, 3, 5)
     # (B, gh, gw, C, p, p), a view: with an index only the patches that it names are copied
     if idx is not None:
         patches = patches.reshape(count * gh * gw, channels, patch_size, patch_size).index_select(0, idx)
-    unit = 1 if images.is_floating_point() else 255
     wide = dtype if mean is None and unit == 1 else torch.float32
     rows = patches.to(wide, copy=idx is None, memory_format=torch.contiguous_format)  # never a view of the images
     rows = rows.view(count * gh * gw if idx is None else len(idx), channels, patch_size**2)
@@ -61,7 +65,7 @@ def _patchify_tokens_fwd_kernel(
     stride_c,
     stride_h,
     stride_w,
-    UNIT: tl.constexpr,  # the images' value of 1: 255 for bytes
+    UNIT: tl.constexpr,  # the images' value that counts as 1
     HAS_IDX: tl.constexpr,
     NORMALISE: tl.constexpr,
     ALIGN: tl.constexpr,  # divides the offset of every line of every patch
@@ -99,7 +103,13 @@ def _patchify_tokens_fwd_kernel(
 
 @torch.library.custom_op("fastjepa_kernels::patchify_tokens_fwd", mutates_args=())
 def patchify_tokens_fwd(
-    images: Tensor, idx: Tensor | None, mean: Tensor | None, std: Tensor | None, patch_size: int, dtype: torch.dtype
+    images: Tensor,
+    idx: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    patch_size: int,
+    dtype: torch.dtype,
+    unit: float | None = None,
 ) -> Tensor:
     """Return (T, C * p * p) of `dtype`: a program takes a tile of at most 4096 elements, whole patches where they fit."""
     count, channels, gh, gw = _grid(images, patch_size)
@@ -116,7 +126,7 @@ def patchify_tokens_fwd(
             _patchify_tokens_fwd_kernel, grid,
             images, *(out if x is None else x.contiguous() for x in (idx, mean, std)), out,
             rows, channels, gh * gw, gw, *images.stride(),
-            UNIT=1 if images.is_floating_point() else 255, HAS_IDX=idx is not None, NORMALISE=mean is not None,
+            UNIT=_unit(images, unit), HAS_IDX=idx is not None, NORMALISE=mean is not None,
             ALIGN=_alignment(images, patch_size), P=patch_size,
             BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_I=block_i, BLOCK_J=side,
         )  # fmt: skip
@@ -124,7 +134,7 @@ def patchify_tokens_fwd(
 
 
 @patchify_tokens_fwd.register_fake
-def _(images, idx, mean, std, patch_size, dtype):
+def _(images, idx, mean, std, patch_size, dtype, unit=None):
     count, channels, gh, gw = _grid(images, patch_size)
     return images.new_empty(count * gh * gw if idx is None else idx.shape[0], channels * patch_size**2, dtype=dtype)
 
@@ -132,6 +142,11 @@ def _(images, idx, mean, std, patch_size, dtype):
 def _grid(images: Tensor, patch_size: int) -> tuple[int, int, int, int]:
     """Return the number of images, of channels, and of patches down and across."""
     return images.shape[0], images.shape[1], images.shape[2] // patch_size, images.shape[3] // patch_size
+
+
+def _unit(images: Tensor, unit: float | None) -> float:
+    """Return the value that counts as 1: `unit`, else 255 of uint8, 65535 of uint16 and 1 of floats."""
+    return {torch.uint8: 255, torch.uint16: 65535}.get(images.dtype, 1) if unit is None else unit
 
 
 def _alignment(images: Tensor, patch_size: int) -> int:
@@ -152,17 +167,20 @@ def patchify_tokens(
     std: Tensor | None = None,
     patch_size: int = 16,
     dtype: torch.dtype = torch.float32,
+    unit: float | None = None,
 ) -> Tensor:
     """Copy the patches of `images` that `idx` names into normalised rows, in the order of a convolution's weight.
 
     Args:
-        images: (B, C, H, W), uint8 (divided by 255), fp32, bf16 or fp16; any strides: NHWC is images.permute(0, 3, 1, 2);
-            H and W multiples of patch_size. They have no gradient.
+        images: (B, C, H, W), uint8, uint16, fp32, bf16 or fp16; any strides: NHWC is images.permute(0, 3, 1, 2); H and W
+            multiples of patch_size. They have no gradient.
         idx: (T,) int32, patch n of image b is b * N + n, N patches an image in raster order; None: every patch, in order.
-        mean: (C,) fp32, subtracted; None, as std: the values stay as they are.
+        mean: (C,) fp32, subtracted, where `unit` counts as 1; None, as std: values are divided by `unit` alone.
         std: (C,) fp32, divided by.
         patch_size: p.
         dtype: of the result, fp32, bf16 or fp16; the arithmetic is fp32.
+        unit: the value of images that counts as 1, such as 4095 of 12 bits in 16; default: 255 of uint8, 65535 of uint16,
+            1 of floats.
 
     Returns:
         (T, C * p * p), or (B * N, C * p * p).
@@ -171,9 +189,11 @@ def patchify_tokens(
         ValueError, TypeError, IndexError: wrong shape, dtype or device; an index out of range (CPU and debug only).
     """
     _check(images, idx, mean, std, patch_size, dtype)
+    if unit is not None and not 0 < unit < math.inf:
+        raise ValueError(f"patchify_tokens: unit must be finite and greater than 0, not {unit}")
     if not dispatch.runs_triton("patchify_tokens", images):
-        return patchify_tokens_ref(images, idx, mean, std, patch_size, dtype)
-    return patchify_tokens_fwd(images, idx, mean, std, patch_size, dtype)
+        return patchify_tokens_ref(images, idx, mean, std, patch_size, dtype, unit)
+    return patchify_tokens_fwd(images, idx, mean, std, patch_size, dtype, unit)
 
 
 def _check(
@@ -194,8 +214,8 @@ def _check(
             raise ValueError(f"{op}: {name} must be float32 ({images.shape[1]},), not {tensor.dtype} {tuple(tensor.shape)}")
     if any(tensor.requires_grad for tensor in (images, *given.values())):
         raise ValueError(f"{op}: images, mean and std have no gradient; detach them, or use a convolution")
-    if images.dtype not in (torch.uint8, *dispatch.FLOATS):
-        raise TypeError(f"{op}: images must be uint8, float32, bfloat16 or float16, not {images.dtype}")
+    if images.dtype not in (torch.uint8, torch.uint16, *dispatch.FLOATS):
+        raise TypeError(f"{op}: images must be uint8, uint16, float32, bfloat16 or float16, not {images.dtype}")
     if dtype not in dispatch.FLOATS:
         raise TypeError(f"{op}: dtype must be float32, bfloat16 or float16, not {dtype}")
     count, _, gh, gw = _grid(images, patch_size)

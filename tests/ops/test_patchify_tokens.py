@@ -11,12 +11,15 @@ from fastjepa_kernels import patchify_tokens, patchify_tokens_ref
 from fastjepa_kernels.patchify_tokens import _alignment
 
 LAYOUTS = ["NCHW", "NHWC"]
+WHOLE = [torch.uint8, torch.uint16]
 
 
 def some_images(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, layout: str = "NCHW") -> Tensor:
     """Make (B, C, H, W) images; NHWC ones are a permuted view."""
-    images = torch.randint(256, shape, device=device, dtype=torch.uint8)
-    images = images if dtype == torch.uint8 else torch.randn(shape, device=device).to(dtype)
+    if dtype.is_floating_point:
+        images = torch.randn(shape, device=device).to(dtype)
+    else:
+        images = torch.randint(torch.iinfo(dtype).max + 1, shape, device=device, dtype=torch.int32).to(dtype)
     return images if layout == "NCHW" else images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
@@ -25,19 +28,24 @@ def statistics(channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return mean.repeat(-(-channels // 3))[:channels], std.repeat(-(-channels // 3))[:channels]
 
 
-def unfolded(images: Tensor, idx: Tensor | None, mean: Tensor | None, std: Tensor | None, patch_size: int) -> Tensor:
+def unfolded(
+    images: Tensor, idx: Tensor | None, mean: Tensor | None, std: Tensor | None, patch_size: int, unit: float | None = None
+) -> Tensor:
     """Make the rows in float64, by another way."""
-    x = images.double() / (255 if images.dtype == torch.uint8 else 1)
+    x = images.double() / (unit or (1 if images.is_floating_point() else torch.iinfo(images.dtype).max))
     if mean is not None:
         x = (x - mean.double()[:, None, None]) / std.double()[:, None, None]
     rows = F.unfold(x, patch_size, stride=patch_size).transpose(1, 2).flatten(0, 1)
     return rows if idx is None else rows[idx.long()]
 
 
-def right(images: Tensor, idx: Tensor | None, mean: Tensor | None, std: Tensor | None, patch_size: int, dtype) -> None:
+def right(
+    images: Tensor, idx: Tensor | None, mean: Tensor | None, std: Tensor | None, patch_size: int, dtype, unit=None
+) -> None:
     """The house's tolerance against float64: at most twice the definition's error, or two units in the last place."""
     given = (images, idx, mean, std, patch_size)
-    ours, plain, truth = patchify_tokens(*given, dtype), patchify_tokens_ref(*given, dtype), unfolded(*given)
+    ours, plain = (op(*given, dtype, unit) for op in (patchify_tokens, patchify_tokens_ref))
+    truth = unfolded(*given, unit)
     assert ours.dtype == plain.dtype == dtype and ours.shape == plain.shape == truth.shape
     floor = 2 * torch.finfo(dtype).eps * truth.abs().max()
     own = (plain.double() - truth).abs().max()
@@ -47,7 +55,7 @@ def right(images: Tensor, idx: Tensor | None, mean: Tensor | None, std: Tensor |
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", [torch.uint8, *DTYPES])
+@pytest.mark.parametrize("kind", [*WHOLE, *DTYPES])
 @pytest.mark.parametrize("patch_size", [16, 14])
 def test_takes_and_normalises_the_visible_patches(patch_size, kind, layout, dtype, device):
     images = some_images((3, 3, 2 * patch_size, 3 * patch_size), kind, device, layout)
@@ -55,6 +63,19 @@ def test_takes_and_normalises_the_visible_patches(patch_size, kind, layout, dtyp
     right(images, idx, *statistics(3, device), patch_size, dtype)
     right(images, None, *statistics(3, device), patch_size, dtype)
     right(images, idx, None, None, patch_size, dtype)
+
+
+@pytest.mark.parametrize("kind", [*WHOLE, torch.float32])
+def test_the_caller_may_say_which_value_counts_as_1(kind, device):
+    """Twelve bands, as of Sentinel-2, whose reflectance 1 is 10000."""
+    images, idx = some_images((2, 12, 12, 8), kind, device), some_rows(12, 5, device)
+    for unit in (10000, 4095.5):
+        right(images, idx, *statistics(12, device), 4, torch.float32, unit)
+        right(images, idx, None, None, 4, torch.float32, unit)
+    given = (images, idx, *statistics(12, device), 4)
+    own = {torch.uint8: 255, torch.uint16: 65535}.get(kind, 1)
+    assert torch.equal(patchify_tokens(*given), patchify_tokens(*given, unit=own))
+    assert not torch.equal(patchify_tokens(*given), patchify_tokens(*given, unit=2 * own))
 
 
 # (images, channels, height, width, patch): one channel, many, patches wider than a tile, one patch, single pixels
@@ -80,12 +101,12 @@ def test_takes_any_shape(shape, layout, device):
     right(images, None, None, None, patch_size, torch.float32)
 
 
-@pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("kind", [*WHOLE, torch.float32])
 def test_is_the_convolution_at_those_patches(kind, device):
     images = some_images((2, 3, 32, 48), kind, device, "NHWC")
     conv = torch.nn.Conv2d(3, 20, 16, stride=16, device=device)
     mean, std = statistics(3, device)
-    unit = 255 if kind == torch.uint8 else 1
+    unit = 1 if kind == torch.float32 else torch.iinfo(kind).max
     every = conv((images / unit - mean[:, None, None]) / std[:, None, None]).flatten(2).transpose(1, 2).flatten(0, 1)
     idx = some_rows(12, 5, device)
     rows = patchify_tokens(images, idx, mean, std, 16)
@@ -116,7 +137,7 @@ def views(kind: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("kind", [torch.uint8, torch.float16])
+@pytest.mark.parametrize("kind", [*WHOLE, torch.float16])
 @pytest.mark.parametrize("name", views(torch.uint8, torch.device("cpu")))
 def test_reads_images_as_they_lie(name, kind, device):
     images = views(kind, device)[name]
@@ -148,6 +169,15 @@ def test_floats_without_statistics_are_moved_exactly(layout, dtype, device):
         images, some_rows(4, 3, device),
     )  # fmt: skip
     assert torch.equal(patchify_tokens(images, dtype=dtype).double(), unfolded(images, None, None, None, 16))
+
+
+def test_every_word_becomes_its_65535th(device):
+    """0 is 0 and 65535 is 1, exactly, and none is taken for a negative number."""
+    images = torch.arange(1 << 16, dtype=torch.int32, device=device).to(torch.uint16).view(1, 1, 256, 256)
+    rows = patchify_tokens(images, patch_size=256)
+    truth = torch.arange(1 << 16, device=device) / 65535.0
+    torch.testing.assert_close(rows[0].double(), truth, rtol=2e-7, atol=0, check_dtype=False)
+    assert rows[0, 0] == 0 and rows[0, -1] == 1
 
 
 def test_every_byte_becomes_its_255th(device):
@@ -188,12 +218,12 @@ def test_the_result_is_never_the_images(op, device):
 
 def test_registered_with_torch(device):
     mean, std = statistics(3, device)
-    for kind in (torch.uint8, torch.float32):
+    for kind in (*WHOLE, torch.float32):
         images = some_images((2, 3, 8, 12), kind, device, "NHWC")
         idx = some_rows(12, 5, device)
         op = torch.ops.fastjepa_kernels.patchify_tokens_fwd.default
         opcheck(op, (images, idx, mean, std, 4, torch.bfloat16))
-        opcheck(op, (images, None, None, None, 4, torch.float32))
+        opcheck(op, (images, None, None, None, 4, torch.float32, 100.0))
         compiles_whole(lambda images, idx: patchify_tokens(images, idx, mean, std, 4, torch.bfloat16), images, idx)
         compiles_whole(lambda images: patchify_tokens(images, None, mean, std, 4), images)
         compiles_whole(lambda images: patchify_tokens_ref(images, None, mean, std, 4), images)
@@ -206,7 +236,8 @@ IMAGES, MEAN = torch.zeros(2, 3, 32, 48), torch.zeros(3)
     ("given", "error", "says"),
     [
         ({"images": torch.zeros(3, 32, 48)}, ValueError, r"images must be \(B, C, H, W\), not \(3, 32, 48\)"),
-        ({"images": IMAGES.int()}, TypeError, "images must be uint8, float32, bfloat16 or float16, not"),
+        ({"images": IMAGES.int()}, TypeError, "images must be uint8, uint16, float32, bfloat16 or float16, not"),
+        ({"unit": 0.0}, ValueError, "unit must be finite and greater than 0, not 0.0"),
         ({"images": IMAGES.clone().requires_grad_()}, ValueError, "no gradient; detach them"),
         ({"patch_size": 14}, ValueError, r"multiples of patch_size 14, not \(32, 48\); resize"),
         ({"patch_size": 32}, ValueError, "multiples of patch_size 32"),
