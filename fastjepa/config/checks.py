@@ -12,11 +12,6 @@ FP8_WIDTH = 768  # the narrowest encoder for runtime.target_fp8
 MULTIBLOCK = ("num_enc_masks", "num_pred_masks", "enc_mask_scale", "pred_mask_scale", "allow_overlap")
 
 
-# Least and most of what pixels that count from 0 to 1 are normalised with. No deviation of theirs is above 0.5, but 1 leaves
-# them as they are; 0.0004 is a tenth of one of the 255 steps between black and white.
-NORMALISATION = {"mean": (0.0, 1.0), "std": (0.0004, 2.0)}
-
-
 def check_config(config: Config, raw: Mapping[str, Any], where: str) -> Config:
     """Return the config, the official use_bfloat16 folded into runtime.dtype.
 
@@ -58,24 +53,54 @@ def check_config(config: Config, raw: Mapping[str, Any], where: str) -> Config:
             "saves; switch it off")  # fmt: skip
     _check_objective(config, require)
     _check_optimizer(config, require)
-    for name in ("mean", "std"):
-        values = getattr(data, name)
-        require(values is None or len(values) == data.channels, f"data.{name}: needs {data.channels} numbers, one a channel")
-        fault = normalisation_fault(name, values or ())
-        require(not fault, f"data.{name}: {fault}")
+    config = _check_pixels(config, raw, require)
     require(not (data.source and (data.root_path or data.image_folder)),
             "data.source and data.root_path / image_folder are both given; keep one")  # fmt: skip
     return config
 
 
-def normalisation_fault(name: str, values: Sequence[float]) -> str:
-    """Return what is wrong with the "mean" or "std" of pixels that count from 0 to 1, and the remedy; "" if nothing is."""
-    least, most = NORMALISATION[name]
+def _check_pixels(config: Config, raw: Mapping[str, Any], require: Callable[[bool, str], None]) -> Config:
+    """Return the config with as many channels as it names bands; refuse values that no image of its dtype has."""
+    data = config.data
+    if data.bands is not None:
+        count = len(data.bands)
+        require("channels" not in (raw.get("data") or {}) or data.channels == count,
+                f"data.channels: {data.channels} contradicts the {count} of data.bands; leave it out")  # fmt: skip
+        data = dataclasses.replace(data, channels=count)
+    whole = data.nodata is None or data.dtype == "float32" or data.nodata in range(int(data.unit) + 1)
+    require(whole, f"data.nodata: {data.nodata:g} is no value of {data.dtype}; give a whole number from 0 to {data.unit:g}"
+            if not whole else "")  # fmt: skip
+    for name in ("mean", "std"):
+        values = getattr(data, name)
+        require(values is None or len(values) == data.channels, f"data.{name}: needs {data.channels} numbers, one a channel")
+        if data.dtype == "float32":
+            fault = "must be greater than 0" if name == "std" and values and min(values) <= 0 else ""
+        else:
+            fault = normalisation_fault(name, values or (), data.unit, data.scale)
+        require(not fault, f"data.{name}: {fault}")
+    return dataclasses.replace(config, data=data)
+
+
+def normalisation_fault(name: str, values: Sequence[float], top: float = 255.0, scale: float | None = None) -> str:
+    """Return what is wrong with the "mean" or "std" of pixels, and the remedy; "" if nothing is.
+
+    Args:
+        top: the greatest value of a pixel.
+        scale: the value that counts as 1; default: `top`, so that pixels count from 0 to 1.
+
+    No deviation is above half of the range, but twice the range passes: of 0 to 1 a deviation of 1 leaves pixels as they are.
+    The least is about a tenth of one of the `top` steps between black and white.
+    """
+    scale = scale or top
+    white, step = top / scale, float(f"{0.1 / scale:.1g}")
+    least, most = {"mean": (0.0, white), "std": (step, 2 * white)}[name]
     if any(value < least for value in values):
-        return f"{min(values):g} must be {f'greater than {least:g}' if least else '0 or greater'}, as pixels count from 0 to 1"
+        bound = f"greater than {least:g}" if least else "0 or greater"
+        return f"{min(values):g} must be {bound}, as pixels count from 0 to {white:g}"
     if any(value > most for value in values):
-        divided = ", ".join(f"{value / 255:.3f}" for value in values)
-        return f"{max(values):g} is not of pixels that count from 0 to 1; divide values of 0..255 by 255: [{divided}]"
+        divided = ", ".join(f"{value / scale:.3f}" for value in values)
+        remedy = f"divide values of 0..{top:g} by {scale:g}: [{divided}]" if scale > 1 else "see data.scale"
+        return f"{max(values):g} is not of pixels that count from 0 to {white:g}; {remedy}"
     return ""
 
 

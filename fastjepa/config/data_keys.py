@@ -13,6 +13,11 @@ from fastjepa.config.fields import (
     is_share_range,
 )
 
+UNITS = {"uint8": 255.0, "uint16": 65535.0, "float32": 1.0}  # by data.dtype: the value that counts as 1
+# (mean, deviation) of ImageNet's channels, where 255 counts as 1; of one channel their averages.
+IMAGENET = {1: ((0.449,), (0.226,)), 3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
+MeanStd = tuple[tuple[float, ...], tuple[float, ...]]
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -48,9 +53,47 @@ class DataConfig:
         is_share_or_zero,
     )
     max_bad: int = config_key(100, "undecodable files a run may meet before it stops", is_not_negative)
-    channels: int = config_key(3, "image channels: 1 (grey) or 3 (RGB)", ValueCheck(lambda v: v in (1, 3), "1 or 3"))
-    mean: tuple[float, ...] | None = config_key(None, "per-channel mean of pixels that count from 0 to 1; default: ImageNet's")
-    std: tuple[float, ...] | None = config_key(None, "per-channel standard deviation of the same; default: ImageNet's")
+    channels: int = config_key(
+        3, "image channels: 1 (grey) or 3 (RGB) of 8 bits, made of any picture; or as many as the files have bands", is_positive
+    )
+    dtype: Literal["uint8", "uint16", "float32"] = config_key(
+        "uint8",
+        "what an image's values are, from the file to the network; uint8 and uint16 are those of the files; float32 takes "
+        "any real numbers",
+    )
+    bands: tuple[int, ...] | None = config_key(
+        None,
+        "which bands of a file are the channels, counted from 0, in this order, such as [3, 2, 1]; default: all of them",
+        ValueCheck(lambda v: bool(v) and min(v) >= 0, "one or more whole numbers, 0 or greater"),
+    )
+    pages: Literal["first", "bands"] = config_key("first", "of a TIFF with several pages: the first, or the bands of all")
+    scale: float | None = config_key(
+        None,
+        "the value of a file that counts as 1 in mean and std; 1: they are in the units of the file; default: 255 (uint8), "
+        "65535 (uint16), 1 (float32)",
+        is_positive,
+    )
+    nodata: float | None = config_key(
+        None, "the value of a file that means no measurement, as NaN and infinities always do; it is filled with the mean"
+    )
+    mean: tuple[float, ...] | None = config_key(
+        None, "per-channel mean, in units of scale; default: ImageNet's, of 1 or 3 channels of uint8 alone"
+    )
+    std: tuple[float, ...] | None = config_key(None, "per-channel standard deviation of the same")
+
+    @property
+    def unit(self) -> float:
+        """Return the value that counts as 1 in the network's own mean and deviation: the largest of a whole number's dtype."""
+        return UNITS[self.dtype]
+
+    @property
+    def mean_std(self) -> MeanStd | None:
+        """Return per-channel (mean, std) where `unit` counts as 1; None where they are neither given nor ImageNet's."""
+        known = IMAGENET.get(self.channels, (None, None)) if self.dtype == "uint8" else (None, None)
+        ratio = (self.scale or self.unit) / self.unit
+        given = [values and tuple(value * ratio for value in values) for values in (self.mean, self.std)]
+        mean, std = (values or default for values, default in zip(given, known, strict=True))
+        return (mean, std) if mean and std else None
 
     @property
     def address(self) -> str:

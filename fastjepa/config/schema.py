@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastjepa.config.data_keys import DataConfig
+from fastjepa.config.data_keys import DataConfig, MeanStd
 from fastjepa.config.fields import (
     ValueCheck,
     config_key,
@@ -368,12 +368,16 @@ class Config:
         return self.target_dim * (self.target_layers if self.loss.layers == "each" else 1)
 
     @property
-    def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return per-channel (mean, std) on [0, 1]; ImageNet's, or their average for one channel, unless given."""
-        grey = self.data.channels == 1
-        mean = self.data.mean or ((0.449,) if grey else (0.485, 0.456, 0.406))
-        std = self.data.std or ((0.226,) if grey else (0.229, 0.224, 0.225))
-        return mean, std
+    def mean_std(self) -> MeanStd:
+        """Return per-channel (mean, std), where 255 counts as 1 of uint8, 65535 of uint16, and 1 of float32.
+
+        ConfigError where they are not given and have no default.
+        """
+        found = self.data.mean_std
+        if found is None:
+            raise ConfigError(f"data.mean and data.std: {self.data.channels} channels of {self.data.dtype} have no default; "
+                              "`fastjepa data stats` prints those of a data set")  # fmt: skip
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dictionaries and lists, as YAML and JSON write them; `config_from_dict` reads them back."""

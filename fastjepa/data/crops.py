@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -19,7 +20,6 @@ class Crops:
     """Random resized crops of a run's images."""
 
     size: tuple[int, int]  # (H, W) in pixels
-    channels: int
     scale: tuple[float, float]  # least and greatest area of the box as a share of the image
     flip: bool  # whether half of them are mirrored
 
@@ -50,19 +50,19 @@ def crop_box(height: int, width: int, scale: tuple[float, float], uniforms: Sequ
 
 
 def crop_image(image: Tensor, box: Box, size: tuple[int, int], flip: bool = False) -> Tensor:
-    """Return a box of a (C, H, W) uint8 image, resized to (C, *size) uint8 by antialiased bilinear interpolation.
+    """Return a box of a (C, H, W) image, resized to (C, *size) of its dtype by antialiased bilinear interpolation.
 
     Equal to torchvision's `resized_crop` on the same box; `flip` then mirrors it left to right.
     """
     top, left, height, width = box
     patch = image.narrow(1, top, height).narrow(2, left, width)
     if (height, width) != size:
-        patch = interpolate(patch[None], size=size, mode="bilinear", antialias=True)[0]
+        patch = _resized(patch, size)
     return patch.flip(-1) if flip else patch
 
 
 def fit_to(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return a (C, h, w) uint8 image as (C, *size): as it is when it has that size, else resized and centre-cropped.
+    """Return a (C, h, w) image as (C, *size): as it is when it has that size, else resized and centre-cropped.
 
     Resized is by antialiased bilinear interpolation with a margin of 8/7: for a square of 224 the short side becomes 256, as
     is usual on ImageNet.
@@ -74,6 +74,13 @@ def fit_to(image: Tensor, size: tuple[int, int]) -> Tensor:
     tight = max((0, 1), key=lambda axis: wanted[axis] / shape[axis])  # the axis that bounds the scale
     resized = [int(wanted[tight] * side / shape[tight]) for side in shape]
     resized[tight] = wanted[tight]
-    image = interpolate(image[None], size=resized, mode="bilinear", antialias=True)[0]
+    image = _resized(image, resized)
     top, left = (round((side - kept) / 2) for side, kept in zip(resized, size, strict=True))
     return image[:, top : top + size[0], left : left + size[1]]
+
+
+def _resized(image: Tensor, size: Sequence[int]) -> Tensor:
+    """Return a (C, h, w) image as (C, *size) of its dtype; uint16, which torch does not resize, in fp32 and rounded."""
+    deep = image.dtype == torch.uint16
+    resized = interpolate((image.float() if deep else image)[None], size=size, mode="bilinear", antialias=True)[0]
+    return resized.round().to(torch.uint16) if deep else resized

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from fastjepa.data.crops import Box
-from fastjepa.data.decode_pillow import DAMAGED, Header
+from fastjepa.data.decode_pillow import DAMAGED, ORIENTED_PNG, Header
 from fastjepa.errors import ConfigError
 
 Decodable = TypeVar("Decodable")  # a dataclass with a field `images`
 TAIL = 64  # last bytes of a JPEG, among which its end marker is looked for
-NOT_IN_PNG = (b"eXIf", b"Raw profile type", b"adobe.xmp")  # where a PNG may hide an orientation, even behind its pixels
 
 RGB_FRAME = re.compile(rb"\xff[\xc0-\xc2]\0\x11\x08.{4}\x03R..G..B", re.DOTALL)  # 8 bits, 3 components named R, G and B
 
@@ -58,7 +57,7 @@ def dali_reads(header: Header, raw: bytes) -> bool:
         return usual and b"\xff\xd9" in raw[-TAIL:] and not turned_by_xmp
     if header.format == "PNG":
         depth = raw[24]  # bits a channel, after signature, length, "IHDR", width and height: 8 + 4 + 4 + 4 + 4 bytes
-        return depth <= 8 and header.orientation == 1 and not any(word in raw for word in NOT_IN_PNG)
+        return depth <= 8 and header.orientation == 1 and not any(word in raw for word in ORIENTED_PNG)
     return header.format == "WEBP" and not header.info.keys() & {"exif", "xmp"}
 
 

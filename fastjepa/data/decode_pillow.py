@@ -26,6 +26,7 @@ UPRIGHT = {
 }
 DAMAGED = "damaged metadata"  # the key in Header.info of an image whose metadata Pillow cannot read
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+ORIENTED_PNG = (b"eXIf", b"Raw profile type", b"adobe.xmp")  # where a PNG may hide an orientation, even behind its pixels
 PIXEL_CHUNKS = {b"IHDR", b"PLTE", b"IDAT", b"IEND"}  # of a PNG; the others are metadata, or name colours to leave out
 T = TypeVar("T")
 
@@ -55,8 +56,9 @@ class DecodeError(ValueError):
 class Decoded(NamedTuple):
     """The image in a file, and what the file holds beside it."""
 
-    image: Tensor  # (channels, H, W) uint8, upright
+    image: Tensor  # (channels, H, W), upright; uint8, but for arrays
     dropped: frozenset[str]  # kinds of `dropped`
+    held: str = ""  # of arrays: the bands in the file, such as "12 bands of uint16"
 
 
 def decode_image(raw: bytes | np.ndarray, channels: int) -> Tensor:
@@ -83,6 +85,24 @@ def decode_file(raw: bytes | np.ndarray, channels: int) -> Decoded:
     return Decoded(image.permute(2, 0, 1) if image.ndim == 3 else image.expand(channels, -1, -1), dropped)
 
 
+def picture_pixels(raw: bytes) -> tuple[np.ndarray, frozenset[str]]:
+    """Return the upright pixels of a file, (H, W) uint8 of grey ones, else (H, W, 3), and the kinds of what else it holds.
+
+    DecodeError as `decode_image`.
+    """
+    return _to_pixels(raw, 3)
+
+
+def orientation_of(raw: bytes) -> int:
+    """Return the EXIF orientation of a file, looked for behind its pixels too; 1 where there is none that can be read."""
+
+    def read(image: Image.Image) -> int:
+        image.load()
+        return _orientation(image)
+
+    return _opened(raw, read)
+
+
 def read_header(raw: bytes) -> Header:
     """Return the header of an encoded file; DecodeError as `decode_image`, for what can be seen without decoding."""
     return _opened(raw, _header)
@@ -97,11 +117,16 @@ def _opened(raw: bytes, use: Callable[[Image.Image], T]) -> T:
     """Return use(image) of the file opened by Pillow; DecodeError as `_read`, and for an image above MAX_PIXELS."""
 
     def limited(image: Image.Image) -> T:
-        if image.width * image.height > MAX_PIXELS:
-            raise DecodeError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS}; tile the image")
+        refuse_large(image.width, image.height)
         return use(image)
 
     return _read(raw, limited)
+
+
+def refuse_large(width: int, height: int) -> None:
+    """Raise DecodeError for an image above MAX_PIXELS."""
+    if width * height > MAX_PIXELS:
+        raise DecodeError(f"{width}x{height} pixels are more than {MAX_PIXELS}; tile the image")
 
 
 def _read(raw: bytes, use: Callable[[Image.Image], T]) -> T:
@@ -197,7 +222,7 @@ def _refuse_unknown_range(image: Image.Image) -> None:
     low, high = image.getextrema() if image.mode == "I" else (0, 0)
     kind = "floating-point" if image.mode == "F" else "signed" if signed_bytes or low < 0 else "32-bit" if high > 65535 else ""
     if kind:
-        raise DecodeError(f"{kind} pixels have no known range; save them as 8 or 16 bits")
+        raise DecodeError(f"{kind} pixels have no known range; save them as 8 or 16 bits, or set data.dtype float32")
 
 
 def _eight_bit(image: Image.Image, channels: int) -> Image.Image:

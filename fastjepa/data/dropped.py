@@ -1,4 +1,4 @@
-"""Parts of a file that its decoded image leaves out: bits, frames, bands, transparency. Each completes "the file holds"."""
+"""Parts of a file that its image leaves out or replaces: bits, frames, bands, transparency. Each completes "the file holds"."""
 
 import numpy as np
 from PIL import Image, TiffImagePlugin
@@ -8,6 +8,9 @@ NARROW = "16-bit grey levels that all lie below 4096, of which 17 at most are ke
 FRAMES = "further frames or pages, of which the first is kept"
 BANDS = "further bands beside colour and alpha, which are left out"
 ALPHA = "transparency, which is left out"
+NODATA = "values without measurement, which are filled with their channel's mean"
+STATED_NODATA = "a no-data value in its tags, which counts as a measurement unless data.nodata names it"
+ROUNDED = "numbers of more than 24 bits, which are rounded to float32"
 
 SIZ_TO_DEPTH = 40  # bytes from a JPEG 2000's size marker to the depth of its first component, less one
 AV1C_TO_DEPTH = 6  # bytes from the name of an AVIF's configuration to the flags of its depth

@@ -5,9 +5,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fastjepa.data.pixels import MeanStd, normalise_pixels
 from fastjepa.engine.precision import autocast_of
 from fastjepa.errors import UserError
-from fastjepa.evals.images import EvalImages, MeanStd, normalise_pixels
+from fastjepa.evals.images import EvalImages
 from fastjepa.evals.scoring import Features
 from fastjepa.model.vit import use_auto_attention
 

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastjepa.data.pixels import MeanStd, normalise_pixels
 from fastjepa.data.prepare.processes import console
 from fastjepa.errors import UserError
 from fastjepa.evals.augment import Augment
-from fastjepa.evals.images import EvalImages, MeanStd, normalise_pixels
+from fastjepa.evals.images import EvalImages
 from fastjepa.evals.inputs import Split, Subject, provenance
 from fastjepa.evals.request import EvalRequest
 from fastjepa.evals.scoring import Features, Result, check_labels

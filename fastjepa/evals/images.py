@@ -19,7 +19,6 @@ from fastjepa.evals.held_out import label_of
 from fastjepa.loader.workers import Crew, Workers
 
 Augmentation = Callable[[Tensor, int, tuple[int, int]], Tensor]  # (image, its row of the source, size) -> image of that size
-MeanStd = tuple[tuple[float, ...], tuple[float, ...]]
 FEW_IMAGES = 256  # images that are decoded sooner than processes start
 
 
@@ -102,9 +101,3 @@ class _Blocks(Dataset):
         rows = range(i * self.size, min((i + 1) * self.size, len(self.images)))
         items = [self.images[row] for row in rows]
         return next((item for item in items if isinstance(item, str)), None) or torch.stack(items)
-
-
-def normalise_pixels(pixels: Tensor, mean_std: MeanStd) -> Tensor:
-    """Return (b, C, H, W) uint8 pixels as fp32, on [0, 1], with the given mean and standard deviation taken out."""
-    mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in mean_std)
-    return (pixels.float() / 255 - mean) / std

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from fastjepa.data.crops import crop_image
+from fastjepa.data.pixels import normalise_pixels
 from fastjepa.data.prepare.catalog import DATASETS, find_dataset
 from fastjepa.data.prepare.scenes import FEWEST, MOST
 from fastjepa.errors import UserError
 from fastjepa.evals.cache import cached_features
 from fastjepa.evals.features import PIXEL_BATCH, Layers
 from fastjepa.evals.held_out import labels_of
-from fastjepa.evals.images import EvalImages, normalise_pixels
+from fastjepa.evals.images import EvalImages
 from fastjepa.evals.inputs import Inputs, Split, Subject, Which, provenance
 from fastjepa.evals.linear import PROTOCOLS, Recipe, linear_accuracy
 from fastjepa.evals.published import PAPER_COLUMNS, PUBLISHED

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastjepa.data.pixels import normalise_pixels
 from fastjepa.data.prepare.processes import console
 from fastjepa.engine.precision import autocast_of
-from fastjepa.evals.images import Augmentation, EvalImages, normalise_pixels, watched
+from fastjepa.evals.images import Augmentation, EvalImages, watched
 from fastjepa.evals.inputs import Split, Subject
 from fastjepa.files import atomic_path
 from fastjepa.model.vit import use_auto_attention

@@ -12,7 +12,7 @@ from fastjepa.masks.packed import Blocks, Movable, Packed
 class Batch(Movable):
     """A micro-batch of b images and their masks; K context masks an image."""
 
-    images: Tensor | Encoded  # (b, C, H, W) uint8, or the files it is to be made of
+    images: Tensor | Encoded  # (b, C, H, W) uint8, uint16 or normalised fp32, or the files it is to be made of
     context: Packed  # K*b sequences of context patches
     target: Packed  # b sequences, the union of each image's target blocks
     blocks: Blocks  # the predictor's sequences: each context with each target block, or with all of them

@@ -13,6 +13,7 @@ from fastjepa.config.schema import Config
 from fastjepa.data.crops import Crops
 from fastjepa.data.decode_dali import DaliDecoder, DaliSettings, dali_installed, require_dali
 from fastjepa.data.idx_files import IdxPair
+from fastjepa.data.pixels import Pixels
 from fastjepa.data.sources import Source
 from fastjepa.errors import ConfigError, UserError
 from fastjepa.loader.batch import Batch
@@ -22,13 +23,20 @@ from fastjepa.masks.layouts import Masking
 from fastjepa.masks.packer import Packer
 from fastjepa.ranks.world import World
 
+PICTURES = Pixels(3)
 
-def choose_decoder(loader: str, device: str) -> tuple[str, str]:
-    """Return what decodes files, "dali" or "torch", by data.loader and runtime.device, and why.
 
-    ConfigError where DALI is asked for and not installed. `auto` takes it on a GPU alone: on CPUs Pillow in the loader's
-    processes was measured as fast or faster.
+def choose_decoder(loader: str, device: str, pixels: Pixels = PICTURES) -> tuple[str, str]:
+    """Return what decodes files, "dali" or "torch", by data.loader, runtime.device and what pixels are, and why.
+
+    ConfigError where DALI is asked for and not installed, or cannot decode such pixels. `auto` takes it on a GPU alone: on
+    CPUs Pillow in the loader's processes was measured as fast or faster.
     """
+    if not pixels.are_pictures and loader != "torch":
+        if loader == "dali":
+            raise ConfigError("data.loader: dali decodes pictures alone, 1 or 3 channels of 8 bits without data.bands, "
+                              "data.nodata and data.pages; set it to auto or torch")  # fmt: skip
+        return "torch", "DALI decodes 1 or 3 channels of 8 bits alone"
     if loader != "auto":
         if loader == "dali":
             require_dali()
@@ -40,14 +48,15 @@ def choose_decoder(loader: str, device: str) -> tuple[str, str]:
     return "dali", "it decodes on the GPU"
 
 
-def decodes_with_dali(loader: str, device: str, source: Source) -> bool:
-    """Return whether DALI decodes a source: never idx files, which are pixels. Arguments and errors as `choose_decoder`."""
-    return choose_decoder(loader, device)[0] == "dali" and not isinstance(source, IdxPair)
+def decodes_with_dali(config: Config, source: Source) -> bool:
+    """Return whether DALI decodes a source: never idx files, which are pixels. Errors as `choose_decoder`."""
+    way, _ = choose_decoder(config.data.loader, config.runtime.device, pixels_of(config))
+    return way == "dali" and not isinstance(source, IdxPair)
 
 
 def check_loader(config: Config, source: Source, ranks: int) -> None:
-    """Raise ConfigError when the source is smaller than the global batch of all ranks, or DALI is asked for and missing."""
-    decodes_with_dali(config.data.loader, config.runtime.device, source)
+    """Raise ConfigError when the source is smaller than the global batch of all ranks, or for DALI that cannot serve."""
+    decodes_with_dali(config, source)
     size = config.data.batch_size
     if len(source) < size * ranks:
         raise ConfigError(
@@ -56,11 +65,18 @@ def check_loader(config: Config, source: Source, ranks: int) -> None:
         )
 
 
+def pixels_of(config: Config) -> Pixels:
+    """Return what becomes of the bytes of a file, by the keys of a config; its mean and deviation may be unknown."""
+    data = config.data
+    return Pixels(data.channels, getattr(torch, data.dtype), data.bands, data.pages, data.nodata, data.mean_std)
+
+
 def batch_recipe(config: Config) -> BatchRecipe:
     """Return the recipe of the micro-batches that a config asks for."""
     data, runtime = config.data, config.runtime
     return BatchRecipe(
-        crops=Crops(config.image_size, data.channels, data.crop_scale, data.use_horizontal_flip),
+        pixels=pixels_of(config),
+        crops=Crops(config.image_size, data.crop_scale, data.use_horizontal_flip),
         masking=Masking.of(config),
         batch_size=data.batch_size,
         micro_batch=config.micro_batch,
@@ -84,7 +100,7 @@ class Loader(AbstractContextManager):
         ConfigError as `check_loader`.
         """
         check_loader(config, source, world.size)
-        dali = decodes_with_dali(config.data.loader, config.runtime.device, source)
+        dali = decodes_with_dali(config, source)
         dataset = (EncodedBatches if dali else MicroBatches)(batch_recipe(config), source, world.rank, world.size)
         self.bad: set[str] = set()
         self._dropped, self._read = Counter(), 0  # files by kind of `data.dropped`, of so many of the first epoch
@@ -172,7 +188,7 @@ def batch_bytes(config: Config) -> int:
     size, total = config.micro_batch, config.data.batch_size
     masking = Masking.of(config)
     packed = Packer(masking).packed(0, range(size), total)
-    images = torch.empty(size, config.data.channels, *config.image_size, dtype=torch.uint8, device="meta")
+    images = torch.empty(size, config.data.channels, *config.image_size, dtype=getattr(torch, config.data.dtype), device="meta")
     return sum(tensor.nbytes for tensor in Batch(images, *packed, bad=()).tensors())
 
 

@@ -16,12 +16,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastjepa.data.crops import BLOCKS_PER_SAMPLE, Box, Crops, crop_image
+from fastjepa.data.decode_arrays import is_numpy_file
 from fastjepa.data.decode_dali import Encoded, View, as_pnm, dali_reads
 from fastjepa.data.decode_pillow import DecodeError, decode_file, read_header
 from fastjepa.data.dropped import may_be_transparent
+from fastjepa.data.pixels import Pixels, UnlikeError
 from fastjepa.data.remote_shards import RemoteShards
 from fastjepa.data.sources import Source
-from fastjepa.errors import is_out_of_files
+from fastjepa.errors import UserError, is_out_of_files
 from fastjepa.loader.batch import Batch
 from fastjepa.masks.layouts import Masking
 from fastjepa.masks.packer import Packer
@@ -35,6 +37,7 @@ CropOf = Callable[[int, int], tuple[Box, bool]]  # (height, width) of an image -
 class BatchRecipe:
     """Recipe of a run's micro-batches: their sizes, crops and masks."""
 
+    pixels: Pixels
     crops: Crops
     masking: Masking  # its seed is that of order and crops too
     batch_size: int  # images of a rank in a step
@@ -48,7 +51,7 @@ class BatchRecipe:
 class Shown(NamedTuple):
     """One image of a batch, and what its file holds beside it."""
 
-    image: Tensor | View  # a crop (C, H, W) uint8, or the file that it is to be made of
+    image: Tensor | View  # a crop (C, H, W) as the network takes it, or the file that it is to be made of
     dropped: frozenset[str]  # kinds of `data.dropped`
 
 
@@ -69,7 +72,8 @@ class MicroBatches(Dataset):
     def __init__(self, recipe: BatchRecipe, source: Source, rank: int, ranks: int):
         """Take the images of rank `rank` of `ranks`; each step shows batch_size * ranks of them."""
         self.recipe, self.source, self.rank = recipe, source, rank
-        self.crops, self.packer, self.seed = recipe.crops, Packer(recipe.masking), recipe.masking.seed
+        self.pixels, self.crops = recipe.pixels, recipe.crops
+        self.packer, self.seed = Packer(recipe.masking), recipe.masking.seed
         self.total = recipe.batch_size * ranks
         self.n_micro = recipe.batch_size // recipe.micro_batch
         given = recipe.token_budget
@@ -98,8 +102,8 @@ class MicroBatches(Dataset):
 
     @torch.inference_mode()  # saves a fifth of the time at 28 pixels
     def _decoded(self, epoch: int, samples: list[int]) -> Found:
-        """Return (b, C, H, W) uint8 crops of the samples."""
-        images = torch.zeros(len(samples), self.crops.channels, *self.crops.size, dtype=torch.uint8)
+        """Return (b, C, H, W) crops of the samples, as the network takes them."""
+        images = torch.zeros(len(samples), self.pixels.channels, *self.crops.size, dtype=self.pixels.dtype)
         bad, dropped = {}, []
         for row, sample in zip(images, samples, strict=True):
             shown, unreadable = self._first_readable(epoch, sample, self._crop)
@@ -126,7 +130,7 @@ class MicroBatches(Dataset):
         return self._order[1][within * self.total + start : within * self.total + stop]
 
     def view(self, epoch: int, sample: int) -> tuple[Tensor | None, dict[str, str]]:
-        """Return the sample's crop in this epoch, (C, H, W) uint8, and {name: reason} of the bad files met.
+        """Return the sample's crop in this epoch, (C, H, W) as the network takes it, and {name: reason} of the bad files met.
 
         The crop is that of a substitute where the sample is bad, and None when more than `max_bad` candidates are.
         """
@@ -134,10 +138,10 @@ class MicroBatches(Dataset):
         return (None if shown is None else shown.image), unreadable
 
     def _crop(self, raw: bytes | np.ndarray, crop_of: CropOf) -> Shown:
-        """Return the crop of an image, (C, H, W) uint8."""
-        image, dropped = decode_file(raw, self.crops.channels)
+        """Return the crop of an image, (C, H, W) as the network takes it."""
+        image, dropped, _ = self.pixels.decode(raw)
         box, flip = crop_of(*image.shape[1:])
-        return Shown(crop_image(image, box, self.crops.size, flip), dropped)
+        return Shown(self.pixels.ready(crop_image(image, box, self.crops.size, flip)), dropped)
 
     def _first_readable(
         self, epoch: int, sample: int, make: Callable[[bytes | np.ndarray, CropOf], Shown]
@@ -156,6 +160,8 @@ class MicroBatches(Dataset):
         for candidate in self._candidates(epoch, sample):
             try:
                 return make(self.source.read(candidate), crop_of), dict(unreadable.values())
+            except UnlikeError as error:
+                raise UserError(f"{self.source.name(candidate)}: {error}") from error
             except (DecodeError, OSError) as error:
                 if is_out_of_files(error):
                     raise  # no fault of the file
@@ -207,17 +213,17 @@ class EncodedBatches(MicroBatches):
 
         DALI does not say whether alpha is opaque, of what it reads the one thing that is lost: in the first epoch Pillow does.
         """
-        if isinstance(raw, bytes):
+        if isinstance(raw, bytes) and not is_numpy_file(raw):
             header = read_header(raw)
             if dali_reads(header, raw):
                 ask = first and may_be_transparent(header.mode, header.info)
-                dropped = decode_file(raw, self.crops.channels).dropped if ask else frozenset()
+                dropped = decode_file(raw, self.pixels.channels).dropped if ask else frozenset()
                 return Shown(View(raw, *crop_of(header.height, header.width)), dropped)
         return self._pixels(raw, crop_of)
 
     def _pixels(self, raw: bytes | np.ndarray, crop_of: CropOf) -> Shown:
-        """Return the view of the pixels in the crop alone, decoded by Pillow; DALI resizes them."""
-        image, dropped = decode_file(raw, self.crops.channels)
+        """Return the view of the pixels in the crop alone, decoded here; DALI resizes them."""
+        image, dropped, _ = self.pixels.decode(raw)
         (top, left, height, width), flip = crop_of(*image.shape[1:])
         return Shown(View(as_pnm(image[:, top : top + height, left : left + width]), (0, 0, height, width), flip), dropped)
 

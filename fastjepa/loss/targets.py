@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastjepa.data.pixels import unit_of
 from fastjepa.loader.batch import Batch
 from fastjepa.loss.normalizations import Target
 from fastjepa.model.vit import Encoder
@@ -86,8 +87,8 @@ class TeacherTargets:
         """Return images (b, C, H, W) as the teacher takes them; floats have been normalised as `own`, the run's, does."""
         embed, floats = self.teacher.patch_embed, images.is_floating_point()
         if embed.patch_size == own.patch_size and not floats:
-            return images  # bytes, which the embedding normalises
-        pixels = images * _by_channel(own.std) + _by_channel(own.mean) if floats else images.float() / 255
+            return images  # whole numbers, which the embedding normalises
+        pixels = images * _by_channel(own.std) + _by_channel(own.mean) if floats else images.float() / unit_of(images.dtype)
         if embed.patch_size != own.patch_size:
             size = [side // own.patch_size * embed.patch_size for side in images.shape[2:]]
             pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)

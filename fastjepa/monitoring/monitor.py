@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from fastjepa.config.schema import Config
 from fastjepa.data.crops import CROP_TRIES, crop_box, crop_image, fit_to
-from fastjepa.data.decode_pillow import DecodeError, decode_image
+from fastjepa.data.decode_pillow import DecodeError
+from fastjepa.data.pixels import UnlikeError
 from fastjepa.data.sources import Source
 from fastjepa.engine.average import Average, FollowedAverage, ShardedAverage
 from fastjepa.engine.precision import COMPUTE_DTYPES, autocast_of
@@ -28,6 +29,7 @@ from fastjepa.evals.collapse import effective_rank, feature_std, lidar
 from fastjepa.evals.held_out import HeldOut, label_of, open_held_out
 from fastjepa.evals.knn import knn_classify
 from fastjepa.evals.scoring import Features
+from fastjepa.loader.loader import pixels_of
 from fastjepa.model.jepa import NetworkShape
 from fastjepa.monitoring.alarms import AlarmSettings, collapse_alarms
 from fastjepa.monitoring.ema_distance import EmaDistance
@@ -41,7 +43,7 @@ READING_NAMES = ("feature_std", "effective_rank", "ema_distance", "image_std", "
 
 @dataclass(frozen=True)
 class Probe:
-    """Images that every probe of a run looks at, uint8 on the host, and what its k-NN knows of them."""
+    """Images that every probe of a run looks at, on the host as the network takes them, and what its k-NN knows of them."""
 
     bank: Tensor  # (m, C, H, W) training images as an evaluation sees them
     bank_labels: Tensor  # (m,) int64; -1: none
@@ -72,7 +74,7 @@ class Probe:
 
 @torch.no_grad()
 def encode_images(encoder: nn.Module, images: Tensor, config: Config, device: torch.device) -> Tensor:
-    """Map (b, C, H, W) uint8 to (b, D) fp32 on the device: the mean over patches, computed in the run's own dtype."""
+    """Map (b, C, H, W) as the network takes them to (b, D) fp32 on the device: the mean over patches, in the run's dtype."""
     pooled = [torch.empty(0, config.encoder_shape[0], device=device)]
     with autocast_of(COMPUTE_DTYPES[config.runtime.dtype], device):
         for block in images.split(config.micro_batch) if len(images) else ():
@@ -135,8 +137,9 @@ def query_images(config: Config, source: Source, held: HeldOut | None, share: fl
 
 
 def _as_evaluated(images: dict[int, Tensor], config: Config) -> Tensor:
-    blank = torch.empty(0, config.data.channels, *config.image_size, dtype=torch.uint8)
-    return torch.cat([blank, *(fit_to(image, config.image_size)[None] for image in images.values())])
+    pixels = pixels_of(config)
+    blank = torch.empty(0, pixels.channels, *config.image_size, dtype=pixels.dtype)
+    return torch.cat([blank, *(pixels.ready(fit_to(image, config.image_size))[None] for image in images.values())])
 
 
 def shuffled_rows(config: Config, source: Source) -> np.ndarray:
@@ -167,12 +170,12 @@ def lidar_size(config: Config, source: Source, share: float = 1.0) -> int:
 
 def _readable(source: Source, rows: np.ndarray, config: Config) -> dict[int, Tensor]:
     """Return the images (C, h, w) of those rows that can be read; read in rising order, as files lie."""
-    found = {}
+    found, pixels = {}, pixels_of(config)
     for row in sorted(map(int, rows)):
         try:
-            found[row] = decode_image(source.read(row), config.data.channels)
-        except (DecodeError, OSError):
-            continue  # the loader counts it and says so
+            found[row] = pixels.decode(source.read(row)).image
+        except (DecodeError, UnlikeError, OSError):
+            continue  # the loader counts it, or ends the run, and says so
     return found
 
 
@@ -181,7 +184,8 @@ def _views(image: Tensor, row: int, config: Config) -> Tensor:
     uniforms = np.random.default_rng([config.runtime.seed, row]).random((LIDAR_VIEWS, 4 * CROP_TRIES + 1)).tolist()
     boxes = [crop_box(*image.shape[1:], config.data.crop_scale, numbers) for numbers in uniforms]
     flips = [config.data.use_horizontal_flip and numbers[-1] < 0.5 for numbers in uniforms]
-    return torch.stack([crop_image(image, box, config.image_size, flip) for box, flip in zip(boxes, flips, strict=True)])
+    crops = [crop_image(image, box, config.image_size, flip) for box, flip in zip(boxes, flips, strict=True)]
+    return pixels_of(config).ready(torch.stack(crops))
 
 
 def probe_falls(step: int, last: int, every: int) -> bool:

@@ -94,7 +94,7 @@ def build_run(config: Config, output: Path, resume: str, init: Path | None, deep
 def describe_run(config: Config, world: World, source: Source, teacher: PretrainedEncoder | None = None) -> dict:
     """Describe a run, for a resumed one to compare with: exactness holds on one machine, with equal versions and threads."""
     versions = {"fastjepa": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    decoder = "dali" if decodes_with_dali(config.data.loader, config.runtime.device, source) else "torch"
+    decoder = "dali" if decodes_with_dali(config, source) else "torch"
     machine = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.machine()
     return {
         "config": config.to_dict(),

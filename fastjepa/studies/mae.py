@@ -20,13 +20,13 @@ from fastjepa.checkpoint.save import save_checkpoint
 from fastjepa.checkpoint.state import TrainState
 from fastjepa.config.load import load_config
 from fastjepa.config.schema import Config
+from fastjepa.data.pixels import normalise_pixels
 from fastjepa.data.sources import open_source
 from fastjepa.engine.adamw import apply_schedule, build_adamw
 from fastjepa.engine.muon import MuonAdamW
 from fastjepa.engine.precision import COMPUTE_DTYPES, autocast_of, settle_dtype
 from fastjepa.engine.schedule import Schedule
 from fastjepa.errors import UserError
-from fastjepa.evals.images import normalise_pixels
 from fastjepa.loader.loader import Loader
 from fastjepa.masks.packed import Packed
 from fastjepa.model.vit import Encoder

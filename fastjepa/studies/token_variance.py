@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastjepa.evals.images import EvalImages, normalise_pixels
+from fastjepa.data.pixels import normalise_pixels
+from fastjepa.evals.images import EvalImages
 from fastjepa.evals.inputs import Split, Subject, Which
 
 VARIANCE_IMAGES, VARIANCE_BATCH = 1000, 250  # images that count, and images of one forward pass

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
+from fastjepa.data.pixels import normalise_pixels
 from fastjepa.engine.precision import autocast_of
 from fastjepa.errors import UserError
-from fastjepa.evals.images import EvalImages, normalise_pixels
+from fastjepa.evals.images import EvalImages
 from fastjepa.evals.inputs import Split, Subject
 from fastjepa.evals.scoring import Z95, wilson_interval
 from fastjepa.masks.check import check_masks

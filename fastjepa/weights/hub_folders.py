@@ -144,8 +144,9 @@ def read_folder(path: Path, which: str | None, shape: Shape) -> Loaded:
 
 def timm_mean_std(path: Path, given: Mapping[str, Any], channels: int) -> dict[str, list[float]]:
     """Return the mean and the deviation that the pretrained_cfg of a timm folder gives, else ImageNet's."""
-    mean, std = default_mean_std(channels)
-    return checked_mean_std(path / CONFIG_FILE, given.get("mean", mean), given.get("std", std), channels)
+    known = {} if given.keys() >= {"mean", "std"} else dict(zip(("mean", "std"), default_mean_std(channels), strict=True))
+    mean, std = (given.get(name, known.get(name)) for name in ("mean", "std"))
+    return checked_mean_std(path / CONFIG_FILE, mean, std, channels)
 
 
 def transformers_mean_std(folder: Path, channels: int) -> dict[str, list[float]]:

@@ -36,7 +36,7 @@ def bare_names(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
 
 
 def default_mean_std(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return ImageNet's (mean, std) per channel on [0, 1], or their average for one channel."""
+    """Return ImageNet's (mean, std) per channel on [0, 1], or their average for one channel; ConfigError for other numbers."""
     return Config(data=DataConfig(channels=channels)).mean_std
 
 

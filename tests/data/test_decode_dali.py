@@ -355,7 +355,7 @@ def test_loaders_are_chosen(tmp_path: Path, monkeypatch):
     source = open_source(folder)
 
     def chosen(*loaders: str) -> list[bool]:
-        return [decodes_with_dali(loader, "auto", source) for loader in loaders]
+        return [decodes_with_dali(settings(folder, loader), source) for loader in loaders]
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert chosen("auto", "dali", "torch") == [False, True, False]

@@ -116,7 +116,7 @@ UNKNOWN_RANGE = {
 
 @pytest.mark.parametrize("kind", UNKNOWN_RANGE)
 def test_values_without_a_known_range_are_refused(kind: str):
-    with pytest.raises(DecodeError, match=f"^{kind.split()[0]} pixels have no known range; save them as 8 or 16 bits"):
+    with pytest.raises(DecodeError, match=f"^{kind.split()[0]} pixels have no known range; save them as 8 or 16 bits, or"):
         decode_image(UNKNOWN_RANGE[kind], 1)
 
 

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 from fastjepa.cli.main import main
+from fastjepa.data.pixels import normalise_pixels
 from fastjepa.errors import UserError
 from fastjepa.evals.dense.labels import fitted_labels, paired_pictures, read_label
 from fastjepa.evals.dense.patches import layer_patches, raw_patches
 from fastjepa.evals.dense.table import DENSE_PROTOCOLS, DenseOptions, labels_of_splits, open_dense_splits
 from fastjepa.evals.dense.tasks import Depth, Segmentation
-from fastjepa.evals.images import normalise_pixels
 from fastjepa.evals.inputs import Split, open_subject
 from fastjepa.evals.patch_features import kept_patches
 from fastjepa.evals.request import EvalRequest

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastjepa.config.load import load_config
 from fastjepa.config.schema import Config
-from fastjepa.evals.images import normalise_pixels
+from fastjepa.data.pixels import normalise_pixels
 from fastjepa.evals.inputs import open_subject
 from fastjepa.model.jepa import build_pair
 from fastjepa.model.vit import use_attention

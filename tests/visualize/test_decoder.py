@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastjepa.cli.main import main
-from fastjepa.evals.images import EvalImages, normalise_pixels
+from fastjepa.data.pixels import normalise_pixels
+from fastjepa.evals.images import EvalImages
 from fastjepa.evals.inputs import Subject, open_subject
 from fastjepa.masks.pack import pack
 from fastjepa.model.jepa import Jepa, build_pair

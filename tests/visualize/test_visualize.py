@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastjepa.cli.main import main
+from fastjepa.data.pixels import normalise_pixels
 from fastjepa.errors import UserError
-from fastjepa.evals.images import EvalImages, normalise_pixels
+from fastjepa.evals.images import EvalImages
 from fastjepa.evals.inputs import Split, Subject, open_subject
 from fastjepa.loss.jepa_loss import jepa_loss
 from fastjepa.masks.draw import draw_masks

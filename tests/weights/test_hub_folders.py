@@ -19,9 +19,9 @@ from fastjepa.checkpoint.restore import load_networks
 from fastjepa.checkpoint.save import save_checkpoint
 from fastjepa.cli.main import main
 from fastjepa.config.load import config_from_dict
+from fastjepa.data.pixels import normalise_pixels
 from fastjepa.errors import UserError
 from fastjepa.evals.cache import weights_fingerprint
-from fastjepa.evals.images import normalise_pixels
 from fastjepa.evals.inputs import read_config
 from fastjepa.model.jepa import build_pair
 from fastjepa.weights.read import NETWORK_OF
