@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from fastjepa.cli.options import add_command, byte_count, non_negative_int, positive_int
+from fastjepa.cli.options import CONFIG_HELP, add_command, byte_count, given_config, non_negative_int, positive_int
 
 DATA_EXAMPLES = {
     "data": """examples:
@@ -21,7 +21,8 @@ DATA_EXAMPLES = {
     "check": """examples:
   fastjepa data check /data/imagenet --workers 16
   fastjepa data check /data/imagenet --split val --output bad-val.txt
-  fastjepa data check /fast/imagenet/train --json""",
+  fastjepa data check /fast/imagenet/train --json
+  fastjepa data check /data/sentinel2 data.channels=12 data.dtype=uint16""",
     "shard": """examples:
   fastjepa data shard /data/imagenet /fast/imagenet/train
   fastjepa data shard /data/imagenet /fast/imagenet/val --split val
@@ -68,6 +69,9 @@ def check_options(sub: argparse.ArgumentParser) -> None:
     listed = "where the paths of bad files go, if there are any (default bad.txt)"
     sub.add_argument("--output", type=Path, default=Path("bad.txt"), metavar="FILE", help=listed)
     sub.add_argument("--json", action="store_true")
+    sub.add_argument("--config", metavar="FILE", help=f"of the run that is to read them: {CONFIG_HELP}")
+    keys = "what the images are, by the config's keys data.channels, dtype, bands, pages and nodata"
+    sub.add_argument("overrides", nargs="*", metavar="section.key=value", help=keys)
 
 
 def shard_options(sub: argparse.ArgumentParser) -> None:
@@ -93,19 +97,22 @@ def run_check(args: argparse.Namespace) -> int:
     """Read every image once and list the bad ones; return 1 where there are any."""
     from fastjepa.data.prepare.check_images import BadImage, check_images, write_bad_list
     from fastjepa.files import require_writable
+    from fastjepa.loader.loader import pixels_of
 
     def show(bad: BadImage) -> None:
         if not args.json:
             print(bad, flush=True)
 
     require_writable(args.output)
-    report = check_images(args.source, args.split, args.workers, args.max_pixels, show)
+    pixels = pixels_of(given_config(args))
+    report = check_images(args.source, args.split, args.workers, args.max_pixels, show, pixels)
     if report.bad:
         write_bad_list(report.bad, args.output)
     if args.json:
         found = dataclasses.asdict(report) | {
             "by_reason": report.by_reason(),
             "dropped": dict(report.dropped),  # `asdict` would count the counts
+            "held": dict(report.held),
             "list": str(args.output) if report.bad else None,
         }
         print(json.dumps({"source": args.source, "split": args.split} | found, indent=1))
@@ -119,6 +126,8 @@ def print_check(report, bad_list: Path) -> None:
     shards = f"{report.shards} shards compared with their manifest, " if report.shards else ""
     sizes = [f"{width}x{height}" for width, height in filter(None, (report.smallest, report.largest))]
     print(f"{shards}{report.images} images read{', smallest {}, largest {}'.format(*sizes) if sizes else ''}")
+    for held, files in report.held.most_common():
+        print(f"{files} of {held}")
     print(f"bad: {len(report.bad)}{''.join(f', {count} {reason}' for reason, count in report.by_reason().items())}")
     if report.bad:
         print(f"their paths are in {bad_list}")

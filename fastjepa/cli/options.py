@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Callable
 
-from fastjepa.config.load import config_from_dict, load_config
+from fastjepa.config.load import load_config
 from fastjepa.config.schema import Config
 
 POSITION_WAYS = ("computed", "interpolated", "scaled")  # the default first; as in model/positions.py, which imports torch
@@ -27,7 +27,7 @@ def given_config(args: argparse.Namespace, *added: str) -> Config:
     """Return the config that `--config` names, the default one without it, with the overrides of the command line and those
     that are `added`.
     """
-    return load_config(args.config, [*args.overrides, *added]) if args.config else config_from_dict({})
+    return load_config(args.config, [*args.overrides, *added])
 
 
 def positive_int(text: str) -> int:

@@ -25,11 +25,13 @@ RETIRED_KEYS = {
 PACKAGED = Path(__file__).parent.parent / "configs"  # in a checkout a link to the configs/ beside this package
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
     """Read a YAML file, apply `section.key=value` overrides and validate; ConfigError says what is wrong.
 
-    `path` may also be the bare name of a config that comes with the package, such as "demo".
+    `path` may also be the bare name of a config that comes with the package, such as "demo"; None is the default config.
     """
+    if path is None:
+        return config_from_dict(_override({}, overrides))
     path = find_config(Path(path))
     try:
         raw = yaml.safe_load(path.read_text()) or {}

@@ -60,7 +60,7 @@ def shards_among(tars: list[Path], where: str | Path, images: int) -> TarShards 
 def still_packed(tars: list[Path], folder: Path) -> list[Path]:
     """Return the tars that no folder of images beside them is named after; the others were unpacked, which is told."""
     beside = set(folders_in(folder))
-    unpacked = [tar for tar in tars if tar.stem in beside and any(image_files(str(tar.with_suffix("")), [], Counter()))]
+    unpacked = [tar for tar in tars if tar.stem in beside and image_files(str(tar.with_suffix("")), [], Counter())]
     if unpacked:
         said = "%s: %d tars passed over, as folders of images beside them have their names (%s); the folders are used"
         log.warning(said, folder, len(unpacked), unpacked[0].name)
@@ -69,7 +69,7 @@ def still_packed(tars: list[Path], folder: Path) -> list[Path]:
 
 def count_images(folder: Path) -> int:
     """Return how many image files lie below a folder."""
-    return sum(1 for _ in image_files(str(folder), [], Counter()))
+    return len(image_files(str(folder), [], Counter()))
 
 
 def kind_of(source: Source, files: Sequence[Path]) -> Kind:

@@ -8,6 +8,7 @@ from PIL import Image
 
 # Formats that Pillow tells by their header and cannot decode, at least not without a program or library of others.
 HEADER_ONLY = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
+ARRAY_ENDINGS = frozenset((".npy", ".npz"))  # images where there is no other image: beside one they are mostly its features
 PACKED_ENDINGS = ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".zip", ".7z", ".rar"
 UNPACK = "unpack each, as nothing in it can be read at random: a .tar.gz to a plain .tar, or its images into folders"
 NAMED_KINDS = 8  # endings that the line names

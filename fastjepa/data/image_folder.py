@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import mmap
 import os
 import stat
 from collections import Counter
@@ -10,16 +11,20 @@ from pathlib import Path
 
 import numpy as np
 
-from fastjepa.data.endings import PACKED_ENDINGS, UNPACK, image_endings, passed_over
+from fastjepa.data.endings import ARRAY_ENDINGS, PACKED_ENDINGS, UNPACK, image_endings, passed_over
 from fastjepa.errors import UserError
 
 log = logging.getLogger(__name__)
 
-FORMATS = "image files at any depth, *.tar shards, *.parquet files with an image column, or MNIST-style idx files"
+FORMATS = (
+    "image files at any depth, .npy or .npz files, *.tar shards, *.parquet files with an image column, or MNIST-style idx files"
+)
 
 
 class ImageFolder:
     """Image files at any depth below `root`, in sorted order; hidden files and links to a folder above are passed over.
+
+    Where no other image lies there, .npy and .npz files are the images.
 
     Labels are the first-level folders when every image lies in one. UserError for a folder without images.
     """
@@ -49,11 +54,17 @@ class ImageFolder:
         """Return the path of image i."""
         return os.path.join(self.root, os.fsdecode(self._paths[i]))
 
-    def read(self, i: int) -> bytes:
-        """Return the bytes of image i; OSError where it is gone, cannot be read, or is a pipe or a device."""
+    def read(self, i: int) -> bytes | mmap.mmap:
+        """Return the bytes of image i, those of a .npy mapped into memory, so that what is not looked at is not read.
+
+        OSError where it is gone, cannot be read, or is a pipe or a device.
+        """
         with open(self.name(i), "rb", buffering=0, opener=_without_waiting) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 raise OSError(errno.EINVAL, "a pipe or a device, not a file", self.name(i))
+            if status.st_size and self.name(i).lower().endswith(".npy"):
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # writable, as torch wants it; the file is not
             return file.read()
 
     def label(self, i: int) -> int | None:
@@ -66,11 +77,32 @@ def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def image_files(root: str, unreadable: list[tuple[str, str]], passed: Counter[str]) -> Iterator[str]:
-    """Yield the paths of all image files below `root`, relative to it; links and folders passed over are logged.
+def image_files(root: str, unreadable: list[tuple[str, str]], passed: Counter[str]) -> list[str]:
+    """Return the paths of all image files below `root`, relative to it, in no order; of arrays, where there is no other image.
 
-    Folders that cannot be read are added to `unreadable`, with the reason, and files of other kinds to `passed`, by ending.
+    Links and folders passed over are logged. Folders that cannot be read are added to `unreadable`, with the reason, and files
+    of other kinds to `passed`, by ending; the index of a tar, a .npz beside it, is of another kind.
     """
+    images, arrays = [], []
+    for folder, names in _files_below(root, unreadable):
+        tars = {name for name in names if name.endswith(".tar")}
+        for name in names:
+            stem, ending = os.path.splitext(name)
+            ending = ending.lower()
+            path = name if folder == "." else os.path.join(folder, name)
+            if ending in image_endings():
+                images.append(path)
+            elif ending in ARRAY_ENDINGS and f"{stem}.tar" not in tars:
+                arrays.append((path, ending))
+            else:
+                passed[ending] += 1
+    if images:
+        passed.update(ending for _, ending in arrays)
+    return images or [path for path, _ in arrays]
+
+
+def _files_below(root: str, unreadable: list[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder below `root`, relative to it, with the names of its files, hidden ones left out."""
 
     def identity(folder: str) -> tuple[int, int] | None:
         try:
@@ -93,12 +125,7 @@ def image_files(root: str, unreadable: list[tuple[str, str]], passed: Counter[st
             log.warning("%s: passed over, a link to a folder it lies in", path)
         above |= fresh
         folders[:] = [found[path] for path in fresh]
-        for name in (name for name in files if not name.startswith(".")):
-            ending = os.path.splitext(name)[1].lower()
-            if ending in image_endings():
-                yield name if inside == "." else os.path.join(inside, name)
-            else:
-                passed[ending] += 1
+        yield inside, [name for name in files if not name.startswith(".")]
 
 
 def _nothing_in(root: Path) -> str:

@@ -106,6 +106,9 @@ class Pixels:
         return (mean if self.dtype == torch.float32 else mean.round()).astype(str(self.dtype).removeprefix("torch."))
 
 
+RGB_PICTURES = Pixels(3)  # the default config's
+
+
 def normalise_pixels(pixels: Tensor, mean_std: MeanStd) -> Tensor:
     """Return pixels (..., C, H, W) of any dtype as fp32, with the given mean and standard deviation taken out.
 

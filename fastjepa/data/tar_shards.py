@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from fastjepa.data.endings import files_with, image_endings, passed_over
+from fastjepa.data.endings import ARRAY_ENDINGS, files_with, image_endings, passed_over
 from fastjepa.data.tar_members import TarMembers
 from fastjepa.errors import UserError
 
@@ -197,8 +197,11 @@ def scan_tar(shard: str | Path, file: BinaryIO | None = None) -> ShardIndex:
 def _sorted_members(
     members: TarMembers, file: BinaryIO
 ) -> tuple[list[tuple[MemberKey, tarfile.TarInfo]], dict[MemberKey, int], Counter]:
-    """Return a tar's images, its labels, and how many files of each other ending belong to no image; hidden files are none."""
-    images, labels, others = [], {}, []
+    """Return a tar's images, its labels, and how many files of each other ending belong to no image; hidden files are none.
+
+    Where no other image is in it, .npy and .npz files are the images.
+    """
+    images, labels, others, arrays = [], {}, [], []
     for member in members:
         folder, _, name = member.name.rpartition("/")
         stem, ending = os.path.splitext(name)
@@ -208,8 +211,13 @@ def _sorted_members(
             labels[folder, stem] = _label_in(file, member)
         elif ending.lower() in image_endings():
             images.append(((folder, stem), member))
+        elif ending.lower() in ARRAY_ENDINGS:
+            arrays.append(((folder, stem), member))
         else:
             others.append(((folder, stem), ending.lower()))
+    if images:
+        others += [(key, os.path.splitext(member.name)[1].lower()) for key, member in arrays]
+    images = images or arrays
     samples = {_sample_of(key) for key, _ in images}
     return images, labels, Counter(ending for key, ending in others if _sample_of(key) not in samples)
 

@@ -30,12 +30,12 @@ def extract_features(
 
     Args:
         images: in the size that the encoder sees, a multiple of the patch.
-        mean_std: per channel, on [0, 1].
+        mean_std: per channel, as `normalise_pixels` takes them.
         dtype: fp32, or bf16 for autocast.
 
     Raises UserError when the encoder cannot take such images, or gives features that are not finite.
     """
-    check_encoder_input(encoder, images.size, images.channels)
+    check_encoder_input(encoder, images.size, images.pixels.channels)
     encoder, device, found = encoder.to(device), torch.device(device), []
     use_auto_attention(encoder, device, dtype)
     with torch.inference_mode(), autocast_of(dtype, device):

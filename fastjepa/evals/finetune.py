@@ -82,8 +82,8 @@ def finetune_accuracy(
     """Fine-tune copies of `encoder` on the training split; return the result, and the setting it was reached with."""
     train, test = splits
     setting = finetune_recipe(options, encoder.embed_dim, len(train.rows), subject.device)
-    channels, mean_std = subject.config.data.channels, subject.config.mean_std
-    train_images, test_images = (EvalImages(split.source, subject.size, channels, split.rows) for split in splits)
+    mean_std = subject.config.mean_std
+    train_images, test_images = (EvalImages(split.source, subject.size, subject.pixels, split.rows) for split in splits)
     labelled = [Features(torch.empty(len(images), 0), images.labels()) for images in (train_images, test_images)]
     check_labels(*labelled, len(train.source.classes))
     use_auto_attention(encoder, subject.device, subject.dtype)
@@ -95,7 +95,7 @@ def finetune_accuracy(
 
     def inputs(places: Tensor, epoch: int | None) -> Iterable[Tensor]:
         view = None if epoch is None else Augment(seed, epoch, rand_augment=True)
-        images = EvalImages(train.source, subject.size, channels, train.rows[places.numpy()], view)
+        images = EvalImages(train.source, subject.size, subject.pixels, train.rows[places.numpy()], view)
         about = "validation" if epoch is None else f"epoch {epoch + 1} of {setting.epochs}"
         return (block.to(subject.device) for block in images.batches(setting.batch, about))
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastjepa.data.crops import fit_to
-from fastjepa.data.decode_pillow import DecodeError, decode_image
+from fastjepa.data.decode_pillow import DecodeError
+from fastjepa.data.pixels import Pixels, UnlikeError
 from fastjepa.data.prepare.processes import console
 from fastjepa.data.sources import Source
 from fastjepa.errors import UserError, is_out_of_files
@@ -23,10 +24,11 @@ FEW_IMAGES = 256  # images that are decoded sooner than processes start
 
 
 class EvalImages(Dataset):
-    """Images of a source as an evaluation sees them: (C, H, W) uint8, one view each.
+    """Images of a source as an evaluation sees them: (C, H, W) of the dtype that pixels have, one view each.
 
     Args:
         size: (H, W) the images are brought to.
+        pixels: what becomes of the bytes of a file.
         rows: the images to take, in this order; default: all, in the source's order.
         augment: brings an image to `size`; default: it is resized and cropped as usual for evaluation.
         workers: decoding processes; default: none for few images and for pixels in memory, else up to 4.
@@ -36,12 +38,12 @@ class EvalImages(Dataset):
         self,
         source: Source,
         size: tuple[int, int],
-        channels: int,
+        pixels: Pixels,
         rows: np.ndarray | None = None,
         augment: Augmentation | None = None,
         workers: int | None = None,
     ):
-        self.source, self.size, self.channels, self.augment, self.workers = source, size, channels, augment, workers
+        self.source, self.size, self.pixels, self.augment, self.workers = source, size, pixels, augment, workers
         self.rows = np.arange(len(source)) if rows is None else rows
 
     def __len__(self) -> int:
@@ -51,9 +53,9 @@ class EvalImages(Dataset):
         """Return the image, or the sentence that says what is wrong with it."""
         row = int(self.rows[i])
         try:
-            image = decode_image(self.source.read(row), self.channels)
+            image = self.pixels.decode(self.source.read(row)).image
             return self.augment(image, row, self.size) if self.augment else fit_to(image, self.size)
-        except (DecodeError, OSError) as error:
+        except (DecodeError, UnlikeError, OSError) as error:
             if is_out_of_files(error):
                 raise  # no fault of the file
             return f"{self.source.name(row)}: cannot be evaluated ({error}); repair or remove it"
@@ -69,7 +71,7 @@ class EvalImages(Dataset):
         return torch.tensor(found, dtype=torch.int64)
 
     def batches(self, size: int, about: str = "features") -> Iterator[Tensor]:
-        """Yield blocks (b, C, H, W) uint8 in order, with a progress bar on a terminal.
+        """Yield blocks (b, C, H, W) in order, with a progress bar on a terminal.
 
         OSError names a bad file, LoaderError what is wrong with the decoding processes.
         """

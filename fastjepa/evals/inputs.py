@@ -17,6 +17,7 @@ from fastjepa.checkpoint.directory import complete_checkpoints, find_checkpoint
 from fastjepa.checkpoint.state import read_state
 from fastjepa.config.load import load_config
 from fastjepa.config.schema import Config
+from fastjepa.data.pixels import Pixels
 from fastjepa.data.prepare.catalog import data_dir
 from fastjepa.data.prepare.processes import console
 from fastjepa.data.sources import Source, open_source
@@ -29,6 +30,7 @@ from fastjepa.evals.images import EvalImages
 from fastjepa.evals.kmeans import kmeans_features
 from fastjepa.evals.scoring import TEST_DRAW, TRAIN_DRAW, Features, stratified_subset, subset
 from fastjepa.files import write_atomic
+from fastjepa.loader.loader import pixels_of
 from fastjepa.model.jepa import build_pair
 from fastjepa.model.positions import DEFAULT_POSITIONS, Positions
 from fastjepa.ranks.world import join_world
@@ -82,6 +84,11 @@ class Subject:
         return torch.bfloat16 if low else torch.float32
 
     @property
+    def pixels(self) -> Pixels:
+        """Return what becomes of the bytes of a file, as in the run."""
+        return pixels_of(self.config)
+
+    @property
     def resized(self) -> bool:
         """Tell whether images are of another size than the run's own."""
         return self.size != self.config.image_size
@@ -98,8 +105,8 @@ class Subject:
         encoder.other_positions = self.positions or encoder.other_positions
         encoder.checkpointed = self.config.runtime.checkpoint_activations  # of use to fine-tuning alone
         check_encoder_input(encoder, self.size, self.config.data.channels)
-        if split is not None and self.config.data.channels == 1:
-            first = EvalImages(split.source, self.size, 3, split.rows[:1])[0]
+        if split is not None and self.pixels.are_pictures and self.pixels.channels == 1:
+            first = EvalImages(split.source, self.size, Pixels(3), split.rows[:1])[0]
             if isinstance(first, Tensor) and not torch.equal(first, first[:1].expand(3, -1, -1)):
                 console.print(f"{split.data}: colour images are seen in grey, for the encoder takes one channel")
         return encoder
@@ -109,6 +116,7 @@ class Subject:
         config = self.config
         key = {"weights": weights_fingerprint(encoder), "size": self.size, "mean_std": config.mean_std,
                "patch_size": config.mask.patch_size, "heads": config.encoder_shape[2], "dtype": str(self.dtype)}  # fmt: skip
+        key |= {} if self.pixels.are_pictures else {"pixels": repr(self.pixels)}
         return key | ({"positions": self.positions, "antialias": encoder.antialias} if self.resized else {})
 
     def features(
@@ -126,7 +134,7 @@ class Subject:
 
         def of(split: Split, view: int | None = None) -> Features:
             drawn, augment = ({}, None) if view is None else ({"view": view, "seed": seed}, Augment(seed, view))
-            images = EvalImages(split.source, self.size, self.config.data.channels, split.rows, augment)
+            images = EvalImages(split.source, self.size, self.pixels, split.rows, augment)
             key = of_encoder | split.key | {"layers": layers} | drawn
             return cached_features(lambda: self.features_of(encoder, images, layers), self.cache, key)
 
@@ -139,7 +147,7 @@ class Subject:
 
     def of_pixels(self, which: Inputs, splits: tuple[Split, Split], seed: int) -> tuple[Features, Features]:
         """Return (train, test) features made without a network, of images of the run's size unless that is large."""
-        train, test = (EvalImages(s.source, self.pixel_size, self.config.data.channels, s.rows) for s in splits)
+        train, test = (EvalImages(s.source, self.pixel_size, self.pixels, s.rows) for s in splits)
         if which == "pixels":
             return raw_pixels(train, self.config.mean_std), raw_pixels(test, self.config.mean_std)
         return kmeans_features(train, test, seed, parts=2 if which == "kmeans_quadrants" else 1)

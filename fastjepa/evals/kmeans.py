@@ -35,7 +35,7 @@ def kmeans_features(train: EvalImages, test: EvalImages, seed: int, parts: int =
 def sampled_patches(images: EvalImages, generator: torch.Generator) -> Tensor:
     """Return SAMPLED_PATCHES patches (m, C * PATCH**2) at random places of random images, each of equal contrast."""
     chosen, counts = torch.randint(len(images), (SAMPLED_PATCHES,), generator=generator).unique(return_counts=True)
-    shown = EvalImages(images.source, images.size, images.channels, images.rows[chosen.numpy()])
+    shown = EvalImages(images.source, images.size, images.pixels, images.rows[chosen.numpy()])
     seen = (image for block in shown.batches(BATCH, about="patches") for image in block)
     height, width = images.size
     patches = []

@@ -182,7 +182,7 @@ def _encoder_features(subject: Subject, which: Which, layers: Layers) -> Callabl
     of_encoder = subject.encoder_key(encoder)
 
     def of(split: Split, flip: bool) -> Tensor:
-        images = EvalImages(split.source, subject.size, subject.config.data.channels, split.rows, Squash(flip))
+        images = EvalImages(split.source, subject.size, subject.pixels, split.rows, Squash(flip))
         names = "\n".join(split.source.name(int(row)) for row in split.rows)
         key = {"squashed": hashlib.sha256(names.encode()).hexdigest(), "flip": flip, "layers": layers}
         return cached_features(lambda: subject.features_of(encoder, images, layers), subject.cache, of_encoder | key).x
@@ -192,10 +192,10 @@ def _encoder_features(subject: Subject, which: Which, layers: Layers) -> Callabl
 
 def _pixel_features(subject: Subject) -> Callable[[Split, bool], Tensor]:
     """Return the function (split, flip) -> normalised pixels (n, C * H * W)."""
-    channels, mean_std = subject.config.data.channels, subject.config.mean_std
+    mean_std = subject.config.mean_std
 
     def of(split: Split, flip: bool) -> Tensor:
-        images = EvalImages(split.source, subject.pixel_size, channels, split.rows, Squash(flip))
+        images = EvalImages(split.source, subject.pixel_size, subject.pixels, split.rows, Squash(flip))
         return torch.cat([normalise_pixels(block, mean_std).flatten(1) for block in images.batches(PIXEL_BATCH)])
 
     return of

@@ -72,7 +72,7 @@ def streamed_patches(subject: Subject, maker: PatchMaker, split: Split) -> Patch
     """Return the reader that makes the features of a split each time they are read."""
 
     def read(rows: Tensor, size: int, about: str) -> Iterator[Tensor]:
-        images = EvalImages(split.source, subject.size, subject.config.data.channels, split.rows[rows.numpy()], maker.view)
+        images = EvalImages(split.source, subject.size, subject.pixels, split.rows[rows.numpy()], maker.view)
         for pixels in images.batches(size, about=about):
             with torch.inference_mode(), autocast_of(subject.dtype, subject.device):
                 patches = maker.make(normalise_pixels(pixels.to(subject.device), subject.config.mean_std)).bfloat16()
@@ -105,7 +105,7 @@ def kept_patches(subject: Subject, maker: PatchMaker, split: Split) -> PatchRead
 
 def patch_features_of(subject: Subject, encoder: nn.Module, split: Split) -> PatchFeatures:
     """Return an encoder's features of one split, with the classes of its images."""
-    labels = EvalImages(split.source, subject.size, subject.config.data.channels, split.rows).labels()
+    labels = EvalImages(split.source, subject.size, subject.pixels, split.rows).labels()
     return PatchFeatures(labels, kept_patches(subject, encoder_patches(subject, encoder), split))
 
 

@@ -13,7 +13,7 @@ from fastjepa.config.schema import Config
 from fastjepa.data.crops import Crops
 from fastjepa.data.decode_dali import DaliDecoder, DaliSettings, dali_installed, require_dali
 from fastjepa.data.idx_files import IdxPair
-from fastjepa.data.pixels import Pixels
+from fastjepa.data.pixels import RGB_PICTURES, Pixels
 from fastjepa.data.sources import Source
 from fastjepa.errors import ConfigError, UserError
 from fastjepa.loader.batch import Batch
@@ -23,10 +23,8 @@ from fastjepa.masks.layouts import Masking
 from fastjepa.masks.packer import Packer
 from fastjepa.ranks.world import World
 
-PICTURES = Pixels(3)
 
-
-def choose_decoder(loader: str, device: str, pixels: Pixels = PICTURES) -> tuple[str, str]:
+def choose_decoder(loader: str, device: str, pixels: Pixels = RGB_PICTURES) -> tuple[str, str]:
     """Return what decodes files, "dali" or "torch", by data.loader, runtime.device and what pixels are, and why.
 
     ConfigError where DALI is asked for and not installed, or cannot decode such pixels. `auto` takes it on a GPU alone: on

@@ -34,7 +34,7 @@ def variance_shares(tokens: Tensor) -> dict[str, float]:
 def token_variance(subject: Subject, which: Which, split: Split) -> dict[str, float]:
     """Return the shares of an encoder's features of the split's first VARIANCE_IMAGES images, seen whole."""
     encoder, config = subject.encoder(which).to(subject.device), subject.config
-    stream = EvalImages(split.source, subject.size, config.data.channels, split.rows[:VARIANCE_IMAGES])
+    stream = EvalImages(split.source, subject.size, subject.pixels, split.rows[:VARIANCE_IMAGES])
     blocks = (
         normalise_pixels(pixels.to(subject.device), config.mean_std)
         for pixels in stream.batches(VARIANCE_BATCH, about="tokens")

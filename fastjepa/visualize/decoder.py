@@ -210,7 +210,7 @@ def block_conditions(
     order = order[start * batch : settings.steps * batch]  # all epochs in one row: step s has images s * batch and on
     if not len(order):
         return
-    stream = EvalImages(split.source, predict.subject.size, predict.subject.config.data.channels, order)
+    stream = EvalImages(split.source, predict.subject.size, predict.subject.pixels, order)
     for number, images in enumerate(stream.batches(batch, about=about), start):
         context, block = draw_query_masks(predict.subject, len(images), settings.seed, number)
         yield images, predict(images, context[:, 0], block[:, 0]).to(predict.subject.device)

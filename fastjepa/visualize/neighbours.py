@@ -149,7 +149,7 @@ def predict_blocks(subject: Subject, split: Split, seed: int) -> Queries:
         for network in (load_predictor(subject), subject.encoder("context"), subject.encoder("target"))
     )
     images, predicted, true = [], [], []
-    stream = EvalImages(split.source, subject.size, subject.config.data.channels, split.rows)
+    stream = EvalImages(split.source, subject.size, subject.pixels, split.rows)
     for pixels in stream.batches(BLOCK_BATCH, about="predictions"):
         part = slice(len(predicted), len(predicted) + len(pixels))
         rows = predict_features(subject, encoder, predictor, pixels, context[part], block[part])
@@ -202,7 +202,7 @@ def search_blocks(subject: Subject, queries: Queries, split: Split, bank: Split,
     places, homes = zip(*(translated_rows(block, grid) for block in queries.block), strict=True)
     apart = [torch.empty(count, len(place)) for place in places]
     target, start = prepared_network(subject, subject.encoder("target")), 0
-    stream = EvalImages(bank.source, subject.size, subject.config.data.channels, bank.rows)
+    stream = EvalImages(bank.source, subject.size, subject.pixels, bank.rows)
     for pixels in stream.batches(BLOCK_BATCH, about="neighbours"):
         features = normalised_rows(patch_rows(subject, target, pixels))
         for i, rows in enumerate(queries.predicted):

@@ -60,7 +60,7 @@ def draw_samples(predict: BlockPredictor, decoder: BlockDecoder, split: Split, s
     subject, count = predict.subject, len(split.rows)
     if count < 2:
         raise UserError(f"{split.data}: samples are compared with those of another image; use two images or more")
-    stream = EvalImages(split.source, subject.size, subject.config.data.channels, split.rows)
+    stream = EvalImages(split.source, subject.size, subject.pixels, split.rows)
     images = torch.cat(list(stream.batches(IMAGES_AT_ONCE, about="images")))
     context, block = (drawn[:, 0] for drawn in draw_query_masks(subject, count, seed))
     conditions = {

@@ -40,7 +40,7 @@ def shown_images(subject: Subject, split: Split, count: int) -> Tensor:
     if count > len(split.rows):
         raise UserError(f"{split.data}: {count} images were asked for and its {split.name} split has {len(split.rows)}; "
                         f"say --images {len(split.rows)}")  # fmt: skip
-    stream = EvalImages(split.source, subject.size, subject.config.data.channels, split.rows[:count])
+    stream = EvalImages(split.source, subject.size, subject.pixels, split.rows[:count])
     return torch.cat(list(stream.batches(count, about="images")))
 
 
@@ -87,7 +87,7 @@ def neighbours_sheet(subject: Subject, queries: Queries, found: Neighbours, bank
     """
     grid, k = subject.config.grid, found.row.shape[1]
     bank_rows = bank.rows[found.row[:count].flatten().numpy()]
-    stream = EvalImages(bank.source, subject.size, subject.config.data.channels, bank_rows)
+    stream = EvalImages(bank.source, subject.size, subject.pixels, bank_rows)
     near = to_uint8(torch.cat(list(stream.batches(BLOCK_BATCH, about="pictures")))).reshape(count, k, *subject.size, 3)
     rows = []
     for i, image in enumerate(to_uint8(queries.images[:count])):

@@ -20,6 +20,7 @@ from torchvision.transforms.v2 import functional as vision
 from fastjepa.checkpoint.restore import load_networks
 from fastjepa.config.load import config_from_dict
 from fastjepa.data.crops import fit_to
+from fastjepa.data.pixels import Pixels
 from fastjepa.data.sources import open_source
 from fastjepa.errors import LoaderError, UserError
 from fastjepa.evals import features, inputs, linear
@@ -81,19 +82,19 @@ def test_evaluation_view_fills_any_size(height: int, width: int, rows: int, colu
 def test_features_lie_in_source_order(images: Path, workers: int, monkeypatch: pytest.MonkeyPatch):
     source, encoder = open_source(images), build_pair(config_from_dict(SMALL, "test"))[1]
     monkeypatch.setattr(features, "FORWARD_BATCH", 7)
-    found = extract_features(encoder, EvalImages(source, (16, 16), 1, workers=workers), GREY)
+    found = extract_features(encoder, EvalImages(source, (16, 16), Pixels(1), workers=workers), GREY)
     assert found.y.tolist() == [source.label(i) for i in range(len(source))] == [0] * 20 + [1] * 20
     for i in (0, 13, 39):
         pixels = torch.from_numpy(np.array(Image.open(source.name(i))))[None, None] / 255
         expected = encoder.features((pixels - 0.5) / 0.25).mean(dim=1)[0]
         assert torch.allclose(found.x[i], expected, atol=1e-5)
     rows = np.array([39, 2, 13])
-    some = extract_features(encoder, EvalImages(source, (16, 16), 1, rows), GREY)
+    some = extract_features(encoder, EvalImages(source, (16, 16), Pixels(1), rows), GREY)
     assert torch.equal(some.y, found.y[rows]) and torch.allclose(some.x, found.x[rows], atol=1e-5)
 
 
 def test_raw_pixels_separate_dark_from_bright(images: Path):
-    train, test = (raw_pixels(EvalImages(open_source(images, split), (16, 16), 1), GREY) for split in ("train", "test"))
+    train, test = (raw_pixels(EvalImages(open_source(images, split), (16, 16), Pixels(1)), GREY) for split in ("train", "test"))
     assert train.x.shape == (40, 256) and -2 <= float(train.x.min()) < float(train.x.max()) <= 2
     first = np.array(Image.open(open_source(images).name(0))).reshape(-1)
     assert torch.allclose(train.x[0], torch.from_numpy((first / 255 - 0.5) / 0.25).float())
@@ -107,7 +108,7 @@ def test_a_broken_image_is_named_in_one_sentence(tmp_path: Path, workers: int):
     source = open_source(write_images(tmp_path))
     Path(source.name(11)).write_bytes(b"not a png")
     with pytest.raises(OSError, match="cannot be evaluated") as error:
-        raw_pixels(EvalImages(source, (16, 16), 1, workers=workers), GREY)
+        raw_pixels(EvalImages(source, (16, 16), Pixels(1), workers=workers), GREY)
     assert source.name(11) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -116,7 +117,7 @@ def test_a_process_that_dies_or_stands_still_ends_the_evaluation(images: Path, m
     monkeypatch.setattr(evals_images, "Crew", partial(Crew, timeout=1.0))
     fit = lambda image, row, size: os.kill(os.getpid(), number) or fit_to(image, size)  # noqa: E731
     with pytest.raises(LoaderError, match=says) as error:
-        raw_pixels(EvalImages(open_source(images), (16, 16), 1, augment=fit, workers=1), GREY)
+        raw_pixels(EvalImages(open_source(images), (16, 16), Pixels(1), augment=fit, workers=1), GREY)
     assert "\n" not in str(error.value) and "runtime.timeout" not in str(error.value)
 
 
@@ -126,14 +127,14 @@ def test_a_process_that_dies_or_stands_still_ends_the_evaluation(images: Path, m
 def test_images_the_encoder_cannot_take_are_refused(images: Path, size: tuple[int, int], channels: int, message: str):
     encoder = build_pair(config_from_dict(SMALL, "test"))[1]
     with pytest.raises(UserError, match=message):
-        extract_features(encoder, EvalImages(open_source(images), size, channels), GREY)
+        extract_features(encoder, EvalImages(open_source(images), size, Pixels(channels)), GREY)
 
 
 def test_features_that_are_not_finite_are_refused(images: Path):
     encoder = build_pair(config_from_dict(SMALL, "test"))[1]
     encoder.norm.bias.data[0] = math.nan
     with pytest.raises(UserError, match="not finite"):
-        extract_features(encoder, EvalImages(open_source(images), (16, 16), 1), GREY)
+        extract_features(encoder, EvalImages(open_source(images), (16, 16), Pixels(1)), GREY)
 
 
 def test_images_without_labels_are_refused(tmp_path: Path, run: Path, images: Path, monkeypatch: pytest.MonkeyPatch):
@@ -143,11 +144,11 @@ def test_images_without_labels_are_refused(tmp_path: Path, run: Path, images: Pa
     with pytest.raises(UserError, match="class folders"):
         evaluate_probe("knn", EvalRequest(run, str(tmp_path / "flat")))
     with pytest.raises(UserError, match="a.png: has no label"):
-        raw_pixels(EvalImages(open_source(tmp_path / "flat"), (16, 16), 1), GREY)
+        raw_pixels(EvalImages(open_source(tmp_path / "flat"), (16, 16), Pixels(1)), GREY)
     partly = open_source(images)
     monkeypatch.setattr(partly, "label", lambda i: None if i == 5 else 0)
     with pytest.raises(UserError, match=re.escape(partly.name(5))):
-        raw_pixels(EvalImages(partly, (16, 16), 1), GREY)
+        raw_pixels(EvalImages(partly, (16, 16), Pixels(1)), GREY)
 
 
 def test_splits_with_different_classes_are_refused(tmp_path: Path, run: Path):
@@ -241,7 +242,8 @@ def test_table_puts_every_encoder_through_the_same_probes(run: Path, images: Pat
     assert list(found["rows"]) == ["raw pixels", "random encoder", "context encoder", "target encoder"]
     for which in ("random", "context", "target"):
         row = found["rows"][f"{which} encoder"]
-        test = extract_features(open_subject(run).encoder(which), EvalImages(open_source(images, "test"), (16, 16), 1), GREY)
+        shown = EvalImages(open_source(images, "test"), (16, 16), Pixels(1))
+        test = extract_features(open_subject(run).encoder(which), shown, GREY)
         assert row["effective_rank"] == pytest.approx(effective_rank(test.x), rel=1e-5)
         assert row["knn"]["accuracy"] == evaluate_probe("knn", EvalRequest(run, str(images), which))["accuracy"]
         assert row["linear"]["chosen"] == evaluate_probe("linear", EvalRequest(run, str(images), which))["chosen"]

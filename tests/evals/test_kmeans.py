@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastjepa.data.pixels import Pixels
 from fastjepa.data.sources import open_source
 from fastjepa.errors import UserError
 from fastjepa.evals import kmeans
@@ -19,7 +20,7 @@ def images(tmp_path_factory) -> EvalImages:
     folder = tmp_path_factory.mktemp("images")
     for i in range(12):
         save_image(folder / "train" / "ab"[i % 2] / f"{i}.png", size=(16, 12), seed=i)
-    return EvalImages(open_source(str(folder), "train"), (16, 12), 3)
+    return EvalImages(open_source(str(folder), "train"), (16, 12), Pixels(3))
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -78,6 +79,6 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path):
     for i in range(3):
         save_image(tmp_path / "train" / "a" / f"{i}.png", size=(16, 12), seed=i)
     (tmp_path / "train" / "a" / "1.png").write_bytes(b"no image")
-    broken = EvalImages(open_source(str(tmp_path), "train"), (16, 12), 3)
+    broken = EvalImages(open_source(str(tmp_path), "train"), (16, 12), Pixels(3))
     with pytest.raises((UserError, OSError), match=r"1.png: cannot be evaluated"):
         kmeans_features(broken, broken, 0)

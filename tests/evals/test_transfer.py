@@ -10,6 +10,7 @@ from rich.console import Console
 
 from fastjepa.cli.main import main
 from fastjepa.config.load import config_from_dict
+from fastjepa.data.pixels import Pixels
 from fastjepa.data.sources import open_source
 from fastjepa.errors import CheckpointError, UserError
 from fastjepa.evals import linear
@@ -53,7 +54,7 @@ def deep():
 
 
 def test_concat4_is_the_final_norm_of_the_last_four_blocks_each_averaged(images: Path):
-    images, encoder = EvalImages(open_source(images), (16, 16), 1), deep()
+    images, encoder = EvalImages(open_source(images), (16, 16), Pixels(1)), deep()
     found = extract_features(encoder, images, GREY, "concat4")
     assert found.x.shape == (40, 4 * 32)
     last = extract_features(encoder, images, GREY)
@@ -100,7 +101,7 @@ def test_row_names_where_it_comes_from(run: Path, images: Path):
 
 def test_pixels_are_an_encoder_of_their_own(run: Path, images: Path):
     row = evaluate_probe("knn", EvalRequest(run, str(images), "pixels"), ProbeOptions(k=5, temperature=0.5))
-    train, test = (raw_pixels(EvalImages(open_source(images, split), (16, 16), 1), GREY) for split in ("train", "test"))
+    train, test = (raw_pixels(EvalImages(open_source(images, split), (16, 16), Pixels(1)), GREY) for split in ("train", "test"))
     expected = knn_accuracy(train, test, 2, vote=Neighbours(5, 0.5))
     assert (row["accuracy"], row["chosen"]) == (expected.accuracy, {"k": 5, "temperature": 0.5})
     with pytest.raises(UserError, match="raw pixels have neither layers nor views"):
@@ -110,7 +111,7 @@ def test_pixels_are_an_encoder_of_their_own(run: Path, images: Path):
 def test_another_size_is_seen_at_that_size(run: Path, images: Path):
     one = open_subject(run, cache=False, image_size=24)
     train, _ = one.features("target", open_splits(str(images), None, None, 0))
-    expected = extract_features(load_encoder(run), EvalImages(open_source(images), (24, 24), 1), GREY)
+    expected = extract_features(load_encoder(run), EvalImages(open_source(images), (24, 24), Pixels(1)), GREY)
     assert torch.equal(train.x, expected.x)
     with pytest.raises(UserError, match="18x18 pixels do not divide into 4x4 patches"):
         evaluate_probe("knn", EvalRequest(run, str(images), image_size=18))

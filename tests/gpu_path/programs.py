@@ -17,6 +17,7 @@ import timing
 
 from fastjepa.config.load import config_from_dict
 from fastjepa.config.schema import Config
+from fastjepa.data.pixels import Pixels
 from fastjepa.data.sources import open_source
 from fastjepa.evals.features import extract_features
 from fastjepa.evals.images import EvalImages
@@ -60,7 +61,7 @@ def a_run(card: FakeCard, folder: Path) -> None:
 def features_of_images(card: FakeCard, folder: Path) -> None:
     """Extract features as evaluations do, and let them vote on the card."""
     target = build_pair(config_from_dict(SMALL | {"meta": SMALL["meta"] | {"depth": 4}}))[1]
-    images = EvalImages(open_source(str(write_images(folder / "images") / "train")), (16, 16), 1)
+    images = EvalImages(open_source(str(write_images(folder / "images") / "train")), (16, 16), Pixels(1))
     for layers, width in (("last", 32), ("concat4", 128)):
         found = extract_features(target, images, GREY, layers, CARD, torch.bfloat16)
         assert found.x.shape == (len(images), width) and found.x.device.type == "cpu"

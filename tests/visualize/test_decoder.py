@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastjepa.cli.main import main
-from fastjepa.data.pixels import normalise_pixels
+from fastjepa.data.pixels import Pixels, normalise_pixels
 from fastjepa.evals.images import EvalImages
 from fastjepa.evals.inputs import Subject, open_subject
 from fastjepa.masks.pack import pack
@@ -253,7 +253,7 @@ def test_a_decoder_made_otherwise_is_neither_gone_on_with_nor_touched(
 
 def planted(subject: Subject, place: Path, drawn) -> DrawnSamples:
     """The held-out images with samples that `drawn(truth, inside)` makes, (n, SEEDS, C, H, W), whatever was given."""
-    shown = EvalImages(split(place, "test").source, subject.size, 3)
+    shown = EvalImages(split(place, "test").source, subject.size, Pixels(3))
     images = torch.cat(list(shown.batches(6)))
     _, target = draw_query_masks(subject, 6, 0)
     truth = reduced_images(images, (32, 32))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastjepa.cli.main import main
-from fastjepa.data.pixels import normalise_pixels
+from fastjepa.data.pixels import Pixels, normalise_pixels
 from fastjepa.errors import UserError
 from fastjepa.evals.images import EvalImages
 from fastjepa.evals.inputs import Split, Subject, open_subject
@@ -135,7 +135,7 @@ def test_search_equals_brute_force(place: Path, subject: Subject):
     queries = predict_blocks(subject, test, seed=3)
     found = search_blocks(subject, queries, test, train, k=5, seed=3)
     target = subject.encoder("target")
-    images = torch.cat(list(EvalImages(train.source, subject.size, 3, train.rows).batches(20)))
+    images = torch.cat(list(EvalImages(train.source, subject.size, Pixels(3), train.rows).batches(20)))
     features = normalised_rows(patch_rows(subject, target, images))
     for i, predicted in enumerate(queries.predicted):
         places, _ = translated_rows(queries.block[i], GRID)

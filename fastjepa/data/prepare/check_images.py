@@ -13,7 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from fastjepa.data.decode_arrays import is_numpy_file
 from fastjepa.data.decode_pillow import MAX_PIXELS, DecodeError, decode_file, stored_size
+from fastjepa.data.pixels import RGB_PICTURES, Pixels, UnlikeError
 from fastjepa.data.prepare.processes import counting_bar, map_in_processes
 from fastjepa.data.sources import Source, open_source
 from fastjepa.data.splits import acceptable_splits, split_folder
@@ -30,7 +32,7 @@ class BadImage:
     """A file that a run could not use, with the reason in a word or two and the words of its reader."""
 
     path: str
-    reason: str  # zero bytes, not an image, truncated, cannot be decoded, too large, vanished, unreadable, damaged shard
+    reason: str  # zero bytes, not an image, truncated, cannot be decoded, too large, other bands, vanished, unreadable, ...
     detail: str
 
     def __str__(self) -> str:
@@ -42,6 +44,7 @@ class GoodImage(NamedTuple):
 
     size: tuple[int, int]  # (width, height) as stored
     dropped: frozenset[str]  # kinds of `data.dropped`
+    held: str = ""  # of arrays: "12 bands of uint16"
 
 
 @dataclass
@@ -52,6 +55,7 @@ class CheckReport:
     shards: int = 0  # compared with their manifest
     bad: list[BadImage] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)  # files by kind of `data.dropped`: good, but not taken whole
+    held: Counter[str] = field(default_factory=Counter)  # good arrays by their bands
     smallest: tuple[int, int] | None = None
     largest: tuple[int, int] | None = None
 
@@ -65,6 +69,7 @@ class CheckReport:
         self.images += part.images
         self.bad += part.bad
         self.dropped += part.dropped
+        self.held += part.held
         for size in filter(None, (part.smallest, part.largest)):
             self.add_size(size)
 
@@ -79,15 +84,17 @@ def check_images(
     workers: int = 1,
     max_pixels: float | None = None,
     show: Callable[[BadImage], None] = lambda bad: None,
+    pixels: Pixels = RGB_PICTURES,
 ) -> CheckReport:
-    """Read every image of a source in `workers` processes; bad is what `decode_file` refuses, and what is too large.
+    """Read every image of a source in `workers` processes; bad is what a run cannot decode to `pixels`, and what is too large.
 
     Shards are first compared with their manifest, where they have one: counts, sizes and SHA-256. When one is damaged the
     images are not read.
 
     Args:
         where, split: as in `open_source`, whose errors pass.
-        max_pixels: the limit in megapixels, judged by the header before anything is decoded; default, and at most, what a
+        max_pixels: the limit in megapixels, judged by the header before anything is decoded, of
+            arrays thereafter; default, and at most, what a
             run decodes.
         show: called with each bad file when it is found.
     """
@@ -99,18 +106,20 @@ def check_images(
     # A damaged shard has a damaged index, by which no image of it could be read.
     _check_shards(report, where, split, workers, show)
     if not report.bad:
-        _read_all(report, open_source(where, split), workers, limit, show)
+        _read_all(report, open_source(where, split), workers, (limit, pixels), show)
     return report
 
 
-def _read_all(report: CheckReport, source: Source, workers: int, limit: float, show: Callable[[BadImage], None]) -> None:
-    """Add to the report what a reading of all images finds, and what the source could not open; `limit` in megapixels."""
+def _read_all(
+    report: CheckReport, source: Source, workers: int, asked: tuple[float, Pixels], show: Callable[[BadImage], None]
+) -> None:
+    """Add to the report what a reading of all images finds, and what the source could not open; `asked` as `judge_image`."""
     for path, reason in getattr(source, "unreadable", ()):
         report.bad.append(BadImage(path, "damaged shard" if path.endswith(".tar") else "unreadable", reason))
         show(report.bad[-1])
     chunks = [range(start, min(start + IMAGES_A_TASK, len(source))) for start in range(0, len(source), IMAGES_A_TASK)]
     with (
-        contextlib.closing(map_in_processes(_read_chunk, (source, limit), chunks, workers)) as parts,
+        contextlib.closing(map_in_processes(_read_chunk, (source, *asked), chunks, workers)) as parts,
         counting_bar() as progress,
     ):
         task = progress.add_task("images", total=len(source))
@@ -121,23 +130,24 @@ def _read_all(report: CheckReport, source: Source, workers: int, limit: float, s
             progress.advance(task, part.images)
 
 
-def _read_chunk(job: tuple[Source, float], chunk: range) -> CheckReport:
+def _read_chunk(job: tuple[Source, float, Pixels], chunk: range) -> CheckReport:
     """Return the findings on a range of samples."""
-    source, limit = job
+    source, limit, pixels = job
     part = CheckReport(images=len(chunk))
     for i in chunk:
         with warnings.catch_warnings(action="ignore"):  # Pillow's say neither which file nor what to do
-            found = judge_image(source, i, limit)
+            found = judge_image(source, i, limit, pixels)
         if isinstance(found, BadImage):
             part.bad.append(found)
         else:
             part.add_size(found.size)
             part.dropped.update(found.dropped)
+            part.held.update(filter(None, [found.held]))
     return part
 
 
-def judge_image(source: Source, i: int, limit: float) -> BadImage | GoodImage:
-    """Return the size of a sample that a run can use, or why it cannot; `limit` in megapixels."""
+def judge_image(source: Source, i: int, limit: float, pixels: Pixels = RGB_PICTURES) -> BadImage | GoodImage:
+    """Return the size of a sample that a run can decode to `pixels`, or why it cannot; `limit` in megapixels."""
     try:
         raw = source.read(i)
     except OSError as error:
@@ -145,10 +155,12 @@ def judge_image(source: Source, i: int, limit: float) -> BadImage | GoodImage:
             raise  # no fault of the file
         reason = "vanished" if isinstance(error, FileNotFoundError) else "unreadable"
         return BadImage(source.name(i), reason, error.strerror or str(error))
-    if isinstance(raw, np.ndarray):
+    if isinstance(raw, np.ndarray) and pixels.are_pictures:
         return GoodImage((raw.shape[1], raw.shape[0]), frozenset())
-    if not raw:
+    if not len(raw):
         return BadImage(source.name(i), "zero bytes", "")
+    if not pixels.are_pictures or is_numpy_file(raw):
+        return _judge_array(source.name(i), raw, limit, pixels)
     try:
         size = stored_size(raw)
     except DecodeError as error:
@@ -164,6 +176,22 @@ def judge_image(source: Source, i: int, limit: float) -> BadImage | GoodImage:
     except DecodeError as error:
         said = str(error.__cause__ or error)
         return BadImage(source.name(i), "truncated" if "truncated" in said else "cannot be decoded", said)
+
+
+def _judge_array(name: str, raw: bytes, limit: float, pixels: Pixels) -> BadImage | GoodImage:
+    """Return the size and the bands of an array, or why a run cannot use it; `limit` in megapixels."""
+    try:
+        image, dropped, held = pixels.decode(raw)
+    except MemoryError:
+        return BadImage(name, "too large", "no memory to decode it")
+    except DecodeError as error:
+        return BadImage(name, "cannot be decoded", str(error))
+    except UnlikeError as error:
+        return BadImage(name, "other bands", str(error))
+    height, width = image.shape[1:]
+    if width * height > limit * MEGA:
+        return BadImage(name, "too large", f"{width}x{height}, {width * height / MEGA:.1f} megapixels")
+    return GoodImage((width, height), dropped, held)
 
 
 def _check_shards(report: CheckReport, where: str, split: str, workers: int, show: Callable[[BadImage], None]) -> None:

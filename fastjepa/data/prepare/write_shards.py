@@ -17,8 +17,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from fastjepa.data.decode_arrays import NPZ_SIGNATURE, TIFF_SIGNATURES, is_numpy_file
 from fastjepa.data.decode_pillow import DecodeError, decode_image
-from fastjepa.data.endings import image_endings
+from fastjepa.data.endings import ARRAY_ENDINGS, image_endings
 from fastjepa.data.prepare.processes import counting_bar, map_in_processes
 from fastjepa.data.sources import Source
 from fastjepa.data.tar_shards import (
@@ -207,7 +208,8 @@ def _content(source: Source, i: int, resize: int | None) -> tuple[bytes, str]:
     """Return (encoded image, suffix) of a sample; OSError or DecodeError when it cannot be had."""
     raw, suffix = source.read(i), os.path.splitext(source.name(i))[1].lower()
     image = decode_image(raw, 3) if resize else None
-    kind = ".png" if isinstance(raw, np.ndarray) else suffix if suffix in image_endings() else _suffix(raw)
+    known = suffix in image_endings() | ARRAY_ENDINGS
+    kind = ".png" if isinstance(raw, np.ndarray) else suffix if known else _suffix(raw)
     if image is not None and min(image.shape[1:]) > resize:
         pixels = _resized(image, resize)
         if kind in LOSSY_FORMATS:
@@ -229,6 +231,10 @@ def _suffix(raw: bytes) -> str:
 
     It is .jpg for what is no image, so that it is met, and counted, as an image that cannot be read.
     """
+    if is_numpy_file(raw):
+        return ".npz" if raw.startswith(NPZ_SIGNATURE) else ".npy"
+    if raw.startswith(TIFF_SIGNATURES):
+        return ".tif"
     with contextlib.suppress(Exception), Image.open(io.BytesIO(raw)) as image:
         return SUFFIX_OF.get(image.format, ".jpg")
     return ".jpg"
