@@ -15,6 +15,7 @@ EXTRAS = {
     "xformers": ["xformers>=0.0.35"],
     "eval": ["scikit-learn>=1.4", "timm>=1.0.20", "torchmetrics>=1.4"],  # lowshot, finetune, dense; k-NN and probes need none
     "pyarrow": ["pyarrow>=17"],  # Parquet files
+    "tiff": ["tifffile>=2024.8", "imagecodecs>=2024.6"],  # TIFF and PNG files of any depth and any number of bands
     "remote": ["fsspec[http]>=2024.6", "s3fs>=2024.6", "braceexpand"],  # shards behind https:// and s3://
     "lightly": ["lightly>=1.6"],  # loss.regularizer: sigreg and visreg; loss.projector
     "studies": ["lightly>=1.6", "timm>=1.0.20", "matplotlib>=3.8", "scipy>=1.11"],  # sweep: MAE, plots, the fitted curve
@@ -42,6 +43,7 @@ EXTRAS["dev"] = [
     *EXTRAS["studies"],
     *(needed for needed in EXTRAS["remote"] if not needed.startswith("s3fs")),  # no test has a bucket
     *EXTRAS["tensorboard"],
+    *EXTRAS["tiff"],
     *EXTRAS["viz"],
     "webdataset>=1.0",  # its reader must understand the shards that are written
     "timm>=1.0.20",  # the ViT that the packed encoder must equal

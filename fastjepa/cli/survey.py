@@ -26,6 +26,7 @@ OPTIONAL_PACKAGES = {  # (distributions, any of which will do): (what needs them
     ("timm",): ("eval finetune, folders that timm wrote", "pip install 'fastjepa[eval]'"),
     ("torchmetrics",): ("eval dense", "pip install 'fastjepa[eval]'"),
     ("pyarrow",): ("Parquet files", "pip install 'fastjepa[pyarrow]'"),
+    ("tifffile",): ("TIFF and PNG files of any depth", "pip install 'fastjepa[tiff]'"),
     ("fsspec",): ("shards behind https:// and s3://", "pip install 'fastjepa[remote]'"),
     ("onnx",): ("convert --to onnx", "pip install 'fastjepa[onnx]'"),
 }

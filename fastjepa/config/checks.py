@@ -65,14 +65,16 @@ def _check_pixels(config: Config, raw: Mapping[str, Any], require: Callable[[boo
     if data.bands is not None:
         count = len(data.bands)
         require("channels" not in (raw.get("data") or {}) or data.channels == count,
-                f"data.channels: {data.channels} contradicts the {count} of data.bands; leave it out")  # fmt: skip
+                f"data.channels: {data.channels} contradicts the {count} of data.bands; make it {count}, or leave it out")  # fmt: skip
         data = dataclasses.replace(data, channels=count)
     whole = data.nodata is None or data.dtype == "float32" or data.nodata in range(int(data.unit) + 1)
     require(whole, f"data.nodata: {data.nodata:g} is no value of {data.dtype}; give a whole number from 0 to {data.unit:g}"
             if not whole else "")  # fmt: skip
     for name in ("mean", "std"):
         values = getattr(data, name)
-        require(values is None or len(values) == data.channels, f"data.{name}: needs {data.channels} numbers, one a channel")
+        require(values is None or len(values) == data.channels,
+                f"data.{name}: needs {data.channels} numbers, one a channel, not {len(values or ())}; `fastjepa data stats` "
+                "prints those of a data set")  # fmt: skip
         if data.dtype == "float32":
             fault = "must be greater than 0" if name == "std" and values and min(values) <= 0 else ""
         else:

@@ -176,7 +176,8 @@ def _why_unknown(raw: bytes) -> str:
             if accepts and accepts(raw[:16]) is True:
                 reader(io.BytesIO(raw), "")
         except Exception as error:
-            return f"{kind}: {error}"
+            arrays = "; more bands or bits than a picture's are read by data.channels and data.dtype" if kind == "TIFF" else ""
+            return f"{kind}: {error}{arrays}"
     return f"it begins with {raw[:8]!r}, as no format that Pillow knows"
 
 

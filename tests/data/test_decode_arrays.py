@@ -176,7 +176,9 @@ def test_what_is_no_measurement_is_refused(kind: str):
 
 def test_an_image_too_large_is_refused_by_its_header():
     wide = MAX_PIXELS // 2 + 1
-    header = npy(np.zeros((2, 0), np.uint8)).replace(b"(2, 0), }" + b" " * 10, b"(2, %d), }" % wide + b" " * (11 - len(str(wide))))
+    header = npy(np.zeros((2, 0), np.uint8)).replace(
+        b"(2, 0), }" + b" " * 10, b"(2, %d), }" % wide + b" " * (11 - len(str(wide)))
+    )
     for raw in (header, encode_png(np.zeros((1, 1), np.uint8)).replace(b"IHDR\0\0\0\1\0\0\0\1", b"IHDR\0\xff\0\0\0\0\xff\0")):
         with pytest.raises(DecodeError, match=f"pixels are more than {MAX_PIXELS}; tile the image"):
             decode_bands(raw)
