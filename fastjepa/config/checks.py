@@ -65,7 +65,8 @@ def _check_pixels(config: Config, raw: Mapping[str, Any], require: Callable[[boo
     if data.bands is not None:
         count = len(data.bands)
         require("channels" not in (raw.get("data") or {}) or data.channels == count,
-                f"data.channels: {data.channels} contradicts the {count} of data.bands; make it {count}, or leave it out")  # fmt: skip
+                f"data.channels: {data.channels} contradicts the {count} of data.bands; make it {count}, or leave it "
+                "out")  # fmt: skip
         data = dataclasses.replace(data, channels=count)
     whole = data.nodata is None or data.dtype == "float32" or data.nodata in range(int(data.unit) + 1)
     require(whole, f"data.nodata: {data.nodata:g} is no value of {data.dtype}; give a whole number from 0 to {data.unit:g}"
