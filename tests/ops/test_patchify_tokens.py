@@ -218,7 +218,7 @@ def test_the_result_is_never_the_images(op, device):
 
 def test_registered_with_torch(device):
     mean, std = statistics(3, device)
-    for kind in (*WHOLE, torch.float32):
+    for kind in (torch.uint16, torch.float32):
         images = some_images((2, 3, 8, 12), kind, device, "NHWC")
         idx = some_rows(12, 5, device)
         op = torch.ops.fastjepa_kernels.patchify_tokens_fwd.default
