@@ -26,11 +26,12 @@ from fastjepa import cli
 from fastjepa.cli.main import build_parser, main
 from fastjepa.config.schema import Config
 from fastjepa.data.prepare.catalog import CIFAR10_CLASSES
+from tests.support.arrays import write_shapes
 from tests.support.images import write_idx
 from tests.support.places import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```(bash|sh|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(bash|sh|python|yaml)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 ONLY_PARSED = {  # how a command begins: why it is only parsed
     "make": "it is the whole work of a developer's machine; `make -n` says that the target is there",
     "pip install": "it would change this environment; the extras it names exist",
@@ -184,6 +185,8 @@ def place(tmp_path_factory, request) -> Path:
             folder.mkdir(parents=True)
             for i in range(count):
                 Image.fromarray(draw.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{i}.png")
+    write_shapes(root / "sets/sentinel2", 8, 40)
+    (root / "sentinel2.yaml").write_text(blocks(ROOT / "docs/data.md", "yaml")[0])
     for name in ("demo", "cifar10"):
         toy(["train", "--config", name], root, Path("runs") / name)
     toy(["decoder", "runs/demo", "--data", "fashion-mnist"], root, root)
@@ -197,14 +200,15 @@ def place(tmp_path_factory, request) -> Path:
 
 def toy(words: list[str], place: Path, output: Path) -> None:
     """Run a command of the trainer with its paths moved into `place`, and so little of everything that it takes a second."""
-    names = {"/data/": place / "sets/cifar10", "/fast/": output}
+    names = {"/data/sentinel2": place / "sets/sentinel2", "/data/": place / "sets/cifar10", "/fast/": output}
     words = [next((str(path) for start, path in names.items() if word.startswith(start)), word) for word in words]
     words = [re.sub(r"^data\.source=/.*", f"data.source={place / 'sets/cifar10'}", word) for word in words]
     if words[0] in ("train", "masks"):
         own = [word for word in words[1:] if not re.match(r"[a-z]+\.\w+=", word)]
         settings = [word for word in words if word not in own and re.match(r"[a-z]+\.\w+=", word)]
         known = any(word in " ".join(own) for word in ("demo", "cifar10"))
-        where = [] if known else [f"data.source={place / 'sets/cifar10'}", "data.root_path=", "data.image_folder="]
+        images = place / "sets" / ("sentinel2" if "sentinel2.yaml" in own else "cifar10")
+        where = [] if known else [f"data.source={images}", "data.root_path=", "data.image_folder="]
         words = [words[0], *own, *SMALL, *where, *settings]
     kind = " ".join(words[:2]) if words[0] in ("eval", "data") else words[0]
     more = ["--output", str(output)] if words[0] == "train" else []
