@@ -222,7 +222,7 @@ def test_a_missing_library_is_one_sentence(library: str, kind: str, monkeypatch)
 
 
 def test_an_npy_of_a_folder_is_mapped_not_read(tmp_path: Path):
-    """What is written into the image is not written into the file."""
+    """Values written into the image are not written into the file."""
     import mmap
 
     from fastjepa.data.image_folder import ImageFolder

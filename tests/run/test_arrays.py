@@ -68,7 +68,7 @@ def test_a_run_on_shards_is_the_run_on_the_folder(bands, run, tmp_path):
 
 
 def test_an_evaluation_decodes_as_the_run_did(run):
-    """Its images are those of 16 bits, and the encoder gives the same for them as for floats that are normalised."""
+    """Images are those of 16 bits, and the encoder gives the same for them as for floats that are normalised."""
     subject = open_subject(run, "cpu")
     (shown,) = EvalImages(open_source(subject.config.data.address), (16, 16), subject.pixels, np.arange(3)).batches(3)
     floats = (shown.float() / 10000 - 0.3) / 0.25
