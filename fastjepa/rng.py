@@ -3,7 +3,7 @@
 import numpy as np
 
 # One number for each purpose, so that no two purposes share a draw. Numbers never change: a resumed run relies on them.
-MASK_STREAM, ORDER_STREAM, BOX_STREAM, SUBSTITUTE_STREAM, SPLIT_STREAM, SLICE_STREAM = range(1, 7)
+MASK_STREAM, ORDER_STREAM, BOX_STREAM, SUBSTITUTE_STREAM, SPLIT_STREAM, SLICE_STREAM, DISTORTION_STREAM = range(1, 8)
 
 
 def generator(seed: int, stream: int, step: int, skip: int = 0) -> np.random.Generator:

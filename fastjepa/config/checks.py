@@ -54,6 +54,7 @@ def check_config(config: Config, raw: Mapping[str, Any], where: str) -> Config:
     _check_objective(config, require)
     _check_optimizer(config, require)
     config = _check_pixels(config, raw, require)
+    _check_distortions(config, require)
     require(not (data.source and (data.root_path or data.image_folder)),
             "data.source and data.root_path / image_folder are both given; keep one")  # fmt: skip
     return config
@@ -82,6 +83,16 @@ def _check_pixels(config: Config, raw: Mapping[str, Any], require: Callable[[boo
             fault = normalisation_fault(name, values or (), data.unit, data.scale)
         require(not fault, f"data.{name}: {fault}")
     return dataclasses.replace(config, data=data)
+
+
+def _check_distortions(config: Config, require: Callable[[bool, str], None]) -> None:
+    """Refuse colour distortion of what has no colours, and a strength that nothing reads."""
+    data = config.data
+    require(not data.use_color_distortion or (data.channels, data.dtype) == (3, "uint8"),
+            f"data.use_color_distortion: hue and saturation are of RGB in 8 bits, not of {data.channels} channels of "
+            f"{data.dtype}; set it to false (data.use_gaussian_blur takes any)")  # fmt: skip
+    require(data.use_color_distortion or data.color_jitter_strength == 0,
+            "data.color_jitter_strength: acts with data.use_color_distortion alone; set that to true, or this to 0.0")  # fmt: skip
 
 
 def normalisation_fault(name: str, values: Sequence[float], top: float = 255.0, scale: float | None = None) -> str:

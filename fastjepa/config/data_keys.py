@@ -34,9 +34,15 @@ class DataConfig:
         (0.3, 1.0), "area of the random resized crop as a share of the image", is_share_range
     )
     use_horizontal_flip: bool = config_key(False, "mirror every image with probability 1/2")
-    use_color_distortion: bool = config_key(False, "official key", unsupported="I-JEPA trains without it; set it to false")
-    use_gaussian_blur: bool = config_key(False, "official key", unsupported="I-JEPA trains without it; set it to false")
-    color_jitter_strength: float = config_key(0.0, "official key", unsupported="there is no colour distortion; set it to 0.0")
+    use_color_distortion: bool = config_key(
+        False, "RGB: jitter of brightness, contrast, saturation and hue with probability 0.8, then grey with 0.2"
+    )
+    color_jitter_strength: float = config_key(
+        0.0,
+        "use_color_distortion: what the official reach, 0.8 0.8 0.8 and for hue 0.2, is multiplied by; 0: grey alone",
+        ValueCheck(lambda v: 0 <= v <= 2.5, "in [0, 2.5]: at 2.5 a hue may become any other"),
+    )
+    use_gaussian_blur: bool = config_key(False, "blur with probability 1/2, of a deviation from 0.1 to 2 pixels")
     num_workers: int = config_key(8, "loader processes per rank; 0 loads in the training process", is_not_negative)
     pin_mem: bool = config_key(True, "page-locked host memory for asynchronous copies to the GPU")
     loader: Literal["auto", "dali", "torch"] = config_key(

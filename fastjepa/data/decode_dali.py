@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastjepa.data.crops import Box
 from fastjepa.data.decode_pillow import DAMAGED, ORIENTED_PNG, Header
+from fastjepa.data.distortions import distorted
 from fastjepa.errors import ConfigError
 
 Decodable = TypeVar("Decodable")  # a dataclass with a field `images`
@@ -94,10 +95,11 @@ class Encoded:
     ends: Tensor  # (b,) int64: where each ends in `files`
     boxes: Tensor  # (b, 4) int32: left, top, width, height in pixels
     flips: Tensor  # (b,) int32: 0 or 1
+    drawn: Tensor | None = None  # (b, 13) fp32: numbers by which the decoded crops are distorted
 
     @classmethod
-    def of(cls, views: Sequence[View]) -> "Encoded":
-        """Return the views laid end to end, their files copied once."""
+    def of(cls, views: Sequence[View], drawn: Tensor | None = None) -> "Encoded":
+        """Return the views laid end to end, their files copied once; `drawn` as in `distorted`, None to distort no crop."""
         files = torch.from_numpy(np.frombuffer(bytearray().join(view.raw for view in views), dtype=np.uint8))
         boxes = [(left, top, width, height) for _, (top, left, height, width), _ in views]
         return cls(
@@ -105,16 +107,21 @@ class Encoded:
             torch.tensor([len(view.raw) for view in views]).cumsum(0),
             torch.tensor(boxes, dtype=torch.int32),
             torch.tensor([view.flip for view in views], dtype=torch.int32),
+            drawn,
         )
 
     def rows(self, start: int, stop: int) -> "Encoded":
-        """Return the views from `start` to `stop`; no file is copied.
+        """Return the views from `start` to `stop`, not to be distorted; no file is copied.
 
         With `ends` [3, 5, 9], rows 1 to 3 are files[3:9] and their `ends` [2, 6].
         """
         first = int(self.ends[start - 1]) if start else 0
         files, ends = self.files[first : int(self.ends[stop - 1])], self.ends[start:stop] - first
         return Encoded(files, ends, self.boxes[start:stop], self.flips[start:stop])
+
+    def distorted(self, crops: Tensor) -> Tensor:
+        """Return the decoded crops (b, C, H, W), distorted where that is asked for."""
+        return crops if self.drawn is None else distorted(crops, self.drawn)
 
     def arrays(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
         """Return files, starts (b, 2), shapes (b, 2) and flips (b,) as DALI takes them, without a copy of the files."""
@@ -139,7 +146,8 @@ class DaliSettings:
 class DaliDecoder(Iterator):
     """An iterator over micro-batches with `images` decoded from Encoded to (b, C, H, W) uint8 tensors on the device.
 
-    The tensors are DALI's own memory (channels last, seen as channels first) and stay valid as long as they are referenced.
+    The tensors are DALI's own memory (channels last, seen as channels first) and stay valid as long as they are referenced;
+    crops that are distorted are copies.
     DALI gives up a whole pipeline for one file it cannot decode: the batch is then tried alone and, if it fails alone as
     well, in halves until the rows that DALI refuses are known. The batch is asked for again with other files in those rows,
     and a fresh pipeline goes on with the batch after it.
@@ -169,7 +177,8 @@ class DaliDecoder(Iterator):
             decoded = self._alone(self._waiting.popleft())
             self._start()
         else:
-            decoded = dataclasses.replace(self._waiting.popleft(), images=images)
+            batch = self._waiting.popleft()
+            decoded = dataclasses.replace(batch, images=batch.images.distorted(images))
         self._position += 1
         return decoded
 
@@ -191,7 +200,7 @@ class DaliDecoder(Iterator):
         except Exception:  # any class, by operator
             batch = self._again(self._position, _refused(batch.images, self._settings))
             images = _decoded(batch.images, self._settings)
-        return dataclasses.replace(batch, images=images)
+        return dataclasses.replace(batch, images=batch.images.distorted(images))
 
 
 def _decoded(images: Encoded, settings: DaliSettings) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from fastjepa.config.schema import Config
 from fastjepa.data.crops import Crops
 from fastjepa.data.decode_dali import DaliDecoder, DaliSettings, dali_installed, require_dali
+from fastjepa.data.distortions import Distortions
 from fastjepa.data.idx_files import IdxPair
 from fastjepa.data.pixels import RGB_PICTURES, Pixels
 from fastjepa.data.sources import Source
@@ -82,6 +83,7 @@ def batch_recipe(config: Config) -> BatchRecipe:
         epochs=config.optimization.epochs,
         padded=runtime.cuda_graph,
         token_budget=runtime.token_budget,
+        distortions=Distortions(data.use_color_distortion, data.color_jitter_strength, data.use_gaussian_blur),
     )
 
 

@@ -19,6 +19,7 @@ from fastjepa.data.crops import BLOCKS_PER_SAMPLE, Box, Crops, crop_image
 from fastjepa.data.decode_arrays import is_numpy_file
 from fastjepa.data.decode_dali import Encoded, View, as_pnm, dali_reads
 from fastjepa.data.decode_pillow import DecodeError, decode_file, read_header
+from fastjepa.data.distortions import DISTORTION_BLOCKS, Distortions, distorted
 from fastjepa.data.dropped import may_be_transparent
 from fastjepa.data.pixels import Pixels, UnlikeError
 from fastjepa.data.remote_shards import RemoteShards
@@ -28,14 +29,14 @@ from fastjepa.loader.batch import Batch
 from fastjepa.masks.layouts import Masking
 from fastjepa.masks.packer import Packer
 from fastjepa.masks.padding import padding_budget
-from fastjepa.rng import BOX_STREAM, ORDER_STREAM, SUBSTITUTE_STREAM, generator
+from fastjepa.rng import BOX_STREAM, DISTORTION_STREAM, ORDER_STREAM, SUBSTITUTE_STREAM, generator
 
 CropOf = Callable[[int, int], tuple[Box, bool]]  # (height, width) of an image -> box, whether to flip
 
 
 @dataclass(frozen=True)
 class BatchRecipe:
-    """Recipe of a run's micro-batches: their sizes, crops and masks."""
+    """Recipe of a run's micro-batches: their sizes, crops, distortions and masks."""
 
     pixels: Pixels
     crops: Crops
@@ -46,6 +47,7 @@ class BatchRecipe:
     epochs: int  # of the run, over which the weight of visible patches rises
     padded: bool = False  # to one shape, for a CUDA graph
     token_budget: tuple[int, int, int] | None = None  # rows of that shape, where they are given
+    distortions: Distortions = Distortions()
 
 
 class Shown(NamedTuple):
@@ -102,7 +104,7 @@ class MicroBatches(Dataset):
 
     @torch.inference_mode()  # saves a fifth of the time at 28 pixels
     def _decoded(self, epoch: int, samples: list[int]) -> Found:
-        """Return (b, C, H, W) crops of the samples, as the network takes them."""
+        """Return (b, C, H, W) crops of the samples, distorted, as the network takes them."""
         images = torch.zeros(len(samples), self.pixels.channels, *self.crops.size, dtype=self.pixels.dtype)
         bad, dropped = {}, []
         for row, sample in zip(images, samples, strict=True):
@@ -112,7 +114,23 @@ class MicroBatches(Dataset):
                 break  # past max_bad: the loader stops the run on `bad`
             row.copy_(shown.image)
             dropped += self._dropped(epoch, sample, shown, unreadable)
-        return Found(images, bad, dropped)
+        return Found(self._distorted(epoch, samples, images), bad, dropped)
+
+    def _distorted(self, epoch: int, samples: list[int], crops: Tensor) -> Tensor:
+        """Return the samples' crops (b, C, H, W) as they are distorted in this epoch."""
+        drawn = self._distortion_draws(epoch, samples)
+        return crops if drawn is None else distorted(crops, drawn)
+
+    def _distortion_draws(self, epoch: int, samples: list[int]) -> Tensor | None:
+        """Return the numbers (b, 13) by which the samples' crops are distorted in this epoch; None where no crop is.
+
+        A substitute is distorted by the numbers of the sample that it stands in for.
+        """
+        if not (self.recipe.distortions.colour or self.recipe.distortions.blur):
+            return None
+        generators = [generator(self.seed, DISTORTION_STREAM, epoch, sample * DISTORTION_BLOCKS) for sample in samples]
+        uniforms = [random.random(4 * DISTORTION_BLOCKS).tolist() for random in generators]
+        return torch.tensor([self.recipe.distortions.draw(numbers) for numbers in uniforms])
 
     def _dropped(self, epoch: int, sample: int, shown: Shown, unreadable: dict[str, str]) -> list[tuple[str, str]]:
         """Return (name, kind) of what a sample's file holds beside its image: once, and not of a substitute."""
@@ -130,12 +148,12 @@ class MicroBatches(Dataset):
         return self._order[1][within * self.total + start : within * self.total + stop]
 
     def view(self, epoch: int, sample: int) -> tuple[Tensor | None, dict[str, str]]:
-        """Return the sample's crop in this epoch, (C, H, W) as the network takes it, and {name: reason} of the bad files met.
+        """Return the sample's crop in this epoch, distorted, (C, H, W), and {name: reason} of the bad files met.
 
         The crop is that of a substitute where the sample is bad, and None when more than `max_bad` candidates are.
         """
         shown, unreadable = self._first_readable(epoch, sample, self._crop)
-        return (None if shown is None else shown.image), unreadable
+        return (None if shown is None else self._distorted(epoch, [sample], shown.image[None])[0]), unreadable
 
     def _crop(self, raw: bytes | np.ndarray, crop_of: CropOf) -> Shown:
         """Return the crop of an image, (C, H, W) as the network takes it."""
@@ -206,7 +224,7 @@ class EncodedBatches(MicroBatches):
             if shown is None:
                 break  # past max_bad: the loader stops the run on `bad`
             dropped += self._dropped(epoch, sample, shown, unreadable)
-        return Found(Encoded.of(views), bad, dropped)
+        return Found(Encoded.of(views, self._distortion_draws(epoch, samples[: len(views)])), bad, dropped)
 
     def _file(self, raw: bytes | np.ndarray, crop_of: CropOf, first: bool) -> Shown:
         """Return the view of a file as it is, or of its pixels where DALI would read others.
