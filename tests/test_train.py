@@ -38,13 +38,17 @@ def test_a_warm_up_longer_than_the_run_is_said_at_the_start(toy_config, tmp_path
         assert "40 epochs of warm-up in a run of 2: the learning rate ends at 0.00024" in said and "warm-up" not in after
 
 
+DISTORTED = "data.use_color_distortion=true data.color_jitter_strength=1 data.use_gaussian_blur=true"
+
+
 @pytest.mark.parametrize(
-    "regularizer", ["none", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vicreg", "sigreg"))]
+    "keys", ["", *(pytest.param(f"loss.regularizer={name}", marks=pytest.mark.slow) for name in ("vicreg", "sigreg")),
+     pytest.param(DISTORTED, marks=pytest.mark.slow, id="distorted")],
 )
-def test_a_run_interrupted_mid_epoch_continues_bit_for_bit(toy_config, tmp_path, regularizer):
+def test_a_run_interrupted_mid_epoch_continues_bit_for_bit(toy_config, tmp_path, keys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     # Every step is probed: by default a run cut short is probed at its own end as well.
-    settings = [f"loss.regularizer={regularizer}", "logging.probe_every=1"]
+    settings = [*keys.split(), "logging.probe_every=1"]
     expected = trained(toy_config, whole, *settings)
     for stop in (3, 7, 8):
         trained(toy_config, parts, "--max-steps", stop, "data.num_workers=0", *settings)

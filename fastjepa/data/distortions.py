@@ -95,15 +95,19 @@ def _distorted(images: Tensor, drawn: Tensor) -> Tensor:
 
 def _changed(values: Tensor, chosen: np.ndarray, change: Callable[[Tensor, Tensor], Tensor], numbers: np.ndarray) -> Tensor:
     """Return values (b, C, H, W) with the `chosen` rows (b,) bool as change(those rows, their numbers (n, k, 1, 1)) makes them."""
-    rows = torch.from_numpy(np.flatnonzero(chosen))
-    if not len(rows):
+    if not chosen.any():
         return values
-    # `non_blocking` is safe for memory that is not page-locked too: its bytes are taken before the call returns.
-    given = torch.from_numpy(numbers[chosen]).to(values.device, non_blocking=True)[..., None, None]
-    if len(rows) == len(values):
+    given = _sent(numbers[chosen], values.device)[..., None, None]
+    if chosen.all():
         return change(values, given)
-    rows = rows.to(values.device, non_blocking=True)
+    rows = _sent(np.flatnonzero(chosen), values.device)
     return values.index_copy_(0, rows, change(values[rows], given))
+
+
+def _sent(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """Return numbers of the host on a device; the host does not wait for it."""
+    here = torch.from_numpy(numbers)
+    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here
 
 
 def luminance(rgb: Tensor) -> Tensor:

@@ -180,7 +180,10 @@ def _readable(source: Source, rows: np.ndarray, config: Config) -> dict[int, Ten
 
 
 def _views(image: Tensor, row: int, config: Config) -> Tensor:
-    """Return training crops of an image, as the loader draws them: (q, C, H, W)."""
+    """Return training crops of an image, cropped and mirrored as the loader does it: (q, C, H, W).
+
+    They are not distorted, so that LiDAR means the same in runs with and without distortions.
+    """
     uniforms = np.random.default_rng([config.runtime.seed, row]).random((LIDAR_VIEWS, 4 * CROP_TRIES + 1)).tolist()
     boxes = [crop_box(*image.shape[1:], config.data.crop_scale, numbers) for numbers in uniforms]
     flips = [config.data.use_horizontal_flip and numbers[-1] < 0.5 for numbers in uniforms]

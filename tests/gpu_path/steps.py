@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 from tests.support.fake_card import FakeCard, Wait, counted_graphs  # before torch
@@ -10,9 +11,11 @@ import torch  # isort: skip
 
 from fastjepa.config.load import load_config
 from fastjepa.config.schema import Config
+from fastjepa.data.distortions import DISTORTION_BLOCKS, distorted
 from fastjepa.engine.precision import COMPUTE_DTYPES
 from fastjepa.engine.schedule import StepSettings
 from fastjepa.loader.batch import Batch
+from fastjepa.loader.loader import batch_recipe
 from fastjepa.masks.layouts import Masking
 from fastjepa.masks.packer import Packer
 from fastjepa.monitoring.skips import Skips
@@ -44,6 +47,16 @@ def micro_batches(config: Config, number: int) -> Iterator[Batch]:
         yield Batch(pixels, *packed, bad=()).pin_memory()
 
 
+def distorted_on_card(batch: Batch, config: Config) -> Batch:
+    """Distort the images of a batch as after DALI, with the numbers of as many samples."""
+    distortions = batch_recipe(config).distortions
+    if not (distortions.colour or distortions.blur):
+        return batch
+    uniforms = torch.rand(len(batch.images), 4 * DISTORTION_BLOCKS, generator=torch.Generator().manual_seed(0)).tolist()
+    drawn = torch.tensor([distortions.draw(numbers) for numbers in uniforms])
+    return replace(batch, images=distorted(batch.images, drawn))
+
+
 def take_steps(card: FakeCard, config: Config, device: torch.device, steps: int) -> None:
     """Take steps as the loop of `train` does; AssertionError where the host waits in one, or a tensor is elsewhere."""
     world = World(0, device.index, 1, device)
@@ -58,7 +71,7 @@ def take_steps(card: FakeCard, config: Config, device: torch.device, steps: int)
     skips = Skips(device)
     card.waits.clear()
     for number in range(steps):
-        moved = (batch.to(device, non_blocking=True) for batch in micro_batches(config, number))
+        moved = (distorted_on_card(batch.to(device, non_blocking=True), config) for batch in micro_batches(config, number))
         tally, finite = step(moved, StepSettings(1e-3, 0.04, 0.996, number))
         skips.update(finite)
         skips.poll()

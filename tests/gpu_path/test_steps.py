@@ -25,6 +25,7 @@ CASES = {
         "loss.target_layers=[1,2]", "loss.target_layers=[1,2] loss.layers=mean loss.normalize=batch runtime.micro_batch=4",
         "loss.normalize=running runtime.micro_batch=4", "loss.normalize=dyntanh", "loss.visible_weight=0.5",
         "loss.regularizer=visreg", "meta.predictor_context=0.5 meta.predictor_repeats=2",
+        "data.use_color_distortion=true data.color_jitter_strength=1 data.use_gaussian_blur=true",
         "mask.num_enc_masks=2", "mask.truncate=none", "mask.truncate=batch_min", "data.channels=1",
         "meta.positions=rope meta.qk_norm=true", f"loss.regularizer=sigreg {PROJECTOR}",
         f"loss.regularizer=vicreg {PROJECTOR} runtime.micro_batch=4",
