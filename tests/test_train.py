@@ -42,8 +42,12 @@ DISTORTED = "data.use_color_distortion=true data.color_jitter_strength=1 data.us
 
 
 @pytest.mark.parametrize(
-    "keys", ["", *(pytest.param(f"loss.regularizer={name}", marks=pytest.mark.slow) for name in ("vicreg", "sigreg")),
-     pytest.param(DISTORTED, marks=pytest.mark.slow, id="distorted")],
+    "keys",
+    [
+        "",
+        *(pytest.param(f"loss.regularizer={name}", marks=pytest.mark.slow) for name in ("vicreg", "sigreg")),
+        pytest.param(DISTORTED, marks=pytest.mark.slow, id="distorted"),
+    ],
 )
 def test_a_run_interrupted_mid_epoch_continues_bit_for_bit(toy_config, tmp_path, keys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"

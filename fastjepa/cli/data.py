@@ -1,4 +1,4 @@
-"""The command `fastjepa data`: get a data set by name, check images, write shards."""
+"""The command `fastjepa data`: get a data set by name, check images, measure their channels, write shards."""
 
 import argparse
 import dataclasses
@@ -13,6 +13,7 @@ DATA_EXAMPLES = {
     "data": """examples:
   fastjepa data get fashion-mnist
   fastjepa data check /data/imagenet
+  fastjepa data stats /data/xrays
   fastjepa data shard /data/imagenet /fast/imagenet/train""",
     "get": """examples:
   fastjepa data get fashion-mnist
@@ -23,6 +24,14 @@ DATA_EXAMPLES = {
   fastjepa data check /data/imagenet --split val --output bad-val.txt
   fastjepa data check /fast/imagenet/train --json
   fastjepa data check /data/sentinel2 data.channels=12 data.dtype=uint16""",
+    "stats": """examples:
+  fastjepa data stats /data/xrays --workers 16
+  fastjepa data stats fashion-mnist --json
+  fastjepa data stats /data/imagenet --limit 10000
+  fastjepa data stats /data/sentinel2 --bands 3,2,1 --nodata 0
+
+It ends with the lines for a config. The images are read as a run with those lines reads them: files of more than 8 bits, TIFFs
+of 2 or more than 3 bands and NumPy files with all of their bands, any other as grey or RGB.""",
     "shard": """examples:
   fastjepa data shard /data/imagenet /fast/imagenet/train
   fastjepa data shard /data/imagenet /fast/imagenet/val --split val
@@ -34,13 +43,15 @@ Stopped, it continues where it was when it is run again. To train: data.source=/
 
 
 def register(commands) -> None:
-    """Add `data` and its three actions to the list of commands."""
-    about = "get a data set by name, check images, write shards"
+    """Add `data` and its four actions to the list of commands."""
+    about = "get a data set by name, check images, measure their channels, write shards"
     data = add_command(commands, "data", None, about, DATA_EXAMPLES["data"])
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     get_options(add_command(actions, "get", run_get, "get a data set by name", DATA_EXAMPLES["get"]))
     about = "read every image once; exit code 1 if any is bad"
     check_options(add_command(actions, "check", run_check, about, DATA_EXAMPLES["check"]))
+    about = "mean, deviation, range and missing values of each channel, as lines for the config"
+    stats_options(add_command(actions, "stats", run_stats, about, DATA_EXAMPLES["stats"]))
     shard_options(
         add_command(actions, "shard", run_shard, "write images as WebDataset shards with an index", DATA_EXAMPLES["shard"])
     )
@@ -54,7 +65,7 @@ def get_options(sub: argparse.ArgumentParser) -> None:
 
 
 def source_options(sub: argparse.ArgumentParser) -> None:
-    """Add the options that `data check` and `data shard` share: which images, and how many processes read them."""
+    """Add the options that `data check`, `stats` and `shard` share: which images, and how many processes read them."""
     sub.add_argument("source", metavar="SRC", help="whatever data.source takes: a directory, shards, a data set's name")
     sub.add_argument("--split", choices=("train", "val", "test"), default="train")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -72,6 +83,24 @@ def check_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--config", metavar="FILE", help=f"of the run that is to read them: {CONFIG_HELP}")
     keys = "what the images are, by the config's keys data.channels, dtype, bands, pages and nodata"
     sub.add_argument("overrides", nargs="*", metavar="section.key=value", help=keys)
+
+
+def stats_options(sub: argparse.ArgumentParser) -> None:
+    """Add the options of `data stats`."""
+    source_options(sub)
+    few = "measure so many images, drawn at random with a fixed seed (default: all)"
+    sub.add_argument("--limit", type=positive_int, metavar="N", help=few)
+    sub.add_argument("--nodata", type=float, metavar="VALUE", help="the value of a file that means no measurement, as NaN does")
+    sub.add_argument("--channels", type=positive_int, metavar="N", help="data.channels (default: what the first file holds)")
+    sub.add_argument("--dtype", choices=("uint8", "uint16", "float32"), help="data.dtype (default: what the first file needs)")
+    sub.add_argument("--bands", type=band_numbers, metavar="LIST", help="data.bands: bands of a file, from 0, such as 3,2,1")
+    sub.add_argument("--pages", choices=("first", "bands"), default="first", help="data.pages (default first)")
+    sub.add_argument("--json", action="store_true")
+
+
+def band_numbers(text: str) -> tuple[int, ...]:
+    """Read numbers of bands such as 3,2,1."""
+    return tuple(map(non_negative_int, text.split(",")))
 
 
 def shard_options(sub: argparse.ArgumentParser) -> None:
@@ -133,6 +162,41 @@ def print_check(report, bad_list: Path) -> None:
         print(f"their paths are in {bad_list}")
     for kind, files in report.dropped.most_common():
         print(f"left out: {files} images hold {kind}")
+
+
+def run_stats(args: argparse.Namespace) -> None:
+    """Measure the channels of a source, and print a table of them with the lines for a config."""
+    import torch
+
+    from fastjepa.data.prepare.band_statistics import BandRequest, config_lines, measure_bands
+    from fastjepa.data.sources import open_source
+
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    request = BandRequest(args.limit, args.channels, dtype, args.bands, args.pages, args.nodata)
+    source = open_source(args.source, args.split)
+    report, pixels = measure_bands(source, request, args.workers, lambda bad: print(bad, file=sys.stderr, flush=True))
+    keys = config_lines(report.channels, pixels)
+    if args.json:
+        found = {
+            "images": report.images,
+            "bad": [dataclasses.asdict(bad) for bad in report.bad],
+            "dropped": dict(report.dropped),
+        }
+        named = {"source": args.source, "split": args.split} | found
+        print(json.dumps(named | {"channels": report.channels.rows(), "data": keys}, indent=1))
+        return
+    print(f"{report.images} images read, bad: {len(report.bad)}")
+    for kind, files in report.dropped.most_common():
+        print(f"{files} images hold {kind}")
+    print("channel        mean         std       least        most    missing")
+    for channel, row in enumerate(report.channels.rows()):
+        numbers = "".join(f"{row[name]:12.6g}" for name in ("mean", "std", "least", "most"))
+        print(f"{channel:7}{numbers}{row['missing']:11.2%}")
+        if row["std"] == 0:
+            print(
+                f"channel {channel} has one value alone, which nothing is learnt of; leave it out by --bands", file=sys.stderr
+            )
+    print("", "data:", *(f"  {name}: {json.dumps(value)}" for name, value in keys.items()), sep="\n")
 
 
 def run_shard(args: argparse.Namespace) -> None:

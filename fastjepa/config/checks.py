@@ -92,7 +92,7 @@ def _check_distortions(config: Config, require: Callable[[bool, str], None]) -> 
             f"data.use_color_distortion: hue and saturation are of RGB in 8 bits, not of {data.channels} channels of "
             f"{data.dtype}; set it to false (data.use_gaussian_blur takes any)")  # fmt: skip
     require(data.use_color_distortion or data.color_jitter_strength == 0,
-            "data.color_jitter_strength: acts with data.use_color_distortion alone; set that to true, or this to 0.0")  # fmt: skip
+            "data.color_jitter_strength: acts with data.use_color_distortion alone; switch that on, or set 0.0")  # fmt: skip
 
 
 def normalisation_fault(name: str, values: Sequence[float], top: float = 255.0, scale: float | None = None) -> str:

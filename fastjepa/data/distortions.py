@@ -51,7 +51,9 @@ class Distortions:
         reach = [self.strength * most for most in JITTER_REACH]
         # A factor is at least 0, as in torchvision: a strength of 2 draws brightness from [0, 2.6).
         ranges = [(max(0.0, 1 - r), 1 + r) for r in reach[:3]] + [(-reach[3], reach[3])]
-        weights = blur_weights(_between(BLUR_SIGMA, sigma)) if self.blur and blur < BLUR_PROBABILITY else [0.0] * (1 + BLUR_RADIUS)
+        weights = (
+            blur_weights(_between(BLUR_SIGMA, sigma)) if self.blur and blur < BLUR_PROBABILITY else [0.0] * (1 + BLUR_RADIUS)
+        )
         return [
             int(order * len(JITTER_ORDERS)) if jittered else -1,
             *map(_between, ranges, factors),
@@ -94,7 +96,7 @@ def _distorted(images: Tensor, drawn: Tensor) -> Tensor:
 
 
 def _changed(values: Tensor, chosen: np.ndarray, change: Callable[[Tensor, Tensor], Tensor], numbers: np.ndarray) -> Tensor:
-    """Return values (b, C, H, W) with the `chosen` rows (b,) bool as change(those rows, their numbers (n, k, 1, 1)) makes them."""
+    """Return values (b, C, H, W) whose rows `chosen` (b,) bool are replaced by change(these, their numbers (n, k, 1, 1))."""
     if not chosen.any():
         return values
     given = _sent(numbers[chosen], values.device)[..., None, None]
@@ -122,7 +124,7 @@ def brightened(rgb: Tensor, factor: Tensor) -> Tensor:
 
 
 def contrasted(rgb: Tensor, factor: Tensor) -> Tensor:
-    """Return (b, 3, H, W) with their distance to the image's mean luminance times a factor (b, 1, 1, 1), cut at black and white.
+    """Return (b, 3, H, W) with their distance to the image's mean luminance times a factor (b, 1, 1, 1), cut to [0, 255].
 
     Luminance counts in 256ths here: whole numbers have the same sum in any order.
     """
@@ -132,7 +134,7 @@ def contrasted(rgb: Tensor, factor: Tensor) -> Tensor:
 
 
 def saturated(rgb: Tensor, factor: Tensor) -> Tensor:
-    """Return (b, 3, H, W) with their distance to each pixel's luminance times a factor (b, 1, 1, 1), cut at black and white."""
+    """Return (b, 3, H, W) with their distance to each pixel's luminance times a factor (b, 1, 1, 1), cut to [0, 255]."""
     grey = luminance(rgb)
     return (rgb - grey).mul_(factor).add_(grey).clamp_(0, WHITE)
 
@@ -156,7 +158,7 @@ def hue_shifted(rgb: Tensor, shift: Tensor) -> Tensor:
 
 
 def blurred(images: Tensor, weights: Tensor) -> Tensor:
-    """Return (b, C, H, W) under a Gaussian of such weights (b, 7, 1, 1); pixels beyond the edge are those at it, as in Pillow."""
+    """Return (b, C, H, W) under a Gaussian of such weights (b, 7, 1, 1); beyond the edge its pixels go on, as in Pillow."""
     weights = weights.split(1, dim=1)
     for dim, margin in ((2, (0, 0, BLUR_RADIUS, BLUR_RADIUS)), (3, (BLUR_RADIUS, BLUR_RADIUS, 0, 0))):
         size, padded = images.shape[dim], pad(images, margin, mode="replicate")

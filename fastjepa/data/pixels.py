@@ -55,13 +55,22 @@ class Pixels:
         """
         if self.are_pictures and not is_numpy_file(raw):
             return decode_file(raw, self.channels)
+        values, missing, found = self.measurements(raw)
+        if missing.any():
+            values, found = np.where(missing, self._fill, values), found._replace(dropped=found.dropped | {NODATA})
+        image = torch.from_numpy(values if values.flags.writeable and min(values.strides) >= 0 else values.copy())
+        return Decoded(image, found.dropped, str(found))
+
+    def measurements(self, raw) -> tuple[np.ndarray, np.ndarray, Bands]:
+        """Return an image (channels, H, W) of `dtype`, where it has no measurement (bool, or () for nowhere), and its file.
+
+        Arguments and errors as `decode`, of arrays; `dropped` of the file names what the conversion to `dtype` loses too.
+        """
         found = decode_bands(raw, None if self.bands else self.channels, self.pages)
         self._refuse_unlike(found)
         values = found.values if self.bands is None else found.values[list(self.bands)]
         values, dropped = self._converted(values)
-        values, lost = self._filled(values)
-        image = torch.from_numpy(values if values.flags.writeable and min(values.strides) >= 0 else values.copy())
-        return Decoded(image, found.dropped | dropped | lost, str(found))
+        return values, self._missing(values), found._replace(dropped=found.dropped | dropped)
 
     def ready(self, image: Tensor) -> Tensor:
         """Return an image, or several (..., C, H, W), as the network takes it: floats normalised, whole numbers as they are."""
@@ -92,12 +101,10 @@ class Pixels:
             narrow = values.astype(wanted)
         return narrow, set() if np.array_equal(narrow, values, equal_nan=values.dtype.kind == "f") else {ROUNDED}
 
-    def _filled(self, values: np.ndarray) -> tuple[np.ndarray, set[str]]:
-        """Return values with those that are no measurement filled; {NODATA} where there are some."""
-        lost = ~np.isfinite(values) if values.dtype.kind == "f" else np.zeros((), bool)
-        if self.nodata is not None:
-            lost = lost | (values == values.dtype.type(self.nodata))
-        return (np.where(lost, self._fill, values), {NODATA}) if lost.any() else (values, set())
+    def _missing(self, values: np.ndarray) -> np.ndarray:
+        """Return where values are no measurement, bool of their shape, or of shape () where none can be."""
+        missing = ~np.isfinite(values) if values.dtype.kind == "f" else np.zeros((), bool)
+        return missing if self.nodata is None else missing | (values == values.dtype.type(self.nodata))
 
     @cached_property
     def _fill(self) -> np.ndarray:

@@ -235,7 +235,7 @@ def test_a_substitute_is_distorted_by_the_numbers_of_the_bad_sample(folder: Path
 @pytest.mark.parametrize(
     "data, words",
     [
-        ({"use_color_distortion": True, "channels": 1}, ["use_color_distortion", "RGB, not of data.channels 1"]),
+        ({"use_color_distortion": True, "channels": 1}, ["use_color_distortion", "RGB in 8 bits, not of 1 channels of uint8"]),
         ({"color_jitter_strength": 0.5}, ["color_jitter_strength", "data.use_color_distortion alone"]),
         ({"use_color_distortion": True, "color_jitter_strength": 2.6}, ["color_jitter_strength", "in [0, 2.5]"]),
         ({"use_color_distortion": True, "color_jitter_strength": -1}, ["color_jitter_strength", "in [0, 2.5]"]),
@@ -250,5 +250,7 @@ def test_what_cannot_act_is_refused(data: dict, words: list[str]):
 def test_grey_images_can_be_blurred(tmp_path: Path):
     write_idx_pairs(tmp_path)
     plain, shown = (load(settings(tmp_path, channels=1, use_gaussian_blur=blur), range(2)) for blur in (False, True))
-    changed = [not torch.equal(*pair) for a, b in zip(plain, shown, strict=True) for pair in zip(a[0].images, b[0].images, strict=True)]
+    changed = [
+        not torch.equal(*pair) for a, b in zip(plain, shown, strict=True) for pair in zip(a[0].images, b[0].images, strict=True)
+    ]
     assert 0 < sum(changed) < 8
