@@ -158,7 +158,7 @@ def measure_bands(
     Every value counts alike, so that a large image counts more than a small one. `show` is called with each bad file when it
     is found. Returned with the report: what the images were read as, of as many channels as were found.
 
-    UserError where no image can be read, a channel has no measurement, or a file has other bands than the first one.
+    A file that has other bands than the first one is bad. UserError where all are, or a channel has no measurement.
     """
     report = BandReport()
     for path, reason in getattr(source, "unreadable", ()):
@@ -228,9 +228,7 @@ def _measure_chunk(job: tuple[Source, Pixels, bool], rows: Sequence[int]) -> Ban
         try:
             with warnings.catch_warnings(action="ignore"):  # Pillow's say neither which file nor what to do
                 values, missing, dropped = _measurements(source.read(row), pixels, apart)
-        except UnlikeError as error:
-            raise UserError(f"{source.name(row)}: {error}") from error
-        except (DecodeError, MemoryError, OSError) as error:
+        except (DecodeError, UnlikeError, MemoryError, OSError) as error:
             if is_out_of_files(error):
                 raise  # no fault of the file
             part.bad.append(_bad_image(source, row, pixels, error))
