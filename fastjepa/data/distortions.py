@@ -146,15 +146,16 @@ def hue_shifted(rgb: Tensor, shift: Tensor) -> Tensor:
     1.5 and is (128, 255, 0).
     """
     red, green, blue = rgb.split(1, dim=1)
-    high, low = rgb.amax(dim=1, keepdim=True), rgb.amin(dim=1, keepdim=True)
+    high, low = torch.maximum(torch.maximum(red, green), blue), torch.minimum(torch.minimum(red, green), blue)
     chroma = high - low
     span = chroma.clamp(min=1e-6)  # of grey pixels the differences below are 0
-    red_most, green_most = high == red, high == green
-    apart = torch.where(red_most, green - blue, torch.where(green_most, blue - red, red - green)).div_(span)
-    hue = torch.where(red_most, apart, torch.where(green_most, apart + 2, apart + 4)).add_(6 * shift)
+    hue = torch.where(high == green, (blue - red).div_(span).add_(2), (red - green).div_(span).add_(4))
+    hue = torch.where(high == red, (green - blue).div_(span), hue).add_(6 * shift)
     hue.sub_((hue / 6).floor_().mul_(6))  # into [0, 6]
-    shares = (hue - 3).abs_() - 1, 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()  # of the chroma, before they are cut
-    return torch.cat(shares, dim=1).clamp_(0, 1).mul_(chroma).add_(low)
+    shares = torch.empty_like(rgb)  # of the chroma: red |hue - 3| - 1, green 2 - |hue - 2|, blue 2 - |hue - 4|, cut to [0, 1]
+    for share, middle, sign, least in zip(shares.split(1, dim=1), (3, 2, 4), (1, -1, -1), (-1, 2, 2), strict=True):
+        torch.sub(hue, middle, out=share).abs_().mul_(sign).add_(least)
+    return shares.clamp_(0, 1).mul_(chroma).add_(low)
 
 
 def blurred(images: Tensor, weights: Tensor) -> Tensor:
