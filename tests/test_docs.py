@@ -56,6 +56,7 @@ TOY = {  # after a command's own words, which therefore lose
     "eval finetune": ["--epochs", "1"],
     "eval lowshot": ["--fraction", "0.5"],
     "data check": ["--workers", "1"],
+    "data stats": ["--workers", "1"],
     "data shard": ["--workers", "1"],
     "visualize": ["--images", "2", "--k", "2", "--n-test", "4"],
     "decoder": ["--steps", "2", "--batch", "4"],
@@ -74,7 +75,7 @@ def commands() -> list[str]:
 
 def inline_commands() -> list[str]:
     """The whole commands within the text: those that say their config or files, and hold no placeholder in capitals."""
-    whole = r"`(fastjepa (?:(?:train|masks|plan) --config |(?:verify|convert|data check|data shard) )[^`\n]+)`"
+    whole = r"`(fastjepa (?:(?:train|masks|plan) --config |(?:verify|convert|data check|data stats|data shard) )[^`\n]+)`"
     found = [code for page in PAGES for code in re.findall(whole, page.read_text())]
     return list(dict.fromkeys(code for code in found if not re.search(r"\b[A-Z]+\b", code)))
 
