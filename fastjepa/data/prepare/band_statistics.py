@@ -1,10 +1,11 @@
 """Mean, deviation, range and missing values of each channel of a data set, in one pass: the work of `fastjepa data stats`."""
 
 import contextlib
+import functools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -40,9 +41,8 @@ class Moments:
         there = there.reshape(flat.shape)
         count = there.sum(axis=1).astype(np.float64)
         mean = flat.sum(axis=1, where=there) / np.maximum(count, 1)
-        squares = np.square(flat - mean[:, None]).sum(
-            axis=1, where=there
-        )  # of distances, which are small where values are large
+        # Squares of large values would keep no digit of their spread, those of distances do.
+        squares = np.square(flat - mean[:, None]).sum(axis=1, where=there)
         least, most = flat.min(axis=1, where=there, initial=np.inf), flat.max(axis=1, where=there, initial=-np.inf)
         return cls(count, flat.shape[1] - count, mean, squares, least, most)
 
@@ -61,10 +61,6 @@ class Moments:
             np.minimum(self.least, other.least),
             np.maximum(self.most, other.most),
         )
-
-    def repeated(self, times: int) -> "Moments":
-        """Return the moments of one band as those of several that are equal, as grey is in RGB."""
-        return Moments(*(np.repeat(getattr(self, part.name), times) for part in fields(self)))
 
     def rows(self) -> list[dict[str, float]]:
         """Return mean, std, least and greatest value, count of values and share of missing ones, of each band."""
@@ -145,9 +141,8 @@ class BandReport:
 
     @property
     def channels(self) -> Moments:
-        """Return the moments of each channel; grey pictures are three equal channels among coloured ones."""
-        found = [self.moments[most].repeated(max(self.moments) // most) for most in sorted(self.moments, reverse=True)]
-        return found[0] if len(found) == 1 else found[0].merged(found[1])
+        """Return the moments of each channel; grey pictures are three equal channels among coloured ones, by broadcasting."""
+        return functools.reduce(Moments.merged, self.moments.values())
 
 
 def measure_bands(

@@ -136,6 +136,8 @@ def test_the_lines_make_a_config_that_normalises_the_images(tmp_path: Path, caps
     assert main(["data", "stats", str(tmp_path / "images"), "--workers", "1", "--json", *options]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["data"] == yaml.safe_load(said[said.index("data:") :])["data"] and len(told["channels"]) == channels
+    if name == "bands":  # band b has a mean of 40 (b + 1)
+        assert [row["mean"] for row in told["channels"]] == pytest.approx([160, 40], rel=0.01)
 
 
 def test_idx_files_are_measured(tmp_path: Path):
