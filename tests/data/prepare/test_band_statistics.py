@@ -133,11 +133,16 @@ def test_the_lines_make_a_config_that_normalises_the_images(tmp_path: Path, caps
     mean, std = (np.array(values)[:, None] for values in config.mean_std)
     normal = (ready - mean) / std
     assert abs(normal.mean(1)).max() < 1e-3 and abs(normal.std(1) - 1).max() < 1e-3
-    assert main(["data", "stats", str(tmp_path / "images"), "--workers", "1", "--json", *options]) == 0
+
+
+def test_json_holds_the_rows_of_the_table_and_the_lines(tmp_path: Path, capsys):
+    folder = write_arrays(tmp_path / "images", arrays(12, "float32"))
+    assert main(["data", "stats", str(folder), "--workers", "1", "--json", "--bands", "3,0"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["data"] == yaml.safe_load(said[said.index("data:") :])["data"] and len(told["channels"]) == channels
-    if name == "bands":  # band b has a mean of 40 (b + 1)
-        assert [row["mean"] for row in told["channels"]] == pytest.approx([160, 40], rel=0.01)
+    means = [row["mean"] for row in told["channels"]]
+    assert means == pytest.approx([160, 40], rel=0.01)  # band b has 40 (b + 1)
+    assert told["data"]["mean"] == pytest.approx(means, rel=1e-4)
+    assert (told["data"]["bands"], told["data"]["dtype"], told["images"], told["bad"]) == ([3, 0], "float32", 6, [])
 
 
 def test_idx_files_are_measured(tmp_path: Path):
