@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image, ImageFilter
 from scipy.stats import chisquare, ks_1samp, ks_2samp, uniform
@@ -254,3 +255,19 @@ def test_grey_images_can_be_blurred(tmp_path: Path):
         not torch.equal(*pair) for a, b in zip(plain, shown, strict=True) for pair in zip(a[0].images, b[0].images, strict=True)
     ]
     assert 0 < sum(changed) < 8
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+def test_bands_of_any_depth_can_be_blurred(tmp_path: Path, dtype: str):
+    """Normalised floats too: a blur of what is normalised is what is blurred, normalised."""
+    for i in range(8):
+        bands = np.random.default_rng(i).integers(0, 5000, (5, 40, 36)).astype(dtype)
+        tifffile.imwrite(tmp_path / f"{i}.tif", bands, photometric="minisblack", planarconfig="separate")
+    keys = {"channels": 5, "dtype": dtype, "scale": 1, "mean": [2500] * 5, "std": [1400] * 5}
+    plain, shown = (load(settings(tmp_path, use_gaussian_blur=blur, **keys), range(2)) for blur in (False, True))
+    order = MicroBatches(batch_recipe(settings(tmp_path, use_gaussian_blur=True, **keys)), open_source(tmp_path), 0, 1)
+    for step in range(2):
+        drawn = order._distortion_draws(0, order.samples(step, 0, 4).tolist())
+        ours, before = shown[step][0].images, plain[step][0].images
+        assert str(ours.dtype) == f"torch.{dtype}" and torch.equal(ours, distorted(before, drawn))
+        assert torch.equal((ours.float() != before.float()).flatten(1).any(1), drawn[:, 6] > 0)
