@@ -26,6 +26,7 @@ UPRIGHT = {
 }
 DAMAGED = "damaged metadata"  # the key in Header.info of an image whose metadata Pillow cannot read
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+BY_START = {b"\xff\xd8\xff": ("JPEG",), PNG_SIGNATURE: ("PNG",)}  # Pillow tries formats in turn, and takes long over some
 PIXEL_CHUNKS = {b"IHDR", b"PLTE", b"IDAT", b"IEND"}  # of a PNG; the others are metadata, or name colours to leave out
 T = TypeVar("T")
 
@@ -111,7 +112,7 @@ def _read(raw: bytes, use: Callable[[Image.Image], T]) -> T:
     colour profile above 1 MiB, neither of which is used here.
     """
     try:
-        with Image.open(io.BytesIO(raw)) as image:
+        with Image.open(io.BytesIO(raw), formats=_formats(raw)) as image:
             return use(image)
     except (DecodeError, MemoryError):
         raise
@@ -126,6 +127,11 @@ def _read(raw: bytes, use: Callable[[Image.Image], T]) -> T:
             return _read(bare, use_bare)
         why = _why_unknown(raw) if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
         raise DecodeError(f"not an image Pillow can read in full ({why})") from error
+
+
+def _formats(raw: bytes) -> tuple[str, ...] | None:
+    """Return the one format that the first bytes are of, where they are a JPEG's or a PNG's; None: any."""
+    return next((formats for start, formats in BY_START.items() if raw.startswith(start)), None)
 
 
 def _png_pixels(raw: bytes) -> bytes:
