@@ -212,8 +212,8 @@ def _eight_bit(image: Image.Image, channels: int) -> Image.Image:
         image = image.convert("LA")
     if image.mode == "LAB" or image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGB" if image.mode == "LAB" else "RGBA")
-    grey = channels == 1 or image.mode in ("1", "L", "LA")
-    return image.convert("L" if grey else "RGB")
+    mode = "L" if channels == 1 or image.mode in ("1", "L", "LA") else "RGB"
+    return image if image.mode == mode else image.convert(mode)  # which would copy it
 
 
 def _grey_levels(image: Image.Image) -> tuple[np.ndarray, set[str]]:

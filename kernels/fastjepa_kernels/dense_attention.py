@@ -66,6 +66,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _matmul(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Multiply, softmax and multiply; a mask is bool, or what to add to the scores, as SDPA takes it."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (..., queries, keys)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
@@ -119,6 +120,7 @@ class HeadSlots(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)  # what is kept may be wanted for a backward pass later
 def _head_slots(cu_seqlens: Tensor, _version: int, longest: int, rows: int, heads: int) -> HeadSlots:
     starts, lengths = cu_seqlens[:-1, None].long(), cu_seqlens.diff()[:, None]
     place, head = torch.arange(longest), torch.arange(heads)[:, None]

@@ -13,7 +13,8 @@ chip (flash, varlen, xformers, short); sdpa and matmul pad ragged sequences to t
 | short | short_attention; only by name | CUDA, at most 256 tokens, heads of at most 64 |
 | sdpa | scaled_dot_product_attention, padded, or a call a sequence on a CPU | anywhere |
 | matmul | matmul, softmax, matmul, padded | anywhere |
-| auto | the first of flash, varlen, xformers that can run, else sdpa; in fp32 sdpa; on a CPU in bf16, and up to 32 tokens, matmul | anywhere |
+| auto | the first of flash, varlen, xformers that can run, else sdpa; in fp32 sdpa | anywhere |
+| | on a CPU matmul in bf16, and for at most 32 tokens | |
 
 FlashAttention sums dq in no fixed order, unless torch.use_deterministic_algorithms asks for one: flash and varlen obey it.
 """
