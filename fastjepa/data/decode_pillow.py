@@ -27,6 +27,7 @@ UPRIGHT = {
 DAMAGED = "damaged metadata"  # the key in Header.info of an image whose metadata Pillow cannot read
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 ORIENTED_PNG = (b"eXIf", b"Raw profile type", b"adobe.xmp")  # where a PNG may hide an orientation, even behind its pixels
+BY_START = {b"\xff\xd8\xff": ("JPEG",), PNG_SIGNATURE: ("PNG",)}  # Pillow tries formats in turn, and takes long over some
 PIXEL_CHUNKS = {b"IHDR", b"PLTE", b"IDAT", b"IEND"}  # of a PNG; the others are metadata, or name colours to leave out
 T = TypeVar("T")
 
@@ -136,7 +137,7 @@ def _read(raw: bytes, use: Callable[[Image.Image], T]) -> T:
     colour profile above 1 MiB, neither of which is used here.
     """
     try:
-        with Image.open(io.BytesIO(raw)) as image:
+        with Image.open(io.BytesIO(raw), formats=_formats(raw)) as image:
             return use(image)
     except (DecodeError, MemoryError):
         raise
@@ -151,6 +152,11 @@ def _read(raw: bytes, use: Callable[[Image.Image], T]) -> T:
             return _read(bare, use_bare)
         why = _why_unknown(raw) if isinstance(error, UnidentifiedImageError) else f"{type(error).__name__}: {error}"
         raise DecodeError(f"not an image Pillow can read in full ({why})") from error
+
+
+def _formats(raw: bytes) -> tuple[str, ...] | None:
+    """Return the one format that the first bytes are of, where they are a JPEG's or a PNG's; None: any."""
+    return next((formats for start, formats in BY_START.items() if raw.startswith(start)), None)
 
 
 def _png_pixels(raw: bytes) -> bytes:
@@ -232,8 +238,8 @@ def _eight_bit(image: Image.Image, channels: int) -> Image.Image:
         image = image.convert("LA")
     if image.mode == "LAB" or image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGB" if image.mode == "LAB" else "RGBA")
-    grey = channels == 1 or image.mode in ("1", "L", "LA")
-    return image.convert("L" if grey else "RGB")
+    mode = "L" if channels == 1 or image.mode in ("1", "L", "LA") else "RGB"
+    return image if image.mode == mode else image.convert(mode)  # which would copy it
 
 
 def _grey_levels(image: Image.Image) -> tuple[np.ndarray, set[str]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastjepa.engine.adamw import ADAMW, parameter_groups
+from fastjepa.engine.precision import has_bf16
 
 STACKED_ELEMENTS = 2**26  # of the matrices whose products are one: 268 MB in fp32
 
@@ -107,13 +108,19 @@ def orthogonalized(x: Tensor, group: dict) -> Tensor:
 
     A step maps each singular value s of a matrix to a s + b s^3 + c s^5. Example with torch's coefficients (3.4445, -4.775,
     2.0315): 0.1 goes to 0.340, 0.992, 0.707, 1.107, 0.712.
+
+    A CPU without instructions for bf16 multiplies in fp32, in which products of bf16 numbers are summed anyway, and rounds
+    every result to bf16: the same to the rounding of bf16, many times faster.
     """
     a, b, c = group["ns_coefficients"]
+    compute = torch.bfloat16 if has_bf16(x.device) else torch.float32
     x = x.bfloat16()
     if tall := x.shape[1] > x.shape[2]:
         x = x.mT
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])  # no singular value is above 1 then
+    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])).to(compute)  # no singular value is above 1 then
     for _ in range(group["ns_steps"]):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        gram = (x @ x.mT).bfloat16().to(compute)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c).bfloat16().to(compute)
+        x = torch.baddbmm(x, polynomial, x, beta=a).bfloat16().to(compute)
+    x = x.bfloat16()
     return x.mT if tall else x

@@ -13,7 +13,8 @@ chip (flash, varlen, xformers, short); sdpa and matmul pad ragged sequences to t
 | short | short_attention; only by name | CUDA, at most 256 tokens, heads of at most 64 |
 | sdpa | scaled_dot_product_attention, padded, or a call a sequence on a CPU | anywhere |
 | matmul | matmul, softmax, matmul, padded | anywhere |
-| auto | the first of flash, varlen, xformers that can run, else sdpa; in fp32 sdpa; on a CPU in bf16 matmul | anywhere |
+| auto | the first of flash, varlen, xformers that can run, else sdpa; in fp32 sdpa | anywhere |
+| | on a CPU matmul in bf16, and for at most 32 tokens | |
 
 FlashAttention sums dq in no fixed order, unless torch.use_deterministic_algorithms asks for one: flash and varlen obey it.
 """
@@ -36,6 +37,9 @@ WAYS = ("auto", *LIBRARIES, "short", "sdpa", "matmul")
 # 2.14 on torch takes cuDNN on sm_90 and sm_100 where there is no window: that plans anew for every number of rows, about 45
 # ms each, keeps all plans, and has no deterministic backward. FlashAttention drops a window that covers the longest sequence.
 WINDOW = 1 << 20
+
+# To this length batched products beat SDPA in fp32 on a CPU, where each head of a sequence is a call of its own inside SDPA.
+MATMUL_BELOW = 32
 
 # Knowledge of the packages, in plain dictionaries, which torch.compile reads without a break; where one changes it compiles
 # again. A package is imported when it is first wanted; one that is not installed is known beforehand, as no import that fails
@@ -149,7 +153,7 @@ def attention_way(
     if name not in WAYS:
         raise ValueError(f"attention: {name} is no way; use one of {', '.join(WAYS)}")
     if name == "auto":
-        if device.type != "cuda" and dtype == torch.bfloat16:
+        if device.type != "cuda" and (dtype == torch.bfloat16 or longest is not None and longest <= MATMUL_BELOW):
             return "matmul"
         return next((way for way in LIBRARIES if not _obstacle(way, device, dtype, head_dim, longest)), "sdpa")
     if reason := _obstacle(name, device, dtype, head_dim, longest):

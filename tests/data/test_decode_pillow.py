@@ -272,3 +272,12 @@ def test_the_reason_of_a_refusal_is_said(raw: bytes, reason: str):
     with pytest.raises(DecodeError, match=re.escape("not an image Pillow can read in full (")) as refused:
         decode_image(raw, 3)
     assert reason in str(refused.value) and " at 0x" not in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP"])
+def test_a_jpeg_and_a_png_are_read_by_their_own_reader_alone(kind, monkeypatch):
+    raw, asked = encode(Image.fromarray(noise(8, 8, 3)), kind), []
+    opened = Image.open
+    monkeypatch.setattr(Image, "open", lambda file, formats=None: asked.append(formats) or opened(file, formats=formats))
+    assert decode_image(raw, 3).shape == (3, 8, 8)
+    assert asked == [(kind,) if kind in ("JPEG", "PNG") else None]

@@ -94,6 +94,23 @@ def test_singular_values_come_near_1(shape):
     assert found.shape == x.shape and values.min() > 0.4 and values.max() < 1.3
 
 
+def test_without_instructions_for_bf16_products_are_those_of_bf16(monkeypatch):
+    """Both ways err from the exact iteration by the rounding of bf16, and the one in fp32 by no more."""
+    x = torch.randn(4, 16, 48, generator=torch.Generator().manual_seed(0))
+    a, b, c = COEFFICIENTS["ns_coefficients"]
+    exact = x.double() / x.double().norm(dim=(1, 2), keepdim=True)
+    for _ in range(COEFFICIENTS["ns_steps"]):
+        gram = exact @ exact.mT
+        exact = a * exact + (b * gram + c * gram @ gram) @ exact
+    errors = []
+    for has in (True, False):
+        monkeypatch.setattr(muon, "has_bf16", lambda device, has=has: has)
+        found = orthogonalized(x, COEFFICIENTS)
+        assert found.dtype == torch.bfloat16
+        errors.append(float((found.double() - exact).norm() / exact.norm()))
+    assert errors[1] < min(0.03, 1.2 * errors[0])
+
+
 def test_a_matrix_of_zeros_stays_one():
     assert not orthogonalized(torch.zeros(2, 4, 4), COEFFICIENTS).any()
 

@@ -144,6 +144,54 @@ def test_the_ways_of_a_cpu_have_the_gradients_of_calculus(queries, keys, way):
     assert torch.autograd.gradcheck(lambda q, k, v: varlen_attention(q, k, v, *rest, way), (q, k, v))
 
 
+RAGGED = ([3, 12, 1, 0], [3, 12, 9, 4])
+
+
+@pytest.mark.parametrize(("way", "dtype"), [("sdpa", torch.float32), ("matmul", torch.float32), ("matmul", torch.bfloat16)])
+def test_short_sequences_are_gathered_to_what_padding_gives(way, dtype, monkeypatch):
+    q, k, v, *rest = packed(*RAGGED, dtype, CPU)
+    found = []
+    for path in ("_gathered", "_padded"):
+        monkeypatch.setattr(dense_attention, "_gathered", getattr(dense_attention, path))
+        out = varlen_attention(q, k, v, *rest, way)
+        found.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    for gathered, padded in zip(*found, strict=True):
+        torch.testing.assert_close(gathered, padded)
+
+
+@pytest.mark.parametrize("way", ["sdpa", "matmul"])
+def test_what_is_no_number_stays_in_its_sequence(way):
+    q, k, v, *rest = packed([2, 3, 2], [4, 3, 5], torch.float32, CPU)
+    with torch.no_grad():
+        for x, row in ((q, 2), (k, 4), (v, 4)):
+            x[row] = torch.nan
+    bad = varlen_attention(q, k, v, *rest, way).isnan().flatten(1).any(dim=1)
+    assert bad.tolist() == [False] * 2 + [True] * 3 + [False] * 2
+
+
+def test_batched_products_have_second_derivatives():
+    q, k, v, *rest = packed([1, 2], [3, 2], torch.float64, CPU, width=2)
+    assert torch.autograd.gradgradcheck(lambda q, k, v: varlen_attention(q, k, v, *rest, "matmul"), (q, k, v))
+
+
+def test_slots_follow_lengths_that_are_written_in_place():
+    q, k, v, cu_q, cu_k, *most = packed([3, 4], [3, 4], torch.float32, CPU)
+    with torch.inference_mode():  # slots that an evaluation has made can be trained with
+        varlen_attention(q, k, v, cu_q, cu_k, *most, "sdpa")
+    before = varlen_attention(q, k, v, cu_q, cu_k, *most, "sdpa")
+    for cu in (cu_q, cu_k):
+        cu[1] = 4
+    after = varlen_attention(q, k, v, cu_q, cu_k, *most, "sdpa")
+    torch.testing.assert_close(after, varlen_attention_ref(q, k, v, cu_q, cu_k))
+    assert not torch.allclose(before, after)
+    after.sum().backward()
+
+
+def test_auto_multiplies_short_sequences_on_a_cpu():
+    asked = [attention_way("auto", CPU, torch.float32, longest=longest) for longest in (16, 32, 33, None)]
+    assert asked == ["matmul", "matmul", "sdpa", "sdpa"]
+
+
 def test_equal_lengths_are_not_padded(monkeypatch):
     monkeypatch.setattr(dense_attention, "_padded", None)
     monkeypatch.setattr(dense_attention, "_each", None)
