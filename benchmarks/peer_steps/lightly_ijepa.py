@@ -11,7 +11,7 @@ from lightly.models import utils
 from lightly.models.modules import IJEPAPredictorTIMM
 from lightly.models.modules.ijepa import IJEPABackbone
 from peer_process import Request
-from peer_steps.loop import PeerStep, optimizer_of
+from peer_steps.loop import PeerStep, adamw
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import VisionTransformer
@@ -32,7 +32,7 @@ class LightlyStep(PeerStep):
         ).to(self.device)  # fmt: skip
         self.target_encoder = copy.deepcopy(self.encoder)
         self.criterion = nn.SmoothL1Loss()
-        self.optimizer = optimizer_of(nn.ModuleList([self.encoder, self.predictor]), request)
+        self.optimizer = adamw([self.encoder, self.predictor], request)
 
     def loss(self, number: int) -> Tensor:
         images, context, blocks = self.batch(number)

@@ -9,12 +9,10 @@ from torch import Tensor, nn
 
 
 class PeerStep:
-    """A training step; a library's own has `loss(number)` and `follow()`, which moves the average."""
-
-    optimizer: torch.optim.Optimizer
+    """A training step; a library's own has `optimizer`, `loss(number)` and `follow()`, which moves the average."""
 
     def __init__(self, request: Request):
-        self.device, self.momentum = torch.device(request.device), request.optimizer["ema_momentum"]
+        self.device, self.momentum = torch.device(request.device), request.rates["ema_momentum"]
         self.batches = [[torch.from_numpy(array).to(self.device) for array in batch] for batch in request.batches]
         self.precision = lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=request.dtype == "bf16")
 
@@ -40,6 +38,6 @@ class PeerStep:
         return clock.read()
 
 
-def optimizer_of(networks: nn.Module, request: Request) -> torch.optim.AdamW:
-    asked = request.optimizer
-    return torch.optim.AdamW(networks.parameters(), lr=asked["lr"], weight_decay=asked["weight_decay"])
+def adamw(networks: list[nn.Module], request: Request) -> torch.optim.AdamW:
+    rates = request.rates
+    return torch.optim.AdamW(nn.ModuleList(networks).parameters(), rates["lr"], weight_decay=rates["weight_decay"])

@@ -6,7 +6,7 @@ pass, one set of blocks a batch. Their sizes differ from draw to draw: seeds of 
 
 import torch
 from peer_process import Request
-from peer_steps.loop import PeerStep, optimizer_of
+from peer_steps.loop import PeerStep, adamw
 from stable_pretraining.methods import IJEPA
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -24,11 +24,10 @@ class StablePretrainingStep(PeerStep):
         )  # fmt: skip
         parts = {"predictor_embed_dim": shape["predictor_width"], "predictor_depth": shape["predictor_depth"]}
         self.model = IJEPA(vit, **parts, num_targets=len(request.batches[0][2]), ema_decay_start=self.momentum).to(self.device)
-        self.optimizer = optimizer_of(self.model, request)
-        self.seeds = self.typical_seeds(len(request.batches), shape)
+        self.optimizer, self.seeds = adamw([self.model], request), self.typical_seeds(shape)
 
-    def typical_seeds(self, count: int, shape: dict) -> list[int]:
-        """Return the `count` of TRIED seeds whose tokens, weighed by the products of the two networks, cost nearest the mean."""
+    def typical_seeds(self, shape: dict) -> list[int]:
+        """Return a seed a batch, of TRIED: those whose tokens, times the products of their network, cost nearest the mean."""
         encoder, predictor = (shape[f"{part}depth"] * shape[f"{part}width"] ** 2 for part in ("", "predictor_"))
         side, costs = shape["size"] // shape["patch"], []
         for seed in range(TRIED):
@@ -37,7 +36,7 @@ class StablePretrainingStep(PeerStep):
             context, targets = drawn.context_idx.shape[1], drawn.target_idx.shape[1]
             costs.append(context * (encoder + predictor) + targets * predictor)
         cost = torch.tensor(costs, dtype=torch.float64)
-        return (cost - cost.mean()).abs().argsort(stable=True)[:count].tolist()
+        return (cost - cost.mean()).abs().argsort(stable=True)[: len(self.batches)].tolist()
 
     def loss(self, number: int) -> Tensor:
         torch.manual_seed(self.seeds[number % len(self.seeds)])
