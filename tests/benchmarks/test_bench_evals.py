@@ -10,6 +10,7 @@ from fastjepa.evals import linear
 TOY = ["--n-train=240", "--n-test=60", "--classes=6", "--width=16", "--rounds=2", "--threads=1", "--json"]
 
 
+@pytest.mark.slow  # it imports scikit-learn and Lightning
 def test_probes_take_turns_on_the_same_features(capsys, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(linear, "MIN_STEPS", 40)
     assert evals.main(TOY) == 0
