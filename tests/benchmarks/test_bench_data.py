@@ -79,7 +79,7 @@ def test_every_loader_goes_on_past_the_end_of_the_images(folder: Path, tmp_path:
 
 @pytest.mark.parametrize("loader", ["spdl", "spdl_ffmpeg"])
 def test_threads_of_spdl_make_random_crops(folder: Path, tmp_path: Path, loader: str):
-    """Its own decoder runs where FFmpeg's libraries are; elsewhere the reason says how to get them."""
+    """The decoder of SPDL runs where FFmpeg's libraries are; elsewhere the reason says how to get them."""
     one = data.Contender("folder", loader, 2)
     if reason := data.reason_against(one):
         assert loader == "spdl_ffmpeg" and "apt-get install libavfilter" in reason

@@ -36,7 +36,7 @@ def config_of(*arguments: str) -> Config:
 
 
 def test_a_peer_takes_its_steps_in_a_process_of_its_own():
-    """Its FLOPs are those of a linear layer and its weight's gradient; each batch has its own loss, which training lowers."""
+    """A linear layer and its weight's gradient: so many FLOPs, a loss for each batch, which training lowers."""
     with PeerProcess(sys.executable, toy_request()) as run:
         assert run.facts["flops"] == [4 * BATCH * WIDTH] * 2
         assert run.facts["torch"] == torch.__version__ and run.facts["version"] == importlib.metadata.version("torch")
