@@ -23,12 +23,13 @@ import numpy as np
 from fastjepa.errors import UserError
 
 HERE = Path(__file__).resolve().parent
-PATIENCE = 300  # seconds in which any answer must come
+PATIENCE = 900  # seconds in which any answer must come, on a busy machine too
 
 
 class Request(NamedTuple):
     """All that a step is built from; a peer's environment need not have the trainer's packages."""
 
+    name: str  # of the row
     module: str  # of peer_steps/
     package: str  # the distribution whose version is reported, if any
     device: str
@@ -58,7 +59,7 @@ class PeerProcess(AbstractContextManager):
     def __init__(self, python: str, request: Request):
         """Build the peer; PeerError where it cannot be. `facts` has its peak memory, its FLOPs and its versions."""
         self.printed = TemporaryFile("w+", errors="replace")  # noqa: SIM115 (it is closed on leaving)
-        self.pipe, theirs = Pipe()
+        self.name, (self.pipe, theirs) = request.name, Pipe()
         path = os.pathsep.join(map(str, (HERE.parent, HERE.parent / "kernels", *filter(None, [os.getenv("PYTHONPATH")]))))
         self.process = subprocess.Popen(
             [python, __file__, str(theirs.fileno())], env=os.environ | {"PYTHONPATH": path}, pass_fds=[theirs.fileno()],
@@ -73,10 +74,16 @@ class PeerProcess(AbstractContextManager):
 
     def __call__(self, number: int) -> float:
         """Take one step; return its loss."""
-        return self.ask(("step", number))
+        return self.take("step", number)
 
     def phases(self, number: int) -> dict[str, float]:
-        return self.ask(("phases", number))
+        return self.take("phases", number)
+
+    def take(self, what: str, number: int) -> Any:
+        try:
+            return self.ask((what, number))
+        except PeerError as error:  # among many that take turns, the name is needed
+            raise PeerError(f"{self.name}: {error}") from error
 
     def ask(self, request: object) -> Any:
         try:

@@ -101,7 +101,7 @@ def request_for(name: str, peer: Peer, config: Config, clone: str | None) -> Req
     rates = {"lr": pace.lr, "weight_decay": pace.weight_decay, "ema_momentum": pace.momentum_knots[0][1]}
     keys = {section: values | peer.keys.get(section, {}) for section, values in config.to_dict().items()}
     place = join_world(config.runtime.device).device.type, config.runtime.dtype, torch.get_num_threads()
-    return Request(peer.module, distribution(peer), *place, shape, rates, batches, numbers,
+    return Request(name, peer.module, distribution(peer), *place, shape, rates, batches, numbers,
                    config_from_dict(keys, name).to_dict(), clone if name == "official" else None)  # fmt: skip
 
 
@@ -181,7 +181,7 @@ def measure_model(
                 runs[name] = running.enter_context(PeerProcess(python, request_for(name, peer, config, clone)))
             except PeerError as error:
                 if name in OURS:
-                    raise
+                    raise PeerError(f"{name}: {error}") from error
                 gaps.append({"what": f"{name} {config.meta.model_name}", "reason": str(error)})
         return take_turns(known, runs, config, rounds), gaps
 

@@ -27,7 +27,7 @@ def toy_request(fault: str = "") -> Request:
     """Two batches of ones for tests/support/toy_peer.py."""
     batches = [(np.ones((BATCH, 3, 2, 2), np.float32), np.zeros((BATCH, 1), np.int64), np.zeros((1, BATCH, 1), np.int64))] * 2
     rates = {"lr": 0.1, "weight_decay": 0.0, "ema_momentum": 0.9}
-    place = "tests.support.toy_peer", "torch", "cpu", "fp32", 1
+    place = "toy", "tests.support.toy_peer", "torch", "cpu", "fp32", 1
     return Request(*place, {"width": WIDTH}, rates, batches, [0, 1], {"fault": fault}, None)
 
 
@@ -45,7 +45,10 @@ def test_a_peer_takes_its_steps_in_a_process_of_its_own():
         assert other == pytest.approx(first + 10, abs=2)
         assert run(2) < first and run(3) < other
         assert list(phases := run.phases(0)) == ["forward", "backward", "optimizer", "EMA"] and min(phases.values()) > 0
-    assert run.process.poll() == 0
+        run.process.kill()
+        run.process.wait()
+        with pytest.raises(PeerError, match="^toy: its process ended; it said last: a library that prints"):
+            run(0)
 
 
 @pytest.mark.slow
@@ -152,7 +155,9 @@ def test_an_environment_has_the_peer_and_our_packages(shelf: Path):
 def test_what_cannot_be_measured_is_named(shelf: Path, capsys, monkeypatch):
     """Ours and lightly take turns; the official code without a clone, and a package that pip does not find, have no row."""
     monkeypatch.setitem(peers.PEERS, "stable-pretraining", peers.Peer("", package="nowhere==1.0"))
+    before = set(children())
     assert peers.main([*TOY, "--json"]) == 0
+    assert set(children()) <= before
     found = json.loads(capsys.readouterr().out)
     assert [row["peer"] for row in found["rows"]] == [*peers.OURS, "lightly"]
     reasons = {gap["what"]: gap["reason"] for gap in found["not_measured"]}

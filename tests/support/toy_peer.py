@@ -10,7 +10,7 @@ from torch import Tensor, nn
 class ToyStep(PeerStep):
     def __init__(self, request: Request):
         super().__init__(request)
-        print("a library that prints on both streams")
+        print("a library that prints", flush=True)
         fault = request.config.get("fault")
         if fault == "raises":
             raise RuntimeError("no such width\nand a second line")
