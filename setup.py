@@ -23,7 +23,7 @@ EXTRAS = {
     "tensorboard": ["tensorboard"],
     "onnx": ["onnx>=1.18", "onnxscript>=0.5"],  # convert --to onnx
     "timm": ["timm>=1.0.20"],  # to read folders that timm wrote; what is written for it needs nothing
-    "bench": ["pytest-benchmark", "timm>=1.0.20", "lightly>=1.6", "matplotlib>=3.8", "scipy>=1.11"],
+    "bench": ["pytest-benchmark", "timm>=1.0.20", "lightly>=1.6", "matplotlib>=3.8", "scipy>=1.11", "spdl>=0.8"],
     "docs": ["mkdocs-material>=9.6"],
 }
 EXTRAS["dev"] = [
@@ -45,6 +45,7 @@ EXTRAS["dev"] = [
     *EXTRAS["tensorboard"],
     *EXTRAS["tiff"],
     *EXTRAS["viz"],
+    "spdl>=0.8",  # a loader of benchmarks/data.py
     "webdataset>=1.0",  # its reader must understand the shards that are written
     "timm>=1.0.20",  # the ViT that the packed encoder must equal
     "onnxruntime",  # runs what is exported

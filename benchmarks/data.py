@@ -1,10 +1,11 @@
 """Images a second by source, loader and worker processes: `python benchmarks/data.py --workers 0,1,2`.
 
-Our loader (`data.loader: torch` and `dali`), torchvision's ImageFolder + RandomResizedCrop + DataLoader, and webdataset's
-own loader on the same shards take turns in one process. Each turn opens a loader, takes what it made ahead and then counts
-for `--seconds`, so that what is counted was decoded in that time. Files are in the page cache after the first round: no
-disk is measured. All hand over uint8 batches on the device; ours also draws its masks, which the others have not.
-How long a training step waits for its batches is in `python benchmarks/step.py --breakdown`.
+Our loader (`data.loader: torch` and `dali`), torchvision's ImageFolder + RandomResizedCrop + DataLoader, webdataset's own
+loader on the same shards, and SPDL's threads, over the same ImageFolder (`spdl`) and with its own decoder (`spdl_ffmpeg`),
+take turns in one process. Each turn opens a loader, takes what it made ahead and then counts for `--seconds`, so that what is
+counted was decoded in that time. Files are in the page cache after the first round: no disk is measured. All hand over uint8
+batches on the device; ours also draws its masks, which the others have not. How long a training step waits for its batches is
+in `python benchmarks/step.py --breakdown`.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import timing
@@ -28,7 +29,7 @@ from options import config_of, int_list, make_parser, run_script
 from photographs import SIZE, photographs
 from timing import Spread
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import Compose, PILToTensor, RandomResizedCrop
 
@@ -121,6 +122,39 @@ def webdataset_batches(one: Contender, config: Config, sets: Sets, device: torch
         yield (images.to(device, non_blocking=True) for (images,) in batches)
 
 
+@contextlib.contextmanager
+def spdl_batches(one: Contender, config: Config, sets: Sets, device: torch.device) -> Iterator[Iterator[Tensor]]:
+    """Open SPDL's pipeline of threads as its page on migrating from PyTorch has it, `spdl_ffmpeg` with its own decoder."""
+    from spdl.pipeline import PipelineBuilder
+
+    if one.loader == "spdl":
+        dataset, collate = ImageFolder(str(sets.folder), random_crops(config)), default_collate
+    else:
+        dataset, collate = ImageFolder(str(sets.folder), loader=functools.partial(ffmpeg_crop, config)), ffmpeg_batch
+    order = iter(RandomSampler(dataset, num_samples=2**40))
+    steps = PipelineBuilder().add_source(order).pipe(dataset.__getitem__, concurrency=one.workers)
+    pipeline = steps.aggregate(config.micro_batch).pipe(collate).add_sink(config.data.prefetch).build(num_threads=one.workers)
+    with pipeline.auto_stop():
+        yield (images.to(device, non_blocking=True) for images, _ in pipeline)
+
+
+def ffmpeg_crop(config: Config, path: str) -> Any:
+    """Decode the random crop that torchvision's transform would take of a file, into frames of SPDL."""
+    import spdl.io
+
+    (height, width), packets = config.image_size, spdl.io.demux_image(path)
+    whole, ratios = torch.empty(1, packets.codec.height, packets.codec.width), (3 / 4, 4 / 3)
+    top, left, h, w = RandomResizedCrop.get_params(whole, config.data.crop_scale, ratios)
+    return spdl.io.decode_packets(packets, filter_desc=f"crop={w}:{h}:{left}:{top},scale={width}:{height},format=rgb24")
+
+
+def ffmpeg_batch(items: list[tuple[Any, int]]) -> tuple[Tensor, tuple[int, ...]]:
+    import spdl.io
+
+    frames, classes = zip(*items, strict=True)
+    return spdl.io.to_torch(spdl.io.convert_frames(frames)).permute(0, 3, 1, 2), classes
+
+
 def random_crops(config: Config) -> Compose:
     return Compose([RandomResizedCrop(config.image_size, scale=config.data.crop_scale), PILToTensor()])
 
@@ -142,11 +176,26 @@ LOADERS = {  # name: how it is opened, and the sources that it reads
     "dali": (our_batches, ("folder", "shards")),
     "torchvision": (torchvision_batches, ("folder",)),
     "webdataset": (webdataset_batches, ("shards",)),
+    "spdl": (spdl_batches, ("folder",)),
+    "spdl_ffmpeg": (spdl_batches, ("folder",)),
 }
 
 
-def missing_package(loader: str) -> bool:
-    return {"dali": not dali_installed(), "webdataset": find_spec("webdataset") is None}.get(loader, False)
+def reason_against(one: Contender) -> str:
+    """Say why a contender cannot be measured; an empty text where it can."""
+    package = one.loader.partition("_")[0]
+    if package in ("webdataset", "spdl") and find_spec(package) is None or package == "dali" and not dali_installed():
+        return f"{package} is not installed"
+    if package == "spdl" and not one.workers:
+        return "it has one thread at least"
+    if one.loader == "spdl_ffmpeg":
+        import spdl.io
+
+        try:
+            spdl.io.utils.get_ffmpeg_versions()
+        except RuntimeError:
+            return "spdl.io finds no FFmpeg libraries; apt-get install libavfilter8 libavdevice59, or your system's"
+    return ""
 
 
 class LoaderRate:
@@ -198,8 +247,10 @@ def measure_asked(options: argparse.Namespace) -> dict:
     apply_process_settings(config)
     asked = [Contender(source, loader, workers) for workers in options.workers for source in options.sources
              for loader in options.loaders if source in LOADERS[loader][1]]  # fmt: skip
-    gaps = [{"what": str(one), "reason": f"{one.loader} is not installed"} for one in asked if missing_package(one.loader)]
-    entrants = [one for one in asked if not missing_package(one.loader)]
+    gaps = [{"what": str(one), "reason": reason} for one in asked if (reason := reason_against(one))]
+    entrants = [one for one in asked if not reason_against(one)]
+    if getattr(sys, "_is_gil_enabled", lambda: True)():
+        gaps.append({"what": "threads without Python's lock", "reason": "this Python has it; run this with a python3.14t"})
     with tempfile.TemporaryDirectory(prefix="fastjepa-bench-") as scratch:
         sets = prepare_sets(options.data, options.images, 2 * max(2, *options.workers), Path(scratch))
         if sets.about["images"] < config.data.batch_size:
@@ -208,7 +259,7 @@ def measure_asked(options: argparse.Namespace) -> dict:
 
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
-    about = "Time our loaders, torchvision's and webdataset's on the same images, in turns."
+    about = "Time our loaders, torchvision's, webdataset's and SPDL's on the same images, in turns."
     parser = make_parser(about, EXAMPLES, device="auto", batch=32, size=224, rounds=5)
     parser.add_argument("--data", metavar="DIR", help="whatever data.source takes (default: JPEGs made here)")
     parser.add_argument("--images", type=positive_int, default=512, help="taken of it, evenly spaced, and copied (default 512)")

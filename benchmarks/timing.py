@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ SQUARE = {"cpu": 2048, "cuda": 8192}  # side of the large square product
 COPIED = {"cpu": 256 << 20, "cuda": 1 << 30}  # bytes, more than any cache holds
 WAIT_CYCLES = 2_000_000  # about a millisecond of a card, in which the host launches a whole call
 REPEATS = 3  # of each product and copy, of which the fastest counts
+
+Run = TypeVar("Run", bound=Callable[[int], object])
 
 
 class Spread(NamedTuple):
@@ -152,7 +154,12 @@ def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def peak_bytes(build: Callable[[], Callable[[int], object]], device: torch.device, rounds: int = 2) -> int:
-    """Return the peak memory of building a run and calling it with 0, 1, ...; do this in a fresh process.
+    """Return the peak memory of building a run and calling it with 0, 1, ...; do this in a fresh process."""
+    return built_at_peak(build, device, rounds)[1]
+
+
+def built_at_peak(build: Callable[[], Run], device: torch.device, rounds: int) -> tuple[Run, int]:
+    """Build a run and call it with 0, 1, ...; return it, and the peak memory of both, in a process that has done nothing yet.
 
     On a CPU it is the growth of the resident set (Linux), on CUDA the most that torch held at once.
     """
@@ -163,7 +170,7 @@ def peak_bytes(build: Callable[[], Callable[[int], object]], device: torch.devic
     for number in range(rounds):
         run(number)
     synchronize(device)
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes("VmHWM") - before
+    return run, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes("VmHWM") - before
 
 
 def resident_bytes(field: str) -> int:

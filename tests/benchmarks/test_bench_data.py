@@ -48,7 +48,8 @@ def test_loaders_take_turns(folder: Path, capsys):
     for one in found["rows"]:
         assert 0 < one["images_per_s"]["p20"] <= one["images_per_s"]["median"] <= one["images_per_s"]["p80"]
         assert ("ratio_to_torchvision" in one) == (one["loader"] != "torchvision")
-    assert found["not_measured"] == []
+    threads = [f"{loader}, folder, 0 workers" for loader in ("spdl", "spdl_ffmpeg")]
+    assert [one["what"] for one in found["not_measured"]] == [*threads, "threads without Python's lock"]
 
 
 @contextlib.contextmanager
@@ -76,6 +77,21 @@ def test_every_loader_goes_on_past_the_end_of_the_images(folder: Path, tmp_path:
             assert images.shape == (4, 3, 32, 32) and images.dtype == torch.uint8 and images.any()
 
 
+@pytest.mark.parametrize("loader", ["spdl", "spdl_ffmpeg"])
+def test_threads_of_spdl_make_random_crops(folder: Path, tmp_path: Path, loader: str):
+    """The decoder of SPDL runs where FFmpeg's libraries are; elsewhere the reason says how to get them."""
+    one = data.Contender("folder", loader, 2)
+    if reason := data.reason_against(one):
+        assert loader == "spdl_ffmpeg" and "apt-get install libavfilter" in reason
+        return
+    sets = data.prepare_sets(str(folder), 1, 4, tmp_path / "scratch")  # one image, of which no two crops are the same
+    config = data.to_config(data.parse_options(TOY))
+    with data.LOADERS[loader][0](one, config, sets, CPU) as batches:
+        images = torch.cat(list(itertools.islice(batches, 13)))
+    assert images.shape == (52, 3, 32, 32) and images.dtype == torch.uint8
+    assert len({image.numpy().tobytes() for image in images}) > 45
+
+
 def test_files_and_shards_hold_the_same_images(folder: Path, tmp_path: Path):
     sets = data.prepare_sets(str(folder), 5, 4, tmp_path / "scratch")
     files, shards = open_source(sets.folder), open_source(sets.shards)
@@ -95,7 +111,7 @@ def test_images_made_here_are_like_photographs(tmp_path: Path):
 def test_what_is_not_installed_is_not_measured(folder: Path, capsys, monkeypatch):
     monkeypatch.setattr(data, "find_spec", lambda name: None)
     found = run(capsys, "--data", folder, "--workers=0", "--loaders=torch,webdataset", "--sources=shards")
-    assert found["not_measured"] == [{"what": "webdataset, shards, 0 workers", "reason": "webdataset is not installed"}]
+    assert found["not_measured"][0] == {"what": "webdataset, shards, 0 workers", "reason": "webdataset is not installed"}
     assert [one["loader"] for one in found["rows"]] == ["torch"]
 
 
