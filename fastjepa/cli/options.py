@@ -83,6 +83,20 @@ def patch_grid(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def band_numbers(text: str) -> tuple[int, ...]:
+    """Read the numbers of one band or three, such as 3,2,1."""
+    bands = tuple(map(non_negative_int, text.split(",")))
+    if len(bands) not in (1, 3):
+        raise argparse.ArgumentTypeError(f"{text} are {len(bands)} bands; give one (grey) or three (red, green, blue)")
+    return bands
+
+
+def bands_option(sub: argparse.ArgumentParser) -> None:
+    """Add --bands."""
+    bands = "bands of a file, counted from 0, that show its image (default: the first three, or the first of one or two)"
+    sub.add_argument("--bands", type=band_numbers, metavar="R,G,B", help=bands)
+
+
 def positions_option(sub: argparse.ArgumentParser, where: str) -> None:
     """Add --positions; `where` begins its help with when it counts."""
     ways = "computed, scaled: sine-cosine at the grid's own or the trained coordinates; interpolated: the trained ones resized"

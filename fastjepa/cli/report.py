@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from fastjepa.cli.options import add_command
+from fastjepa.cli.options import add_command, bands_option
 
 REPORT_EXAMPLES = """examples:
   fastjepa report runs/demo
@@ -19,6 +19,7 @@ def register(commands) -> None:
     sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory; it may still be training")
     out = "where the page goes (default: RUN/report.html, or report.html here for several runs)"
     sub.add_argument("--output", type=Path, metavar="FILE", help=out)
+    bands_option(sub)
     sub.add_argument("--no-pictures", action="store_true", help="leave out masks, principal components and other pictures")
 
 
@@ -30,5 +31,5 @@ def run_report(args: argparse.Namespace) -> None:
 
     file = args.output or (args.runs[0] / "report.html" if len(args.runs) == 1 else Path("report.html"))
     with Console(stderr=True).status("reading and drawing"):
-        write_page(args.runs, file, not args.no_pictures)
+        write_page(args.runs, file, not args.no_pictures, args.bands)
     print(file)

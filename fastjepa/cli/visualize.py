@@ -6,13 +6,14 @@ import os
 import sys
 from pathlib import Path
 
-from fastjepa.cli.options import add_command, positive_int, some_of
+from fastjepa.cli.options import add_command, bands_option, positive_int, some_of
 
 PICTURE_KINDS = ("masks", "pca", "neighbours", "samples")
 VISUALIZE_EXAMPLES = """examples:
   fastjepa visualize runs/demo --data fashion-mnist
   fastjepa visualize runs/cifar10 --data cifar10 --images 6 --what pca,neighbours --output pictures
   fastjepa visualize runs/demo --data fashion-mnist --what samples --decoder runs/demo/decoder
+  fastjepa visualize runs/sentinel2 --data /data/sentinel2 --bands 3,2,1
   fastjepa visualize IN1K-vit.h.14-300e.pth.tar --data /data/imagenet --n-train 500 --n-test 32
 
 masks: contexts and target blocks. pca: the first three principal components of patch features as colours, beside those of an
@@ -34,6 +35,7 @@ def register(commands) -> None:
     sub.add_argument("--output", type=Path, metavar="DIR", help="default: pictures/ in the run directory, or here")
     what = f"of {', '.join(PICTURE_KINDS)}, by commas (default: those for which the networks are there)"
     sub.add_argument("--what", type=some_of(*PICTURE_KINDS), metavar="LIST", help=what)
+    bands_option(sub)
     sub.add_argument("--k", type=positive_int, default=6, help="nearest blocks to show (default 6)")
     sub.add_argument("--n-train", type=positive_int, default=2000, help="neighbours: training images searched (default 2000)")
     sub.add_argument(
@@ -50,6 +52,7 @@ def run_visualize(args: argparse.Namespace) -> None:
     """Draw the pictures, write them and their numbers, and print the names of the files and the numbers."""
     from fastjepa.evals.inputs import open_subject
     from fastjepa.files import require_writable, write_atomic
+    from fastjepa.visualize.bands import ShownBands
     from fastjepa.visualize.decoder import decoder_folder
     from fastjepa.visualize.images import save_picture
     from fastjepa.visualize.sheets import drawn_masks_sheet, open_drawn_split, pca_sheet, shown_images
@@ -58,6 +61,9 @@ def run_visualize(args: argparse.Namespace) -> None:
     output = args.output or (subject.home or Path()) / "pictures"
     require_writable(output, folder=True)
     args.decoder = args.decoder or decoder_folder(subject)
+    args.bands = ShownBands.of(subject.pixels, args.bands)
+    if args.bands.stretched:
+        print(f"images are shown by {args.bands}; --bands chooses", file=sys.stderr)
     what = args.what or pictures_possible(args.checkpoint, args.decoder)
     held_out = open_drawn_split(args.data, "test", max(args.images, args.n_test), args.seed)
     shown, result = shown_images(subject, held_out, args.images), {"files": []}
@@ -67,9 +73,9 @@ def run_visualize(args: argparse.Namespace) -> None:
         result["files"].append(str(output / name))
 
     if "masks" in what:
-        keep("masks.png", drawn_masks_sheet(subject, shown, args.seed))
+        keep("masks.png", drawn_masks_sheet(subject, shown, args.seed, args.bands))
     if "pca" in what:
-        keep("pca.png", pca_sheet(subject, shown))
+        keep("pca.png", pca_sheet(subject, shown, args.bands))
     for name, draw in (("neighbours", neighbours_picture), ("samples", samples_picture)):
         if name in what:
             result[name], numbers = draw(subject, held_out, args, keep), output / f"{name}.json"
@@ -98,7 +104,7 @@ def neighbours_picture(subject, held_out, args: argparse.Namespace, keep) -> dic
     bank = open_drawn_split(args.data, "train", args.n_train, args.seed, TRAIN_DRAW)
     queries = predict_blocks(subject, held_out, args.seed)
     found = search_blocks(subject, queries, held_out, bank, args.k, args.seed)
-    keep("neighbours.png", neighbours_sheet(subject, queries, found, bank, args.images))
+    keep("neighbours.png", neighbours_sheet(subject, queries, found, bank, args.images, args.bands))
     origin = provenance(subject, "target", (bank, held_out), args.seed)
     return origin | {"queries": len(held_out.rows), "searched": len(bank.rows)} | summarise_ranks(found)
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from fastjepa.config.data_keys import UNITS
 from fastjepa.config.schema import Config
 from fastjepa.errors import ConfigError
 
@@ -77,10 +78,7 @@ def _check_pixels(config: Config, raw: Mapping[str, Any], require: Callable[[boo
         require(values is None or len(values) == data.channels,
                 f"data.{name}: needs {data.channels} numbers, one a channel, not {len(values or ())}; `fastjepa data stats` "
                 "prints those of a data set")  # fmt: skip
-        if data.dtype == "float32":
-            fault = "must be greater than 0" if name == "std" and values and min(values) <= 0 else ""
-        else:
-            fault = normalisation_fault(name, values or (), data.unit, data.scale)
+        fault = normalisation_fault(name, values or (), data.dtype, data.scale)
         require(not fault, f"data.{name}: {fault}")
     return dataclasses.replace(config, data=data)
 
@@ -95,16 +93,19 @@ def _check_distortions(config: Config, require: Callable[[bool, str], None]) -> 
             "data.color_jitter_strength: acts with data.use_color_distortion alone; switch that on, or set 0.0")  # fmt: skip
 
 
-def normalisation_fault(name: str, values: Sequence[float], top: float = 255.0, scale: float | None = None) -> str:
-    """Return what is wrong with the "mean" or "std" of pixels, and the remedy; "" if nothing is.
+def normalisation_fault(name: str, values: Sequence[float], dtype: str = "uint8", scale: float | None = None) -> str:
+    """Return what is wrong with the "mean" or "std" of pixels of a dtype, and the remedy; "" if nothing is.
 
     Args:
-        top: the greatest value of a pixel.
-        scale: the value that counts as 1; default: `top`, so that pixels count from 0 to 1.
+        scale: the value that counts as 1; default: the greatest of the dtype, so that pixels count from 0 to 1.
 
-    No deviation is above half of the range, but twice the range passes: of 0 to 1 a deviation of 1 leaves pixels as they are.
-    The least is about a tenth of one of the `top` steps between black and white.
+    Floats may have any mean, and any deviation above 0. Of whole numbers no deviation is above half of the range, but twice the
+    range passes: of 0 to 1 a deviation of 1 leaves pixels as they are. The least is about a tenth of one of the steps between
+    black and white, 255 of uint8.
     """
+    if dtype == "float32":
+        return "must be greater than 0" if name == "std" and min(values, default=1) <= 0 else ""
+    top = UNITS[dtype]
     scale = scale or top
     white, step = top / scale, float(f"{0.1 / scale:.1g}")
     least, most = {"mean": (0.0, white), "std": (step, 2 * white)}[name]

@@ -39,6 +39,10 @@ class Pixels:
     nodata: float | None = None
     mean_std: MeanStd | None = None  # where `unit_of(dtype)` counts as 1
 
+    def __str__(self) -> str:
+        """Return how many channels of which dtype they are, as a sentence says it."""
+        return f"{self.channels} channel{'s' if self.channels > 1 else ''} of {str(self.dtype).removeprefix('torch.')}"
+
     @property
     def are_pictures(self) -> bool:
         """Return whether Pillow makes the channels, of whatever bands a file has."""
@@ -57,7 +61,7 @@ class Pixels:
             return decode_file(raw, self.channels)
         values, missing, found = self.measurements(raw)
         if missing.any():
-            values, found = np.where(missing, self._fill, values), found._replace(dropped=found.dropped | {NODATA})
+            values, found = np.where(missing, self.fill, values), found._replace(dropped=found.dropped | {NODATA})
         image = torch.from_numpy(values if values.flags.writeable and min(values.strides) >= 0 else values.copy())
         return Decoded(image, found.dropped, str(found))
 
@@ -107,7 +111,7 @@ class Pixels:
         return missing if self.nodata is None else missing | (values == values.dtype.type(self.nodata))
 
     @cached_property
-    def _fill(self) -> np.ndarray:
+    def fill(self) -> np.ndarray:
         """The mean of each channel, (C, 1, 1) of `dtype`; 0 where none is known, as before a run."""
         mean = np.array(self.mean_std[0] if self.mean_std else [0.0] * self.channels)[:, None, None] * unit_of(self.dtype)
         return (mean if self.dtype == torch.float32 else mean.round()).astype(str(self.dtype).removeprefix("torch."))

@@ -54,7 +54,7 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits (b, classes) of images (b, C, H, W) uint8."""
+        """Return logits (b, classes) of images (b, C, H, W) as they are decoded."""
         return self.head(self.encoder.features(normalise_pixels(images, self.mean_std)).mean(dim=1))
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -83,6 +83,8 @@ def finetune_accuracy(
     train, test = splits
     setting = finetune_recipe(options, encoder.embed_dim, len(train.rows), subject.device)
     mean_std = subject.config.mean_std
+    if not subject.pixels.are_pictures:
+        console.print("images are no pictures of 8 bits: RandAugment moves, shears and turns them, and leaves their values")
     train_images, test_images = (EvalImages(split.source, subject.size, subject.pixels, split.rows) for split in splits)
     labelled = [Features(torch.empty(len(images), 0), images.labels()) for images in (train_images, test_images)]
     check_labels(*labelled, len(train.source.classes))
@@ -94,7 +96,7 @@ def finetune_accuracy(
         return classifier, layer_decayed_adamw(classifier, lr, setting.weight_decay, setting.layer_decay)
 
     def inputs(places: Tensor, epoch: int | None) -> Iterable[Tensor]:
-        view = None if epoch is None else Augment(seed, epoch, rand_augment=True)
+        view = None if epoch is None else Augment(seed, epoch, rand_augment=True, pixels=subject.pixels)
         images = EvalImages(train.source, subject.size, subject.pixels, train.rows[places.numpy()], view)
         about = "validation" if epoch is None else f"epoch {epoch + 1} of {setting.epochs}"
         return (block.to(subject.device) for block in images.batches(setting.batch, about))

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,8 +41,9 @@ from fastjepa.weights.read import is_foreign_weights, load_encoder, read_weights
 
 Which = Literal["target", "context", "random"]  # random: untrained, of the run's seed
 Inputs = Which | Literal["pixels", "kmeans", "kmeans_quadrants"]  # the last three: without a network
-# Raw pixels of images above this side are taken at RAW_SIZE: a probe cannot hold the 150,000 values of a large image.
-LARGEST_RAW_SIDE, RAW_SIZE = 64, (32, 32)
+# Raw pixels of images above this side, or of more values, are taken at RAW_SIDE: a probe cannot hold the 150,000 values of a
+# large image. Of so many channels that these are more values too, smaller ones are taken.
+LARGEST_RAW_SIDE, LARGEST_RAW_VALUES, RAW_SIDE = 64, 3 * 64 * 64, 32
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,12 @@ class Subject:
         config = self.config
         key = {"weights": weights_fingerprint(encoder), "size": self.size, "mean_std": config.mean_std,
                "patch_size": config.mask.patch_size, "heads": config.encoder_shape[2], "dtype": str(self.dtype)}  # fmt: skip
-        key |= {} if self.pixels.are_pictures else {"pixels": repr(self.pixels)}
-        return key | ({"positions": self.positions, "antialias": encoder.antialias} if self.resized else {})
+        return key | self.pixels_key | ({"positions": self.positions, "antialias": encoder.antialias} if self.resized else {})
+
+    @property
+    def pixels_key(self) -> dict[str, str]:
+        """Return the entries of a cache's key that name how arrays are read of their files; pictures need none."""
+        return {} if self.pixels.are_pictures else {"pixels": repr(self.pixels)}
 
     def features(
         self, which: Inputs, splits: tuple[Split, Split], layers: Layers = "last", n_views: int = 0, seed: int = 0
@@ -155,7 +161,11 @@ class Subject:
     @property
     def pixel_size(self) -> tuple[int, int]:
         """Return the (H, W) of images whose raw pixels are probed."""
-        return self.size if max(self.size) <= LARGEST_RAW_SIDE else RAW_SIZE
+        most = LARGEST_RAW_VALUES // self.pixels.channels  # pixels
+        if max(self.size) <= LARGEST_RAW_SIDE and math.prod(self.size) <= most:
+            return self.size
+        side = max(1, min(RAW_SIDE, math.isqrt(most)))
+        return side, side
 
     def write(self, name: str, found: dict[str, Any]) -> None:
         """Write results as JSON into the run directory, where there is one."""

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastjepa.data.pixels import Pixels, normalise_pixels
+from fastjepa.errors import UserError
 from fastjepa.evals.images import EvalImages
 from fastjepa.evals.scoring import Features
 
@@ -15,6 +17,7 @@ SAMPLED_PATCHES, CENTROIDS, ROUNDS = 20_000, 64, 15
 CONTRAST_FLOOR, WHITENING_FLOOR = 10 / 255**2, 0.1  # added to the variance of a patch, and to the eigenvalues
 THRESHOLD = 0.5  # responses below it count as 0
 BATCH = 500  # images
+ARRAY_STD = 0.25  # deviation that arrays are brought to, about that of pictures on [0, 1]: the floor means the same for both
 
 
 def kmeans_features(train: EvalImages, test: EvalImages, seed: int, parts: int = 1) -> tuple[Features, Features]:
@@ -23,10 +26,18 @@ def kmeans_features(train: EvalImages, test: EvalImages, seed: int, parts: int =
     Args:
         parts: 1 averages the responses over the whole image, 2 over each of its quadrants.
     """
+    if min(train.size) < PATCH:
+        size = "x".join(map(str, train.size))
+        raise UserError(f"k-means learns patches of {PATCH} pixels a side, and these images are of {size}; leave it out")
     generator = torch.Generator().manual_seed(seed)
     kernel, offset = learned_kernel(sampled_patches(train, generator), generator)
     features = [
-        torch.cat([pooled_responses(block, kernel, offset, parts) for block in images.batches(BATCH, about="k-means")])
+        torch.cat(
+            [
+                pooled_responses(comparable(block, images.pixels), kernel, offset, parts)
+                for block in images.batches(BATCH, about="k-means")
+            ]
+        )  # fmt: skip
         for images in (train, test)
     ]
     return Features(features[0], train.labels()), Features(features[1], test.labels())
@@ -36,13 +47,18 @@ def sampled_patches(images: EvalImages, generator: torch.Generator) -> Tensor:
     """Return SAMPLED_PATCHES patches (m, C * PATCH**2) at random places of random images, each of equal contrast."""
     chosen, counts = torch.randint(len(images), (SAMPLED_PATCHES,), generator=generator).unique(return_counts=True)
     shown = EvalImages(images.source, images.size, images.pixels, images.rows[chosen.numpy()])
-    seen = (image for block in shown.batches(BATCH, about="patches") for image in block)
+    seen = (image for block in shown.batches(BATCH, about="patches") for image in comparable(block, images.pixels))
     height, width = images.size
     patches = []
     for image, count in zip(seen, counts.tolist(), strict=True):
         places = torch.rand(count, 2, generator=generator) * torch.tensor([height - PATCH + 1, width - PATCH + 1])
         patches += [image[:, top : top + PATCH, left : left + PATCH] for top, left in places.int().tolist()]
-    return equal_contrast(torch.stack(patches).flatten(1).float().T / 255).T
+    return equal_contrast(torch.stack(patches).flatten(1).T).T
+
+
+def comparable(images: Tensor, pixels: Pixels) -> Tensor:
+    """Return images (b, C, H, W) fp32 on one scale: pictures on [0, 1], each channel of arrays with deviation ARRAY_STD."""
+    return images.float() / 255 if pixels.are_pictures else normalise_pixels(images, pixels.mean_std) * ARRAY_STD
 
 
 def equal_contrast(patches: Tensor) -> Tensor:
@@ -78,9 +94,12 @@ def spherical_kmeans(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def pooled_responses(images: Tensor, kernel: Tensor, offset: Tensor, parts: int) -> Tensor:
-    """Return features of uint8 images (b, C, H, W): responses of both signs above THRESHOLD, averaged over parts**2 parts."""
+    """Return features of images (b, C, H, W): responses of both signs above THRESHOLD, averaged over parts**2 parts.
+
+    Images are fp32, as `comparable` makes them.
+    """
     border = (PATCH - STRIDE) // 2
-    padded = F.pad(images.float() / 255, (border,) * 4, mode="reflect")
+    padded = F.pad(images, (border,) * 4, mode="reflect")
     rows = (padded.shape[2] - PATCH) // STRIDE + 1
     responses = (kernel @ equal_contrast(F.unfold(padded, PATCH, stride=STRIDE)) - offset[:, None]).unflatten(2, (rows, -1))
     both = torch.cat((F.relu(responses - THRESHOLD), F.relu(-responses - THRESHOLD)), dim=1)

@@ -116,6 +116,9 @@ def evaluate_lowlevel(request: EvalRequest, task: ClevrTask, protocol: str = "de
     """
     splits = open_clevr_splits(request.data, task, request.n_train, request.n_test, request.seed)
     subject, published = request.subject(), protocol == "published"
+    if not subject.pixels.are_pictures:
+        raise UserError(f"{request.checkpoint}: takes arrays ({subject.pixels}), and those of CLEVR and the scenes are "
+                        "pictures; give a run on pictures, 1 or 3 channels of 8 bits")  # fmt: skip
     train, test = squashed_inputs(subject, request.encoder, splits, request.layers, flips=published)
     recipe, classes, results = lowlevel_recipe(protocol, task), len(COUNT_CLASSES[task]), {}
     for head in ("linear",) if published else ("linear", "linear_bn"):

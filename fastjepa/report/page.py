@@ -23,16 +23,19 @@ PAGE_SCRIPTS = ("d3.min.js", "plot.min.js", "page.js")
 Compared = list[tuple[str, list[str], bool]]  # (name, a cell for each run, whether they differ)
 
 
-def write_page(paths: Sequence[Path], file: Path, pictures: bool = True) -> None:
-    """Write the page of these runs; it is there whole or not at all. Bytes of names that are not UTF-8 are shown as \\udcff."""
+def write_page(paths: Sequence[Path], file: Path, pictures: bool = True, bands: Sequence[int] | None = None) -> None:
+    """Write the page that `render_page` returns; it is there whole or not at all.
+
+    Bytes of names that are not UTF-8 are shown as \\udcff.
+    """
     if file.is_dir():
         raise UserError(f"{file}: is a directory; pass --output FILE.html")
     require_writable(file)
-    write_atomic(file, render_page(paths, pictures).encode(errors="backslashreplace"))
+    write_atomic(file, render_page(paths, pictures, bands).encode(errors="backslashreplace"))
 
 
-def render_page(paths: Sequence[Path], pictures: bool = True) -> str:
-    """Return the HTML of these runs."""
+def render_page(paths: Sequence[Path], pictures: bool = True, bands: Sequence[int] | None = None) -> str:
+    """Return the HTML of these runs; `bands` show images in pictures that are drawn anew."""
     names = unique_names([run_directory(path).name for path in paths], paths)
     runs, now = [read_recorded_run(path, name) for path, name in zip(paths, names, strict=True)], time.time()
     charts = reading_charts(runs)
@@ -44,7 +47,7 @@ def render_page(paths: Sequence[Path], pictures: bool = True) -> str:
         charts=charts,
         groups=list(dict.fromkeys(one["group"] for one in charts)),
         evaluations=[(run, evaluation_tables(run)) for run in runs],
-        pictures=[(run, *(gather_pictures(run) if pictures else ([], None))) for run in runs],
+        pictures=[(run, *(gather_pictures(run, bands) if pictures else ([], None))) for run in runs],
         settings=setting_rows(runs),
         versions=environment_rows(runs),
         data={"runs": names, "charts": drawn},

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +26,11 @@ PICTURE_CAPTIONS = {  # {file stem: (title, sentence)}
 }
 
 
-def gather_pictures(run: RecordedRun) -> tuple[list[dict[str, str]], str | None]:
+def gather_pictures(run: RecordedRun, bands: Sequence[int] | None = None) -> tuple[list[dict[str, str]], str | None]:
     """Return {title, words, source} of each picture, and why some are missing.
 
     Those in RUN/pictures are taken as they are. Masks and principal components that are not there are drawn from the latest
-    checkpoint.
+    checkpoint, over images shown by `bands`.
     """
     found = {file.stem: file.read_bytes() for file in sorted((run.path / "pictures").glob("*.png"))}
     missing = None
@@ -37,7 +38,7 @@ def gather_pictures(run: RecordedRun) -> tuple[list[dict[str, str]], str | None]
         try:
             if run.checkpoint is None:
                 raise UserError("no checkpoint was written yet")
-            found = draw_pictures(run.checkpoint) | found
+            found = draw_pictures(run.checkpoint, bands) | found
         except (UserError, OSError) as error:
             missing = str(error)
     stems = [*(stem for stem in PICTURE_CAPTIONS if stem in found), *sorted(found.keys() - PICTURE_CAPTIONS.keys())]
@@ -50,16 +51,18 @@ def picture_entry(stem: str, content: bytes) -> dict[str, str]:
     return {"title": title, "words": words, "source": f"data:image/png;base64,{base64.b64encode(content).decode()}"}
 
 
-def draw_pictures(checkpoint: Path) -> dict[str, bytes]:
+def draw_pictures(checkpoint: Path, bands: Sequence[int] | None = None) -> dict[str, bytes]:
     """Draw masks and principal components of some of the run's own images, as PNG; on the CPU, which the run can spare."""
     from fastjepa.evals.inputs import open_subject
+    from fastjepa.visualize.bands import ShownBands
     from fastjepa.visualize.sheets import drawn_masks_sheet, open_drawn_split, pca_sheet, shown_images
 
     subject = open_subject(checkpoint, "cpu", cache=False)
     split = open_drawn_split(subject.config.data.address, "train", REPORT_IMAGES, subject.config.runtime.seed)
     shown = shown_images(subject, split, len(split.rows))
-    masks = drawn_masks_sheet(subject, shown, subject.config.runtime.seed)
-    return {"masks": png_bytes(masks), "pca": png_bytes(pca_sheet(subject, shown))}
+    chosen = ShownBands.of(subject.pixels, bands)
+    masks = drawn_masks_sheet(subject, shown, subject.config.runtime.seed, chosen)
+    return {"masks": png_bytes(masks), "pca": png_bytes(pca_sheet(subject, shown, chosen))}
 
 
 def png_bytes(image: np.ndarray) -> bytes:

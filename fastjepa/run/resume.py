@@ -18,6 +18,7 @@ from fastjepa.model.projector import PROJECTOR_PREFIX, without_projector
 from fastjepa.model.vit import Encoder
 from fastjepa.ranks.collectives import barrier
 from fastjepa.ranks.world import World
+from fastjepa.weights.input_channels import adapted_encoder
 from fastjepa.weights.read import TORCH_FILES, starting_networks
 
 RUN_FILES = ("checkpoints", "metrics.jsonl", "config.yaml", "run.json", "tensorboard")  # of a run, in its directory
@@ -102,8 +103,8 @@ def start_run(jepa: Jepa, target_encoder: Encoder, output: Path, about: dict, in
     if init is None:
         return [*kept, f"starting a new run in {output}"]
     parts = {"encoder": jepa.encoder, "predictor": jepa.predictor, "target_encoder": target_encoder}
-    names = ", ".join(load_initial_weights(parts, init))
-    return [*kept, f"starting a new run in {output} from the weights in {init} ({names})"]
+    names, notes = load_initial_weights(parts, init)
+    return [*kept, f"starting a new run in {output} from the weights in {init} ({', '.join(names)})", *notes]
 
 
 def start_directory(output: Path, about: dict) -> list[str]:
@@ -128,13 +129,17 @@ def move_aside(output: Path) -> list[str]:
     return [new.name for new in named.values()]
 
 
-def load_initial_weights(parts: dict[str, nn.Module], init: Path) -> list[str]:
-    """Load the networks that `init` holds; a target encoder it lacks starts as the encoder, a projector anew. Return their
-    names.
+def load_initial_weights(parts: dict[str, nn.Module], init: Path) -> tuple[list[str], list[str]]:
+    """Load the networks that `init` holds; a target encoder it lacks starts as the encoder, a projector anew.
+
+    Encoders of three channels are adapted to those of the run. Return the networks' names, and sentences for the user.
     """
-    given = starting_networks(init)
+    given, notes = starting_networks(init), []
     if "encoder" in given:
         given.setdefault("target_encoder", given["encoder"])
+    for name in given.keys() & {"encoder", "target_encoder"}:
+        given[name], note = adapted_encoder(given[name], parts[name].patch_embed.proj.in_channels, str(init))
+        notes = [note] if note else []
     for name in given:
         network = parts[name]
         parameters = dict(network.named_parameters())
@@ -145,4 +150,4 @@ def load_initial_weights(parts: dict[str, nn.Module], init: Path) -> list[str]:
         except RuntimeError as error:
             reason = str(error).split("\n")[1].strip()
             raise ConfigError(f"{init}: the weights do not fit the config's {name}: {reason}") from error
-    return sorted(given)
+    return sorted(given), notes

@@ -107,7 +107,13 @@ class BlockPredictor:
 
 
 def block_predictor(subject: Subject) -> BlockPredictor:
-    """Load the two networks; UserError where the weights hold no predictor, or are not of the run's own image size."""
+    """Load the two networks.
+
+    UserError where the weights hold no predictor, are not of the run's own image size, or take no pictures of 8 bits.
+    """
+    if not subject.pixels.are_pictures:
+        raise UserError(f"{subject.path}: takes arrays ({subject.pixels}), and a decoder draws pictures alone, 1 or 3 "
+                        "channels of 8 bits; `fastjepa visualize --what masks,pca,neighbours` shows the others")  # fmt: skip
     predictor, encoder = load_predictor(subject), subject.encoder("context")
     return BlockPredictor(subject, prepared_network(subject, encoder), prepared_network(subject, predictor))
 

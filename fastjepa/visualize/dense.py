@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fastjepa.data.decode_pillow import decode_image
+from fastjepa.data.pixels import RGB_PICTURES
 from fastjepa.evals.dense.table import ShownPredictions
+from fastjepa.visualize.bands import ShownBands
 from fastjepa.visualize.images import HIDDEN_COLOUR, enlarged, picture_sheet
 
 # Colours of classes that differ for most eyes (Okabe and Ito 2008), the first for what is behind; later classes repeat them.
@@ -19,9 +20,10 @@ DARKER = 0.6  # factor of the colours each time they repeat
 def predictions_sheet(task: str, sample: ShownPredictions) -> np.ndarray:
     """Return a sheet with a row for each picture and a column for the truth and each prediction."""
     colour = {"segmentation": class_colours, "depth": depth_colours, "normals": normal_colours}[task]
-    rows = []
-    for i, (content, truth) in enumerate(zip(sample.pictures, sample.truth, strict=True)):
-        picture = decode_image(content, 3).permute(1, 2, 0).numpy()
+    # Pictures are shown in colour, whether or not the network saw it.
+    pixels = RGB_PICTURES if sample.pixels.are_pictures else sample.pixels
+    pictures, rows = ShownBands.of(pixels).pictures(pixels.decode(content).image for content in sample.pictures), []
+    for i, (picture, truth) in enumerate(zip(pictures, sample.truth, strict=True)):
         paint = colour(truth)
         rows.append([tile(picture), tile(paint(truth)), *(tile(paint(found[i])) for found in sample.predicted.values())])
     headings = [name.replace(" patches", "").replace(" encoder", "").replace(", ", "\n") for name in sample.predicted]

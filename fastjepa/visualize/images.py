@@ -1,5 +1,6 @@
 """Arrays into pictures with numpy and Pillow: enlarged, grey or outlined patches, labelled sheets. All are (H, W, 3) uint8."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -54,11 +55,13 @@ def captioned(image: np.ndarray, text: str) -> np.ndarray:
     return np.asarray(paper)
 
 
-def masks_sheet(images: np.ndarray, context_mask: np.ndarray, target_mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+def masks_sheet(
+    images: Sequence[np.ndarray], context_mask: np.ndarray, target_mask: np.ndarray, grid: tuple[int, int]
+) -> np.ndarray:
     """Return a sheet with a row for each image: the image, its contexts, its target blocks; hidden patches are grey.
 
     Args:
-        images: (b, H, W, 3) uint8.
+        images: b of (H, W, 3) uint8.
         context_mask: (b, K, N) bool, as `draw_masks` returns it.
         target_mask: (b, R, N) bool.
         grid: (rows, columns) of patches; UserError where they are not N.

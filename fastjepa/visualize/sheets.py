@@ -14,6 +14,7 @@ from fastjepa.evals.scoring import TEST_DRAW
 from fastjepa.loader.micro_batches import BatchRecipe, MicroBatches
 from fastjepa.masks.draw import draw_masks
 from fastjepa.rng import SPLIT_STREAM, generator
+from fastjepa.visualize.bands import ShownBands
 from fastjepa.visualize.images import (
     captioned,
     hidden_patches,
@@ -36,7 +37,7 @@ def open_drawn_split(data: str, name: str, count: int | None, seed: int, step: i
 
 
 def shown_images(subject: Subject, split: Split, count: int) -> Tensor:
-    """Return the first images of a split, (count, C, H, W) uint8; UserError when it has fewer."""
+    """Return the first images of a split, (count, C, H, W) as they are decoded; UserError when it has fewer."""
     if count > len(split.rows):
         raise UserError(f"{split.data}: {count} images were asked for and its {split.name} split has {len(split.rows)}; "
                         f"say --images {len(split.rows)}")  # fmt: skip
@@ -44,9 +45,9 @@ def shown_images(subject: Subject, split: Split, count: int) -> Tensor:
     return torch.cat(list(stream.batches(count, about="images")))
 
 
-def drawn_masks_sheet(subject: Subject, shown: Tensor, seed: int) -> np.ndarray:
-    """Draw masks as the run does, and return their sheet over the images (b, C, H, W) uint8."""
-    return masks_sheet(to_uint8(shown), *draw_query_masks(subject, len(shown), seed), subject.config.grid)
+def drawn_masks_sheet(subject: Subject, shown: Tensor, seed: int, bands: ShownBands) -> np.ndarray:
+    """Draw masks as the run does, and return their sheet over the images (b, C, H, W)."""
+    return masks_sheet(bands.pictures(shown), *draw_query_masks(subject, len(shown), seed), subject.config.grid)
 
 
 def encoders_to_show(subject: Subject) -> list[str]:
@@ -62,25 +63,26 @@ def run_masks_sheet(recipe: BatchRecipe, source: Source, most: int) -> np.ndarra
     """Return the first images of a run, at most so many, cropped as it will see them, with their masks."""
     count, grid = min(most, len(source)), recipe.masking.grid
     recipe = replace(recipe, batch_size=count, micro_batch=count)
-    images = MicroBatches(recipe, source, rank=0, ranks=1)[0].images.permute(0, 2, 3, 1)
+    images = MicroBatches(recipe, source, rank=0, ranks=1)[0].images
     drawn = draw_masks(recipe.masking, 0, range(count), count)
-    return masks_sheet(images.expand(-1, -1, -1, 3).numpy(), *drawn, grid)
+    return masks_sheet(ShownBands.of(recipe.pixels).pictures(images), *drawn, grid)
 
 
-def pca_sheet(subject: Subject, shown: Tensor) -> np.ndarray:
+def pca_sheet(subject: Subject, shown: Tensor, bands: ShownBands) -> np.ndarray:
     """Return a sheet with a column for each image: the image, then its patches coloured by each encoder's features."""
-    pixels = to_uint8(shown)
-    rows, labels = [[zoomed(image) for image in pixels]], ["image"]
+    rows, labels = [[zoomed(image) for image in bands.pictures(shown)]], ["image"]
     for which in encoders_to_show(subject):
         own = load_encoder(subject.path) if which == "own" else subject.encoder(which)
         features = patch_rows(subject, prepared_network(subject, own), shown)
-        coloured = pca_picture(features, subject.config.grid, pixels.shape[1:3])
+        coloured = pca_picture(features, subject.config.grid, tuple(shown.shape[2:]))
         rows.append([zoomed(image) for image in coloured])
         labels.append(f"{own.which if which == 'own' else which} encoder")
     return picture_sheet(rows, labels=labels)
 
 
-def neighbours_sheet(subject: Subject, queries: Queries, found: Neighbours, bank: Split, count: int) -> np.ndarray:
+def neighbours_sheet(
+    subject: Subject, queries: Queries, found: Neighbours, bank: Split, count: int, bands: ShownBands
+) -> np.ndarray:
     """Return a sheet with a row for each of the first `count` queries: image, context, true block, nearest blocks.
 
     Blocks are outlined. Below a neighbour stands its distance, below the true block its distance and its rank.
@@ -88,15 +90,14 @@ def neighbours_sheet(subject: Subject, queries: Queries, found: Neighbours, bank
     grid, k = subject.config.grid, found.row.shape[1]
     bank_rows = bank.rows[found.row[:count].flatten().numpy()]
     stream = EvalImages(bank.source, subject.size, subject.pixels, bank_rows)
-    near = to_uint8(torch.cat(list(stream.batches(BLOCK_BATCH, about="pictures")))).reshape(count, k, *subject.size, 3)
-    rows = []
-    for i, image in enumerate(to_uint8(queries.images[:count])):
+    images = torch.cat([queries.images[:count], *stream.batches(BLOCK_BATCH, about="pictures")])  # k of a query together
+    pictures, rows = bands.pictures(images), []
+    for i, image in enumerate(pictures[:count]):
         true = f"{float(queries.true[i]):.2f}, rank {found.rank['anywhere'][i]:g} of {found.candidates + 1}"
         cells = [zoomed(image), zoomed(hidden_patches(image, queries.context[i].reshape(grid))),
                  _outlined(image, queries.block[i].reshape(grid), true)]  # fmt: skip
-        cells += [
-            _outlined(near[i, j], found.block[i, j].reshape(grid), f"{float(found.distance[i, j]):.2f}") for j in range(k)
-        ]
+        near = pictures[count + i * k : count + (i + 1) * k]
+        cells += [_outlined(near[j], found.block[i, j].reshape(grid), f"{float(found.distance[i, j]):.2f}") for j in range(k)]
         rows.append(cells)
     return picture_sheet(rows, gap=6, headings=["image", "context", "true block", *numbered("nearest", k)])
 

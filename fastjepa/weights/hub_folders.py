@@ -16,9 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastjepa.config.checks import normalisation_fault
+from fastjepa.config.data_keys import DataConfig
 from fastjepa.errors import CheckpointError, UserError
 from fastjepa.weights.model_card import model_card
 from fastjepa.weights.pretrained import (
+    FILE_KEYS,
     LAYER_NORM_EPS,
     UNSTATED_WHICH,
     EncoderForm,
@@ -144,21 +146,24 @@ def read_folder(path: Path, which: str | None, shape: Shape) -> Loaded:
 
 def timm_mean_std(path: Path, given: Mapping[str, Any], channels: int) -> dict[str, list[float]]:
     """Return the mean and the deviation that the pretrained_cfg of a timm folder gives, else ImageNet's."""
-    known = {} if given.keys() >= {"mean", "std"} else dict(zip(("mean", "std"), default_mean_std(channels), strict=True))
-    mean, std = (given.get(name, known.get(name)) for name in ("mean", "std"))
-    return checked_mean_std(path / CONFIG_FILE, mean, std, channels)
+    file = path / CONFIG_FILE
+    if given.keys() >= {"mean", "std"}:
+        return checked_mean_std(file, given["mean"], given["std"], channels)
+    mean, std = default_mean_std(channels, str(file), "add mean and std to pretrained_cfg")
+    return checked_mean_std(file, given.get("mean", mean), given.get("std", std), channels)
 
 
-def transformers_mean_std(folder: Path, channels: int) -> dict[str, list[float]]:
+def transformers_mean_std(folder: Path, channels: int, dtype: str) -> dict[str, list[float]]:
     """Return the mean and the deviation that do what a folder's image processor does; ImageNet's where it has none.
 
-    The processor maps a byte v to (f v - m) / s, by its rescale_factor f, image_mean m and image_std s. A pixel x = v / 255
-    is mapped so by the mean m / (255 f) and the deviation s / (255 f). Without do_rescale f is 1; without do_normalize m is
-    0 and s is 1.
+    The processor maps a value v to (f v - m) / s, by its rescale_factor f, image_mean m and image_std s. A pixel x = v / u, u
+    being 255 of bytes, is mapped so by the mean m / (u f) and the deviation s / (u f). Without do_rescale f is 1; without
+    do_normalize m is 0 and s is 1.
     """
     file = folder / PROCESSOR_FILE
     if not file.is_file():
-        return checked_mean_std(file, *default_mean_std(channels), channels)
+        known = default_mean_std(channels, str(folder), f"add {PROCESSOR_FILE} with image_mean and image_std")
+        return checked_mean_std(file, *known, channels)
     given = read_json(file)
     kind = given.get("image_processor_type") or given.get("feature_extractor_type") or "ViT"
     if given.get("do_normalize", True) and not given.keys() >= {"image_mean", "image_std"} and not kind.startswith("ViT"):
@@ -168,14 +173,17 @@ def transformers_mean_std(folder: Path, channels: int) -> dict[str, list[float]]
         raise UserError(f"{file}: rescale_factor: {factor!r} must be a number greater than 0; 1/255 is usual")
     mean, std = given.get("image_mean", 0.5), given.get("image_std", 0.5)  # 0.5 is the default of ViTImageProcessor
     mean, std = (mean, std) if given.get("do_normalize", True) else (0.0, 1.0)
-    return checked_mean_std(file, mean, std, channels, 255 * factor)
+    return checked_mean_std(file, mean, std, channels, DataConfig(dtype=dtype).unit * factor, dtype)
 
 
-def checked_mean_std(file: Path, mean: Any, std: Any, channels: int, scale: float = 1.0) -> dict[str, list[float]]:
+def checked_mean_std(
+    file: Path, mean: Any, std: Any, channels: int, scale: float = 1.0, dtype: str = "uint8"
+) -> dict[str, list[float]]:
     """Return {"mean": and "std": a number a channel} over `scale`; UserError, which names the file, for what cannot be.
 
     Args:
         mean, std: a number for all channels, or a list of one a channel.
+        dtype: of pixels in files.
     """
     checked = {}
     for name, stated in (("mean", mean), ("std", std)):
@@ -184,7 +192,7 @@ def checked_mean_std(file: Path, mean: Any, std: Any, channels: int, scale: floa
         if not numbers or len(values) != channels:
             raise UserError(f"{file}: {name}: {stated!r} must be {channels} numbers, one a channel")
         checked[name] = [value / scale for value in values]
-        if fault := normalisation_fault(name, checked[name]):
+        if fault := normalisation_fault(name, checked[name], dtype):
             raise UserError(f"{file}: {name}: {fault}")
     return checked
 
@@ -237,18 +245,23 @@ def transformers_form(path: Path, said: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(f"{path}: {name} is {said[name]}, and an I-JEPA encoder's is {needed}; it cannot be read")
     image, patch, channels = said.get("image_size", 224), said.get("patch_size", 16), said.get("num_channels", 3)
     about = {"which": "context", "origin": f"transformers folder {path.name}"} | said.get("fastjepa", {})
-    return transformers_mean_std(path, channels) | {
-        "image_size": [image, image] if isinstance(image, int) else list(image),
-        "patch_size": patch if isinstance(patch, int) else patch[0],
-        "channels": channels,
-        "embed_dim": said.get("hidden_size", 768),
-        "depth": said.get("num_hidden_layers", 12),
-        "num_heads": said.get("num_attention_heads", 12),
-        "mlp_hidden": said.get("intermediate_size", 3072),
-        "layer_norm_eps": said.get("layer_norm_eps", 1e-12),
-        "which": about["which"],
-        "origin": about["origin"],
-    }
+    files = {name: about[name] for name in FILE_KEYS if name in about}
+    return (
+        transformers_mean_std(path, channels, about.get("dtype", "uint8"))
+        | files
+        | {
+            "image_size": [image, image] if isinstance(image, int) else list(image),
+            "patch_size": patch if isinstance(patch, int) else patch[0],
+            "channels": channels,
+            "embed_dim": said.get("hidden_size", 768),
+            "depth": said.get("num_hidden_layers", 12),
+            "num_heads": said.get("num_attention_heads", 12),
+            "mlp_hidden": said.get("intermediate_size", 3072),
+            "layer_norm_eps": said.get("layer_norm_eps", 1e-12),
+            "which": about["which"],
+            "origin": about["origin"],
+        }
+    )
 
 
 def layer_aliases(depth: int) -> dict[str, str]:
@@ -289,9 +302,10 @@ def to_transformers(tensors: Mapping[str, Tensor], depth: int) -> dict[str, Tens
 
 def write_fastjepa(folder: Path, form: EncoderForm, tensors: Mapping[str, Tensor]) -> None:
     """Write a folder for `fastjepa.load_encoder`."""
+    dtype = "normalised floats" if form.dtype == "float32" else form.dtype
     use = f"""import fastjepa
 encoder = fastjepa.load_encoder("FOLDER")  # the {form.which} encoder
-features = encoder.forward_features(images)  # (B, 3, H, W) uint8 -> (B, N, {form.embed_dim})"""
+features = encoder.forward_features(images)  # (B, {form.channels}, H, W) {dtype} -> (B, N, {form.embed_dim})"""
     write_folder(folder, {"library_name": "fastjepa", "form": form.to_dict()}, form, tensors, "fastjepa", use)
 
 
@@ -356,10 +370,10 @@ def write_transformers(folder: Path, form: EncoderForm, tensors: Mapping[str, Te
         "patch_size": form.patch_size,
         "num_channels": form.channels,
         "qkv_bias": True,
-        "fastjepa": {"which": form.which, "origin": form.origin},
+        "fastjepa": {"which": form.which, "origin": form.origin} | form.file_keys,
     }
     shown = {"image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": height, "width": width},
-             "resample": 2, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+             "resample": 2, "do_rescale": True, "rescale_factor": 1 / form.unit, "do_normalize": True,
              "image_mean": list(form.mean), "image_std": list(form.std)}  # fmt: skip
     use = f"""from transformers import IJepaModel
 model = IJepaModel.from_pretrained("FOLDER")

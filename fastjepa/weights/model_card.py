@@ -8,6 +8,8 @@ def model_card(form: EncoderForm, library: str, use: str) -> str:
     unsaid = "an encoder (target or context: its source did not say)"
     kind_of = unsaid if form.which == UNSTATED_WHICH else f"the {form.which} encoder"
     height, width = form.image_size
+    bands = f", bands {', '.join(map(str, form.bands))} of a file counted from 0" if form.bands else ""
+    counted = "on [0, 1]" if form.dtype == "uint8" else f"of {form.dtype} values, {form.unit:g} counted as 1"
     shape = f"width {form.embed_dim}, depth {form.depth}, {form.num_heads} heads, MLP {form.mlp_hidden}"
     return f"""---
 library_name: {library}
@@ -26,8 +28,8 @@ This is **{kind_of}** of an [I-JEPA](https://arxiv.org/abs/2301.08243) pair. The
 |---|---|
 | from | {form.origin} |
 | shape | {shape}, layer norm eps {form.layer_norm_eps:g} |
-| images | {form.channels} channels, {height}x{width} pixels, patches of {form.patch_size}x{form.patch_size} |
-| normalisation | mean {list(form.mean)}, deviation {list(form.std)}, on [0, 1] |
+| images | {form.channels} channels{bands}, {height}x{width} pixels, patches of {form.patch_size}x{form.patch_size} |
+| normalisation | mean {list(form.mean)}, deviation {list(form.std)}, {counted} |
 
 ```python
 {use}

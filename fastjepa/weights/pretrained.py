@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastjepa.config.data_keys import DataConfig, MeanStd
 from fastjepa.config.load import config_from_dict
-from fastjepa.config.schema import MODELS, Config, DataConfig
+from fastjepa.config.schema import MODELS, Config
 from fastjepa.errors import UserError
 from fastjepa.masks.packed import Packed
 from fastjepa.model.jepa import network_form
@@ -20,6 +21,8 @@ from fastjepa.model.vit import Encoder, NetworkForm
 from fastjepa.weights.positions import grid_of_positions, possible_grids
 
 LAYER_NORM_EPS = 1e-6  # in the layer norms of this trainer, the official code and timm
+SAY_FORM = "name the run directory or model folder it belongs to, or its YAML with fastjepa convert --config"
+FILE_KEYS = ("dtype", "bands", "pages", "nodata")  # of the config's section data
 UNSTATED_WHICH = "unstated"  # `which`, where nothing says whether an encoder is the target or the context encoder
 
 
@@ -35,9 +38,15 @@ def bare_names(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     return bare
 
 
-def default_mean_std(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return ImageNet's (mean, std) per channel on [0, 1], or their average for one channel; ConfigError for other numbers."""
-    return Config(data=DataConfig(channels=channels)).mean_std
+def default_mean_std(channels: int, where: str, remedy: str) -> MeanStd:
+    """Return ImageNet's (mean, std) per channel on [0, 1], or their average for one channel.
+
+    UserError, which names the file `where` and the remedy, for other numbers of channels: theirs are not known.
+    """
+    found = DataConfig(channels=channels).mean_std
+    if found is None:
+        raise UserError(f"{where}: takes images of {channels} channels, and does not say their mean and deviation; {remedy}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,7 @@ class EncoderForm:
     image_size: tuple[int, int]  # height and width in pixels
     patch_size: int
     channels: int
-    mean: tuple[float, ...]  # per channel, on [0, 1]
+    mean: tuple[float, ...]  # per channel, where `unit` counts as 1: of bytes on [0, 1]
     std: tuple[float, ...]
     embed_dim: int
     depth: int
@@ -59,6 +68,10 @@ class EncoderForm:
     norm: str = "layer"  # the last norm: layer or dyntanh
     rotary: bool = False  # positions turn queries and keys, in place of a code that is added
     qk_norm: bool = False  # queries and keys are normalised by head
+    dtype: str = "uint8"  # of the images' files, and bands, pages and nodata: keys of the config's section data
+    bands: tuple[int, ...] | None = None
+    pages: str = "first"
+    nodata: float | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -66,9 +79,19 @@ class EncoderForm:
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
     @property
-    def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def mean_std(self) -> MeanStd:
         """Return the mean and the deviation of pixels together."""
         return self.mean, self.std
+
+    @property
+    def file_keys(self) -> dict[str, Any]:
+        """Return {key: value} of the config's section data that say how images are read of files."""
+        return {name: getattr(self, name) for name in FILE_KEYS}
+
+    @property
+    def unit(self) -> float:
+        """Return the value of a pixel that counts as 1 in mean and deviation."""
+        return DataConfig(dtype=self.dtype).unit
 
     @property
     def model_name(self) -> str | None:
@@ -93,8 +116,9 @@ class EncoderForm:
     def of_config(cls, config: Config, which: str = UNSTATED_WHICH, origin: str = "a config") -> "EncoderForm":
         """Make the form of a run's encoder."""
         dim, depth, heads, ratio = config.encoder_shape
-        return cls(config.image_size, config.mask.patch_size, config.data.channels, *config.mean_std,
-                   dim, depth, heads, round(dim * ratio), LAYER_NORM_EPS, which, origin, *network_form(config))  # fmt: skip
+        files = {name: getattr(config.data, name) for name in FILE_KEYS}
+        return cls(config.image_size, config.mask.patch_size, config.data.channels, *config.mean_std, dim, depth, heads,
+                   round(dim * ratio), LAYER_NORM_EPS, which, origin, *network_form(config), **files)  # fmt: skip
 
     @classmethod
     def of_weights(
@@ -114,10 +138,9 @@ class EncoderForm:
         depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
         heads = {(d, n, round(d * ratio)): heads for d, n, heads, ratio in MODELS.values()}.get((dim, depth, hidden))
         if heads is None:
-            remedy = "name the run directory or model folder it belongs to, or its YAML with fastjepa convert --config"
-            raise UserError(f"{where}: does not say the heads of width {dim}, depth {depth}; {remedy}")
+            raise UserError(f"{where}: does not say the heads of width {dim}, depth {depth}; {SAY_FORM}")
         rows, columns = grid or told_grid(tensors, where)
-        image = (rows * patch, columns * patch), patch, channels, *default_mean_std(channels)
+        image = (rows * patch, columns * patch), patch, channels, *default_mean_std(channels, where, SAY_FORM)
         norm, qk_norm = "dyntanh" if "norm.alpha" in tensors else "layer", "blocks.0.attn.q_norm.weight" in tensors
         return cls(*image, dim, depth, heads, hidden, LAYER_NORM_EPS, which, origin, norm, qk_norm=qk_norm)
 
@@ -130,7 +153,8 @@ class EncoderForm:
             raise UserError(f"{self.origin}: an MLP {self.mlp_hidden} wide on {self.embed_dim} is in no config")
         return config_from_dict(
             {
-                "data": {"crop_size": list(self.image_size), "channels": self.channels, "mean": self.mean, "std": self.std},
+                "data": {"crop_size": list(self.image_size), "channels": self.channels, "mean": self.mean, "std": self.std}
+                | self.file_keys,
                 "mask": {"patch_size": self.patch_size},
                 "meta": ({"model_name": found} if found else own | {"pred_emb_dim": 4 * self.num_heads}) | attention,
             },
@@ -144,7 +168,8 @@ Shape = EncoderForm | tuple[int, int] | None  # what a user says of weights: the
 class PretrainedEncoder(Encoder):
     """An encoder that says what it is; `forward_features(images)` gives (b, N, D).
 
-    Images are (b, C, H, W), uint8, or floats already normalised with `mean_std`; H and W any multiple of the patch.
+    Images are (b, C, H, W), of the dtype that those of its training had, or floats already normalised with `mean_std`; H and
+    W any multiple of the patch.
     `other_positions` says what positions patches have in other sizes than `image_size`.
     """
 
@@ -178,7 +203,12 @@ class PretrainedEncoder(Encoder):
         return super().forward(images, visible, wanted, layers)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Return features (b, N, D) of images (b, C, H, W), after the final norm."""
+        """Return features (b, N, D) of images (b, C, H, W), after the final norm; UserError for another dtype."""
+        given = str(getattr(images, "dtype", self.form.dtype)).removeprefix("torch.")
+        if given != self.form.dtype and not given.startswith(("float", "bfloat")):
+            takes, unit = "floats" if self.form.dtype == "float32" else f"{self.form.dtype}, or floats", self.form.unit
+            raise UserError(f"{self.origin}: images must be {takes} normalised with mean_std, where {unit:g} counts as 1, not "
+                            f"{given}; normalise them so")  # fmt: skip
         return self.features(images)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:

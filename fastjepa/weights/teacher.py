@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from fastjepa.errors import CheckpointError, ConfigError, UserError
-from fastjepa.weights.pretrained import PretrainedEncoder, shown_grid
+from fastjepa.weights.pretrained import FILE_KEYS, PretrainedEncoder, shown_grid
 from fastjepa.weights.read import load_encoder
 
 
@@ -61,7 +61,7 @@ def hash_of_weights(encoder: PretrainedEncoder) -> str:
 
     One encoder has one hash in whatever kind of file it lies.
     """
-    form = {name: value for name, value in encoder.form.to_dict().items() if name not in ("which", "origin")}
+    form = {name: value for name, value in encoder.form.to_dict().items() if name not in ("which", "origin", *FILE_KEYS)}
     found = hashlib.sha256(json.dumps(form, sort_keys=True).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         found.update(name.encode())

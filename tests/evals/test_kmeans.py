@@ -72,7 +72,7 @@ def test_features_are_a_function_of_the_seed(images):
 
 def test_a_flat_image_has_no_responses():
     kernel, offset = torch.randn(64, 108, generator=seeded()), torch.zeros(64)
-    assert not pooled_responses(torch.full((1, 3, 16, 16), 77, dtype=torch.uint8), kernel, offset, 1).any()
+    assert not pooled_responses(torch.full((1, 3, 16, 16), 0.3), kernel, offset, 1).any()
 
 
 def test_an_image_that_cannot_be_read_is_named(tmp_path):

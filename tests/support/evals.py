@@ -12,6 +12,7 @@ from fastjepa.checkpoint.state import TrainState
 from fastjepa.config.load import config_from_dict
 from fastjepa.engine.adamw import build_adamw
 from fastjepa.model.jepa import build_pair
+from tests.support.arrays import write_shapes
 
 GREY = ((0.5,), (0.25,))
 SMALL = {
@@ -19,6 +20,22 @@ SMALL = {
     "mask": {"patch_size": 4},
     "meta": {"model_name": "vit_tiny", "embed_dim": 32, "depth": 2, "num_heads": 2, "pred_depth": 1, "pred_emb_dim": 32},
 }
+
+
+ARRAYS = {  # of data: values below 10,000 count as reflectances
+    "float32 bands": {"dtype": "float32", "channels": 12, "scale": 10000, "mean": [0.3] * 12, "std": [0.25] * 12},
+    "uint16 bands": {"dtype": "uint16", "bands": [5, 3, 2, 1], "scale": 10000, "mean": [0.3] * 4, "std": [0.25] * 4},
+    "uint16 grey": {"dtype": "uint16", "channels": 1, "scale": 10000, "mean": [0.3], "std": [0.25]},
+}
+
+
+def write_array_run(root: Path, kind: str) -> Path:
+    """A run directory over root/set, 24 training and 12 test images of 20 pixels as `write_shapes` makes them."""
+    keys = ARRAYS[kind]
+    for split, count in (("train", 24), ("test", 12)):
+        write_shapes(root / "set", count, 20, 1 if kind == "uint16 grey" else 12, keys["dtype"], split)
+    data = {"crop_size": 16, "source": str(root / "set"), "batch_size": 8, "num_workers": 0} | keys
+    return write_run(root / "run", shape=SMALL | {"data": data})
 
 
 def write_images(root: Path, train: int = 40, test: int = 20, size: tuple[int, int] = (16, 16), classes: int = 2) -> Path:
@@ -33,9 +50,9 @@ def write_images(root: Path, train: int = 40, test: int = 20, size: tuple[int, i
     return root
 
 
-def write_run(root: Path, change: float = 0.5, step: int = 3) -> Path:
+def write_run(root: Path, change: float = 0.5, step: int = 3, shape: dict = SMALL) -> Path:
     """A run directory with one checkpoint whose encoders differ from each other and, by `change`, from untrained ones."""
-    small = config_from_dict(SMALL, "test")
+    small = config_from_dict(shape, "test")
     jepa, target = build_pair(small)
     with torch.no_grad():
         for factor, encoder in ((1 + change, target), (1 - change, jepa.encoder)):

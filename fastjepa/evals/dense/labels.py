@@ -6,8 +6,10 @@ from pathlib import Path, PurePath
 import numpy as np
 from PIL import Image
 
-from fastjepa.data.decode_pillow import read_header
+from fastjepa.data.decode_arrays import is_numpy_file
+from fastjepa.data.decode_pillow import DecodeError, read_header
 from fastjepa.data.image_folder import ImageFolder
+from fastjepa.data.pixels import Pixels, UnlikeError
 from fastjepa.data.prepare.catalog import DATASETS, find_dataset
 from fastjepa.errors import UserError
 from fastjepa.evals.dense.tasks import DenseTask
@@ -97,19 +99,31 @@ def _listed_stems(listing: Path) -> list[str]:
     return [str(PurePath(name).with_suffix("")) if name.lower().endswith(endings) else name for name in names]
 
 
-def read_labels(split: Split, task: DenseTask) -> list[np.ndarray]:
+def read_labels(split: Split, task: DenseTask, pixels: Pixels) -> list[np.ndarray]:
     """Return the label images of a split as they are stored, in their own sizes, checked; all are held in memory."""
     source, found = split.source, []
     for row in watched(split.rows.tolist(), f"{split.name} labels", len(split.rows)):
         file = source.label_files[row]
         stored = read_label(file, task.bands)
-        header = read_header(source.read(row))
-        if stored.shape[:2] != (header.height, header.width):
+        height, width = picture_size(source, row, pixels)
+        if stored.shape[:2] != (height, width):
             raise UserError(f"{file}: is of {stored.shape[1]}x{stored.shape[0]} pixels, and {source.name(row)} of "
-                            f"{header.width}x{header.height}; a label image has the size of its picture")  # fmt: skip
+                            f"{width}x{height}; a label image has the size of its picture")  # fmt: skip
         task.check(stored, file)
         found.append(stored)
     return found
+
+
+def picture_size(source: LabelledPictures, row: int, pixels: Pixels) -> tuple[int, int]:
+    """Return (H, W) of a picture as it is decoded; arrays have no header that all their formats share."""
+    raw = source.read(row)
+    if pixels.are_pictures and not is_numpy_file(raw):
+        header = read_header(raw)
+        return header.height, header.width
+    try:
+        return tuple(pixels.decode(raw).image.shape[1:])
+    except (DecodeError, UnlikeError) as error:
+        raise UserError(f"{source.name(row)}: {error}") from error
 
 
 def read_label(file: Path, bands: int) -> np.ndarray:

@@ -39,6 +39,7 @@ def raw_patches(subject: Subject) -> PatchMaker:
     patch, channels = subject.config.mask.patch_size, subject.config.data.channels
     patches = (subject.size[0] // patch) * (subject.size[1] // patch)
     key = {"raw": patch, "channels": channels, "size": subject.size, "mean_std": subject.config.mean_std, "squashed": True}
+    key |= subject.pixels_key
 
     def cut(images: Tensor) -> Tensor:
         return unfold(images.float(), patch, stride=patch).transpose(1, 2)

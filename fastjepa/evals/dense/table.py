@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from fastjepa.data.pixels import RGB_PICTURES, Pixels
 from fastjepa.data.prepare.processes import console
 from fastjepa.data.prepare.scenes import DEPTH_STEPS
 from fastjepa.errors import UserError
@@ -93,6 +94,7 @@ class ShownPredictions:
 
     pictures: list[bytes]
     truth: list[np.ndarray]  # classes (H, W), depths (1, H, W) or vectors (3, H, W)
+    pixels: Pixels = RGB_PICTURES  # what becomes of the pictures' bytes
     predicted: dict[str, list[np.ndarray]] = field(default_factory=dict)  # {"row, head": one a picture}
 
 
@@ -110,11 +112,11 @@ def evaluate_dense(
     """
     require_torchmetrics()
     splits = open_dense_splits(request, options)
-    task, stored = labels_of_splits(splits, options)
     subject = request.subject()
+    task, stored = labels_of_splits(splits, options, subject.pixels)
     truth = [task.truth(image[None])[0] for image in stored[1]]
     sample = ShownPredictions([splits[1].source.read(int(row)) for row in splits[1].rows[: options.shown]],
-                              [image.numpy() for image in truth[: options.shown]])  # fmt: skip
+                              [image.numpy() for image in truth[: options.shown]], subject.pixels)  # fmt: skip
     fitted, rows, constant = fitted_labels(stored[0], subject.size), {}, None
     for name in dense_rows(subject, options.encoders):
         maker = raw_patches(subject) if name == "raw patches" else layer_patches(
@@ -162,19 +164,23 @@ def folder_splits(options: DenseOptions) -> dict[str, LabelledPictures]:
     return {name: paired_pictures(images, labels, listing) for name, images, labels, listing in paths}
 
 
-def labels_of_splits(splits: tuple[Split, Split], options: DenseOptions) -> tuple[DenseTask, list[list[np.ndarray]]]:
-    """Return the task and the label images of train and test, all of them checked."""
+def labels_of_splits(
+    splits: tuple[Split, Split], options: DenseOptions, pixels: Pixels = RGB_PICTURES
+) -> tuple[DenseTask, list[list[np.ndarray]]]:
+    """Return the task and the label images of train and test, all of them checked; `pixels` are those of the pictures."""
     if options.depth_scale is not None and options.task != "depth":
         raise UserError(f"--depth-scale is for depth, not {options.task}; leave it out")
     if options.task == "segmentation":
-        return segmentation_labels(splits, options)
+        return segmentation_labels(splits, options, pixels)
     if options.protocol != "default" or options.classes is not None or options.ignore_index is not None:
         raise UserError(f"--protocol, --classes and --ignore-index are for segmentation, not {options.task}; leave them out")
     task = Normals() if options.task == "normals" else Depth(options.depth_scale or DEPTH_STEPS)
-    return task, [read_labels(split, task) for split in splits]
+    return task, [read_labels(split, task, pixels) for split in splits]
 
 
-def segmentation_labels(splits: tuple[Split, Split], options: DenseOptions) -> tuple[Segmentation, list[list[np.ndarray]]]:
+def segmentation_labels(
+    splits: tuple[Split, Split], options: DenseOptions, pixels: Pixels
+) -> tuple[Segmentation, list[list[np.ndarray]]]:
     """Return the task, its classes those of the protocol, those asked for, or those that the training label images hold."""
     classes, ignored = options.classes, options.ignore_index
     if options.protocol != "default":
@@ -188,7 +194,7 @@ def segmentation_labels(splits: tuple[Split, Split], options: DenseOptions) -> t
         classes = SCENE_CLASSES[options.label_kind or SCENE_KINDS["segmentation"][0]]
     train = None
     if classes is None:
-        train = read_labels(splits[0], Segmentation(2**31, ignored))
+        train = read_labels(splits[0], Segmentation(2**31, ignored), pixels)
         highest = max(int(number) for image in train for number in {-1, *np.unique(image).tolist()} - {ignored})
         classes = highest + 1 - int(ignored == 0)
         console.print(f"{splits[0].data}: {classes} classes in the training label images; --classes says others")
@@ -197,7 +203,7 @@ def segmentation_labels(splits: tuple[Split, Split], options: DenseOptions) -> t
             f"{classes} classes: segmentation needs at least two; check --classes, --ignore-index and the label images"
         )
     task = Segmentation(classes, ignored)
-    return task, [train or read_labels(splits[0], task), read_labels(splits[1], task)]
+    return task, [train or read_labels(splits[0], task, pixels), read_labels(splits[1], task, pixels)]
 
 
 def dense_protocol(name: str) -> DenseProtocol:
