@@ -114,11 +114,11 @@ def evaluate_lowlevel(request: EvalRequest, task: ClevrTask, protocol: str = "de
         accuracy, ci95, n_train, n_test, chosen, validation_accuracy, task, probe, layers, protocol, chance (always giving
         the test split's most frequent class), paper (its numbers on CLEVR v1.0, or None), and `provenance`.
     """
-    splits = open_clevr_splits(request.data, task, request.n_train, request.n_test, request.seed)
     subject, published = request.subject(), protocol == "published"
     if not subject.pixels.are_pictures:
         raise UserError(f"{request.checkpoint}: takes arrays ({subject.pixels}), and those of CLEVR and the scenes are "
                         "pictures; give a run on pictures, 1 or 3 channels of 8 bits")  # fmt: skip
+    splits = open_clevr_splits(request.data, task, request.n_train, request.n_test, request.seed)
     train, test = squashed_inputs(subject, request.encoder, splits, request.layers, flips=published)
     recipe, classes, results = lowlevel_recipe(protocol, task), len(COUNT_CLASSES[task]), {}
     for head in ("linear",) if published else ("linear", "linear_bn"):

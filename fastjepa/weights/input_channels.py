@@ -21,8 +21,8 @@ def adapted_encoder(weights: Mapping[str, Tensor], channels: int, where: str) ->
     if takes != 3:
         raise ConfigError(f"{where}: its encoder takes images of {takes} channels, and data.channels is {channels}; only one "
                           f"of 3 is adapted to other numbers: set data.channels to {takes}, or start without it")  # fmt: skip
-    how = "their sum" if channels == 1 else f"repeated for {channels} and scaled by 3/{channels}"
-    said = f"weights of the patch embedding are of 3 channels; data.channels is {channels}, and takes {how}, as in timm"
+    how = "summed over the 3" if channels == 1 else f"repeated for {channels} and scaled by 3/{channels}"
+    said = f"their patch embedding is of 3 channels and data.channels is {channels}: its weights are {how}, as timm does"
     return {**weights, EMBEDDING: adapted_embedding(weights[EMBEDDING], channels)}, said
 
 

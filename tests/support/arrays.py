@@ -65,9 +65,7 @@ def shape_masks(side: int) -> np.ndarray:
     return np.stack([x**2 + y**2 < 0.5, np.maximum(abs(x), abs(y)) < 0.6, np.floor(4 * y) % 2 == 0, np.floor(4 * x) % 2 == 0])
 
 
-def write_shapes(
-    root: Path, count: int, side: int, bands: int = BANDS, dtype: str = "uint16", split: str = "train"
-) -> Path:
+def write_shapes(root: Path, count: int, side: int, bands: int = BANDS, dtype: str = "uint16", split: str = "train") -> Path:
     """A folder of TIFFs, of 4 classes: band b of an image of class c shows shape (b + c) % 4, moved, brighter and noisy.
 
     Values lie below 10,000, as those of Sentinel-2 do: an eighth of the 16 bits.

@@ -35,7 +35,7 @@ def write_array_run(root: Path, kind: str) -> Path:
     for split, count in (("train", 24), ("test", 12)):
         write_shapes(root / "set", count, 20, 1 if kind == "uint16 grey" else 12, keys["dtype"], split)
     data = {"crop_size": 16, "source": str(root / "set"), "batch_size": 8, "num_workers": 0} | keys
-    return write_run(root / "run", shape=SMALL | {"data": data})
+    return write_run(root / "run", shape=SMALL | {"data": data, "mask": {"patch_size": 4, "min_keep": 0}})
 
 
 def write_images(root: Path, train: int = 40, test: int = 20, size: tuple[int, int] = (16, 16), classes: int = 2) -> Path:

@@ -1,0 +1,45 @@
+"""Commands before a training, of a config of many bands: memory, masks, the machine."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastjepa.cli.main import main
+from tests.support.evals import write_array_run
+
+
+@pytest.fixture(scope="module", params=["float32 bands", "uint16 grey"])
+def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_array_run(tmp_path_factory.mktemp("arrays"), request.param) / "config.yaml"
+
+
+def said(capsys, *words: object) -> dict:
+    assert main([*map(str, words), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_plan_counts_the_channels(config, capsys):
+    """Parameters of the patch embedding grow with the channels, whose mean and deviation a plan does not need."""
+    unknown = ["data.mean=null", "data.std=null"]
+    many = said(capsys, "plan", "--config", config, *unknown)
+    two = said(capsys, "plan", "--config", config, *unknown, "data.channels=2")
+    channels = json.loads(config.read_text())["data"]["channels"]
+    own = 4 * (channels - 2) * 4**2 * 32  # bytes of fp32: patches of 4 pixels, width 32
+    found, other = (plan["stages"]["0"] for plan in (many, two))
+    assert found["parameters"] - other["parameters"] == own
+    assert many["flops_per_image"] != two["flops_per_image"]
+
+
+def test_masks_are_drawn_over_images(config, tmp_path, capsys):
+    picture = tmp_path / "masks.png"
+    said(capsys, "masks", "--config", config, "--groups", 10, "--picture", picture)
+    assert np.asarray(Image.open(picture))[20:120, :60].std() > 20
+
+
+def test_the_doctor_weighs_a_batch(config, capsys):
+    """Batches of floats are four times, and those of 16 bits twice as heavy as bytes; here two of them fit anyway."""
+    found = said(capsys, "doctor", "--config", config, "data.num_workers=2")
+    assert found
