@@ -1,6 +1,7 @@
 """Commands before a training, of a config of many bands: memory, masks, the machine."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,8 @@ def test_masks_are_drawn_over_images(config, tmp_path, capsys):
 
 
 def test_the_doctor_weighs_a_batch(config, capsys):
-    """Batches of floats are four times, and those of 16 bits twice as heavy as bytes; here two of them fit anyway."""
-    found = said(capsys, "doctor", "--config", config, "data.num_workers=2")
-    assert found
+    """A batch carries four bytes of each float, and two of each value of 16 bits; indices of patches are little beside them."""
+    ((_, _, why),) = said(capsys, "doctor", "--config", config, "data.batch_size=4096")["shared memory"]
+    images = 4096 * 16 * 16 * (12 * 4 if "float32" in config.read_text() else 2) / 2**20
+    found = float(re.search(r"micro-batches of ([0-9.]+) MiB", why)[1])
+    assert images < found < 1.5 * images + 1
