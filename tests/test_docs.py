@@ -186,10 +186,14 @@ def place(tmp_path_factory, request) -> Path:
             folder.mkdir(parents=True)
             for i in range(count):
                 Image.fromarray(draw.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{i}.png")
-    write_shapes(root / "sets/sentinel2", 8, 40)
+    for split in ("train", "test"):
+        write_shapes(root / "sets/sentinel2", 8, 40, split=split)
     (root / "sentinel2.yaml").write_text(blocks(ROOT / "docs/data.md", "yaml")[0])
     for name in ("demo", "cifar10"):
         toy(["train", "--config", name], root, Path("runs") / name)
+    toy(["train", "--config", "sentinel2.yaml"], root, Path("runs/sentinel2"))
+    own = [f"data.{name}" for name in ("channels=3", "bands=[3,2,1]", "mean=[0.3,0.3,0.3]", "std=[0.2,0.2,0.2]")]
+    toy(["train", "--config", "sentinel2.yaml", *own], root, Path("runs/rgb"))
     toy(["decoder", "runs/demo", "--data", "fashion-mnist"], root, root)
     for copy in ("runs/h14", "runs/salt-teacher"):
         shutil.copytree("runs/cifar10", copy)

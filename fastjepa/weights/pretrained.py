@@ -204,10 +204,11 @@ class PretrainedEncoder(Encoder):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Return features (b, N, D) of images (b, C, H, W), after the final norm; UserError for another dtype."""
-        given = str(getattr(images, "dtype", self.form.dtype)).removeprefix("torch.")
-        if given != self.form.dtype and not given.startswith(("float", "bfloat")):
-            takes, unit = "floats" if self.form.dtype == "float32" else f"{self.form.dtype}, or floats", self.form.unit
-            raise UserError(f"{self.origin}: images must be {takes} normalised with mean_std, where {unit:g} counts as 1, not "
+        own = getattr(torch, self.form.dtype)
+        if isinstance(images, Tensor) and images.dtype != own and not images.is_floating_point():
+            takes = "floats" if own.is_floating_point else f"{self.form.dtype}, or floats"
+            given = str(images.dtype).removeprefix("torch.")
+            raise UserError(f"{self.origin}: images must be {takes} normalised with mean_std, {self.form.unit:g} counted as 1, not "
                             f"{given}; normalise them so")  # fmt: skip
         return self.features(images)
 

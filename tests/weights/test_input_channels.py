@@ -134,7 +134,7 @@ def test_an_encoder_takes_the_dtype_of_its_training_or_floats(run):
     if images.dtype == torch.uint16:
         torch.testing.assert_close(encoder.forward_features(images), encoder.forward_features(floats), rtol=1e-3, atol=1e-3)
     unit = "1" if encoder.form.dtype == "float32" else "65535"
-    with pytest.raises(UserError, match=rf"normalised with mean_std, where {unit} counts as 1, not uint8; normalise them so"):
+    with pytest.raises(UserError, match=rf"normalised with mean_std, {unit} counted as 1, not uint8; normalise them so"):
         encoder.forward_features(torch.zeros_like(images, dtype=torch.uint8))
 
 
