@@ -206,10 +206,10 @@ class PretrainedEncoder(Encoder):
         """Return features (b, N, D) of images (b, C, H, W), after the final norm; UserError for another dtype."""
         own = getattr(torch, self.form.dtype)
         if isinstance(images, Tensor) and images.dtype != own and not images.is_floating_point():
-            takes = "floats" if own.is_floating_point else f"{self.form.dtype}, or floats"
+            takes, unit = "floats" if own.is_floating_point else f"{self.form.dtype}, or floats", self.form.unit
             given = str(images.dtype).removeprefix("torch.")
-            raise UserError(f"{self.origin}: images must be {takes} normalised with mean_std, {self.form.unit:g} counted as 1, "
-                            f"not {given}; normalise them so")  # fmt: skip
+            raise UserError(f"{self.origin}: images must be {takes} normalised with mean_std, {unit:g} counted as 1, not "
+                            f"{given}; normalise them so")  # fmt: skip
         return self.features(images)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
