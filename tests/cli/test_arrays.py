@@ -31,13 +31,14 @@ def test_a_plan_counts_the_channels(config, capsys):
     own = 4 * (channels - 2) * 4**2 * 32  # bytes of fp32: patches of 4 pixels, width 32
     found, other = (plan["stages"]["0"] for plan in (many, two))
     assert found["parameters"] - other["parameters"] == own
-    assert many["flops_per_image"] != two["flops_per_image"]
+    more = (many["flops_per_image"] - two["flops_per_image"]) / (channels - 2) / (2 * 4**2 * 32)  # patches that are embedded
+    assert 16 < more < 3 * 16  # all 16 by the target encoder, some by the context encoder, whose weights have a gradient
 
 
 def test_masks_are_drawn_over_images(config, tmp_path, capsys):
     picture = tmp_path / "masks.png"
     said(capsys, "masks", "--config", config, "--groups", 10, "--picture", picture)
-    assert np.asarray(Image.open(picture))[20:120, :60].std() > 20
+    assert np.asarray(Image.open(picture))[40:120, :60].std() > 20
 
 
 def test_the_doctor_weighs_a_batch(config, capsys):
