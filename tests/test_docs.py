@@ -187,7 +187,7 @@ def place(tmp_path_factory, request) -> Path:
             for i in range(count):
                 Image.fromarray(draw.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{i}.png")
     for split in ("train", "test"):
-        write_shapes(root / "sets/sentinel2", 8, 40, split=split)
+        write_shapes(root / "sets/sentinel2", 24, 40, split=split)
     (root / "sentinel2.yaml").write_text(blocks(ROOT / "docs/data.md", "yaml")[0])
     for name in ("demo", "cifar10"):
         toy(["train", "--config", name], root, Path("runs") / name)
