@@ -12,7 +12,7 @@ from fastjepa.cli.main import main
 from tests.support.evals import write_array_run
 
 
-@pytest.fixture(scope="module", params=["float32 bands", "uint16 grey"])
+@pytest.fixture(scope="module", params=["float32 bands", pytest.param("uint16 grey", marks=pytest.mark.slow)])
 def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_array_run(tmp_path_factory.mktemp("arrays"), request.param) / "config.yaml"
 

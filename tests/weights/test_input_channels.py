@@ -26,8 +26,10 @@ from tests.support.arrays import measured
 from tests.support.evals import ARRAYS, SMALL, write_array_run, write_run
 from tests.support.weights import convert
 
+KINDS = ["float32 bands", "uint16 bands", pytest.param("uint16 grey", marks=pytest.mark.slow)]
 
-@pytest.fixture(scope="module", params=ARRAYS)
+
+@pytest.fixture(scope="module", params=KINDS)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_array_run(tmp_path_factory.mktemp("arrays"), request.param)
 
@@ -89,6 +91,7 @@ def test_as_many_channels_are_left_as_they_are_and_others_refused(run):
         load_initial_weights(parts_of(shaped(channels=5, mean=[0.5] * 5, std=[0.5] * 5)), run)
 
 
+@pytest.mark.slow
 def test_the_command_says_how_the_embedding_was_adapted(rgb, tmp_path, capsys):
     made = write_array_run(tmp_path, "float32 bands")
     words = ["train", "--config", str(made / "config.yaml"), "--output", str(tmp_path / "new"), "--init", str(rgb)]
