@@ -146,12 +146,12 @@ def test_k_means_of_arrays_are_those_of_pictures_of_the_same_values(tmp_path, mo
     monkeypatch.setattr(kmeans, "SAMPLED_PATCHES", 2000)
     monkeypatch.setattr(kmeans, "ROUNDS", 3)
     for i in range(8):
-        for folder, factor in (("bytes", 1), ("units", 1000)):
+        for folder, factor in (("bytes", 1), ("units", 1e-3)):
             values = measured(3, 16, 12, dtype="uint8", seed=i)
             file = tmp_path / folder / "train" / "ab"[i % 2] / f"{i}.npy"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(npy(values if factor == 1 else values.astype(np.float32) * factor))
-    deep = Pixels(3, torch.float32, mean_std=((0.0,) * 3, (1000 * 255 * 0.25,) * 3))
+    deep = Pixels(3, torch.float32, mean_std=((0.0,) * 3, (1e-3 * 255 * 0.25,) * 3))
     sets = [EvalImages(open_source(str(tmp_path / folder)), (16, 12), pixels)
             for folder, pixels in (("bytes", Pixels(3)), ("units", deep))]  # fmt: skip
     pictures, arrays = (kmeans_features(images, images, 0)[0].x for images in sets)

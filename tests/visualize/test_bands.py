@@ -103,6 +103,6 @@ def test_a_page_shows_other_bands_where_they_are_asked_for(run):
 
 
 def test_a_decoder_of_arrays_is_refused(run, tmp_path, capsys):
-    words = ["--data", str(run.parent / "set"), "--device", "cpu", "--output", str(tmp_path)]
+    words = ["--data", str(run.parent / "set"), "--device", "cpu", "--output", str(tmp_path), "--steps", "1"]
     assert main(["decoder", str(run), *words]) == 2
     assert "takes arrays (4 channels of uint16), and a decoder draws pictures alone" in capsys.readouterr().err
