@@ -123,12 +123,14 @@ class HeadSlots(NamedTuple):
 @torch.inference_mode(False)  # what is kept may be wanted for a backward pass later
 def _head_slots(cu_seqlens: Tensor, _version: int, longest: int, rows: int, heads: int) -> HeadSlots:
     starts, lengths = cu_seqlens[:-1, None].long(), cu_seqlens.diff()[:, None]
-    place, head = torch.arange(longest), torch.arange(heads)[:, None]
+    device = cu_seqlens.device
+    place, head = torch.arange(longest, device=device), torch.arange(heads, device=device)[:, None]
     row = (starts + place).clamp_(max=rows - 1)[:, None].expand(-1, heads, -1).flatten()
     is_padding = (place >= lengths)[:, None].expand(-1, heads, -1)  # (S, H, longest)
     of_first_head = (place < lengths).flatten().nonzero()  # (T, 1) in (S, longest): slot 2 of 3 heads is slot 6 of the first
     slot = of_first_head // longest * (heads * longest) + of_first_head % longest + (head * longest).T
-    bias = torch.zeros(len(starts), 1, 1, longest).masked_fill_((place >= lengths.clamp_min(1))[:, None, None], -torch.inf)
+    bias = torch.zeros(len(starts), 1, 1, longest, device=device)
+    bias.masked_fill_((place >= lengths.clamp_min(1))[:, None, None], -torch.inf)
     size = len(starts), heads, longest
     padding = is_padding.flatten().nonzero().flatten()
     return HeadSlots(size, row, head.expand(len(starts), heads, longest).flatten(), padding, slot.flatten(), bias)
