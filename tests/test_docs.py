@@ -188,7 +188,8 @@ def place(tmp_path_factory, request) -> Path:
                 Image.fromarray(draw.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{i}.png")
     for split in ("train", "test"):
         write_shapes(root / "sets/sentinel2", 24, 40, split=split)
-    (root / "sentinel2.yaml").write_text(blocks(ROOT / "docs/data.md", "yaml")[0])
+    (config,) = (block for block in blocks(ROOT / "docs/data.md", "yaml") if "# sentinel2.yaml" in block)
+    (root / "sentinel2.yaml").write_text(config)
     for name in ("demo", "cifar10"):
         toy(["train", "--config", name], root, Path("runs") / name)
     toy(["train", "--config", "sentinel2.yaml"], root, Path("runs/sentinel2"))
