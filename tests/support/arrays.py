@@ -65,7 +65,9 @@ def shape_masks(side: int) -> np.ndarray:
     return np.stack([x**2 + y**2 < 0.5, np.maximum(abs(x), abs(y)) < 0.6, np.floor(4 * y) % 2 == 0, np.floor(4 * x) % 2 == 0])
 
 
-def write_shapes(root: Path, count: int, side: int, bands: int = BANDS, dtype: str = "uint16", split: str = "train") -> Path:
+def write_shapes(
+    root: Path, count: int, side: int, bands: int = BANDS, dtype: str = "uint16", split: str = "train", noise: float = 300
+) -> Path:
     """A folder of TIFFs, of 4 classes: band b of an image of class c shows shape (b + c) % 4, moved, brighter and noisy.
 
     Values lie below 10,000, as those of Sentinel-2 do: an eighth of the 16 bits.
@@ -75,7 +77,7 @@ def write_shapes(root: Path, count: int, side: int, bands: int = BANDS, dtype: s
         label = i % SHAPES
         shift = random.integers(-side // 4, side // 4 + 1, 2)
         shown = np.roll(masks[(np.arange(bands) + label) % SHAPES], shift, (1, 2))
-        values = 1000 + 6000 * shown * random.uniform(0.5, 1, (bands, 1, 1)) + random.normal(scale=300, size=shown.shape)
+        values = 1000 + 6000 * shown * random.uniform(0.5, 1, (bands, 1, 1)) + random.normal(scale=noise, size=shown.shape)
         folder = root / split / f"class{label}"
         folder.mkdir(parents=True, exist_ok=True)
         values = values.clip(0, 9999).astype(dtype)
