@@ -118,7 +118,7 @@ def pace_over_base(job: dict[str, Any], config: Config, data: str, folder: Path)
     Trials of PACE_STEPS steps alternate between the two, so that other work and the machine's speed touch both. The pace is
     kept in the folder, so that an arm that goes on has the schedule that it began with.
     """
-    if job["config"] == job["base"]:
+    if job["method"] == "ijepa" and job["config"] == job["base"]:
         return 1.0
     file, base = folder / PACE_FILE, config_from_dict(job["base"])
     if not file.is_file():
