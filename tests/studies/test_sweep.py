@@ -331,7 +331,7 @@ def test_an_arm_that_fails_is_named_and_the_others_go_on(data, tmp_path):
     (base.folder / ARM_CONFIG).mkdir(parents=True)  # in the way
     done = subprocess.run(command(data, tmp_path, "base,random encoder", 32), capture_output=True, text=True, timeout=280)
     assert done.returncode == 2 and "1 of 2 runs failed, base, seed 0 first" in done.stderr
-    assert "random encoder, seed 0: knn" in done.stdout
+    assert "random encoder, seed 0: k-NN" in done.stdout
 
 
 def wait_for(holds, seconds: float = 200.0) -> None:
