@@ -5,12 +5,12 @@ the first normalise targets over the batch, without which so small a network col
 """
 
 from fastjepa.studies.arm import Arm
+from fastjepa.studies.equal_minutes import FOUR_LAYERS
 from fastjepa.studies.small_data import OVER_THE_BATCH
 
 DENSE_PAPER = "none at this scale"
 
 DENSE_SETTINGS = ("data.crop_size=64", "mask.patch_size=8")  # 64 patches, as many as the other studies have
-SEVERAL = (*OVER_THE_BATCH, "loss.target_layers=[1,2,3,4]")
 VISIBLE = ("loss.visible_weight=0.5",)
 # fmt: off
 DENSE_ARMS = (
@@ -19,7 +19,7 @@ DENSE_ARMS = (
     Arm("random encoder", "floor", method="random"),
     Arm("MAE", "bar", method="mae"),
     Arm("targets over the batch", "targets", OVER_THE_BATCH),
-    Arm("four layers over the batch", "layers", SEVERAL),
+    Arm("four layers over the batch", "layers", FOUR_LAYERS),
     Arm("over the batch, loss on visible tokens", "visible", (*OVER_THE_BATCH, *VISIBLE)),
-    Arm("four layers over the batch, loss on visible tokens", "together", (*SEVERAL, *VISIBLE)),
+    Arm("four layers over the batch, loss on visible tokens", "together", (*FOUR_LAYERS, *VISIBLE)),
 )

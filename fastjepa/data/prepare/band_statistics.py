@@ -14,8 +14,8 @@ import torch
 from fastjepa.data.decode_arrays import TIFF_SIGNATURES, Pages, decode_bands, is_numpy_file
 from fastjepa.data.decode_pillow import MAX_PIXELS, PNG_SIGNATURE, DecodeError, decode_file
 from fastjepa.data.pixels import Pixels, UnlikeError, unit_of
-from fastjepa.data.prepare.check_images import IMAGES_A_TASK, MEGA, BadImage, judge_image
-from fastjepa.data.prepare.processes import counting_bar, map_in_processes
+from fastjepa.data.prepare.check_images import IMAGES_A_TASK, MEGA, BadImage, add_unreadable, gather_findings, judge_image
+from fastjepa.data.prepare.processes import map_in_processes
 from fastjepa.data.sources import Source
 from fastjepa.errors import UserError, is_out_of_files
 from fastjepa.rng import SPLIT_STREAM, generator
@@ -156,22 +156,11 @@ def measure_bands(
     A file that has other bands than the first one is bad. UserError where all are, or a channel has no measurement.
     """
     report = BandReport()
-    for path, reason in getattr(source, "unreadable", ()):
-        report.bad.append(BadImage(path, "damaged shard" if path.endswith(".tar") else "unreadable", reason))
-        show(report.bad[-1])
+    add_unreadable(report, source, show)
     rows = rows_to_measure(len(source), request.limit)
     pixels, apart = _pixels_of(source, request, rows)
     chunks = [rows[start : start + IMAGES_A_TASK] for start in range(0, len(rows), IMAGES_A_TASK)]
-    with (
-        contextlib.closing(map_in_processes(_measure_chunk, (source, pixels, apart), chunks, workers)) as parts,
-        counting_bar() as progress,
-    ):
-        task = progress.add_task("images", total=len(rows))
-        for part in parts:
-            report.add(part)
-            for bad in part.bad:
-                show(bad)
-            progress.advance(task, part.images)
+    gather_findings(report, map_in_processes(_measure_chunk, (source, pixels, apart), chunks, workers), len(rows), show)
     if not report.moments:
         raise UserError(
             f"none of {report.images} images can be read, for example {report.bad[-1]}; fastjepa data check names all"

@@ -5,10 +5,10 @@ import hashlib
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
@@ -45,6 +45,16 @@ class GoodImage(NamedTuple):
     size: tuple[int, int]  # (width, height) as stored
     dropped: frozenset[str]  # kinds of `data.dropped`
     held: str = ""  # of arrays: "12 bands of uint16"
+
+
+class Findings(Protocol):
+    """A report on images, to which reports on parts of them are added."""
+
+    images: int
+    bad: list[BadImage]
+
+    def add(self, part: Any) -> None:
+        """Take in the findings on a part of the images."""
 
 
 @dataclass
@@ -114,15 +124,24 @@ def _read_all(
     report: CheckReport, source: Source, workers: int, asked: tuple[float, Pixels], show: Callable[[BadImage], None]
 ) -> None:
     """Add to the report what a reading of all images finds, and what the source could not open; `asked` as `judge_image`."""
+    add_unreadable(report, source, show)
+    chunks = [range(start, min(start + IMAGES_A_TASK, len(source))) for start in range(0, len(source), IMAGES_A_TASK)]
+    gather_findings(report, map_in_processes(_read_chunk, (source, *asked), chunks, workers), len(source), show)
+
+
+def add_unreadable(report: Findings, source: Source, show: Callable[[BadImage], None]) -> None:
+    """Add to a report, and show, what the source could not open."""
     for path, reason in getattr(source, "unreadable", ()):
         report.bad.append(BadImage(path, "damaged shard" if path.endswith(".tar") else "unreadable", reason))
         show(report.bad[-1])
-    chunks = [range(start, min(start + IMAGES_A_TASK, len(source))) for start in range(0, len(source), IMAGES_A_TASK)]
-    with (
-        contextlib.closing(map_in_processes(_read_chunk, (source, *asked), chunks, workers)) as parts,
-        counting_bar() as progress,
-    ):
-        task = progress.add_task("images", total=len(source))
+
+
+def gather_findings(
+    report: Findings, found: Generator[Findings, None, None], total: int, show: Callable[[BadImage], None]
+) -> None:
+    """Add the findings of processes on parts of `total` images to a report, under a bar; show each bad file."""
+    with contextlib.closing(found) as parts, counting_bar() as progress:
+        task = progress.add_task("images", total=total)
         for part in parts:
             report.add(part)
             for bad in part.bad:
