@@ -299,11 +299,32 @@ def updates_headline(rows: list[dict]) -> str:
     return "; ".join(f"{row['op']} {row['provider']} {spread_text(row['ms'])} ms" for row in rows if row["provider"] in shown)
 
 
+def peers_headline(rows: list[dict]) -> str:
+    """Say how far ours is ahead of each peer, of the largest model, in images/s, in FLOP/s and in memory."""
+    compared = [row for row in rows if row["model"] == rows[-1]["model"] and "ratio" in row]
+    return "; ".join(
+        f"{row['peer']}: {spread_text(row['ratio'])} times its images/s, {value_text(1 / row['memory_ratio'])} of its memory, "
+        f"{value_text(row['ratio_at_equal_flops']['median'])} at equal FLOPs"
+        for row in compared
+    )
+
+
+def loaders_headline(rows: list[dict]) -> str:
+    """Say images/s of each loader, files and shards apart, and the ratio to torchvision's."""
+    return "; ".join(
+        f"{'ours' if row['loader'] == 'torch' else row['loader']} ({row['source']}) {value_text(row['images_per_s']['median'])}"
+        + (f", {value_text(row['ratio_to_torchvision']['median'])} times" if "ratio_to_torchvision" in row else "")
+        for row in rows
+    )
+
+
 HEADLINE = {  # result: its description, and the function that sums up its rows
     "step_vit_small": ("a ViT-S/16 step at 224, batch 16, bf16, beside the official code's at equal work", official_headline),
     "step_vit_small_fp32": ("the same in fp32", official_headline),
     "gpu_hours_cpu": ("images/s of I-JEPA, MAE and iBOT, ViT-S/16 at 224, batch 8", methods_headline),
     "faster_cpu": ("images/s of the keys in docs/faster.md, I-JEPA ViT-S/16 at 224, batch 8", columns_headline),
+    "peers_cpu": ("a ViT-S/16 step at 224, batch 8, fp32, beside other I-JEPA code", peers_headline),
+    "loaders_2_workers": ("images/s of JPEGs to 224 by 2 workers, and times torchvision's DataLoader", loaders_headline),
     "ema": ("averaging the weights of a ViT-B/16 in fp32, alone and with AdamW in one call", updates_headline),
 }
 

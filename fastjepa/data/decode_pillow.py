@@ -1,5 +1,9 @@
-"""Bytes to pixels with Pillow: every format, upright, in one or three channels. Which file and which box, others decide."""
+"""Bytes to pixels with Pillow: every format, upright, in one or three channels. Which file and which box, others decide.
 
+Most JPEGs are decoded by torchvision, whose libjpeg makes the same bits as Pillow's and spares a copy of them.
+"""
+
+import functools
 import io
 import struct
 from collections.abc import Callable
@@ -211,6 +215,9 @@ def _to_pixels(raw: bytes, channels: int) -> tuple[np.ndarray, frozenset[str]]:
 
     def pixels(image: Image.Image) -> tuple[np.ndarray, frozenset[str]]:
         dropped = dropped_by_header(image, raw)
+        decoded = _upright_jpeg(image, raw)
+        if decoded is not None:
+            return decoded, frozenset(dropped)
         image.load()  # a PNG's EXIF may follow its pixels
         _refuse_unknown_range(image)
         if is_transparent(image):
@@ -221,6 +228,31 @@ def _to_pixels(raw: bytes, channels: int) -> tuple[np.ndarray, frozenset[str]]:
         return np.array(_eight_bit(upright if turn is None else upright.transpose(turn), channels)), frozenset(dropped | lost)
 
     return _opened(raw, pixels)
+
+
+@functools.cache
+def jpeg_decoder() -> Callable[[Tensor], Tensor]:
+    """Return torchvision's decoder of JPEGs, (N,) bytes to (1 or 3, H, W).
+
+    Its import takes half a second and 80 MiB, of which runs without JPEGs have no use; processes that fork later share it.
+    """
+    from torchvision.io import decode_jpeg
+
+    return decode_jpeg
+
+
+def _upright_jpeg(image: Image.Image, raw: bytes) -> np.ndarray | None:
+    """Return the pixels of a grey or RGB JPEG that needs no turning, (H, W) or (H, W, 3) uint8, as Pillow would decode them.
+
+    None for all else, and for a damaged file: Pillow says what is wrong with it, or reads it after all.
+    """
+    if image.format != "JPEG" or image.mode not in ("L", "RGB") or _orientation(image) != 1:
+        return None
+    try:
+        pixels = jpeg_decoder()(torch.from_numpy(np.frombuffer(raw, np.uint8).copy()))
+    except RuntimeError:
+        return None
+    return pixels.permute(1, 2, 0).numpy() if len(pixels) == 3 else pixels[0].numpy()
 
 
 def _refuse_unknown_range(image: Image.Image) -> None:

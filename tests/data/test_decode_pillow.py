@@ -5,6 +5,7 @@ import math
 import re
 import struct
 import zlib
+from collections.abc import Callable
 from unittest import mock
 
 import numpy as np
@@ -114,6 +115,49 @@ def test_cmyk_jpeg_keeps_its_colours():
     jpeg = encode(Image.new("RGB", (16, 16), (255, 0, 0)).convert("CMYK"), "JPEG")
     red, green, blue = decode_image(jpeg, 3).float().mean((1, 2)).tolist()
     assert red > 240 and green < 15 and blue < 15
+
+
+def outcome(read: Callable[[bytes], np.ndarray], raw: bytes) -> bytes:
+    """The pixels that come of a file, as bytes; empty where it is refused."""
+    try:
+        return read(raw).tobytes()
+    except (DecodeError, OSError, SyntaxError, ValueError):
+        return b""
+
+
+def by_pillow(raw: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(raw)) as image:
+        return np.array(image.convert("RGB"))
+
+
+def by_us(raw: bytes) -> np.ndarray:
+    return decode_image(raw, 3).permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0", "4:1:1"])
+def test_a_jpeg_has_pillows_pixels(mode: str, subsampling: str):
+    """Whatever its quality, its scans and its restarts; sides that no block divides, and one pixel."""
+    for height, width in ((33, 50), (1, 1), (8, 17)):
+        image = Image.fromarray(noise(height, width, 3)).convert(mode)
+        for options in ({"quality": 100}, {"quality": 30, "progressive": True}, {"restart_marker_blocks": 1}):
+            jpeg = encode(image, "JPEG", subsampling=subsampling, **options)
+            assert np.array_equal(by_us(jpeg), by_pillow(jpeg))
+            assert np.array_equal(decode_image(jpeg, 1)[0].numpy(), np.array(Image.open(io.BytesIO(jpeg)).convert("L")))
+
+
+@pytest.mark.parametrize("fault", ["cut", "changed", "left out"])
+def test_a_damaged_jpeg_is_read_or_refused_as_by_pillow(fault: str):
+    image, random = Image.fromarray(noise(40, 56, 3)), np.random.default_rng(0)
+    jpegs, outcomes = [encode(image, "JPEG", progressive=progressive) for progressive in (False, True)], set()
+    for trial in range(200):
+        jpeg = bytearray(jpegs[trial % 2])
+        start = int(random.integers(2, len(jpeg)))
+        length = {"cut": len(jpeg), "changed": 1, "left out": int(random.integers(1, 40))}[fault]
+        jpeg[start : start + length] = random.bytes(1) if fault == "changed" else b""
+        assert outcome(by_us, jpeg) == outcome(by_pillow, jpeg)
+        outcomes.add(outcome(by_us, jpeg) != b"")
+    assert outcomes == ({False} if fault == "cut" else {False, True})
 
 
 def test_palette_with_transparent_entries_keeps_its_colours():
