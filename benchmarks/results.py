@@ -287,12 +287,6 @@ def methods_headline(rows: list[dict]) -> str:
     )  # fmt: skip
 
 
-def columns_headline(rows: list[dict]) -> str:
-    """Say images/s by column, and how many contexts share a pass of the target network where there are several."""
-    views = {row["column"]: f" ({row['views']} contexts an image)" if row["views"] > 1 else "" for row in rows}
-    return "; ".join(f"{row['column']}{views[row['column']]} {flatten(row)['images/s']}" for row in rows)
-
-
 def updates_headline(rows: list[dict]) -> str:
     """Say the milliseconds of ours, of torch's loop and of torch's fastest calls."""
     shown = ("ours", "torch._foreach_lerp_", "torch fused + foreach", "for loop", "torch for loops")
@@ -322,7 +316,6 @@ HEADLINE = {  # result: its description, and the function that sums up its rows
     "step_vit_small": ("a ViT-S/16 step at 224, batch 16, bf16, beside the official code's at equal work", official_headline),
     "step_vit_small_fp32": ("the same in fp32", official_headline),
     "gpu_hours_cpu": ("images/s of I-JEPA, MAE and iBOT, ViT-S/16 at 224, batch 8", methods_headline),
-    "faster_cpu": ("images/s of the keys in docs/faster.md, I-JEPA ViT-S/16 at 224, batch 8", columns_headline),
     "peers_cpu": ("a ViT-S/16 step at 224, batch 8, fp32, beside other I-JEPA code", peers_headline),
     "loaders_2_workers": ("images/s of JPEGs to 224 by 2 workers, and times torchvision's DataLoader", loaders_headline),
     "ema": ("averaging the weights of a ViT-B/16 in fp32, alone and with AdamW in one call", updates_headline),
