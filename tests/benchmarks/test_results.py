@@ -188,6 +188,24 @@ def test_the_headline_is_put_between_its_marks(folder: Path):
     assert "1.15 (1.12 to 1.17) times its images/s; 68% of the measured GEMM rate against 65%; 1024 against 2048 MiB" in row
 
 
+def spread(median: float) -> dict[str, float]:
+    return {"median": median, "p20": median - 0.1, "p80": median + 0.1}
+
+
+def test_the_peers_of_the_largest_model_are_in_the_headline():
+    """Rows of ours are not; a peer that takes twice our memory leaves us half of its."""
+    compared = {"peer": "lightly", "ratio": spread(1.3), "ratio_at_equal_flops": spread(1.2), "memory_ratio": 2.0}
+    rows = [{"model": "vit_tiny"} | compared, {"model": "vit_small", "peer": "fastjepa"}, {"model": "vit_small"} | compared]
+    said = "lightly: 1.3 (1.2 to 1.4) times its images/s, 0.5 of its memory, 1.2 at equal FLOPs"
+    assert results.peers_headline(rows) == said
+
+
+def test_loaders_in_the_headline_are_compared_with_torchvisions():
+    rows = [{"loader": "torch", "source": "shards", "images_per_s": spread(700.0), "ratio_to_torchvision": spread(1.3)},
+            {"loader": "torchvision", "source": "folder", "images_per_s": spread(540.0)}]  # fmt: skip
+    assert results.loaders_headline(rows) == "ours (shards) 700, 1.3 times; torchvision (folder) 540"
+
+
 def test_make_bench_runs_every_bench():
     """Names are stable: they are the files' and the parameters'."""
     benches = {str(path.relative_to(ROOT)) for path in BENCHMARKS.rglob("bench_*.py")}
