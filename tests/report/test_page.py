@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,20 @@ def test_every_reading_is_drawn_point_for_point(opened):
     assert heights[: len(STEPS)] == sorted(heights[: len(STEPS)])  # a falling loss goes down the screen
     label = page.locator("#chart-loss .plot").get_attribute("aria-label")
     assert "first from 0.2000 at step 5 to 0.0100 at step 100; second from 0.2000 at step 5 to 0.0400 at step 25" in label
+
+
+@pytest.mark.parametrize("last", [90, 1400, 30000])
+def test_steps_on_the_axis_stand_apart(browser: Browser, tmp_path: Path, last: int):
+    """In the narrow charts of a wide window, and across a phone."""
+    run = write_run(tmp_path / "run", [{"step": step, "loss": 1 / step, "lr": 1e-3} for step in (last // 10, last)])
+    write_page([run], tmp_path / "report.html")
+    for width in (1200, 390):
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        page.goto((tmp_path / "report.html").as_uri())
+        labels = page.locator("#chart-loss g[aria-label='x-axis tick label'] text")
+        boxes = labels.evaluate_all("texts => texts.map(text => text.getBoundingClientRect().toJSON())")
+        page.close()
+        assert len(boxes) >= 2 and all(one["right"] + 4 < next_["left"] for one, next_ in pairwise(boxes))
 
 
 def test_lines_differ_by_more_than_their_colour(opened):

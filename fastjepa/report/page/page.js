@@ -16,7 +16,7 @@ function plot({ title, form, curves }, runs, width) {
   const svg = Plot.plot({
     width, height: HEIGHT, marginLeft: 58, marginRight: 14, marginTop: 14, marginBottom: 34,
     style: { fontSize: "12px" },
-    x: { label: "step", ticks: 5, tickFormat: "~s" },
+    x: { label: "step", ticks: width < 400 ? 3 : 5, tickFormat: "~s" },
     y: { label: null, grid: true, ticks: 5, tickFormat: TICKS[form.at(-1)], nice: true },
     marks: [
       Plot.ruleX(all, Plot.pointerX({ x: "step", stroke: "var(--quiet)", strokeDasharray: "2 2" })),
