@@ -4,7 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-dependencies = ["torch", "torchvision", "numpy", "PIL", "yaml", "safetensors", "rich"]
+dependencies = ["torch", "torchvision", "numpy", "PIL", "simplejpeg", "yaml", "safetensors", "rich"]
 
 if importlib.util.find_spec("fastjepa_kernels") is None:
     sys.path.append(str(Path(__file__).parent / "kernels"))

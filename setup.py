@@ -75,6 +75,7 @@ setup(
         "torchvision",
         "numpy",
         "pillow>=10.1",  # fonts of any size
+        "simplejpeg>=1.8",
         "pyyaml",
         "safetensors",
         "rich",

@@ -23,8 +23,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT = ROOT / "benchmarks" / "RESULTS.md"
-PACKAGES = ("torch", "triton", "deepspeed", "timm", "lightly", "torchvision", "pillow", "nvidia-dali-cuda130", "flash-attn",
-            "xformers", "pytest-benchmark", "spdl", "webdataset", "scikit-learn")  # fmt: skip
+PACKAGES = ("torch", "triton", "deepspeed", "timm", "lightly", "torchvision", "pillow", "simplejpeg",
+            "nvidia-dali-cuda130", "flash-attn", "xformers", "pytest-benchmark", "spdl", "webdataset", "scikit-learn")  # fmt: skip
 KEYS = ("name", "command", "commit", "changed_files", "date", "machine", "versions", "rows")
 SPREAD = {"median", "p20", "p80"}
 PROJECTED = ("epochs", "epochs_published", "hours", "accuracy", "hours_per_point", "arithmetic")  # of rates, not measured

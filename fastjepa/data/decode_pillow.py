@@ -1,9 +1,8 @@
 """Bytes to pixels with Pillow: every format, upright, in one or three channels. Which file and which box, others decide.
 
-Most JPEGs are decoded by torchvision, whose libjpeg makes the same bits as Pillow's and spares a copy of them.
+Most JPEGs are decoded by simplejpeg, whose libjpeg-turbo makes the same bits as Pillow's and spares copies of them.
 """
 
-import functools
 import io
 import struct
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
+from simplejpeg import decode_jpeg
 from torch import Tensor
 
 from fastjepa.data.dropped import ALPHA, BITS, NARROW, dropped_by_header, is_transparent
@@ -230,17 +230,6 @@ def _to_pixels(raw: bytes, channels: int) -> tuple[np.ndarray, frozenset[str]]:
     return _opened(raw, pixels)
 
 
-@functools.cache
-def jpeg_decoder() -> Callable[[Tensor], Tensor]:
-    """Return torchvision's decoder of JPEGs, (N,) bytes to (1 or 3, H, W).
-
-    Its import takes half a second and 80 MiB, of which runs without JPEGs have no use; processes that fork later share it.
-    """
-    from torchvision.io import decode_jpeg
-
-    return decode_jpeg
-
-
 def _upright_jpeg(image: Image.Image, raw: bytes) -> np.ndarray | None:
     """Return the pixels of a grey or RGB JPEG that needs no turning, (H, W) or (H, W, 3) uint8, as Pillow would decode them.
 
@@ -249,10 +238,10 @@ def _upright_jpeg(image: Image.Image, raw: bytes) -> np.ndarray | None:
     if image.format != "JPEG" or image.mode not in ("L", "RGB") or _orientation(image) != 1:
         return None
     try:
-        pixels = jpeg_decoder()(torch.from_numpy(np.frombuffer(raw, np.uint8).copy()))
-    except RuntimeError:
+        pixels = decode_jpeg(raw, "RGB" if image.mode == "RGB" else "GRAY")
+    except ValueError:
         return None
-    return pixels.permute(1, 2, 0).numpy() if len(pixels) == 3 else pixels[0].numpy()
+    return pixels if image.mode == "RGB" else pixels[:, :, 0]
 
 
 def _refuse_unknown_range(image: Image.Image) -> None:

@@ -12,7 +12,6 @@ import torch
 from fastjepa.config.schema import Config
 from fastjepa.data.crops import Crops
 from fastjepa.data.decode_dali import DaliDecoder, DaliSettings, dali_installed, require_dali
-from fastjepa.data.decode_pillow import jpeg_decoder
 from fastjepa.data.distortions import Distortions
 from fastjepa.data.idx_files import IdxPair
 from fastjepa.data.pixels import RGB_PICTURES, Pixels
@@ -109,8 +108,6 @@ class Loader(AbstractContextManager):
         self._device = world.device
         self._steps = range(start_step, sys.maxsize // self._n_micro if stop_step is None else stop_step)
         items = range(start_step * self._n_micro, self._steps.stop * self._n_micro)
-        if not dali and source.name(0).lower().endswith((".jpg", ".jpeg")):
-            jpeg_decoder()  # here, so that the workers share it
         # Before DALI starts its threads: a process forks best while it has one.
         self._workers = self._batches = Workers(dataset, items, crew_of(config, self._device))
         if dali:
