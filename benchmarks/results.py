@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT = ROOT / "benchmarks" / "RESULTS.md"
 PACKAGES = ("torch", "triton", "deepspeed", "timm", "lightly", "torchvision", "pillow", "simplejpeg",
-            "nvidia-dali-cuda130", "flash-attn", "xformers", "pytest-benchmark", "spdl", "webdataset", "scikit-learn")  # fmt: skip
+            "nvidia-dali-cuda130", "flash-attn", "xformers", "pytest-benchmark", "spdl", "webdataset",
+            "scikit-learn")  # fmt: skip
 KEYS = ("name", "command", "commit", "changed_files", "date", "machine", "versions", "rows")
 SPREAD = {"median", "p20", "p80"}
 PROJECTED = ("epochs", "epochs_published", "hours", "accuracy", "hours_per_point", "arithmetic")  # of rates, not measured
