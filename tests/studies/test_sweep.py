@@ -19,6 +19,7 @@ from rich.console import Console
 from fastjepa.cli import main as main_module
 from fastjepa.cli.sweep import arm_names
 from fastjepa.config.load import config_from_dict, load_config
+from fastjepa.data.prepare.write_scenes import write_scenes
 from fastjepa.engine.schedule import Schedule
 from fastjepa.errors import UserError
 from fastjepa.masks.check import check_masks
@@ -26,6 +27,7 @@ from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.layouts import Masking
 from fastjepa.studies import worker
 from fastjepa.studies.arm import ARM_CONFIG, JOB_FILE, PACE_FILE, Arm
+from fastjepa.studies.measures import OF_PIXELS, looked_up
 from fastjepa.studies.subset import subset_of
 from fastjepa.studies.sweep import (
     BASE_CONFIG,
@@ -222,6 +224,21 @@ def test_floors_train_nothing(data, tmp_path):
     pixels, random, kmeans = map(work, jobs)
     assert random["images"] == random["flops"] == pixels["flops"] == kmeans["cpu_seconds"] == 0 and kmeans["shares"] is None
     assert pixels["probe"]["effective_rank"] > random["probe"]["effective_rank"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", ["random encoder", "I-JEPA"])
+def test_a_row_of_the_dense_study_is_measured_by_pixels(tmp_path, monkeypatch, arm: str):
+    """Segmentation, depth and counting of what the arm trained; and no path, as rows are read elsewhere."""
+    write_scenes(tmp_path / "scenes", 32, {"train": 40, "val": 16}, workers=1)
+    for name, small in (("DENSE_BANK", 50), ("DENSE_STEPS", 5), ("PACE_STEPS", 12), ("PACE_ROUNDS", 1)):
+        monkeypatch.setattr(worker, name, small)
+    settings = [*TINY, "data.channels=3", "mask.min_keep=0"]
+    (job,) = plan_jobs(Sweep("dense", tmp_path, str(tmp_path / "scenes"), 1, None, [arm], settings, 1 / 60))
+    row = work(job)
+    assert all(0 <= measure.of(row) <= 100 for measure in OF_PIXELS.columns)
+    assert looked_up(row, OF_PIXELS.tested) == row["counting"]["n_test"] == 16
+    assert str(job.folder) not in json.dumps(row)
 
 
 def test_a_row_says_what_tokens_are_made_of(data, tmp_path):
