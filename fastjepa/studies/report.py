@@ -239,8 +239,11 @@ def draw_curves(axes: Any, curves: dict[str, list[ArmResult]]) -> None:
         minutes = [result.minutes for result in family]
         axes.plot(minutes, [statistics.fmean(result.scores) for result in family], "o-", label=name)
     axes.set(xscale="log", xlabel="CPU minutes of training", ylabel=f"{BN_LINEAR.title}, %")
+    low, high = axes.get_xlim()
+    axes.set_xticks(ticks := [minutes for minutes in (1, 2, 5, 10, 20, 50, 100) if low <= minutes <= high], map(str, ticks))
+    axes.minorticks_off()
     axes.grid(color="#eee")
-    axes.legend(fontsize="small")
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.15), fontsize="small", frameon=False)
 
 
 def write_study(study: Any, name: str, found: list[ArmResult], folder: Path) -> list[Path]:
