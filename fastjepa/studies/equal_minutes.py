@@ -26,6 +26,7 @@ MINUTES_ARMS = (
     Arm("k-means, quadrants", "floor", method="kmeans_quadrants"),
     Arm("MAE", "bar", method="mae"),
     Arm("MAE, Muon", "bar", MUON, method="mae"),
+    Arm("MAE, Muon, VICReg / 5", "bar", (*MUON, *A_FIFTH_OF_VICREG), method="mae"),
     Arm("Muon", "optimizer", MUON),
     Arm("targets over the batch", "targets", OVER_THE_BATCH),
     Arm("running moments", "targets", ("loss.normalize=running",)),
@@ -50,5 +51,5 @@ MINUTES_ARMS = (
     *(Arm(f"{name}, {minutes} minutes", "time", overrides, method=method, length=minutes / 20) for minutes in (4, 60)
       for name, method, overrides in (
           ("base", "ijepa", ()), ("MAE, Muon", "mae", MUON), ("mean of four", "ijepa", BEST),
-          ("mean of four, VICReg / 5", "ijepa", BEST_VICREG))),
+          ("mean of four, VICReg / 5", "ijepa", BEST_VICREG), ("MAE, Muon, VICReg / 5", "mae", (*MUON, *A_FIFTH_OF_VICREG)))),
 )

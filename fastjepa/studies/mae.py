@@ -2,7 +2,8 @@
 
 75 % of the patches are hidden at random, the encoder sees the rest, and a decoder of the predictor's shape predicts the
 hidden patches' pixels, normalised per patch. There is no class token, as in I-JEPA: features are the mean over patches.
-Optimizer, learning rate, weight decay, crops and order of images are those that the config gives I-JEPA.
+Optimizer, learning rate, weight decay, crops and order of images are those that the config gives I-JEPA. A regularizer reads
+the features that it reads there: those of what is seen, pooled; over a micro-batch, not over the step.
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ from fastjepa.engine.precision import COMPUTE_DTYPES, autocast_of, settle_dtype
 from fastjepa.engine.schedule import Schedule
 from fastjepa.errors import UserError
 from fastjepa.loader.loader import Loader
+from fastjepa.loss.regularizers import RegularizerTerm, regularizer_term
 from fastjepa.masks.packed import Packed
 from fastjepa.model.vit import Encoder
 from fastjepa.monitoring.log import Log, Peak
@@ -88,6 +90,8 @@ def train_mae(file: Path, folder: Path, steps: int) -> None:
     state.record = describe_run(cfg, world, source)
     found = latest_checkpoint(folder / "checkpoints")
     restore_checkpoint(found, state) if found else start_directory(folder, state.record)
+    loss, seed = cfg.loss, cfg.runtime.seed
+    term = regularizer_term(loss.regularizer, loss.regularizer_weight, loss.covariance_weight, seed, world.device)
     schedule, images = Schedule(cfg.optimization, len(source) // cfg.data.batch_size), cfg.data.batch_size
     every = cfg.logging.checkpoint_every or schedule.steps_per_epoch
     with (
@@ -97,9 +101,10 @@ def train_mae(file: Path, folder: Path, steps: int) -> None:
     ):
         while state.step < steps and not stop.received:
             apply_schedule(state.optimizer, schedule(state.step))
-            loss = mae_step(encoder, decoder, state, (batch.images for batch in loader.micro_batches(state.step)), cfg)
+            batches = (batch.images for batch in loader.micro_batches(state.step))
+            value = mae_step(encoder, decoder, state, batches, cfg, term)
             state.step += 1
-            log.step(state.step, state.step // schedule.steps_per_epoch, {"loss": loss}, images)
+            log.step(state.step, state.step // schedule.steps_per_epoch, {"loss": value}, images)
             if state.step % every == 0 and state.step < steps:
                 save_checkpoint(folder / "checkpoints", state, keep_last=cfg.logging.keep_last)
         save_checkpoint(folder / "checkpoints", state, keep_last=cfg.logging.keep_last)
@@ -116,7 +121,8 @@ def build_mae(cfg: Config, device: torch.device) -> tuple[TrainState, Encoder, M
     return TrainState(0, parts, optimizer), encoder, decoder
 
 
-def mae_step(encoder: Encoder, decoder: MaeDecoder, state: TrainState, batches: Iterator[Tensor], cfg: Config) -> Tensor:
+def mae_step(encoder: Encoder, decoder: MaeDecoder, state: TrainState, batches: Iterator[Tensor], cfg: Config,
+             term: RegularizerTerm | None = None) -> Tensor:  # fmt: skip
     """Take one optimizer step on micro-batches of (b, C, H, W) uint8 images, and return the mean loss."""
     state.optimizer.zero_grad(set_to_none=True)
     total, pieces = 0.0, cfg.data.batch_size // cfg.micro_batch
@@ -125,7 +131,7 @@ def mae_step(encoder: Encoder, decoder: MaeDecoder, state: TrainState, batches: 
         for images in batches:
             keep, masked = random_keep(len(images), cfg, images.device)
             with autocast_of(COMPUTE_DTYPES[cfg.runtime.dtype], images.device):
-                value = mae_loss(encoder, decoder, images, keep, masked, cfg) / pieces
+                value = mae_loss(encoder, decoder, images, keep, masked, cfg, term, state.step) / pieces
             value.backward()
             total += value.detach()
     state.optimizer.step()
@@ -139,13 +145,17 @@ def random_keep(images: int, cfg: Config, device: torch.device) -> tuple[Tensor,
     return keep.to(device), masked.to(device)
 
 
-def mae_loss(encoder: Encoder, decoder: MaeDecoder, images: Tensor, keep: Tensor, masked: Tensor, cfg: Config) -> Tensor:
-    """Return the mean square error on the pixels of hidden patches, normalised per patch (MAE, section 3)."""
+def mae_loss(encoder: Encoder, decoder: MaeDecoder, images: Tensor, keep: Tensor, masked: Tensor, cfg: Config,
+             term: RegularizerTerm | None = None, step: int = 0) -> Tensor:  # fmt: skip
+    """Return the mean square error on the pixels of hidden patches, normalised per patch (MAE, section 3), plus the term of a
+    regularizer on the mean of the features of each image.
+    """
     _, utils = lightly_modules()
     seen = encoder(images, visible_sequences(keep, cfg)).view(*keep.shape, -1)
     patches = utils.patchify(normalise_pixels(images, cfg.mean_std), cfg.mask.patch_size)
     target = utils.normalize_mean_var(utils.get_at_index(patches, masked), dim=-1)
-    return F.mse_loss(decoder(seen, keep, masked).float(), target)
+    error = F.mse_loss(decoder(seen, keep, masked).float(), target)
+    return error if term is None else error + term(seen.mean(dim=1).float(), step)
 
 
 def visible_sequences(keep: Tensor, cfg: Config) -> Packed:

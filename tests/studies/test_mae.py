@@ -13,6 +13,7 @@ from fastjepa.config.load import load_config
 from fastjepa.config.schema import Config
 from fastjepa.data.pixels import normalise_pixels
 from fastjepa.evals.inputs import open_subject
+from fastjepa.loss.regularizers import covariance_penalty, regularizer_term, variance_hinge
 from fastjepa.model.jepa import build_pair
 from fastjepa.model.vit import use_attention
 from fastjepa.rng import MASK_STREAM, torch_seed
@@ -58,6 +59,21 @@ def test_the_loss_is_on_normalised_pixels_of_the_hidden_patches(cfg, images):
     target = (target - target.mean(dim=2, keepdim=True)) / (target.var(dim=2, keepdim=True) + 1e-6).sqrt()
     expected = (decoder(seen, keep, masked) - target).square().mean()
     assert mae_loss(encoder, decoder, images, keep, masked, cfg).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_regularizer_reads_the_mean_of_what_is_seen(cfg, images):
+    """Of each image one row, as of a context of I-JEPA; the run's own term is in the loss of its first step."""
+    settings = ["loss.regularizer=vicreg", "loss.regularizer_weight=0.7", "loss.covariance_weight=0.5"]
+    asked = load_config(BASE_CONFIG, [*SMALL, *settings])
+    state, encoder, decoder = build_mae(asked, torch.device("cpu"))
+    torch.manual_seed(torch_seed(0, MASK_STREAM, 0))
+    keep, masked = random_keep(8, asked, torch.device("cpu"))
+    pooled = encoder(images, visible_sequences(keep, asked)).view(8, 16, 32).mean(dim=1)
+    added = 0.7 * (variance_hinge(pooled) + 0.5 * covariance_penalty(pooled))
+    plain = mae_loss(encoder, decoder, images, keep, masked, asked)
+    term = regularizer_term("vicreg", 0.7, 0.5)
+    total = mae_step(encoder, decoder, state, iter([images]), asked, term)
+    assert added.item() > 0.01 and total.item() == pytest.approx((plain + added).item(), rel=1e-5)
 
 
 def test_the_encoder_does_not_see_what_is_hidden(cfg, images):
@@ -115,6 +131,16 @@ def test_it_learns_and_is_read_as_any_run(file, tmp_path):
     assert len(lines) == 10 and lines[-1]["loss"] < lines[0]["loss"]
     start, target, context = (open_subject(tmp_path / "run").encoder(which) for which in ("random", "target", "context"))
     assert same_weights(target.state_dict(), context.state_dict()) and not same_weights(target.state_dict(), start.state_dict())
+
+
+def test_a_run_has_the_regularizer_of_its_config(file, tmp_path):
+    settings = yaml.safe_load(file.read_text())
+    train_mae(file, tmp_path / "plain", 1)
+    settings["loss"] |= {"regularizer": "vicreg", "regularizer_weight": 1.0}
+    file.write_text(yaml.safe_dump(settings))
+    train_mae(file, tmp_path / "vicreg", 1)
+    plain, more = (json.loads((tmp_path / name / "metrics.jsonl").read_text())["loss"] for name in ("plain", "vicreg"))
+    assert more > plain + 0.01
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
