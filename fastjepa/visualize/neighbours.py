@@ -2,7 +2,7 @@
 
 A query is the first target block of a held-out image: given the image's context, the predictor gives a row of features for
 each of the block's patches. A candidate is a block of the same shape anywhere in another image, as the target encoder sees
-that image whole, its patches layer-normalised as in the loss. Their distance is the paper's loss (equation 1): the squared
+that image whole, its patches normalised as in the run's loss. Their distance is the paper's loss (equation 1): the squared
 error, patch by patch, as a mean over the block. Predictions are compared as they are, not pooled.
 
 The true block is ranked among CANDIDATE_BLOCKS blocks of other images drawn at random, once at any place and once at its own
@@ -11,7 +11,7 @@ place: features know where they lie, so only the second rank shows that the pred
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +27,7 @@ from fastjepa.errors import UserError
 from fastjepa.evals.images import EvalImages
 from fastjepa.evals.inputs import Split, Subject
 from fastjepa.evals.scoring import Z95, wilson_interval
+from fastjepa.loss.normalizations import standardised_targets
 from fastjepa.masks.check import check_masks
 from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.layouts import Masking
@@ -37,10 +38,16 @@ from fastjepa.model.projector import without_projector
 from fastjepa.model.vit import use_auto_attention
 from fastjepa.rng import SPLIT_STREAM, generator
 from fastjepa.weights.read import starting_networks
+from fastjepa_kernels.target_loss import layers_of
 
 CANDIDATE_BLOCKS = 99  # random blocks a true one is ranked among, where the data has as many other images
 RECALL_AT = (1, 5)  # of recall@k
 BLOCK_BATCH = 64  # images of one forward pass
+ROW_NORMALIZATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # by loss.normalize, (U, D) -> (U, D)
+    "layer": lambda rows: layer_norm(rows, rows.shape[-1:]),
+    "none": lambda rows: rows,
+    "batch": lambda rows: standardised_targets([rows])[0],
+}
 RIVAL_DRAWS = 1 << 34  # step of SPLIT_STREAM for query 0; fastjepa/evals/scoring.py lists the others
 
 
@@ -95,6 +102,22 @@ def patch_rows(subject: Subject, encoder: nn.Module, images: Tensor) -> Tensor:
         return encoder.features(normalise_pixels(images.to(subject.device), subject.config.mean_std)).float()
 
 
+def target_rows(subject: Subject, encoder: nn.Module, images: Tensor) -> Tensor:
+    """Return (b, N, D) fp32 on the host: what the run's loss asks of its predictor for each patch of whole images (b, C, H, W).
+
+    It is a layer's rows, normalised as `loss.normalize` says, or the average of several layers, normalised again. With batch
+    the moments are those of the images given, where the loss has those of a step.
+    """
+    loss = subject.config.loss
+    layers, normalised = loss.target_layers, ROW_NORMALIZATIONS[loss.normalize]
+    with frozen_compute(subject):
+        pixels = normalise_pixels(images.to(subject.device), subject.config.mean_std)
+        found = layers_of(encoder(pixels, layers=None if layers == "last" else layers))
+        rows = [normalised(layer.float()) for layer in found]
+        wanted = rows[0] if len(rows) == 1 else normalised(sum(rows) / len(rows))
+    return wanted.view(len(images), -1, wanted.shape[1]).cpu()
+
+
 def load_predictor(subject: Subject) -> nn.Module:
     """Return the predictor, on the CPU; UserError where the weights hold none, or not both encoders beside it."""
     networks = starting_networks(subject.path)
@@ -103,10 +126,10 @@ def load_predictor(subject: Subject) -> nn.Module:
                         "official .pth.tar, or ask with --what for masks,pca alone")  # fmt: skip
     weights, config = without_projector(networks["predictor"]), subject.config
     loss = config.loss
-    own = loss.target != "pixels" and loss.target_layers == "last" and config.meta.teacher is None
-    if not own or loss.normalize in ("running", "dyntanh"):
-        raise UserError(f"{subject.path}: its predictor learned something else than the last layer's features, with which "
-                        "these pictures compare; ask with --what for masks,pca alone")  # fmt: skip
+    own = loss.target != "pixels" and config.predicted_dim == config.encoder_shape[0] and config.meta.teacher is None
+    if not own or loss.normalize not in ROW_NORMALIZATIONS:
+        raise UserError(f"{subject.path}: its predictor learned something else than one row of target features a patch, with "
+                        "which these pictures compare; ask with --what for masks,pca alone")  # fmt: skip
     depth = len({name.split(".")[1] for name in weights if name.startswith("predictor_blocks.")})
     heads = config.meta.pred_num_heads or config.encoder_shape[2]
     shape = len(weights["mask_token"][0, 0]), depth, heads
@@ -153,7 +176,7 @@ def predict_blocks(subject: Subject, split: Split, seed: int) -> Queries:
     for pixels in stream.batches(BLOCK_BATCH, about="predictions"):
         part = slice(len(predicted), len(predicted) + len(pixels))
         rows = predict_features(subject, encoder, predictor, pixels, context[part], block[part])
-        truth = normalised_rows(patch_rows(subject, target, pixels))
+        truth = target_rows(subject, target, pixels)
         true += [(said - whole[torch.from_numpy(hidden)]).square().mean()
                  for said, whole, hidden in zip(rows, truth, block[part], strict=True)]  # fmt: skip
         predicted += rows
@@ -204,7 +227,7 @@ def search_blocks(subject: Subject, queries: Queries, split: Split, bank: Split,
     target, start = prepared_network(subject, subject.encoder("target")), 0
     stream = EvalImages(bank.source, subject.size, subject.pixels, bank.rows)
     for pixels in stream.batches(BLOCK_BATCH, about="neighbours"):
-        features = normalised_rows(patch_rows(subject, target, pixels))
+        features = target_rows(subject, target, pixels)
         for i, rows in enumerate(queries.predicted):
             apart[i][start : start + len(pixels)] = block_distances(rows, places[i], features)
         start += len(pixels)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from fastjepa.errors import UserError
 from fastjepa.evals.images import EvalImages
 from fastjepa.evals.inputs import Split, Subject, open_subject
 from fastjepa.loss.jepa_loss import jepa_loss
+from fastjepa.loss.objective import choose_objective
+from fastjepa.loss.regularizers import NoRegularizer
 from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.layouts import Masking
 from fastjepa.masks.pack import pack
@@ -36,6 +39,7 @@ from fastjepa.visualize.neighbours import (
     rank_of_truth,
     search_blocks,
     summarise_ranks,
+    target_rows,
     translated_rows,
 )
 from fastjepa.visualize.sheets import open_drawn_split
@@ -146,6 +150,28 @@ def test_search_equals_brute_force(place: Path, subject: Subject):
         assert found.distance[i].tolist() == pytest.approx([best[image][0] for image in order], rel=1e-4)
         for j, image in enumerate(order):
             assert np.flatnonzero(found.block[i, j]).tolist() == sorted(places[best[image][1]].tolist())
+
+
+@pytest.mark.parametrize("layers", ["last", (1,), (1, 2)], ids=str)
+@pytest.mark.parametrize("normalize", ["layer", "none", "batch"])
+def test_the_truth_is_what_the_loss_asks_for(place: Path, subject: Subject, normalize: str, layers):
+    """Predictions that equal it have no loss; with `batch`, where all patches of these images are the targets of a step."""
+    loss = dataclasses.replace(subject.config.loss, normalize=normalize, target_layers=layers,
+                               layers="each" if layers == "last" else "mean")  # fmt: skip
+    asked = dataclasses.replace(subject, config=dataclasses.replace(subject.config, loss=loss))
+    encoder = stirred(asked.encoder("target")).eval()
+    test = split(place, "test")
+    images = torch.cat(list(EvalImages(test.source, subject.size, Pixels(3), test.rows).batches(20)))
+    truth = target_rows(asked, encoder, images)
+    objective = choose_objective(loss, NoRegularizer())
+    everything = np.ones((len(images), 1, truth.shape[1]), bool)
+    _, target, blocks = pack(everything, everything)
+    batch = SimpleNamespace(images=normalise_pixels(images, subject.config.mean_std), target=target)
+    with torch.no_grad():
+        targets = objective.targets(encoder, batch)
+        right, wrong = (jepa_loss(rows.reshape(-1, rows.shape[2]), targets, blocks, "l2", objective.normalization)
+                        for rows in (truth, truth.roll(1, dims=0)))  # fmt: skip
+    assert right.item() < 1e-6 < 1e-3 < wrong.item()
 
 
 def perfect(subject: Subject, test: Split) -> Queries:
@@ -293,16 +319,16 @@ def test_an_unknown_picture_is_refused_by_name(place: Path, capsys: pytest.Captu
     assert "'dreams' is none of masks, pca, neighbours" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("loss", [{"target": "pixels"}, {"target_layers": (1,)}, {"normalize": "running"}])
-def test_a_predictor_of_something_else_than_the_last_layer_is_refused(place: Path, loss: dict):
+@pytest.mark.parametrize("loss", [{"target": "pixels"}, {"target_layers": (1, 2)}, {"normalize": "running"}])
+def test_a_predictor_of_something_else_than_a_row_a_patch_is_refused(place: Path, loss: dict):
     subject = open_subject(place / "run")
     config = dataclasses.replace(subject.config, loss=dataclasses.replace(subject.config.loss, **loss))
-    with pytest.raises(UserError, match="its predictor learned something else than the last layer's features"):
+    with pytest.raises(UserError, match="its predictor learned something else than one row of target features a patch"):
         neighbours.load_predictor(dataclasses.replace(subject, config=config))
 
 
 def test_so_is_one_that_has_learned_from_a_teacher(place: Path):
     subject = open_subject(place / "run")
     meta = dataclasses.replace(subject.config.meta, teacher="anywhere", teacher_shape=(32, 2, 2, 128, 8))
-    with pytest.raises(UserError, match="its predictor learned something else than the last layer's features"):
+    with pytest.raises(UserError, match="its predictor learned something else than one row of target features a patch"):
         neighbours.load_predictor(dataclasses.replace(subject, config=dataclasses.replace(subject.config, meta=meta)))
