@@ -131,9 +131,10 @@ def mae_step(encoder: Encoder, decoder: MaeDecoder, state: TrainState, batches: 
         for images in batches:
             keep, masked = random_keep(len(images), cfg, images.device)
             with autocast_of(COMPUTE_DTYPES[cfg.runtime.dtype], images.device):
-                value = mae_loss(encoder, decoder, images, keep, masked, cfg, term, state.step) / pieces
-            value.backward()
-            total += value.detach()
+                value, seen = mae_loss(encoder, decoder, images, keep, masked, cfg)
+                value = value if term is None else value + term(seen.mean(dim=1).float(), state.step)
+            (value / pieces).backward()
+            total += value.detach() / pieces
     state.optimizer.step()
     return total
 
@@ -145,17 +146,17 @@ def random_keep(images: int, cfg: Config, device: torch.device) -> tuple[Tensor,
     return keep.to(device), masked.to(device)
 
 
-def mae_loss(encoder: Encoder, decoder: MaeDecoder, images: Tensor, keep: Tensor, masked: Tensor, cfg: Config,
-             term: RegularizerTerm | None = None, step: int = 0) -> Tensor:  # fmt: skip
-    """Return the mean square error on the pixels of hidden patches, normalised per patch (MAE, section 3), plus the term of a
-    regularizer on the mean of the features of each image.
+def mae_loss(
+    encoder: Encoder, decoder: MaeDecoder, images: Tensor, keep: Tensor, masked: Tensor, cfg: Config
+) -> tuple[Tensor, Tensor]:
+    """Return the mean square error on the pixels of hidden patches, normalised per patch (MAE, section 3), and the features
+    (B, K, D) of what is seen.
     """
     _, utils = lightly_modules()
     seen = encoder(images, visible_sequences(keep, cfg)).view(*keep.shape, -1)
     patches = utils.patchify(normalise_pixels(images, cfg.mean_std), cfg.mask.patch_size)
     target = utils.normalize_mean_var(utils.get_at_index(patches, masked), dim=-1)
-    error = F.mse_loss(decoder(seen, keep, masked).float(), target)
-    return error if term is None else error + term(seen.mean(dim=1).float(), step)
+    return F.mse_loss(decoder(seen, keep, masked).float(), target), seen
 
 
 def visible_sequences(keep: Tensor, cfg: Config) -> Packed:

@@ -58,11 +58,11 @@ def test_the_loss_is_on_normalised_pixels_of_the_hidden_patches(cfg, images):
     target = patches_of(normalise_pixels(images, cfg.mean_std)).gather(1, masked[:, :, None].expand(-1, -1, 48))
     target = (target - target.mean(dim=2, keepdim=True)) / (target.var(dim=2, keepdim=True) + 1e-6).sqrt()
     expected = (decoder(seen, keep, masked) - target).square().mean()
-    assert mae_loss(encoder, decoder, images, keep, masked, cfg).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert mae_loss(encoder, decoder, images, keep, masked, cfg)[0].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_a_regularizer_reads_the_mean_of_what_is_seen(cfg, images):
-    """Of each image one row, as of a context of I-JEPA; the run's own term is in the loss of its first step."""
+    """A row for each image, as for a context of I-JEPA."""
     settings = ["loss.regularizer=vicreg", "loss.regularizer_weight=0.7", "loss.covariance_weight=0.5"]
     asked = load_config(BASE_CONFIG, [*SMALL, *settings])
     state, encoder, decoder = build_mae(asked, torch.device("cpu"))
@@ -70,7 +70,7 @@ def test_a_regularizer_reads_the_mean_of_what_is_seen(cfg, images):
     keep, masked = random_keep(8, asked, torch.device("cpu"))
     pooled = encoder(images, visible_sequences(keep, asked)).view(8, 16, 32).mean(dim=1)
     added = 0.7 * (variance_hinge(pooled) + 0.5 * covariance_penalty(pooled))
-    plain = mae_loss(encoder, decoder, images, keep, masked, asked)
+    plain, _ = mae_loss(encoder, decoder, images, keep, masked, asked)
     term = regularizer_term("vicreg", 0.7, 0.5)
     total = mae_step(encoder, decoder, state, iter([images]), asked, term)
     assert added.item() > 0.01 and total.item() == pytest.approx((plain + added).item(), rel=1e-5)
@@ -109,7 +109,7 @@ def test_flops_are_those_that_torch_counts(cfg, images):
             module.fused_attn = False
     keep, masked = random_keep(8, cfg, torch.device("cpu"))
     with FlopCounterMode(display=False) as counter:
-        mae_loss(encoder, decoder, images, keep, masked, cfg).backward()
+        mae_loss(encoder, decoder, images, keep, masked, cfg)[0].backward()
     assert mae_flops_per_image(cfg) == pytest.approx(counter.get_total_flops() / 8, rel=0.01)
 
 
@@ -175,5 +175,5 @@ def test_micro_batches_of_one_step_weigh_alike(cfg, images):
     _, encoder, decoder = build_mae(cfg, torch.device("cpu"))
     torch.manual_seed(torch_seed(0, MASK_STREAM, 0))
     drawn = [random_keep(4, cfg, torch.device("cpu")) for _ in range(2)]
-    losses = [mae_loss(encoder, decoder, part, *hidden, cfg) for part, hidden in zip(images.split(4), drawn, strict=True)]
+    losses = [mae_loss(encoder, decoder, part, *hidden, cfg)[0] for part, hidden in zip(images.split(4), drawn, strict=True)]
     assert total.item() == pytest.approx(sum(losses).item() / 2, rel=1e-5)
