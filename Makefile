@@ -76,13 +76,15 @@ lint: $(VENV)/dev.stamp ## style and format
 docs: $(VENV)/dev.stamp ## the documentation, into site/; a broken link is an error
 	$(BIN)/mkdocs build --strict
 
-pictures: $(VENV)/dev.stamp ## draw every picture of the documentation again, from the run that make demo trains
-	@test -d $(DEMO)/checkpoints || { echo "make: $(DEMO) holds no checkpoint; run make demo first." >&2; exit 1; }
+pictures: $(VENV)/dev.stamp ## draw every picture of the documentation again, from a run of configs/multiblock.yaml
+	$(BIN)/fastjepa data get fashion-mnist
+	$(BIN)/torchrun --standalone --nproc_per_node $(RANKS) fastjepa/train.py --config configs/multiblock.yaml --output runs/multiblock \
+		data.batch_size=$$((128 / $(RANKS)))
 	$(BIN)/python docs/curves.py docs/pictures/runs.svg docs/metrics/healthy.jsonl docs/metrics/collapsing.jsonl
 	$(BIN)/python docs/curves.py docs/pictures/small.svg $(patsubst %,docs/metrics/%.jsonl,base over-the-batch vicreg)
 	$(BIN)/python docs/scene_labels.py docs/pictures/scene-labels.png
-	$(BIN)/fastjepa decoder $(DEMO) --data fashion-mnist
-	$(BIN)/fastjepa visualize $(DEMO) --data fashion-mnist --images 6 --output docs/pictures
+	$(BIN)/fastjepa decoder runs/multiblock --data fashion-mnist
+	$(BIN)/fastjepa visualize runs/multiblock --data fashion-mnist --images 6 --output docs/pictures
 
 dist: $(VENV)/dev.stamp ## wheels and sdists of both distributions, into dist/
 	$(BIN)/python -m build --no-isolation --outdir dist kernels

@@ -190,7 +190,7 @@ def place(tmp_path_factory, request) -> Path:
         write_shapes(root / "sets/sentinel2", 24, 40, split=split)
     (config,) = (block for block in blocks(ROOT / "docs/data.md", "yaml") if "# sentinel2.yaml" in block)
     (root / "sentinel2.yaml").write_text(config)
-    for name in ("demo", "cifar10"):
+    for name in ("demo", "cifar10", "multiblock"):
         toy(["train", "--config", name], root, Path("runs") / name)
     toy(["train", "--config", "sentinel2.yaml"], root, Path("runs/sentinel2"))
     own = [f"data.{name}" for name in ("channels=3", "bands=[3,2,1]", "mean=[0.3,0.3,0.3]", "std=[0.2,0.2,0.2]")]
@@ -212,7 +212,7 @@ def toy(words: list[str], place: Path, output: Path) -> None:
     if words[0] in ("train", "masks"):
         own = [word for word in words[1:] if not re.match(r"[a-z]+\.\w+=", word)]
         settings = [word for word in words if word not in own and re.match(r"[a-z]+\.\w+=", word)]
-        known = any(word in " ".join(own) for word in ("demo", "cifar10"))
+        known = any(word in " ".join(own) for word in ("demo", "cifar10", "multiblock"))
         images = place / "sets" / ("sentinel2" if "sentinel2.yaml" in own else "cifar10")
         where = [] if known else [f"data.source={images}", "data.root_path=", "data.image_folder="]
         words = [words[0], *own, *SMALL, *where, *settings]

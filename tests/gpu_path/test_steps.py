@@ -13,7 +13,7 @@ from tests.support.teachers import write_teacher
 pytestmark = pytest.mark.slow
 
 SHALLOW = "meta.depth=2 meta.pred_depth=2 data.batch_size=16"
-SMALL = {name: "data.batch_size=32" for name in ("demo", "cifar10", "study", "salt")}
+SMALL = {name: "data.batch_size=32" for name in ("demo", "cifar10", "multiblock", "study", "salt")}
 TINY = f"vit_base16 meta.model_name=vit_tiny meta.pred_emb_dim=96 {SHALLOW}"
 PROJECTOR = "loss.projector=[64,64,32]"
 CASES = {

@@ -101,7 +101,7 @@ def step_of(warning: str) -> int:
 
 
 def test_of_two_real_runs_the_one_that_collapses_is_told_before_its_k_nn_shows_it():
-    warmup = load_config("demo").optimization.warmup * 468  # steps an epoch
+    warmup = load_config("multiblock").optimization.warmup * 468  # steps an epoch
     said = {name: warnings_of([json.loads(line) for line in (ROOT / f"docs/metrics/{name}.jsonl").read_text().splitlines()],
                               name == "healthy", warmup) for name in ("healthy", "collapsing")}  # fmt: skip
     assert said["healthy"] == []
@@ -118,7 +118,7 @@ SHRINKING = (10.0, 9.0, 8.0, 7.0)
 @pytest.mark.parametrize(
     "distances, ranks, warned",
     [
-        ((0.9, 7.7, 7.7, 4.8), (14.1, 6.4, 5.5, 4.2), True),  # the demo without a regularizer, momentum 0.9: it collapses
+        ((0.9, 7.7, 7.7, 4.8), (14.1, 6.4, 5.5, 4.2), True),  # the preset multiblock without a regularizer, momentum 0.9: it collapses
         ((0.99, 32.7, 60.3, 35.6), (14.1, 13.7, 11.8, 9.9), False),  # 0.99: after 500 steps its rank is back
         ((0.5, 0.5, 0.5, 0.5), SHRINKING, True),
         ((0.5, 0.5, 0.5, 0.5), (10.0, 12.0, 14.0, 16.0), False),  # the features do without
