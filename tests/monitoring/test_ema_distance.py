@@ -118,7 +118,7 @@ SHRINKING = (10.0, 9.0, 8.0, 7.0)
 @pytest.mark.parametrize(
     "distances, ranks, warned",
     [
-        ((0.9, 7.7, 7.7, 4.8), (14.1, 6.4, 5.5, 4.2), True),  # the preset multiblock without a regularizer, momentum 0.9: it collapses
+        ((0.9, 7.7, 7.7, 4.8), (14.1, 6.4, 5.5, 4.2), True),  # multiblock without a regularizer, momentum 0.9: it collapses
         ((0.99, 32.7, 60.3, 35.6), (14.1, 13.7, 11.8, 9.9), False),  # 0.99: after 500 steps its rank is back
         ((0.5, 0.5, 0.5, 0.5), SHRINKING, True),
         ((0.5, 0.5, 0.5, 0.5), (10.0, 12.0, 14.0, 16.0), False),  # the features do without
