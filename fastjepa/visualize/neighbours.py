@@ -126,7 +126,7 @@ def load_predictor(subject: Subject) -> nn.Module:
                         "official .pth.tar, or ask with --what for masks,pca alone")  # fmt: skip
     weights, config = without_projector(networks["predictor"]), subject.config
     loss = config.loss
-    own = loss.target != "pixels" and config.predicted_dim == config.encoder_shape[0] and config.meta.teacher is None
+    own = config.meta.teacher is None and loss.target != "pixels" and config.predicted_dim == config.encoder_shape[0]
     if not own or loss.normalize not in ROW_NORMALIZATIONS:
         raise UserError(f"{subject.path}: its predictor learned something else than one row of target features a patch, with "
                         "which these pictures compare; ask with --what for masks,pca alone")  # fmt: skip
