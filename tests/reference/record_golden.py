@@ -93,7 +93,7 @@ def inner():
         return generator(seed, BOX_STREAM, epoch, sample * BLOCKS_PER_SAMPLE).random(4 * BLOCKS_PER_SAMPLE).tolist()
 
     def images(overrides: list[str], rank: int, world: int, item: int):
-        config = load_config("demo", [*SHARED, *overrides])
+        config = load_config("multiblock", [*SHARED, *overrides])
         return MicroBatches(batch_recipe(config), open_source(config.data.address), rank, world)[item].images
 
     def draw(mask, grid: tuple[int, int], seed: int, step: int, *slots: int):
@@ -149,9 +149,9 @@ def command(*words: str) -> str:
 
 
 def train(output: str, overrides: list[str], *options: str) -> None:
-    """Train the demo's network; a rank is told its number, as launchers of old append it."""
+    """Train the network of configs/multiblock.yaml; a rank is told its number, as launchers of old append it."""
     local = ["--local_rank", os.environ["LOCAL_RANK"]] if "LOCAL_RANK" in os.environ else []
-    config = ["--config", str(ROOT / "configs" / "demo.yaml")]
+    config = ["--config", str(ROOT / "configs" / "multiblock.yaml")]
     command("train", *config, "--output", output, *options, *local, *SHARED, *overrides)
 
 
