@@ -106,7 +106,7 @@ def test_micro_batches_give_the_same_run(toy_config, tmp_path):
 
 @pytest.mark.slow
 def test_muon_on_two_ranks_is_muon_on_one(toy_config, tmp_path):
-    """Every rank steps all matrices, with the gradient of all; the average of one step tells no rounding from a mistake."""
+    """Ranks share the products, with the gradient of all; the average of one step tells no rounding from a mistake."""
     settings = ["optimization.optimizer=muon", "--max-steps", 3]
     trained(toy_config, tmp_path / "one", *settings)
     two = ranks.train(2, "--config", toy_config, "--output", tmp_path / "two", "data.batch_size=4", *settings)

@@ -3,6 +3,9 @@
 Muon (Jordan et al., 2024) moves a matrix by its momentum with every singular value brought near 1; five Newton-Schulz steps
 do that by matrix products alone. The update has the size of AdamW's: 0.2 sqrt(longer side) times a matrix of singular values
 near 1 (arXiv 2502.16982, section 2.2).
+
+Ranks hold the same weights, gradients and momentum. Each makes the products of its share of the matrices, and they exchange
+what they found.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,8 +15,9 @@ from torch import Tensor, nn
 
 from fastjepa.engine.adamw import ADAMW, parameter_groups
 from fastjepa.engine.precision import has_bf16
+from fastjepa.ranks.collectives import all_gather, rank_count, this_rank
 
-STACKED_ELEMENTS = 2**26  # of the matrices whose products are one: 268 MB in fp32
+STACKED_ELEMENTS = 2**26  # of the matrices whose products are one on a rank: 268 MB in fp32
 
 
 class MuonAdamW:
@@ -87,20 +91,33 @@ class StackedMuon(torch.optim.Muon):
         grad = torch.stack(grads).masked_fill_(skipped.bool(), 0.0)  # (M, A, B)
         buffer = torch.stack(buffers).lerp_(grad, taken * (1 - momentum))
         torch._foreach_copy_(buffers, buffer.unbind())
-        update = orthogonalized(grad.lerp_(buffer, momentum), group).float()
+        update = orthogonalized_by_ranks(grad.lerp_(buffer, momentum), group).float()
         size = 0.2 * max(update.shape[1:]) ** 0.5 * group["lr"]
         torch._foreach_mul_(weights, 1.0 - taken * (group["lr"] * group["weight_decay"]))
         torch._foreach_sub_(weights, update.mul_(taken * size).unbind())
 
 
 def stacks_of_a_shape(matrices: Iterable[tuple[Tensor, ...]]) -> Iterator[list[tuple[Tensor, ...]]]:
-    """Yield the matrices, each with what belongs to it, in lists of one shape and at most STACKED_ELEMENTS elements."""
+    """Yield the matrices, each with what belongs to it, in lists of one shape and at most STACKED_ELEMENTS elements a rank."""
     by_shape: dict[torch.Size, list[tuple[Tensor, ...]]] = {}
     for matrix in matrices:
         by_shape.setdefault(matrix[0].shape, []).append(matrix)
     for shape, found in by_shape.items():
-        most = max(1, STACKED_ELEMENTS // shape.numel())
+        most = max(1, STACKED_ELEMENTS // shape.numel()) * rank_count()
         yield from (found[start : start + most] for start in range(0, len(found), most))
+
+
+def orthogonalized_by_ranks(x: Tensor, group: dict) -> Tensor:
+    """Return `orthogonalized` of matrices (M, A, B) that every rank has; each rank makes an equal part of it.
+
+    Example: of 7 matrices on 4 ranks, ranks 0 to 2 make two each, rank 3 one, beside an empty place that is cut off.
+    """
+    part = -(-len(x) // rank_count())
+    mine = x[this_rank() * part : (this_rank() + 1) * part]
+    found = x.new_zeros(part, *x.shape[1:], dtype=torch.bfloat16)
+    if len(mine):
+        found[: len(mine)] = orthogonalized(mine, group)
+    return all_gather(found)[: len(x)]
 
 
 def orthogonalized(x: Tensor, group: dict) -> Tensor:

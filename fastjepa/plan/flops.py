@@ -36,7 +36,7 @@ class Flops:
 
 
 def muon_flops(shape: NetworkShape) -> float:
-    """Return the FLOPs that Muon's products take a step, on every rank, whatever the batch.
+    """Return the FLOPs that Muon's products take a step, on all ranks together, whatever the batch.
 
     Example: a matrix of 4 x 2 is one of 2 x 4 to Muon. Each of its five steps makes a 2 x 2 product of it (2 * 2 * 4 * 2
     FLOPs), the square of that (2 * 2 * 2 * 2) and a 2 x 4 product (2 * 2 * 2 * 4): 80 FLOPs, 400 in all.

@@ -82,17 +82,17 @@ def plan_run(
         "flops_per_image": per_image, "card": cards.name, "peak_flops": DATASHEETS[cards.name].peak(dtype),
         "utilisation": cards.utilisation, "images_per_epoch": images, "epochs": config.optimization.epochs,
         "hours": hours, "gpu_hours": hours * cards.count, "recommended_stage": stage, "why": why,
-        "notes": warmup_notes(config.optimization) + muon_notes(config, per_image),
+        "notes": warmup_notes(config.optimization) + muon_notes(config, per_image, cards.count),
     }  # fmt: skip
 
 
-def muon_notes(config: Config, per_image: float) -> list[str]:
+def muon_notes(config: Config, per_image: float, gpus: int) -> list[str]:
     """Return a sentence on what Muon's products cost beside the images of a step, where the config asks for Muon."""
     if config.optimization.optimizer == "adamw":
         return []
-    flops, images = muon_flops(NetworkShape.of(config)), per_image * config.data.batch_size
-    return [f"Muon takes {flops / 1e12:.3g} TFLOP a step on every rank, {flops / images:.2g} times what the rank's "
-            f"{config.data.batch_size} images take; the hours above do not count it."]  # fmt: skip
+    flops, images = muon_flops(NetworkShape.of(config)), config.data.batch_size * gpus
+    return [f"Muon takes {flops / 1e12:.3g} TFLOP a step, shared by the GPUs, {flops / (per_image * images):.2g} times what "
+            f"the {images} images take; the hours above do not count it."]  # fmt: skip
 
 
 def plan_traffic(config: Config, cards: Cards, gpus: Sequence[int] = TRAFFIC_GPUS) -> list[dict[str, float]]:

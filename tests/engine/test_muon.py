@@ -1,4 +1,6 @@
-"""Muon beside AdamW: torch's own optimizers on each matrix, whatever the stacks, and nothing where a gradient is not finite."""
+"""Muon beside AdamW: torch's own optimizers on each matrix, whatever the stacks and ranks, and nothing where a gradient is not
+finite.
+"""
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from fastjepa.engine.muon import MuonAdamW, hidden_groups, orthogonalized, stack
 from fastjepa.engine.plain import PlainEngine
 from fastjepa.engine.schedule import StepSettings
 from fastjepa.model.jepa import build_pair
+from fastjepa.ranks.world import join_world, leave_world
+from tests.support import ranks
 from tests.support.networks import perturbed, small
 
 NOW = StepSettings(lr=1e-3, weight_decay=0.1, ema_momentum=0.9, muon_lr=2e-2, muon_weight_decay=0.05)
@@ -84,6 +88,29 @@ def test_five_steps_are_those_of_torchs_optimizers(monkeypatch, most):
     for before, p, expected in zip(start, ours.parameters, theirs.parameters(), strict=True):
         moved, right = (x.detach() - before for x in (p, expected))
         assert (moved - right).norm() <= (0.02 if p.ndim == 2 else 1e-4) * right.norm()
+
+
+def step_thrice(out: str) -> None:
+    """Save the weights and moments after three steps, and how many matrices this process has multiplied in each."""
+    world, made, multiply = join_world("cpu", timeout=60), [], muon.orthogonalized
+    muon.orthogonalized = lambda x, group: made.append(len(x)) or multiply(x, group)
+    of = engine()
+    for step in range(3):
+        give_gradients(of.parameters, step)
+        assert of.step(NOW)
+    torch.save((snapshot(of), sum(made) / 3), f"{out}{world.rank}")
+    leave_world()
+
+
+def test_ranks_share_the_products_and_have_the_same_weights(tmp_path):
+    """Three ranks make the 26 matrices between them, none more than half, and end where one process ends."""
+    ranks.run(step_thrice, str(tmp_path / "three"), count=3)
+    ranks.run(step_thrice, str(tmp_path / "one"), count=1)
+    (alone, all_made), *found = (torch.load(tmp_path / name) for name in ("one0", "three0", "three1", "three2"))
+    assert sum(made for _, made in found) == all_made == 26 and max(made for _, made in found) <= all_made / 2
+    for tensors, _ in found:
+        assert all(torch.equal(a, b) for a, b in zip(tensors, found[0][0], strict=True)), "ranks have drifted apart"
+        assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(tensors, alone, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 8, 32), (2, 32, 8), (1, 1, 8), (1, 1, 1)])

@@ -230,7 +230,7 @@ def test_muons_moments_and_products_are_those_of_its_step(keys: dict):
     assert state_bytes(network_sizes(NetworkShape.of(c), muon=True), "fp32", 1, 0)["moments"] == held
     assert muon_flops(NetworkShape.of(c)) == counter.get_total_flops()
     (said,) = plan_run(c, Cards())["notes"]
-    assert said.startswith(f"Muon takes {muon_flops(NetworkShape.of(c)) / 1e12:.3g} TFLOP a step on every rank")
+    assert said.startswith(f"Muon takes {muon_flops(NetworkShape.of(c)) / 1e12:.3g} TFLOP a step, shared by the GPUs")
 
 
 @pytest.mark.parametrize("gpus", [2, 8, 512])
