@@ -18,6 +18,7 @@ RANDOM_JOINT = ("mask.strategy=random", "mask.hidden_share=0.75", "meta.predicto
 # fmt: off
 BEST = (*MEAN_OF_FOUR, *RANDOM_JOINT, *MUON)
 BEST_VICREG = (*BEST, *A_FIFTH_OF_VICREG)
+BEST_PIXELS = (*BEST_VICREG, "loss.pixel_weight=0.5")
 MINUTES_ARMS = (
     Arm("base", "base"),
     Arm("raw pixels", "floor", method="pixels"),
@@ -44,12 +45,15 @@ MINUTES_ARMS = (
     Arm("mean of four over the batch, random masks, Muon", "together", BEST),
     Arm("mean of four over the batch, random masks, Muon, rotary positions", "together", (*BEST, "meta.positions=rope")),
     Arm("mean of four over the batch, random masks, Muon, VICReg / 5", "together", BEST_VICREG),
+    Arm("mean of four over the batch, random masks, Muon, VICReg / 5, pixels / 2", "together", BEST_PIXELS),
     Arm("VICReg, 128 wide", "128 wide, 5 deep", ("loss.regularizer=vicreg", *WIDER)),
     Arm("MAE, Muon, 128 wide", "128 wide, 5 deep", (*MUON, *WIDER), method="mae"),
     Arm("mean of four, 128 wide", "128 wide, 5 deep", (*BEST, *WIDER)),
     Arm("mean of four, VICReg / 5, 128 wide", "128 wide, 5 deep", (*BEST_VICREG, *WIDER)),
+    Arm("mean of four, VICReg / 5, pixels / 2, 128 wide", "128 wide, 5 deep", (*BEST_PIXELS, *WIDER)),
     *(Arm(f"{name}, {minutes} minutes", "time", overrides, method=method, length=minutes / 20) for minutes in (4, 60)
       for name, method, overrides in (
           ("base", "ijepa", ()), ("MAE, Muon", "mae", MUON), ("mean of four", "ijepa", BEST),
-          ("mean of four, VICReg / 5", "ijepa", BEST_VICREG), ("MAE, Muon, VICReg / 5", "mae", (*MUON, *A_FIFTH_OF_VICREG)))),
+          ("mean of four, VICReg / 5", "ijepa", BEST_VICREG), ("mean of four, VICReg / 5, pixels / 2", "ijepa", BEST_PIXELS),
+          ("MAE, Muon, VICReg / 5", "mae", (*MUON, *A_FIFTH_OF_VICREG)))),
 )
