@@ -33,6 +33,9 @@ VARIANTS = {
     "teacher over the batch": ["meta.teacher=TEACHER", "loss.normalize=batch", "loss.visible_weight=0.5"],
     "mean of layers": ["loss.target_layers=[1,2]", "loss.layers=mean", "loss.kind=l2"],
     "projected": ["loss.regularizer=sigreg", "loss.projector=[48,16]", "mask.num_enc_masks=2"],
+    "pixels beside": ["loss.pixel_weight=0.5", "loss.target_layers=[1,2]", "loss.layers=mean", "loss.normalize=batch"],
+    "pixels and visible": ["loss.pixel_weight=0.5", "loss.visible_weight=0.5"],
+    "pixels beside a teacher's features": ["meta.teacher=TEACHER", "loss.pixel_weight=2", "loss.target_layers=[1,3]"],
 }
 QUIET = ["data.num_workers=0", "logging.monitor_every=0", "logging.probe_every=0"]
 
@@ -111,6 +114,17 @@ def test_a_projector_is_of_its_run_alone(toy_config, tmp_path, capsys):
     assert main(["convert", str(tmp_path / "a"), str(tmp_path / "kept"), "--to", "fastjepa"]) == 0
 
 
+def test_predictions_are_read_without_the_pixels_beside_them(toy_config, tmp_path, capsys):
+    trained(toy_config, tmp_path / "run", "--max-steps", 1, "loss.pixel_weight=1", *QUIET)
+    stored = weights(tmp_path / "run", 1)
+    head = load_predictor(open_subject(tmp_path / "run")).predictor_proj.weight
+    width = len(stored["encoder.norm.weight"])
+    assert torch.equal(head, stored["predictor.predictor_proj.weight"][:width])
+    assert len(stored["predictor.predictor_proj.weight"]) == width + 3 * 4 * 4, "the values of a patch"
+    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "other"), "--to", "meta"]) == 2
+    assert "loss.pixel_weight has weights that the official code has not" in capsys.readouterr().err
+
+
 def test_other_weights_start_with_moments_of_their_own(toy_config, tmp_path):
     trained(toy_config, tmp_path / "a", "--max-steps", 2, *QUIET)
     for run, init in (("b", "a"), ("c", "b")):
@@ -132,6 +146,7 @@ def test_other_weights_start_with_moments_of_their_own(toy_config, tmp_path):
         "teacher",
         "teacher over the batch",
         "projected",
+        "pixels beside",
     ],
 )
 def test_two_ranks_give_the_run_of_one_sharded_or_not(toy_config, tmp_path, name):
@@ -149,7 +164,8 @@ def test_two_ranks_give_the_run_of_one_sharded_or_not(toy_config, tmp_path, name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mean of layers", "visible, starved and joint", "running", "rotary", "teacher", "projected"])
+@pytest.mark.parametrize("name", ["mean of layers", "visible, starved and joint", "running", "rotary", "teacher", "projected",
+                                  "pixels beside a teacher's features"])  # fmt: skip
 def test_checkpointed_activations_give_the_same_bits_and_bf16_and_compile_the_same_run(toy_config, tmp_path, name):
     settings = ["--max-steps", 3, *settings_of(name, tmp_path)]
     plain = trained(toy_config, tmp_path / "plain", *settings)
@@ -167,6 +183,7 @@ ON_PRESETS = {
     "dyntanh": ["loss.normalize=dyntanh", "loss.target_layers=last", "loss.layers=each"],
     "visreg": ["loss.regularizer=visreg"],
     "sigreg with a projector": ["loss.regularizer=sigreg", "loss.projector=[64,32]"],
+    "pixels beside": ["loss.pixel_weight=0.5"],
     "starved": ["meta.predictor_context=0.25", "meta.predictor_repeats=4"],
     "knots": ["optimization.ema=[[0,0.9],[0.5,0.99],[1,1]]"],
     "visible": ["loss.visible_weight=0.5", "loss.visible_rise=[0,0.05]"],
