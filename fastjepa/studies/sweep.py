@@ -64,7 +64,7 @@ class Study(NamedTuple):
 STUDIES = {
     "masking": Study("Masking strategies and the paper's other knobs", MASKING_ARMS, MASKING_PAPER),
     "small": Study("I-JEPA on small data", SMALL_ARMS, SMALL_PAPER),
-    "minutes": Study("I-JEPA on small data, at equal CPU minutes", MINUTES_ARMS, MINUTES_PAPER, minutes=20),
+    "minutes": Study("I-JEPA on small data, at equal CPU minutes", MINUTES_ARMS, MINUTES_PAPER, minutes=4),
     "dense": Study(
         "What patches know of rendered scenes",
         DENSE_ARMS,
