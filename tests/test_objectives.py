@@ -13,7 +13,9 @@ from fastjepa.config.load import load_config
 from fastjepa.evals.inputs import open_subject
 from fastjepa.model.jepa import build_pair
 from fastjepa.model.moments import MOMENTUM
-from fastjepa.visualize.neighbours import load_predictor
+from fastjepa.visualize.decoder import block_predictor
+from fastjepa.visualize.neighbours import draw_query_masks, load_predictor
+from fastjepa.visualize.samples import untrained_predictor
 from tests.support import ranks
 from tests.support.images import save_image
 from tests.support.runs import lines, losses, same_weights, trained, weights, without_times
@@ -117,10 +119,17 @@ def test_a_projector_is_of_its_run_alone(toy_config, tmp_path, capsys):
 def test_predictions_are_read_without_the_pixels_beside_them(toy_config, tmp_path, capsys):
     trained(toy_config, tmp_path / "run", "--max-steps", 1, "loss.pixel_weight=1", *QUIET)
     stored = weights(tmp_path / "run", 1)
-    head = load_predictor(open_subject(tmp_path / "run")).predictor_proj.weight
     width = len(stored["encoder.norm.weight"])
-    assert torch.equal(head, stored["predictor.predictor_proj.weight"][:width])
     assert len(stored["predictor.predictor_proj.weight"]) == width + 3 * 4 * 4, "the values of a patch"
+    predict = block_predictor(open_subject(tmp_path / "run"))
+    shown = torch.randint(0, 256, (2, 3, *predict.subject.size), dtype=torch.uint8)
+    masks = [drawn[:, 0] for drawn in draw_query_masks(predict.subject, 2, seed=0)]
+    before = predict(shown, *masks)
+    assert before.shape == untrained_predictor(predict)(shown, *masks).shape == (2, width)
+    for rows, same in ((slice(width, None), True), (slice(width), False)):
+        with torch.no_grad():
+            predict.predictor.predictor_proj.bias[rows] += 1
+        assert torch.equal(predict(shown, *masks), before) == same
     assert main(["convert", str(tmp_path / "run"), str(tmp_path / "other"), "--to", "meta"]) == 2
     assert "loss.pixel_weight has weights that the official code has not" in capsys.readouterr().err
 
