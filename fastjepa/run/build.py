@@ -287,8 +287,8 @@ def build_objective(
         with autocast_of(COMPUTE_DTYPES[config.runtime.dtype], world.device):
             return chosen.targets(target_encoder, batch)
 
-    over_steps = loss.normalize == "batch" and pieces > 1
-    objective = over_micro_batches(chosen, loss.layers == "mean", targets) if over_steps else chosen
+    in_pieces = loss.normalize == "batch" and pieces > 1
+    objective = over_micro_batches(chosen, loss.layers == "mean", targets) if in_pieces else chosen
     return beside_pixels(objective, loss.pixel_weight, config.pixel_dim) if loss.pixel_weight else objective
 
 

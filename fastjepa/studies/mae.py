@@ -56,7 +56,7 @@ class MaeDecoder(nn.Module):
         self.decoder = modules.MaskedVisionTransformerDecoderTIMM(
             rows * columns, meta.pred_emb_dim, meta.pred_depth, heads, num_prefix_tokens=0
         )
-        self.pixels = nn.Linear(meta.pred_emb_dim, config.data.channels * config.mask.patch_size**2)
+        self.pixels = nn.Linear(meta.pred_emb_dim, config.patch_values)
 
     def forward(self, features: Tensor, keep: Tensor, masked: Tensor) -> Tensor:
         """Predict pixels (B, M, p p C) of the patches `masked` (B, M) from features (B, K, D) of the patches `keep` (B, K)."""
@@ -176,6 +176,6 @@ def mae_flops_per_image(cfg: Config) -> float:
     encoder = count_flops(workload_of(cfg), kept, 1, 1)
     # A block's four linear layers have 12 width^2 weights, 2 FLOPs each a token; attention has two N x N x width products.
     blocks = cfg.meta.pred_depth * (24 * tokens * width**2 + 4 * tokens**2 * width)
-    pixels = cfg.data.channels * cfg.mask.patch_size**2
+    pixels = cfg.patch_values
     decoder = blocks + 2 * kept * dim * width + 2 * (tokens - kept) * width * pixels
     return encoder.context_forward + encoder.context_backward + 3 * decoder
