@@ -13,9 +13,7 @@ from fastjepa.config.load import load_config
 from fastjepa.evals.inputs import open_subject
 from fastjepa.model.jepa import build_pair
 from fastjepa.model.moments import MOMENTUM
-from fastjepa.visualize.decoder import block_predictor
-from fastjepa.visualize.neighbours import draw_query_masks, load_predictor
-from fastjepa.visualize.samples import untrained_predictor
+from fastjepa.visualize.neighbours import load_predictor
 from tests.support import ranks
 from tests.support.images import save_image
 from tests.support.runs import lines, losses, same_weights, trained, weights, without_times
@@ -35,9 +33,6 @@ VARIANTS = {
     "teacher over the batch": ["meta.teacher=TEACHER", "loss.normalize=batch", "loss.visible_weight=0.5"],
     "mean of layers": ["loss.target_layers=[1,2]", "loss.layers=mean", "loss.kind=l2"],
     "projected": ["loss.regularizer=sigreg", "loss.projector=[48,16]", "mask.num_enc_masks=2"],
-    "pixels beside": ["loss.pixel_weight=0.5", "loss.target_layers=[1,2]", "loss.layers=mean", "loss.normalize=batch"],
-    "pixels and visible": ["loss.pixel_weight=0.5", "loss.visible_weight=0.5"],
-    "pixels beside a teacher's features": ["meta.teacher=TEACHER", "loss.pixel_weight=2", "loss.target_layers=[1,3]"],
 }
 QUIET = ["data.num_workers=0", "logging.monitor_every=0", "logging.probe_every=0"]
 
@@ -116,24 +111,6 @@ def test_a_projector_is_of_its_run_alone(toy_config, tmp_path, capsys):
     assert main(["convert", str(tmp_path / "a"), str(tmp_path / "kept"), "--to", "fastjepa"]) == 0
 
 
-def test_predictions_are_read_without_the_pixels_beside_them(toy_config, tmp_path, capsys):
-    trained(toy_config, tmp_path / "run", "--max-steps", 1, "loss.pixel_weight=1", *QUIET)
-    stored = weights(tmp_path / "run", 1)
-    width = len(stored["encoder.norm.weight"])
-    assert len(stored["predictor.predictor_proj.weight"]) == width + 3 * 4 * 4, "the values of a patch"
-    predict = block_predictor(open_subject(tmp_path / "run"))
-    shown = torch.randint(0, 256, (2, 3, *predict.subject.size), dtype=torch.uint8)
-    masks = [drawn[:, 0] for drawn in draw_query_masks(predict.subject, 2, seed=0)]
-    before = predict(shown, *masks)
-    assert before.shape == untrained_predictor(predict)(shown, *masks).shape == (2, width)
-    for rows, same in ((slice(width, None), True), (slice(width), False)):
-        with torch.no_grad():
-            predict.predictor.predictor_proj.bias[rows] += 1
-        assert torch.equal(predict(shown, *masks), before) == same
-    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "other"), "--to", "meta"]) == 2
-    assert "loss.pixel_weight has weights that the official code has not" in capsys.readouterr().err
-
-
 def test_other_weights_start_with_moments_of_their_own(toy_config, tmp_path):
     trained(toy_config, tmp_path / "a", "--max-steps", 2, *QUIET)
     for run, init in (("b", "a"), ("c", "b")):
@@ -155,7 +132,6 @@ def test_other_weights_start_with_moments_of_their_own(toy_config, tmp_path):
         "teacher",
         "teacher over the batch",
         "projected",
-        "pixels beside",
     ],
 )
 def test_two_ranks_give_the_run_of_one_sharded_or_not(toy_config, tmp_path, name):
@@ -173,8 +149,7 @@ def test_two_ranks_give_the_run_of_one_sharded_or_not(toy_config, tmp_path, name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mean of layers", "visible, starved and joint", "running", "rotary", "teacher", "projected",
-                                  "pixels beside a teacher's features"])  # fmt: skip
+@pytest.mark.parametrize("name", ["mean of layers", "visible, starved and joint", "running", "rotary", "teacher", "projected"])
 def test_checkpointed_activations_give_the_same_bits_and_bf16_and_compile_the_same_run(toy_config, tmp_path, name):
     settings = ["--max-steps", 3, *settings_of(name, tmp_path)]
     plain = trained(toy_config, tmp_path / "plain", *settings)
@@ -192,7 +167,6 @@ ON_PRESETS = {
     "dyntanh": ["loss.normalize=dyntanh", "loss.target_layers=last", "loss.layers=each"],
     "visreg": ["loss.regularizer=visreg"],
     "sigreg with a projector": ["loss.regularizer=sigreg", "loss.projector=[64,32]"],
-    "pixels beside": ["loss.pixel_weight=0.5"],
     "starved": ["meta.predictor_context=0.25", "meta.predictor_repeats=4"],
     "knots": ["optimization.ema=[[0,0.9],[0.5,0.99],[1,1]]"],
     "visible": ["loss.visible_weight=0.5", "loss.visible_rise=[0,0.05]"],

@@ -133,7 +133,9 @@ def load_predictor(subject: Subject) -> nn.Module:
     depth = len({name.split(".")[1] for name in weights if name.startswith("predictor_blocks.")})
     heads = config.meta.pred_num_heads or config.encoder_shape[2]
     shape = len(weights["mask_token"][0, 0]), depth, heads
-    predictor = Predictor(config.grid, config.encoder_shape[0], shape, config.predicted_dim, network_form(config))
+    for name in ("predictor_proj.weight", "predictor_proj.bias"):
+        weights[name] = weights[name][: len(weights[name]) - config.pixel_dim]
+    predictor = Predictor(config.grid, config.encoder_shape[0], shape, form=network_form(config))
     try:
         predictor.load_state_dict(weights)
     except RuntimeError as error:
@@ -187,7 +189,7 @@ def predict_blocks(subject: Subject, split: Split, seed: int) -> Queries:
 def predict_features(
     subject: Subject, encoder: nn.Module, predictor: nn.Module, pixels: Tensor, context: np.ndarray, block: np.ndarray
 ) -> list[Tensor]:
-    """Predict one block of each image: b of (L, D) fp32 on the host; pixels that are predicted beside features are left out.
+    """Predict one block of each image: b of (L, D) fp32 on the host.
 
     Args:
         pixels: (b, C, H, W) uint8.
@@ -198,8 +200,7 @@ def predict_features(
     with frozen_compute(subject):
         visible = encoder(normalise_pixels(pixels.to(subject.device), subject.config.mean_std), seen)
         rows = predictor(visible, seen, blocks).float().cpu()  # image by image: there is one mask of each kind
-    of_features = rows[:, : rows.shape[1] - subject.config.pixel_dim]
-    return list(of_features.split(block.sum(axis=1).tolist()))
+    return list(rows.split(block.sum(axis=1).tolist()))
 
 
 def normalised_rows(features: Tensor) -> Tensor:

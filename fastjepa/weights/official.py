@@ -207,10 +207,9 @@ def official_contents(path: str | Path, steps_per_epoch: int | None = None) -> d
     if config.loss.normalize in ("running", "dyntanh"):
         raise UserError(f"{found}: loss.normalize {config.loss.normalize} has a state that the official code has not; "
                         "convert one encoder with --which, or --to fastjepa")  # fmt: skip
-    for key in ("projector", "pixel_weight"):
-        if getattr(config.loss, key):
-            raise UserError(f"{found}: loss.{key} has weights that the official code has not; convert one encoder with "
-                            "--which, or --to fastjepa")  # fmt: skip
+    if config.loss.projector:
+        raise UserError(f"{found}: loss.projector has weights that the official code has not; convert one encoder with "
+                        "--which, or --to fastjepa")  # fmt: skip
     ipe = steps_per_epoch or said["record"].get("steps_per_epoch")
     if not ipe:
         raise UserError(f"{found}: does not say how many steps an epoch has; pass --steps-per-epoch N")

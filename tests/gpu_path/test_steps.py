@@ -24,7 +24,7 @@ CASES = {
         "loss.regularizer=sigreg runtime.micro_batch=4", "meta.predictor=joint",
         "loss.target_layers=[1,2]", "loss.target_layers=[1,2] loss.layers=mean loss.normalize=batch runtime.micro_batch=4",
         "loss.normalize=running runtime.micro_batch=4", "loss.normalize=dyntanh", "loss.visible_weight=0.5",
-        "loss.regularizer=visreg", "meta.predictor_context=0.5 meta.predictor_repeats=2", "loss.pixel_weight=0.5",
+        "loss.regularizer=visreg", "meta.predictor_context=0.5 meta.predictor_repeats=2",
         "data.use_color_distortion=true data.color_jitter_strength=1 data.use_gaussian_blur=true",
         "mask.num_enc_masks=2", "mask.truncate=none", "mask.truncate=batch_min", "data.channels=1",
         "meta.positions=rope meta.qk_norm=true", f"loss.regularizer=sigreg {PROJECTOR}",
@@ -46,7 +46,6 @@ CASES = {
         *(f"{TINY} runtime.cuda_graph=true mask.truncate_group=8 {keys}" for keys in (
             "", "runtime.micro_batch=4", "meta.predictor=joint", "runtime.attention=short", "loss.target=pixels",
             "runtime.checkpoint_activations=true", "meta.positions=rope meta.qk_norm=true", "optimization.optimizer=muon",
-            "loss.pixel_weight=0.5",
         )),
         f"vit_base16 {SHALLOW} runtime.cuda_graph=true mask.truncate_group=8 runtime.target_fp8=true",
     ],
