@@ -148,8 +148,6 @@ def _check_objective(config: Config, require: Callable[[bool, str], None]) -> No
     require(not (config.meta.predictor == "joint" and loss.target == "input"),
             "meta.predictor: joint has one target for a patch, and loss.target input one for each of its blocks; "
             "change one of them")  # fmt: skip
-    require(not loss.pixel_weight or loss.target != "pixels",
-            "loss.pixel_weight: the pixels are what loss.target pixels predicts already; leave one of them out")  # fmt: skip
     _check_layers(config, require)
     _check_teacher(config, require)
     _check_context_use(config, require)

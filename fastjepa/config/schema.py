@@ -217,11 +217,6 @@ class LossConfig:
         "every rank; running: each feature, by its mean and variance averaged over steps; dyntanh: as they are, and the "
         "encoder's last norm is an element-wise tanh of learned scale",
     )
-    pixel_weight: float = config_key(
-        0.0,
-        "weight of a second loss, on the pixels of every predicted patch, which the predictor gives beside the target; 0: none",
-        is_not_negative,
-    )
     visible_weight: float = config_key(
         0.0,
         "weight of a loss on the context's patches too, each divided by the root of its distance in patches to the nearest "
@@ -354,17 +349,8 @@ class Config:
     @property
     def target_dim(self) -> int:
         """Return the width of a target: features, or the values of a patch."""
-        return self.patch_values if self.loss.target == "pixels" else self.target_network[0][0]
-
-    @property
-    def patch_values(self) -> int:
-        """Return the values of a patch, over its pixels and channels."""
-        return self.data.channels * self.mask.patch_size**2
-
-    @property
-    def pixel_dim(self) -> int:
-        """Return how wide the pixels are that are predicted beside targets."""
-        return self.patch_values if self.loss.pixel_weight else 0
+        pixels = self.data.channels * self.mask.patch_size**2
+        return pixels if self.loss.target == "pixels" else self.target_network[0][0]
 
     @property
     def target_layers(self) -> int:
@@ -378,8 +364,8 @@ class Config:
 
     @property
     def predicted_dim(self) -> int:
-        """Return the width of a prediction: that of a target, or of those of all layers, and of the pixels beside it."""
-        return self.target_dim * (self.target_layers if self.loss.layers == "each" else 1) + self.pixel_dim
+        """Return the width of a prediction: that of a target, or of those of all layers."""
+        return self.target_dim * (self.target_layers if self.loss.layers == "each" else 1)
 
     @property
     def mean_std(self) -> MeanStd:

@@ -6,7 +6,6 @@ from typing import NamedTuple
 from fastjepa.config.schema import LossConfig
 from fastjepa.loader.batch import Batch
 from fastjepa.loss.normalizations import NORMALIZATIONS, LayerNormalization, RunningNormalization, Target
-from fastjepa.loss.pixels import NormalizationAndPixels, TargetsAndPixels
 from fastjepa.loss.regularizers import NoRegularizer
 from fastjepa.loss.step_targets import StepTargets
 from fastjepa.loss.targets import OutputTargets, TeacherTargets, choose_targets
@@ -17,8 +16,8 @@ from fastjepa.model.vit import Encoder
 class Objective(NamedTuple):
     """The variant that a run trains."""
 
-    targets: OutputTargets | TeacherTargets | StepTargets | TargetsAndPixels  # by loss.target, .target_layers and meta.teacher
-    normalization: LayerNormalization | NormalizationAndPixels  # by loss.normalize
+    targets: OutputTargets | TeacherTargets | StepTargets  # by loss.target, loss.target_layers and meta.teacher
+    normalization: LayerNormalization  # by loss.normalize
     distance: str  # loss.kind: smooth_l1 or l2
     regularizer: NoRegularizer  # by loss.regularizer
 
@@ -45,9 +44,3 @@ def over_micro_batches(objective: Objective, averaged: bool, compute: Callable[[
     """Return the objective whose targets are standardised over all micro-batches of a step, as StepTargets takes them."""
     targets = StepTargets(objective.targets, averaged, compute)
     return objective._replace(targets=targets, normalization=NORMALIZATIONS["none"])
-
-
-def beside_pixels(objective: Objective, weight: float, width: int) -> Objective:
-    """Return the objective with a second loss, so weighted, on the `width` pixel values of every predicted patch."""
-    normalization = NormalizationAndPixels(objective.normalization, weight, width)
-    return objective._replace(targets=TargetsAndPixels(objective.targets), normalization=normalization)

@@ -35,7 +35,6 @@ class NetworkShape:
     target_layers: int  # layers of the target network that are targets
     target_depth: int  # blocks of the target network that are run
     predicted_dim: int  # width of a prediction
-    pixel_dim: int  # of it, of the pixels beside targets
     form: NetworkForm
     projector: tuple[int, ...]  # widths of its layers; none: ()
     teacher: tuple[tuple[int, int, int, float], int] | None = None  # as `encoder`, and its patch size in pixels
@@ -45,12 +44,11 @@ class NetworkShape:
         """Return the shape that a config asks for."""
         meta, encoder = config.meta, config.encoder_shape
         predictor = meta.pred_emb_dim, meta.pred_depth, meta.pred_num_heads or encoder[2]
-        targets = config.target_dim, config.target_layers, config.target_depth
-        predicted = config.predicted_dim, config.pixel_dim
+        targets = config.target_dim, config.target_layers, config.target_depth, config.predicted_dim
         form = network_form(config)
         projector, teacher = config.loss.projector or (), config.target_network if meta.teacher else None
         own = config.grid, config.mask.patch_size, config.data.channels
-        return cls(*own, encoder, predictor, *targets, *predicted, form, projector, teacher)
+        return cls(*own, encoder, predictor, *targets, form, projector, teacher)
 
     @property
     def tokens(self) -> int:

@@ -225,9 +225,7 @@ def activation_bytes(work: Workload, count: RowCounts) -> ActivationBytes:
     layers = blocks_bytes(work, count)
     inputs = sum(kept for kept, _ in layers)
     loss = count.target * shape.target_layers * shape.target_dim * FP32_BYTES + 2 * count.queries * shape.predicted_dim * e
-    loss += count.target * shape.pixel_dim * FP32_BYTES
-    of_features = shape.predicted_dim - shape.pixel_dim
-    size = LossSize(count.queries, of_features, count.target, shape.target_layers, shape.target_dim, e, work.pieces)
+    size = LossSize(count.queries, shape.predicted_dim, count.target, shape.target_layers, shape.target_dim, e, work.pieces)
     loss += work.normalization.extra_bytes(size)
     ends += projector_bytes(shape, count.pooled, e)
     saved = ends + sum(inside for _, inside in layers)

@@ -26,7 +26,7 @@ from fastjepa.errors import ConfigError, UserError
 from fastjepa.loader.batch import Batch
 from fastjepa.loader.loader import check_loader, decodes_with_dali
 from fastjepa.loss.normalizations import Target
-from fastjepa.loss.objective import Objective, beside_pixels, choose_objective, over_micro_batches
+from fastjepa.loss.objective import Objective, choose_objective, over_micro_batches
 from fastjepa.loss.regularizers import BatchRegularizer, NoRegularizer, regularizer_term
 from fastjepa.masks.check import check_masks
 from fastjepa.masks.layouts import Masking
@@ -279,17 +279,17 @@ def build_objective(
     term = regularizer_term(loss.regularizer, loss.regularizer_weight, loss.covariance_weight, seed, world.device)
     pieces = config.data.batch_size // config.micro_batch
     regularizer = BatchRegularizer(term, pieces, world, pooled) if term else NoRegularizer()
-    chosen = choose_objective(loss, regularizer, engine.jepa.predictor.target_moments, teacher)
+    objective = choose_objective(loss, regularizer, engine.jepa.predictor.target_moments, teacher)
+    if loss.normalize != "batch" or pieces == 1:
+        return objective
 
     @torch.no_grad()
     def targets(batch: Batch) -> Target:
         """Return the targets of a micro-batch."""
         with autocast_of(COMPUTE_DTYPES[config.runtime.dtype], world.device):
-            return chosen.targets(target_encoder, batch)
+            return objective.targets(target_encoder, batch)
 
-    in_pieces = loss.normalize == "batch" and pieces > 1
-    objective = over_micro_batches(chosen, loss.layers == "mean", targets) if in_pieces else chosen
-    return beside_pixels(objective, loss.pixel_weight, config.pixel_dim) if loss.pixel_weight else objective
+    return over_micro_batches(objective, loss.layers == "mean", targets)
 
 
 def build_runs(config: Config, engine: PlainEngine) -> EagerRuns:

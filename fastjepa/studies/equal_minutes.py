@@ -18,7 +18,6 @@ RANDOM_JOINT = ("mask.strategy=random", "mask.hidden_share=0.75", "meta.predicto
 # fmt: off
 BEST = (*MEAN_OF_FOUR, *RANDOM_JOINT, *MUON)
 BEST_VICREG = (*BEST, *A_FIFTH_OF_VICREG)
-BEST_PIXELS = (*BEST_VICREG, "loss.pixel_weight=0.5")
 MINUTES_ARMS = (
     Arm("base", "base"),
     Arm("raw pixels", "floor", method="pixels"),
@@ -45,14 +44,13 @@ MINUTES_ARMS = (
     Arm("mean of four over the batch, random masks, Muon", "together", BEST),
     Arm("mean of four over the batch, random masks, Muon, rotary positions", "together", (*BEST, "meta.positions=rope")),
     Arm("mean of four over the batch, random masks, Muon, VICReg / 5", "together", BEST_VICREG),
-    Arm("mean of four over the batch, random masks, Muon, VICReg / 5, pixels / 2", "together", BEST_PIXELS),
     *(Arm(f"{name}, 128 wide, 20 minutes", "128 wide, 5 deep", (*overrides, *WIDER), method=method, length=5)
+      for name, method, overrides in (("MAE, Muon", "mae", MUON), ("mean of four, VICReg / 5", "ijepa", BEST_VICREG))),
+    *(Arm(f"{name}, 20 minutes", "time", overrides, method=method, length=5)
       for name, method, overrides in (
-          ("VICReg", "ijepa", ("loss.regularizer=vicreg",)), ("MAE, Muon", "mae", MUON), ("mean of four", "ijepa", BEST),
-          ("mean of four, VICReg / 5", "ijepa", BEST_VICREG), ("mean of four, VICReg / 5, pixels / 2", "ijepa", BEST_PIXELS))),
-    *(Arm(f"{name}, {minutes} minutes", "time", overrides, method=method, length=minutes / 4) for minutes in (20, 60)
+          ("base", "ijepa", ()), ("MAE, Muon", "mae", MUON), ("MAE, Muon, VICReg / 5", "mae", (*MUON, *A_FIFTH_OF_VICREG)),
+          ("mean of four", "ijepa", BEST), ("mean of four, VICReg / 5", "ijepa", BEST_VICREG))),
+    *(Arm(f"{name}, 60 minutes", "time", overrides, method=method, length=15)
       for name, method, overrides in (
-          ("base", "ijepa", ()), ("MAE, Muon", "mae", MUON), ("mean of four", "ijepa", BEST),
-          ("mean of four, VICReg / 5", "ijepa", BEST_VICREG), ("mean of four, VICReg / 5, pixels / 2", "ijepa", BEST_PIXELS),
-          ("MAE, Muon, VICReg / 5", "mae", (*MUON, *A_FIFTH_OF_VICREG)))),
+          ("base", "ijepa", ()), ("MAE, Muon", "mae", MUON), ("mean of four, VICReg / 5", "ijepa", BEST_VICREG))),
 )

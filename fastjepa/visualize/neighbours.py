@@ -125,16 +125,14 @@ def load_predictor(subject: Subject) -> nn.Module:
         raise UserError(f"{subject.path}: holds no {missing[0]}, which predictions need; give a run, its checkpoint or an "
                         "official .pth.tar, or ask with --what for masks,pca alone")  # fmt: skip
     weights, config = without_projector(networks["predictor"]), subject.config
-    loss, of_features = config.loss, config.predicted_dim - config.pixel_dim
-    own = config.meta.teacher is None and loss.target != "pixels" and of_features == config.encoder_shape[0]
+    loss = config.loss
+    own = config.meta.teacher is None and loss.target != "pixels" and config.predicted_dim == config.encoder_shape[0]
     if not own or loss.normalize not in ROW_NORMALIZATIONS:
         raise UserError(f"{subject.path}: its predictor learned something else than one row of target features a patch, with "
                         "which these pictures compare; ask with --what for masks,pca alone")  # fmt: skip
     depth = len({name.split(".")[1] for name in weights if name.startswith("predictor_blocks.")})
     heads = config.meta.pred_num_heads or config.encoder_shape[2]
     shape = len(weights["mask_token"][0, 0]), depth, heads
-    for name in ("predictor_proj.weight", "predictor_proj.bias"):
-        weights[name] = weights[name][: len(weights[name]) - config.pixel_dim]
     predictor = Predictor(config.grid, config.encoder_shape[0], shape, form=network_form(config))
     try:
         predictor.load_state_dict(weights)
