@@ -5,7 +5,7 @@ the first normalise targets over the batch, without which so small a network col
 """
 
 from fastjepa.studies.arm import Arm
-from fastjepa.studies.equal_minutes import FOUR_LAYERS
+from fastjepa.studies.equal_minutes import BEST_VICREG, FOUR_LAYERS, MUON
 from fastjepa.studies.small_data import OVER_THE_BATCH
 
 DENSE_PAPER = "none at this scale"
@@ -18,8 +18,10 @@ DENSE_ARMS = (
     Arm("raw pixels", "floor", method="pixels"),
     Arm("random encoder", "floor", method="random"),
     Arm("MAE", "bar", method="mae"),
+    Arm("MAE, Muon", "bar", MUON, method="mae"),
     Arm("targets over the batch", "targets", OVER_THE_BATCH),
     Arm("four layers over the batch", "layers", FOUR_LAYERS),
     Arm("over the batch, loss on visible tokens", "visible", (*OVER_THE_BATCH, *VISIBLE)),
     Arm("four layers over the batch, loss on visible tokens", "together", (*FOUR_LAYERS, *VISIBLE)),
+    Arm("mean of four over the batch, random masks, Muon, VICReg / 5", "small presets", BEST_VICREG),
 )
