@@ -349,8 +349,12 @@ class Config:
     @property
     def target_dim(self) -> int:
         """Return the width of a target: features, or the values of a patch."""
-        pixels = self.data.channels * self.mask.patch_size**2
-        return pixels if self.loss.target == "pixels" else self.target_network[0][0]
+        return self.patch_values if self.loss.target == "pixels" else self.target_network[0][0]
+
+    @property
+    def patch_values(self) -> int:
+        """Return the values of a patch, over its pixels and channels."""
+        return self.data.channels * self.mask.patch_size**2
 
     @property
     def target_layers(self) -> int:
