@@ -2,7 +2,7 @@
 
 from typing import Literal, NamedTuple
 
-JOB_FILE, ROW_FILE, ARM_CONFIG, PACE_FILE = "job.json", "row.json", "arm.yaml", "pace.json"
+JOB_FILE, ROW_FILE, ARM_CONFIG = "job.json", "row.json", "arm.yaml"
 PROBED_INPUT = {"ijepa": "target", "mae": "target", "random": "random", "pixels": "pixels", "kmeans": "kmeans",
                 "kmeans_quadrants": "kmeans_quadrants"}  # {method: input of the probes}  # fmt: skip
 

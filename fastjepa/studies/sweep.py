@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fastjepa.config.load import load_config
+from fastjepa.config.load import config_from_dict, load_config
 from fastjepa.config.schema import Config
 from fastjepa.errors import UserError
 from fastjepa.evals.dense.labels import SCENE_KINDS, rendered_pictures
@@ -100,8 +100,14 @@ class ArmJob(NamedTuple):
     asked: dict[str, Any]
 
     def beside(self, base: Config, pace: float) -> "ArmJob":
-        """Return the job with the base, by whose pace in images/s its minutes are counted."""
-        return self._replace(asked=self.asked | {"base": base.to_dict(), "base_pace": pace})
+        """Return the job with the base, by whose pace in images/s its minutes are counted.
+
+        The arm's pace over the base's is kept in a file that is named after what is trained, by both, but for the seed.
+        """
+        configs = [departures_from_default(config) for config in (config_from_dict(self.asked["config"]), base)]
+        compared = {key: self.asked[key] for key in ("method", "data", "fraction")} | {"configs": configs}
+        counted = {"base": base.to_dict(), "base_pace": pace, "pace_file": f"pace-{short_hash(compared)}.json"}
+        return self._replace(asked=self.asked | counted)
 
     @property
     def row(self) -> Path:
@@ -142,7 +148,7 @@ def plan_jobs(sweep: Sweep) -> list[ArmJob]:
             if PROBED_INPUT[arm.method] != "target":
                 length = {"images": 0}
             else:
-                length = {"minutes": minutes * arm.length} if minutes else {"images": round(budget * arm.length * share)}
+                length = {"minutes": float(minutes * arm.length)} if minutes else {"images": round(budget * arm.length * share)}
             job = arm_job(sweep, arm, seed, length, config)
             jobs.append(job.beside(plain, study.base_pace) if "minutes" in length else job)
     return jobs
@@ -162,9 +168,14 @@ def arm_job(sweep: Sweep, arm: Arm, seed: int, length: dict[str, float], config:
         | of_pixels
         | {"config": departures_from_default(config)}
     )
-    digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:12]
+    digest = short_hash(hashed)
     folder = sweep.output / "runs" / f"{digest}-seed{seed}"
     return ArmJob(folder, asked | of_pixels | {"hash": digest, "config": config.to_dict()})
+
+
+def short_hash(settings: dict[str, Any]) -> str:
+    """Return twelve hexadecimal digits that stand for these settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def departures_from_default(config: Config) -> dict[str, dict[str, Any]]:

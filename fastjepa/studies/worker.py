@@ -10,7 +10,6 @@ import json
 import math
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -34,14 +33,14 @@ from fastjepa.evals.table import probe_features
 from fastjepa.files import write_atomic
 from fastjepa.plan.flops import flops_per_image
 from fastjepa.plan.plan import workload_of
-from fastjepa.studies.arm import ARM_CONFIG, JOB_FILE, PACE_FILE, PROBED_INPUT, ROW_FILE
+from fastjepa.studies.arm import ARM_CONFIG, JOB_FILE, PROBED_INPUT, ROW_FILE
 from fastjepa.studies.mae import mae_flops_per_image, train_mae
 from fastjepa.studies.subset import subset_of
 from fastjepa.studies.sweep import departures_from_default
 from fastjepa.studies.token_variance import token_variance
 from fastjepa.train import train
 
-PACE_ROUNDS, PACE_STEPS = 3, 60  # trials that tell an arm's pace, and steps of one
+PACE_ROUNDS, PACE_STEPS = 5, 60  # trials that tell an arm's pace, and steps of one
 WARMUP_SHARE = 0.1  # of the steps
 DENSE_IMAGES, DENSE_BANK, DENSE_STEPS = (2000, 1000), 5000, 500  # to train and test on; patches of k-NN; steps of the head
 PROBE_TRAIN_IMAGES = 20000  # images a probe learns from, as in `fastjepa eval table`
@@ -50,7 +49,7 @@ PROBE_TRAIN_IMAGES = 20000  # images a probe learns from, as in `fastjepa eval t
 def main(folder: Path) -> int:
     """Return 0 when the row is there, 130 when a signal has stopped the arm, 2 after printing the message of an error."""
     try:
-        with locked_folder(folder):
+        with locked(folder / ".lock"):
             if not (folder / ROW_FILE).is_file():
                 row = run_arm(json.loads((folder / JOB_FILE).read_text()), folder)
                 write_atomic(folder / ROW_FILE, json.dumps(row, indent=1) + "\n")
@@ -65,9 +64,9 @@ def main(folder: Path) -> int:
 
 
 @contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
-    """Wait until no other process works in `folder`; the end of a process, even by SIGKILL, frees it."""
-    with open(folder / ".lock", "w") as file:
+def locked(path: Path) -> Iterator[None]:
+    """Wait until no other process holds the lock file `path`; the end of a process, even by SIGKILL, frees it."""
+    with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -93,7 +92,7 @@ def run_arm(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         write_atomic(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
     if within:
         trained["pace"] = job["base_pace"] * pace_over_base(job, asked, data, folder)  # images a second of the counted minutes
-    kept = {name: value for name, value in job.items() if name not in ("config", "base")}
+    kept = {name: value for name, value in job.items() if name not in ("config", "base", "pace_file")}
     evaluate = evaluate_pixels if job.get("measured") == "pixels" else evaluate_images
     return kept | trained | {"changed": departures_from_default(config)} | evaluate(job, folder) | {"made_by": made_by()}
 
@@ -115,17 +114,19 @@ def images_within(job: dict[str, Any], config: Config, data: str, folder: Path) 
 def pace_over_base(job: dict[str, Any], config: Config, data: str, folder: Path) -> float:
     """Return the arm's images a second of CPU time over the base's: 0.5 for an arm whose images cost twice as much.
 
-    Trials of PACE_STEPS steps alternate between the two, so that other work and the machine's speed touch both. The pace is
-    kept in the folder, so that an arm that goes on has the schedule that it began with.
+    Trials of PACE_STEPS steps alternate between the two, and the shortest of each counts, as other work on the machine only
+    ever lengthens one. The pace is kept beside the folder, for all seeds and lengths of the arm: they differ by chance and not
+    by budget, and an arm that goes on has the schedule that it began with.
     """
     if job["method"] == "ijepa" and job["config"] == job["base"]:
         return 1.0
-    file, base = folder / PACE_FILE, config_from_dict(job["base"])
-    if not file.is_file():
-        rounds = [(trial_seconds("ijepa", base, data, folder), trial_seconds(job["method"], config, data, folder))
-                  for _ in range(PACE_ROUNDS)]  # fmt: skip
-        over_base = statistics.median(of_base / of_arm for of_base, of_arm in rounds)
-        write_atomic(file, json.dumps({"over_base": over_base, "cpu_s_of_base_and_arm": rounds}) + "\n")
+    file, base = folder.parent / job["pace_file"], config_from_dict(job["base"])
+    with locked(file.with_suffix(".lock")):
+        if not file.is_file():
+            rounds = [(trial_seconds("ijepa", base, data, folder), trial_seconds(job["method"], config, data, folder))
+                      for _ in range(PACE_ROUNDS)]  # fmt: skip
+            of_base, of_arm = map(min, zip(*rounds, strict=True))
+            write_atomic(file, json.dumps({"over_base": of_base / of_arm, "cpu_s_of_base_and_arm": rounds}) + "\n")
     return json.loads(file.read_text())["over_base"]
 
 
@@ -136,7 +137,7 @@ def trial_seconds(method: str, config: Config, data: str, folder: Path) -> float
     paced, steps = scheduled_config(config, data, PACE_STEPS * config.data.batch_size)
     logging = dataclasses.replace(paced.logging, every=PACE_STEPS // 6, monitor_every=0)
     train_arm(method, dataclasses.replace(paced, logging=logging), trial, steps)
-    seconds = statistics.median(line["cpu_s"] for line in logged_lines(trial)[1:])  # the first line warms up
+    seconds = min(line["cpu_s"] for line in logged_lines(trial)[1:])  # the first line warms up
     shutil.rmtree(trial)
     return seconds / (logging.every * config.data.batch_size)
 

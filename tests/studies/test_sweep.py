@@ -26,7 +26,7 @@ from fastjepa.masks.check import check_masks
 from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.layouts import Masking
 from fastjepa.studies import worker
-from fastjepa.studies.arm import ARM_CONFIG, JOB_FILE, PACE_FILE, Arm
+from fastjepa.studies.arm import ARM_CONFIG, JOB_FILE, Arm
 from fastjepa.studies.measures import OF_PIXELS, looked_up
 from fastjepa.studies.subset import subset_of
 from fastjepa.studies.sweep import (
@@ -169,17 +169,30 @@ def test_an_arm_within_minutes_trains_on_what_it_reaches_in_them(data, tmp_path,
     """Minutes of a core on which the base reaches 64 images/s; stopped and continued, an arm keeps its schedule."""
     monkeypatch.setattr(worker, "PACE_STEPS", 12)
     monkeypatch.setattr(worker, "PACE_ROUNDS", 2)
-    (job,) = plan_jobs(Sweep("minutes", tmp_path, data, 1, None, [arm], TINY, 1 / 60))
+    job, other_seed = plan_jobs(Sweep("minutes", tmp_path, data, 2, None, [arm], TINY, 1 / 60))
     assert "images" not in job.asked and job.asked["minutes"] == 1 / 60
-    job.asked["base_pace"] = 64.0
+    job.asked["base_pace"] = other_seed.asked["base_pace"] = 64.0
     row = work(job)
-    pace = json.loads((job.folder / PACE_FILE).read_text())
+    file = job.folder.parent / job.asked["pace_file"]
+    pace = json.loads(file.read_text())
     of_base, of_arm = zip(*pace["cpu_s_of_base_and_arm"], strict=True)
-    assert min(of_base) / max(of_arm) <= pace["over_base"] <= max(of_base) / min(of_arm)
+    assert len(of_base) == 2 and pace["over_base"] == min(of_base) / min(of_arm)
     assert row["images"] == round(64 * pace["over_base"]) // 8 * 8 and row["pace"] == 64 * pace["over_base"]
-    assert not (job.folder / "pace").exists() and "base" not in row
-    (job.folder / PACE_FILE).write_text(json.dumps({"over_base": 0.5}))
-    assert worker.images_within(job.asked, load_config(BASE_CONFIG), data, job.folder) == 32
+    assert not (job.folder / "pace").exists() and not {"base", "pace_file"} & row.keys()
+    file.write_text(json.dumps({"over_base": 0.5}))
+    monkeypatch.setattr(worker, "trial_seconds", None)  # nothing is timed again
+    for one in (job, other_seed):
+        assert worker.images_within(one.asked, load_config(BASE_CONFIG), data, one.folder) == 32
+
+
+def test_an_arm_has_one_pace_whatever_its_seed_and_length(data, tmp_path):
+    """Arms differ in pace by what they train, not by how long; the same arm in another budget is not timed again."""
+    names = ["MAE, Muon", "MAE, Muon, 20 minutes", "MAE", "Muon"]
+    jobs = plan_jobs(Sweep("minutes", tmp_path, data, 2, None, names, TINY))
+    files = {name: {job.asked["pace_file"] for job in jobs if job.asked["arm"] == name} for name in names}
+    assert all(len(found) == 1 for found in files.values())
+    assert files["MAE, Muon"] == files["MAE, Muon, 20 minutes"]
+    assert len(set.union(*files.values())) == 3
 
 
 def test_the_base_is_as_fast_as_itself(data, tmp_path):
