@@ -7,7 +7,15 @@ import os
 import sys
 from pathlib import Path
 
-from fastjepa.cli.options import CONFIG_HELP, add_command, byte_count, given_config, non_negative_int, positive_int
+from fastjepa.cli.options import (
+    CONFIG_HELP,
+    add_command,
+    byte_count,
+    given_config,
+    non_negative_int,
+    positive_int,
+    usable_cores,
+)
 
 DATA_EXAMPLES = {
     "data": """examples:
@@ -68,7 +76,7 @@ def source_options(sub: argparse.ArgumentParser) -> None:
     """Add the options that `data check`, `stats` and `shard` share: which images, and how many processes read them."""
     sub.add_argument("source", metavar="SRC", help="whatever data.source takes: a directory, shards, a data set's name")
     sub.add_argument("--split", choices=("train", "val", "test"), default="train")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = usable_cores()
     sub.add_argument("--workers", type=positive_int, default=cores, metavar="N", help="processes (default: one a core)")
 
 

@@ -1,12 +1,11 @@
 """The command `fastjepa sweep`: train the arms of a study, probe them, and print what they say beside the paper's numbers."""
 
 import argparse
-import os
 import re
 import sys
 from pathlib import Path
 
-from fastjepa.cli.options import add_command, positive_float, positive_int
+from fastjepa.cli.options import add_command, positive_float, positive_int, usable_cores
 from fastjepa.errors import UserError
 
 STUDY_NAMES = ("masking", "small", "minutes", "dense", "scaling", "truncation")
@@ -63,21 +62,34 @@ def run_sweep(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from fastjepa.files import require_writable
-    from fastjepa.studies.report import arm_results, fill_page, picture_markdown, show_study, study_markdown, write_study
+    from fastjepa.studies.report import (
+        arm_results,
+        fill_page,
+        page_block,
+        picture_markdown,
+        show_study,
+        study_markdown,
+        write_study,
+    )
     from fastjepa.studies.sweep import STUDIES, Sweep, check_data, job_rows, plan_jobs, run_jobs
 
+    if args.arms and (args.write or args.pages):
+        raise UserError("--arms: a part of a table is shown, not kept; leave --write and --pages out")
     study, console = STUDIES[args.study], Console(width=None if sys.stdout.isatty() else 130)
+    study = study._replace(minutes=None if args.budget else args.minutes or study.minutes)
     data = args.data or study.data
+    for page in args.pages:
+        page_block(page, args.study)
     asked = Sweep(args.study, args.output, data, args.seeds, args.budget, args.arms, args.overrides, args.minutes)
     folder, failed = args.write or args.output, []
     require_writable(folder, folder=True)
     jobs = plan_jobs(asked)
     if not args.report:
         check_data(study, data)
-        failed = run_jobs(jobs, args.jobs or jobs_at_once(), console, folder)
+        failed = run_jobs(jobs, args.jobs or jobs_at_once(study.minutes is not None), console, folder)
     found = arm_results(study.named(args.arms), job_rows(jobs, folder), study.measures.ranked)
     show_study(study, found, console)
-    if args.arms is None:  # a part of a table is shown, not kept
+    if args.arms is None:
         files = write_study(study, args.study, found, folder)
         console.print(f"written: {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
         for page in args.pages:
@@ -89,8 +101,8 @@ def run_sweep(args: argparse.Namespace) -> int:
     return 0
 
 
-def jobs_at_once() -> int:
+def jobs_at_once(on_cpu: bool) -> int:
     """Return how many arms run side by side by default: one on a GPU, else one a core."""
     import torch
 
-    return 1 if torch.cuda.is_available() else os.cpu_count() or 1
+    return 1 if torch.cuda.is_available() and not on_cpu else usable_cores()

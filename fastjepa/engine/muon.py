@@ -75,7 +75,8 @@ class StackedMuon(torch.optim.Muon):
         for group in self.param_groups:
             members = [p for p in group["params"] if p.grad is not None]
             for p in members:
-                self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             matrices = [piece for p in members for piece in zip(*self._parts(p, group["parts"]), strict=True)]
             for stack in stacks_of_a_shape(matrices):
                 self._step_stack(group, *zip(*stack, strict=True))

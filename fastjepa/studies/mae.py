@@ -106,18 +106,22 @@ def train_mae(file: Path, folder: Path, steps: int) -> None:
             state.step += 1
             log.step(state.step, state.step // schedule.steps_per_epoch, {"loss": value}, images)
             if state.step % every == 0 and state.step < steps:
-                save_checkpoint(folder / "checkpoints", state, keep_last=cfg.logging.keep_last)
+                with log.pause():
+                    save_checkpoint(folder / "checkpoints", state, keep_last=cfg.logging.keep_last)
         save_checkpoint(folder / "checkpoints", state, keep_last=cfg.logging.keep_last)
 
 
 def build_mae(cfg: Config, device: torch.device) -> tuple[TrainState, Encoder, MaeDecoder]:
     """Build state, encoder and decoder. Weights are a function of runtime.seed; the encoder starts as I-JEPA's does."""
+    if cfg.loss.projector:
+        raise UserError("loss.projector: the studies' MAE has none; leave it out")
     encoder = build_networks(cfg, device)[0].encoder
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.runtime.seed)
         decoder = MaeDecoder(cfg).to(device)
     parts = {"encoder": encoder, "predictor": decoder, "target_encoder": encoder}
-    optimizer = (MuonAdamW if cfg.optimization.optimizer == "muon" else build_adamw)(encoder, decoder)
+    build = MuonAdamW if cfg.optimization.optimizer == "muon" else build_adamw
+    optimizer = build(encoder, decoder, cfg.optimization.pred_lr_scale)
     return TrainState(0, parts, optimizer), encoder, decoder
 
 

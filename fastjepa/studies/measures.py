@@ -50,5 +50,5 @@ OF_PIXELS = Measures(
     (Measure("dense.segmentation.knn.miou.value", "segmentation: k-NN"), DENSE_LINEAR,
      Measure("dense.depth.knn.rmse.value", "depth: k-NN", factor=1, form=".2f"),
      Measure("dense.depth.linear.rmse.value", "depth: linear", "root mean square error, in the scene's units", 1, ".2f"),
-     Measure("counting.accuracy", "counting", "accuracy of the number of objects, in %")),
+     Measure("counting.accuracy", "counting", "accuracy of the number of objects, on the whole test split, in %")),
     DENSE_LINEAR, "dense.segmentation.n_test", "")  # fmt: skip

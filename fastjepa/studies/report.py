@@ -50,7 +50,7 @@ class ArmResult(NamedTuple):
     @property
     def minutes(self) -> float:
         """The mean over the seeds of the counted minutes; of a row without a pace, those that its steps took."""
-        paced = (row["images"] / row["pace"] if row.get("pace") else row.get("cpu_seconds", 0.0) for row in self.rows)
+        paced = (row["images"] / row["pace"] if row.get("pace") else row["cpu_seconds"] for row in self.rows)
         return statistics.fmean(paced) / 60
 
     def cells(self, columns: Sequence[Measure], counted: bool) -> list[str]:
@@ -131,8 +131,15 @@ def group_leads(found: list[ArmResult]) -> list[str]:
 
 
 def lead_sentence(group: str, members: list[ArmResult]) -> str:
-    """Compare the first two arms of a group on the seeds that both have: a seed moves all arms alike."""
-    first, second = ranked_arms(on_shared_seeds(*ranked_arms(members)[:2]))
+    """Compare the first two arms of a group on the seeds that both have, so that none leads by a lucky choice of seeds.
+
+    The second is found among the rows of the first one's seeds.
+    """
+    leader, *others = ranked_arms(members)
+    rivals = [rival for other in others if (rival := on_shared_seeds(other, leader)[0]).rows]
+    if not rivals:
+        return f"{group}: {leader.arm.name} has no seed that another arm has."
+    first, second = ranked_arms(on_shared_seeds(leader, ranked_arms(rivals)[0]))
     gap = statistics.fmean(first.scores) - statistics.fmean(second.scores)
     said = f"{group}: {first.arm.name} leads {second.arm.name} by {gap:.1f} points"
     if len(first.rows) < 2:
@@ -238,7 +245,7 @@ def draw_curves(axes: Any, curves: dict[str, list[ArmResult]]) -> None:
     for name, family in curves.items():
         minutes = [result.minutes for result in family]
         axes.plot(minutes, [statistics.fmean(result.scores) for result in family], "o-", label=name)
-    axes.set(xscale="log", xlabel="CPU minutes of training", ylabel=f"{BN_LINEAR.title}, %")
+    axes.set(xscale="log", xlabel="CPU minutes of training", ylabel=f"{next(iter(curves.values()))[0].ranked.title}, %")
     low, high = axes.get_xlim()
     axes.set_xticks(ticks := [minutes for minutes in (1, 2, 5, 10, 20, 50, 100) if low <= minutes <= high], map(str, ticks))
     axes.minorticks_off()
@@ -247,10 +254,15 @@ def draw_curves(axes: Any, curves: dict[str, list[ArmResult]]) -> None:
 
 
 def write_study(study: Any, name: str, found: list[ArmResult], folder: Path) -> list[Path]:
-    """Write <name>.json (the rows), .md (the table), .svg and .png into `folder`, and return them; no plot without rows."""
+    """Write <name>.json (the rows), .md (the table), .svg and .png into `folder`, and return them; no plot without rows.
+
+    Rows that the file holds already and that were not asked for, of other seeds or budgets, stay in it.
+    """
     files = [folder / f"{name}.{suffix}" for suffix in ("json", "md", "svg", "png")]
     rows = [row for result in found for row in result.rows]
-    write_atomic(files[0], json.dumps(rows, indent=1) + "\n")
+    kept = json.loads(files[0].read_text()) if files[0].is_file() else []
+    asked = {row["hash"] for row in rows}
+    write_atomic(files[0], json.dumps([*rows, *(row for row in kept if row["hash"] not in asked)], indent=1) + "\n")
     write_atomic(files[1], study_markdown(study, found) + "\n")
     if rows:
         study_plot(study, found, files[2:])
@@ -262,12 +274,20 @@ def picture_markdown(files: Iterable[Path], page: Path) -> str:
     return "".join(f"![{file.stem}]({os.path.relpath(file, page.parent)})\n\n" for file in files if file.suffix == ".svg")
 
 
-def fill_page(page: Path, name: str, text: str) -> None:
-    """Put `text` between the lines `<!-- study: name -->` and `<!-- end -->` of a page; UserError where it has none."""
-    block = re.compile(rf"(<!-- study: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-    old = page.read_text()
-    if not block.search(old):
+def page_block(page: Path, name: str) -> re.Match[str]:
+    """Return the block between the lines `<!-- study: name -->` and `<!-- end -->` of a page; UserError where it has none."""
+    try:
+        found = re.search(rf"(?<=<!-- study: {name} -->\n).*?(?=<!-- end -->)", page.read_text(), re.DOTALL)
+    except OSError as error:
+        raise UserError(f"{page}: cannot be read ({error.strerror}); give a Markdown page") from error
+    if not found:
         raise UserError(
             f"{page}: has no block `<!-- study: {name} -->` ... `<!-- end -->`; add these two lines where the table belongs"
         )
-    write_atomic(page, block.sub(lambda found: f"{found[1]}{text}\n{found[2]}", old))
+    return found
+
+
+def fill_page(page: Path, name: str, text: str) -> None:
+    """Put `text` into the page's block of a study."""
+    block = page_block(page, name)
+    write_atomic(page, f"{block.string[: block.start()]}{text}\n{block.string[block.end() :]}")

@@ -34,6 +34,8 @@ from fastjepa.studies.truncation import TRUNCATION_ARMS, TRUNCATION_PAPER
 
 BASE_CONFIG = "study"  # the config that every arm starts from
 MEANINGFUL_SECTIONS = ("data", "mask", "meta", "optimization", "loss")  # sections of a config that say what is trained
+MEANINGFUL_RUNTIME = ("dtype", "micro_batch", "target_fp8")  # keys of its runtime that change numbers by more than rounding
+SET_BY_SWEEP = ("data.source", "optimization.epochs", "optimization.warmup", "optimization.ipe_scale", "runtime.seed")
 
 
 class Study(NamedTuple):
@@ -136,9 +138,13 @@ def plan_jobs(sweep: Sweep) -> list[ArmJob]:
     study = STUDIES[sweep.study]
     budget = sweep.budget or study.budget
     minutes = None if sweep.budget else sweep.minutes or study.minutes
+    check_overrides(sweep.overrides)
+    if minutes and study.equal == "flops":
+        raise UserError(f"--minutes: the study {sweep.study} gives its arms equal FLOPs; give --budget")
     jobs = []
     for seed in range(sweep.seeds):
-        shared = (f"data.source={sweep.data}", *study.settings, *sweep.overrides, f"runtime.seed={seed}")
+        device = ("runtime.device=cpu",) if minutes else ()  # whose minutes they are
+        shared = (f"data.source={sweep.data}", *device, *study.settings, *sweep.overrides, f"runtime.seed={seed}")
         # A seed draws masks of its own, and so has FLOPs of its own.
         plain = load_config(BASE_CONFIG, shared)
         base = flops_per_image(workload_of(with_teacher_shape(plain))) if study.equal == "flops" else 0.0
@@ -154,6 +160,13 @@ def plan_jobs(sweep: Sweep) -> list[ArmJob]:
     return jobs
 
 
+def check_overrides(overrides: Iterable[str]) -> None:
+    """Raise UserError for a key that a sweep sets itself: it would be overwritten."""
+    for key in (word.partition("=")[0] for word in overrides):
+        if key in SET_BY_SWEEP:
+            raise UserError(f"{key}: a sweep sets it itself; give --data, --seeds, --budget or --minutes")
+
+
 def arm_job(sweep: Sweep, arm: Arm, seed: int, length: dict[str, float], config: Config) -> ArmJob:
     """Return the job of an arm with a seed that trains for a number of images, or of minutes.
 
@@ -163,10 +176,15 @@ def arm_job(sweep: Sweep, arm: Arm, seed: int, length: dict[str, float], config:
     asked = {"study": sweep.study, "arm": arm.name, "group": arm.group, "seed": seed, "method": arm.method, "paper": arm.paper,
              "data": sweep.data, "fraction": arm.fraction, "overrides": list(arm.overrides)} | length  # fmt: skip
     of_pixels = {"measured": "pixels"} if STUDIES[sweep.study].measures is OF_PIXELS else {}
+    own, runtime = load_config(BASE_CONFIG).runtime, config.runtime
+    changed = {key: getattr(runtime, key) for key in MEANINGFUL_RUNTIME if getattr(runtime, key) != getattr(own, key)}
     hashed = (
         {key: asked[key] for key in ("seed", "method", "data", "fraction", *length)}
         | of_pixels
         | {"config": departures_from_default(config)}
+        | ({"runtime": changed} if changed else {})
+        # What is set for all arms changes the base too, and so how many images the minutes buy.
+        | ({"base": list(sweep.overrides)} if sweep.overrides and "minutes" in length else {})
     )
     digest = short_hash(hashed)
     folder = sweep.output / "runs" / f"{digest}-seed{seed}"
@@ -205,7 +223,7 @@ def stored_rows(kept: Path | None) -> dict[str, dict[str, Any]]:
 def run_jobs(jobs: list[ArmJob], side_by_side: int, console: Console, kept: Path | None = None) -> list[str]:
     """Run the jobs that have no row yet, in their folders or in `kept`; return the labels of those that failed."""
     stored, failed = stored_rows(kept), []
-    waiting = [job for job in jobs if not (job.row.is_file() or job.asked["hash"] in stored)]
+    waiting = {job.folder: job for job in jobs if not (job.row.is_file() or job.asked["hash"] in stored)}.values()
     with jobs_progress(console) as bar, RunningJobs() as children:
         task = bar.add_task("arms", total=len(jobs), completed=len(jobs) - len(waiting))
         with concurrent.futures.ThreadPoolExecutor(side_by_side) as pool:
@@ -216,7 +234,7 @@ def run_jobs(jobs: list[ArmJob], side_by_side: int, console: Console, kept: Path
                     bar.console.print(row_in_words(job, future.result()), highlight=False, soft_wrap=True, markup=False)
                     failed += [] if job.row.is_file() else [job.label]
                     bar.advance(task)
-            except KeyboardInterrupt:
+            except BaseException:  # Ctrl-C, or a full disk: no other arm is begun
                 pool.shutdown(wait=False, cancel_futures=True)
                 children.stop()
                 raise

@@ -31,6 +31,7 @@ from fastjepa.evals.lowlevel import evaluate_lowlevel
 from fastjepa.evals.request import EvalRequest
 from fastjepa.evals.table import probe_features
 from fastjepa.files import write_atomic
+from fastjepa.loader.loader import check_loader
 from fastjepa.plan.flops import flops_per_image
 from fastjepa.plan.plan import workload_of
 from fastjepa.studies.arm import ARM_CONFIG, JOB_FILE, PROBED_INPUT, ROW_FILE
@@ -143,9 +144,10 @@ def trial_seconds(method: str, config: Config, data: str, folder: Path) -> float
 
 
 def scheduled_config(config: Config, data: str, images: int) -> tuple[Config, int]:
-    """Return the config whose schedules end after `images` images of `data`, and its steps."""
-    batch = config.data.batch_size
-    an_epoch, steps = len(open_source(data)) // batch, max(1, images // batch)
+    """Return the config whose schedules end after `images` images of `data`, and its steps; ConfigError where data are few."""
+    source, batch = open_source(data), config.data.batch_size
+    check_loader(config, source, 1)
+    an_epoch, steps = len(source) // batch, max(1, images // batch)
     epochs = math.ceil(steps / an_epoch)
     # The last epoch may end beyond the last step, so schedules are compressed: 25 steps of 10 an epoch are 3 epochs at 25 / 30.
     scale = steps / (epochs * an_epoch)

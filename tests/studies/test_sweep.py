@@ -33,6 +33,7 @@ from fastjepa.studies.sweep import (
     BASE_CONFIG,
     STUDIES,
     ArmJob,
+    RunningJobs,
     Sweep,
     departures_from_default,
     job_rows,
@@ -121,6 +122,34 @@ def test_another_setting_is_another_run_and_the_same_is_the_same(data, tmp_path)
     assert slow.folder.name != base.folder.name  # data.num_workers is of the data
     (told,) = planned(data, tmp_path, "base", more=("logging.every=7", "runtime.threads=2"))
     assert told.folder == base.folder
+
+
+def test_minutes_given_are_the_same_run_as_those_of_the_study(tmp_path):
+    minutes = STUDIES["minutes"].minutes
+    by_default, given = (plan_jobs(Sweep("minutes", tmp_path, "cifar10", 1, minutes=each)) for each in (None, float(minutes)))
+    assert [job.folder for job in by_default] == [job.folder for job in given]
+
+
+def test_what_changes_an_arms_numbers_is_in_its_folders_name(data, tmp_path):
+    """Numbers of another dtype, and minutes that were counted by another base, are not taken for this run's."""
+    (plain,) = planned(data, tmp_path, "base")
+    (rounded,) = planned(data, tmp_path, "base", more=("runtime.dtype=bf16",))
+    (pieces,) = planned(data, tmp_path, "base", more=("runtime.micro_batch=4",))
+    assert len({job.folder for job in (plain, rounded, pieces)}) == 3
+    (beside_plain,) = plan_jobs(Sweep("minutes", tmp_path, data, 1, None, ["VICReg"]))
+    (beside_itself,) = plan_jobs(Sweep("minutes", tmp_path, data, 1, None, ["VICReg"], ["loss.regularizer=vicreg"]))
+    assert beside_plain.folder != beside_itself.folder
+
+
+@pytest.mark.parametrize("key", ["optimization.warmup", "data.source", "runtime.seed"])
+def test_a_key_that_the_sweep_sets_is_refused(tmp_path, key: str):
+    with pytest.raises(UserError, match=f"{key}: a sweep sets it itself"):
+        plan_jobs(Sweep("small", tmp_path, "cifar10", 1, overrides=[f"{key}=1"]))
+
+
+def test_equal_flops_are_no_minutes(tmp_path):
+    with pytest.raises(UserError, match="--minutes: the study truncation gives its arms equal FLOPs"):
+        plan_jobs(Sweep("truncation", tmp_path, "cifar10", 1, minutes=4))
 
 
 def test_the_same_run_in_two_studies_is_done_once(tmp_path):
@@ -226,6 +255,34 @@ def test_an_arm_whose_row_is_among_the_kept_ones_is_not_run(data, tmp_path):
     assert [row["arm"] for row in job_rows(jobs, tmp_path)] == ["raw pixels", "random encoder"]
 
 
+def test_where_an_arm_cannot_be_started_no_other_is_begun(data, tmp_path, monkeypatch):
+    def full(*_: object) -> int:
+        begun.append(1)
+        raise OSError("No space left on device")
+
+    begun: list[int] = []
+    monkeypatch.setattr(RunningJobs, "run", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_jobs(planned(data, tmp_path, "base", seeds=6), 1, Console())
+    assert len(begun) <= 2  # the next one may have begun before the first was seen to fail
+
+
+def test_too_few_images_for_a_step_are_said_in_one_sentence(data, tmp_path, capsys):
+    (job,) = planned(data, tmp_path, "base", more=("data.batch_size=64",))
+    job.folder.mkdir(parents=True)
+    (job.folder / JOB_FILE).write_text(json.dumps(job.asked))
+    assert main(job.folder) == 2
+    assert "the data holds 60 images, fewer than one global batch of 64" in capsys.readouterr().out
+
+
+def test_an_mae_refuses_the_projector_that_it_has_not(data, tmp_path, capsys):
+    (job,) = planned(data, tmp_path, "MAE", more=("loss.regularizer=sigreg", "loss.projector=[16,8]"))
+    job.folder.mkdir(parents=True)
+    (job.folder / JOB_FILE).write_text(json.dumps(job.asked))
+    assert main(job.folder) == 2
+    assert "loss.projector: the studies' MAE has none" in capsys.readouterr().out
+
+
 def test_every_arm_can_be_named_on_the_command_line():
     for study in STUDIES.values():
         listed = [each.name for each in study.arms]
@@ -320,6 +377,17 @@ def test_a_sweep_without_its_data_is_refused_before_it_starts(tmp_path, capsys):
         == 2
     )
     assert "none" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_written_is_refused_before_any_arm_is_trained(data, tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("no block here\n")
+    asked = ["sweep", "--study", "small", "--data", data, "--output", str(tmp_path / "out")]
+    assert main_module.main([*asked, "--pages", str(page)]) == 2
+    assert "page.md: has no block `<!-- study: small -->`" in capsys.readouterr().err
+    assert main_module.main([*asked, "--arms", "base", "--write", str(tmp_path)]) == 2
+    assert "--arms: a part of a table is shown, not kept" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def command(data: str, output: Path, arms: str, budget: int) -> list[str]:
