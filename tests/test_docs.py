@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -31,14 +32,14 @@ from tests.support.images import write_idx
 from tests.support.places import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```(bash|sh|python|yaml)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^ *```(bash|sh|python|yaml)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)  # indented where it is in a list
 ONLY_PARSED = {  # how a command begins: why it is only parsed
     "make": "it is the whole work of a developer's machine; `make -n` says that the target is there",
     "pip install": "it would change this environment; the extras it names exist",
     "python -m fastjepa_kernels.inspect": "it compiles for minutes; tests/test_inspect.py runs it",
     "python benchmarks/": "it measures for minutes; tests/test_bench_*.py and tests/test_gpu_hours.py run them small",
     "fastjepa data get": "it fetches or renders; tests/test_catalog.py and tests/test_scenes.py run it",
-    "fastjepa sweep": "it trains for hours; tests/test_studies.py runs it small",
+    "fastjepa sweep": "it trains for hours; tests/studies runs it small",
     "fastjepa eval lowlevel": "it needs rendered scenes; tests/test_lowlevel.py runs it",
     "fastjepa eval dense": "it needs label images; tests/evals/test_dense_table.py runs it",
 }
@@ -64,7 +65,7 @@ TOY = {  # after a command's own words, which therefore lose
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
-    return [code for language, code in BLOCK.findall(page.read_text()) if language in languages]
+    return [textwrap.dedent(code) for language, code in BLOCK.findall(page.read_text()) if language in languages]
 
 
 def commands() -> list[str]:
@@ -196,7 +197,7 @@ def place(tmp_path_factory, request) -> Path:
     own = [f"data.{name}" for name in ("channels=3", "bands=[3,2,1]", "mean=[0.3,0.3,0.3]", "std=[0.2,0.2,0.2]")]
     toy(["train", "--config", "sentinel2.yaml", *own], root, Path("runs/rgb"))
     toy(["decoder", "runs/demo", "--data", "fashion-mnist"], root, root)
-    for copy in ("runs/h14", "runs/salt-teacher"):
+    for copy in ("runs/h14", "runs/salt-teacher", "runs/mine"):
         shutil.copytree("runs/cifar10", copy)
     shutil.copyfile("runs/h14/config.yaml", "in1k_vith14_ep300.yaml")
     for name in ("IN1K-vit.h.14-300e.pth.tar", "jepa-ep100.pth.tar"):
