@@ -21,6 +21,7 @@ RETIRED_KEYS = {
         "preallocate_width_hint": 0,
         "preallocate_height_hint": 0,
     },
+    "loss": {"pixel_weight": 0.0},
 }
 PACKAGED = Path(__file__).parent.parent / "configs"  # in a checkout a link to the configs/ beside this package
 

@@ -32,7 +32,9 @@ def variance_shares(tokens: Tensor) -> dict[str, float]:
 
 @torch.inference_mode()
 def token_variance(subject: Subject, which: Which, split: Split) -> dict[str, float]:
-    """Return the shares of an encoder's features of the split's first VARIANCE_IMAGES images, seen whole."""
+    """Return the shares of an encoder's features of the split's first VARIANCE_IMAGES images, seen whole.
+
+    Where a split lies in class folders, these are of few classes."""
     encoder, config = subject.encoder(which).to(subject.device), subject.config
     stream = EvalImages(split.source, subject.size, subject.pixels, split.rows[:VARIANCE_IMAGES])
     blocks = (
