@@ -23,7 +23,7 @@ demo: $(VENV)/demo.stamp ## install, get Fashion-MNIST, pretrain configs/demo.ya
 	@$(BIN)/fastjepa data get fashion-mnist
 	@echo "== Pretraining configs/demo.yaml into $(DEMO) (continues a run that was stopped)"
 	@$(BIN)/torchrun --standalone --nproc_per_node $(RANKS) fastjepa/train.py --config configs/demo.yaml --output $(DEMO) \
-		data.batch_size=$$((128 / $(RANKS)))
+		data.batch_size=$$((64 / $(RANKS)))
 	@echo "== Evaluating: raw pixels, random encoder, context encoder, target encoder"
 	@$(BIN)/fastjepa eval table --checkpoint $(DEMO) --data fashion-mnist --n-train 10000
 	@echo "== Writing its report"

@@ -148,8 +148,12 @@ def test_two_ranks_give_the_run_of_one_sharded_or_not(toy_config, tmp_path, name
     alike(tmp_path / "zero0", tmp_path / "one", 6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["mean of layers", "visible, starved and joint", "running", "rotary", "teacher", "projected"])
+COMPILED = ["visible, starved and joint", "projected", "mean of layers", "running", "rotary", "teacher"]  # the first two: slow
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if i < 2 else pytest.mark.long) for i, name in enumerate(COMPILED)]
+)
 def test_checkpointed_activations_give_the_same_bits_and_bf16_and_compile_the_same_run(toy_config, tmp_path, name):
     settings = ["--max-steps", 3, *settings_of(name, tmp_path)]
     plain = trained(toy_config, tmp_path / "plain", *settings)
