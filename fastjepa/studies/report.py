@@ -55,8 +55,6 @@ class ArmResult(NamedTuple):
 
     def cells(self, columns: Sequence[Measure], counted: bool) -> list[str]:
         """Return the cells of the arm's row in the table, after its name."""
-        if not self.rows:
-            return ["0", *["" for _ in (*columns, *IMAGES_EFFORT)], paper_cell(self.arm)]
         seeds = str(len(self.rows)) + (" *" if len(self.rows) < FEW_SEEDS else "")
         return [seeds, *(measure_cell(one, self.rows) for one in columns), *self.effort(counted), paper_cell(self.arm)]
 
@@ -92,18 +90,19 @@ def table_heads(study: Any) -> list[str]:
 
 
 def table_rows(study: Any, found: list[ArmResult]) -> list[list[str]]:
-    """Return the table's body; a group is named in its first row alone."""
-    groups = ["", *(result.arm.group for result in found)]
+    """Return the table's body, a line for every arm that has rows; a group is named in its first line alone."""
+    present = [result for result in found if result.rows]
+    groups = ["", *(result.arm.group for result in present)]
     shown = study.measures.columns, study.minutes is not None
     return [
         ["" if result.arm.group == before else result.arm.group, result.arm.name, *result.cells(*shown)]
-        for before, result in zip(groups, found, strict=False)
+        for before, result in zip(groups, present, strict=False)
     ]
 
 
 def footnote(study: Any, found: list[ArmResult]) -> str:
     """Return the paragraph that says what the numbers are."""
-    few = any(len(result.rows) < FEW_SEEDS for result in found)
+    few = any(0 < len(result.rows) < FEW_SEEDS for result in found)
     lead = f" * fewer than {FEW_SEEDS} seeds: a lead, not a result." if few else ""
     tests = sorted({looked_up(row, study.measures.tested) for result in found for row in result.rows})
     noise = f", each on {tests[0]:,} test images" if len(tests) == 1 else ""
@@ -171,7 +170,8 @@ def show_study(study: Any, found: list[ArmResult], console: Console) -> None:
 
 def conclusions(found: list[ArmResult]) -> list[str]:
     """Return the sentences below the table."""
-    return [*group_leads(found), *law_sentences(found)]
+    missing = [result.arm.name for result in found if not result.rows]
+    return [*group_leads(found), *law_sentences(found), *([f"Not run yet: {'; '.join(missing)}."] if missing else [])]
 
 
 def law_sentences(found: list[ArmResult]) -> list[str]:
