@@ -34,7 +34,8 @@ def variance_shares(tokens: Tensor) -> dict[str, float]:
 def token_variance(subject: Subject, which: Which, split: Split) -> dict[str, float]:
     """Return the shares of an encoder's features of the split's first VARIANCE_IMAGES images, seen whole.
 
-    Where a split lies in class folders, these are of few classes."""
+    Where a split lies in class folders, these are of few classes.
+    """
     encoder, config = subject.encoder(which).to(subject.device), subject.config
     stream = EvalImages(split.source, subject.size, subject.pixels, split.rows[:VARIANCE_IMAGES])
     blocks = (
