@@ -77,19 +77,25 @@ def fsync(path: Path) -> None:
 
 
 @contextmanager
-def locked_folder(folder: Path, wait: bool = True) -> Iterator[None]:
-    """Hold the lock of a folder that is there; where another process holds it, wait, or raise BlockingIOError.
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the lock of a folder, or of a file, which is made; where another process holds it, wait, or raise BlockingIOError.
 
-    The lock ends with its process, however that ends. Whoever holds it is the only one to write: what killed processes left
-    under hidden names is deleted first.
+    The lock ends with its process, however that ends.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDONLY | os.O_CREAT, 0o666)
     try:
-        import fcntl  # not on Windows, where opening the directory has failed by now
+        import fcntl  # not on Windows, where opening a directory has failed by now
 
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        for left in folder.glob(".[0-9]*.*"):
-            left.unlink()
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def locked_folder(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the lock of a folder that is there, as the only one to write: hidden files of killed processes are deleted first."""
+    with locked(folder, wait):
+        for left in folder.glob(".[0-9]*.*"):
+            left.unlink()
+        yield

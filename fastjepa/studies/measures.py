@@ -34,15 +34,17 @@ class Measures(NamedTuple):
     ranked: Measure
     tested: str
     unit: str  # of the numbers without an `about`
+    over_minutes: tuple[Measure, ...]  # drawn against the length of training, a panel each
 
 
+KNN = Measure("probe.knn.accuracy", "k-NN")
 BN_LINEAR = Measure("probe.linear_bn.accuracy", "BN + linear")  # its features are conditioned alike
 OF_IMAGES = Measures(
-    (Measure("probe.knn.accuracy", "k-NN"), Measure("probe.linear.accuracy", "linear"), BN_LINEAR,
+    (KNN, Measure("probe.linear.accuracy", "linear"), BN_LINEAR,
      Measure("probe.effective_rank", "rank", "effective rank of the features", 1, spread=False),
      Measure("shares.common", "common", "what all tokens share of their energy, layer-normalised as targets are, in %",
              form=".0f", spread=False)),
-    BN_LINEAR, "probe.linear_bn.n_test", "Accuracy in %")  # fmt: skip
+    BN_LINEAR, "probe.linear_bn.n_test", "Accuracy in %", (KNN, BN_LINEAR))  # fmt: skip
 DENSE_LINEAR = Measure(
     "dense.segmentation.linear.miou.value", "segmentation: linear", "mean intersection over union of shapes, in %"
 )
@@ -51,4 +53,4 @@ OF_PIXELS = Measures(
      Measure("dense.depth.knn.rmse.value", "depth: k-NN", factor=1, form=".2f"),
      Measure("dense.depth.linear.rmse.value", "depth: linear", "root mean square error, in the scene's units", 1, ".2f"),
      Measure("counting.accuracy", "counting", "accuracy of the number of objects, on the whole test split, in %")),
-    DENSE_LINEAR, "dense.segmentation.n_test", "")  # fmt: skip
+    DENSE_LINEAR, "dense.segmentation.n_test", "", (DENSE_LINEAR,))  # fmt: skip

@@ -210,10 +210,14 @@ def dot_figure(study: Any, present: list[ArmResult]) -> Any:
 
     groups = list(dict.fromkeys(result.arm.group for result in present))
     curves = curves_over_minutes(present) if study.minutes else {}
-    figure = Figure(figsize=(8 + 4 * bool(curves), 1.2 + 0.28 * len(present)))
-    axes, *more = figure.subplots(1, 1 + bool(curves), squeeze=False, width_ratios=(2, 1)[: 1 + bool(curves)])[0]
-    for panel in more:
-        draw_curves(panel, curves)
+    measures = study.measures.over_minutes if curves else ()
+    figure = Figure(figsize=(8 + 4 * len(measures), 1.2 + 0.28 * len(present)))
+    ratios = (2, *(1 for _ in measures))
+    axes, *panels = figure.subplots(1, len(ratios), squeeze=False, width_ratios=ratios)[0]
+    for panel, measure in zip(panels, measures, strict=True):
+        draw_curves(panel, curves, measure)
+    if panels:
+        panels[0].legend(loc="upper left", bbox_to_anchor=(0, -0.1), fontsize="small", frameon=False)
     for place, result in enumerate(present):
         values, colour = result.scores, colormaps["tab10"](groups.index(result.arm.group) % 10)
         axes.plot([min(values), max(values)], [place, place], color=colour, linewidth=1)
@@ -240,17 +244,18 @@ def curves_over_minutes(present: list[ArmResult]) -> dict[str, list[ArmResult]]:
     return {next((r.arm.name for r in family if r.arm.length == 1), family[0].arm.name): family for family in several}
 
 
-def draw_curves(axes: Any, curves: dict[str, list[ArmResult]]) -> None:
-    """Draw accuracy against CPU minutes, a line for each arm that was trained for several lengths of time."""
+def draw_curves(axes: Any, curves: dict[str, list[ArmResult]], measure: Measure) -> None:
+    """Draw a measure against CPU minutes, a line for each arm that was trained for several lengths, and a dot a seed."""
     for name, family in curves.items():
-        minutes = [result.minutes for result in family]
-        axes.plot(minutes, [statistics.fmean(result.scores) for result in family], "o-", label=name)
-    axes.set(xscale="log", xlabel="CPU minutes of training", ylabel=f"{next(iter(curves.values()))[0].ranked.title}, %")
-    low, high = axes.get_xlim()
-    axes.set_xticks(ticks := [minutes for minutes in (1, 2, 5, 10, 20, 50, 100) if low <= minutes <= high], map(str, ticks))
+        of_seeds = [(result.minutes, [measure.of(row) for row in result.rows]) for result in family]
+        (line,) = axes.plot([at for at, _ in of_seeds], [statistics.fmean(values) for _, values in of_seeds], "-", label=name)
+        for at, values in of_seeds:
+            axes.plot([at] * len(values), values, "o", color=line.get_color(), alpha=0.5, markersize=5)
+    lengths = sorted({round(result.minutes) for family in curves.values() for result in family})
+    axes.set(xscale="log", xlabel="CPU minutes of training", ylabel=f"{measure.title}, %")
+    axes.set_xticks(lengths, map(str, lengths))
     axes.minorticks_off()
     axes.grid(color="#eee")
-    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.15), fontsize="small", frameon=False)
 
 
 def write_study(study: Any, name: str, found: list[ArmResult], folder: Path) -> list[Path]:

@@ -5,15 +5,12 @@ on from its checkpoint when it is run again. Two processes never work at one arm
 """
 
 import dataclasses
-import fcntl
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -30,7 +27,7 @@ from fastjepa.evals.inputs import Which, open_splits, open_subject
 from fastjepa.evals.lowlevel import evaluate_lowlevel
 from fastjepa.evals.request import EvalRequest
 from fastjepa.evals.table import probe_features
-from fastjepa.files import write_atomic
+from fastjepa.files import locked, write_atomic
 from fastjepa.loader.loader import check_loader
 from fastjepa.plan.flops import flops_per_image
 from fastjepa.plan.plan import workload_of
@@ -62,14 +59,6 @@ def main(folder: Path) -> int:
         print(error)
         return 2
     return 0
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Wait until no other process holds the lock file `path`; the end of a process, even by SIGKILL, frees it."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def run_arm(job: dict[str, Any], folder: Path) -> dict[str, Any]:
