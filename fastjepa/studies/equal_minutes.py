@@ -12,7 +12,6 @@ MINUTES_PAPER = "none at this scale"
 MUON = ("optimization.optimizer=muon", "optimization.muon_lr=8e-3", "optimization.lr=4e-3")
 FOUR_LAYERS = (*OVER_THE_BATCH, "loss.target_layers=[1,2,3,4]")
 MEAN_OF_FOUR = (*FOUR_LAYERS, "loss.layers=mean", "optimization.ema=[0.98,1.0]")
-WIDER = ("meta.embed_dim=128", "meta.depth=5", "meta.num_heads=4", "meta.pred_emb_dim=64")
 A_FIFTH_OF_VICREG = ("loss.regularizer=vicreg", "loss.regularizer_weight=0.02")
 RANDOM_JOINT = ("mask.strategy=random", "mask.hidden_share=0.75", "meta.predictor=joint")  # 16 patches seen, 48 predicted
 # fmt: off
@@ -44,8 +43,6 @@ MINUTES_ARMS = (
     Arm("mean of four over the batch, random masks, Muon", "together", BEST),
     Arm("mean of four over the batch, random masks, Muon, rotary positions", "together", (*BEST, "meta.positions=rope")),
     Arm("mean of four over the batch, random masks, Muon, VICReg / 5", "together", BEST_VICREG),
-    *(Arm(f"{name}, 128 wide, 20 minutes", "128 wide, 5 deep", (*overrides, *WIDER), method=method, length=5)
-      for name, method, overrides in (("MAE, Muon", "mae", MUON), ("mean of four, VICReg / 5", "ijepa", BEST_VICREG))),
     *(Arm(f"{name}, 20 minutes", "time", overrides, method=method, length=5)
       for name, method, overrides in (
           ("base", "ijepa", ()), ("MAE, Muon", "mae", MUON), ("MAE, Muon, VICReg / 5", "mae", (*MUON, *A_FIFTH_OF_VICREG)),
