@@ -77,12 +77,27 @@ def fsync(path: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Hold the lock of a folder, or of a file, which is made; where another process holds it, wait, or raise BlockingIOError.
+def locked(file: Path) -> Iterator[None]:
+    """Hold the lock of a file, which is made where it is missing; wait where another process holds it."""
+    with _held(os.open(file, os.O_RDONLY | os.O_CREAT, 0o666), wait=True):
+        yield
 
-    The lock ends with its process, however that ends.
+
+@contextmanager
+def locked_folder(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the lock of a folder that is there; where another process holds it, wait, or raise BlockingIOError.
+
+    Whoever holds it is the only one to write: what killed processes left under hidden names is deleted first.
     """
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDONLY | os.O_CREAT, 0o666)
+    with _held(os.open(folder, os.O_RDONLY), wait):
+        for left in folder.glob(".[0-9]*.*"):
+            left.unlink()
+        yield
+
+
+@contextmanager
+def _held(descriptor: int, wait: bool) -> Iterator[None]:
+    """Hold the lock of an open descriptor, and close it; the lock ends with its process, however that ends."""
     try:
         import fcntl  # not on Windows, where opening a directory has failed by now
 
@@ -90,12 +105,3 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def locked_folder(folder: Path, wait: bool = True) -> Iterator[None]:
-    """Hold the lock of a folder that is there, as the only one to write: hidden files of killed processes are deleted first."""
-    with locked(folder, wait):
-        for left in folder.glob(".[0-9]*.*"):
-            left.unlink()
-        yield

@@ -86,3 +86,9 @@ def test_one_writer_at_a_time_who_clears_what_killed_ones_left(tmp_path: Path):
             pass
     with locked_folder(tmp_path, wait=False):
         pass
+
+
+def test_the_lock_of_a_folder_that_is_missing_makes_nothing(tmp_path):
+    with pytest.raises(FileNotFoundError), locked_folder(tmp_path / "missing"):
+        pass
+    assert not any(tmp_path.iterdir())

@@ -251,9 +251,9 @@ def draw_curves(axes: Any, curves: dict[str, list[ArmResult]], measure: Measure)
         (line,) = axes.plot([at for at, _ in of_seeds], [statistics.fmean(values) for _, values in of_seeds], "-", label=name)
         for at, values in of_seeds:
             axes.plot([at] * len(values), values, "o", color=line.get_color(), alpha=0.5, markersize=5)
-    lengths = sorted({round(result.minutes) for family in curves.values() for result in family})
+    lengths = sorted({float(f"{result.minutes:.2g}") for family in curves.values() for result in family})
     axes.set(xscale="log", xlabel="CPU minutes of training", ylabel=f"{measure.title}, %")
-    axes.set_xticks(lengths, map(str, lengths))
+    axes.set_xticks(lengths, [f"{minutes:g}" for minutes in lengths])
     axes.minorticks_off()
     axes.grid(color="#eee")
 

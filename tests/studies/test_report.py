@@ -18,6 +18,7 @@ from fastjepa.studies.report import (
     arm_results,
     conclusions,
     curves_over_minutes,
+    dot_figure,
     fill_page,
     footnote,
     group_leads,
@@ -86,6 +87,20 @@ def test_arms_that_differ_in_length_alone_are_one_curve():
     found = arm_results(arms, [row(arm.name, 0, 40.0, cpu_seconds=60 * arm.length) for arm in arms])
     ((name, family),) = curves_over_minutes(found).items()
     assert name == "a" and [result.arm.length for result in family] == [0.2, 1]
+
+
+def test_both_probes_are_drawn_against_minutes_however_short():
+    """Trials of 12 seconds have a tick of their own: a logarithmic axis has no 0."""
+    arms = [Arm("a", "g"), Arm("a, longer", "time", length=5)]
+    study = Study("A study", tuple(arms), "nothing", minutes=0.2)
+    found = arm_results(
+        arms, [row(arm.name, seed, 40.0 + seed, cpu_seconds=12 * arm.length) for arm in arms for seed in (0, 1)]
+    )
+    _, *panels = dot_figure(study, found).axes
+    assert [panel.get_ylabel() for panel in panels] == ["k-NN, %", "BN + linear, %"]
+    for panel in panels:
+        assert [tick.get_text() for tick in panel.get_xticklabels()] == ["0.2", "1"]
+        assert [len(line.get_xdata()) for line in panel.lines] == [2, 2, 2], "a line over both lengths, and the seeds of each"
 
 
 def test_pixels_have_no_tokens_to_share_anything():
