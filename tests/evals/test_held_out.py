@@ -79,7 +79,8 @@ def test_a_split_without_a_class_is_matched_by_name(tmp_path: Path, capsys, kind
     named = {"ant": "0", "bee": "1", "cow": "2"} if kind == "shards" else {label: label for label in TRAINED}
     found = [train.source.classes[test.source.label(int(row))] for row in test.rows]
     assert sorted(found) == sorted(named[label] for label in tested) and test.name == "val"
-    assert f"its val split has no images of class '{named[absent]}'" in "".join(capsys.readouterr().err.split("\n"))
+    said = "".join(capsys.readouterr().err.split())  # lines break between words, and where depends on the folder's name
+    assert f"itsvalsplithasnoimagesofclass'{named[absent]}'" in said
     probe = gather_probe(config(data), train.source)
     assert sorted(probe.query_labels.tolist()) == sorted("abc".index(label[0]) for label in tested)
 
