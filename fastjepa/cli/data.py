@@ -14,8 +14,8 @@ from fastjepa.cli.options import (
     given_config,
     non_negative_int,
     positive_int,
-    usable_cores,
 )
+from fastjepa.cores import usable_cores
 
 DATA_EXAMPLES = {
     "data": """examples:

@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import os
 import re
 from collections.abc import Callable
 
@@ -29,11 +28,6 @@ def given_config(args: argparse.Namespace, *added: str) -> Config:
     that are `added`.
     """
     return load_config(args.config, [*args.overrides, *added])
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def positive_int(text: str) -> int:

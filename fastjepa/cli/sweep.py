@@ -5,7 +5,8 @@ import re
 import sys
 from pathlib import Path
 
-from fastjepa.cli.options import add_command, positive_float, positive_int, usable_cores
+from fastjepa.cli.options import add_command, positive_float, positive_int
+from fastjepa.cores import usable_cores
 from fastjepa.errors import UserError
 
 STUDY_NAMES = ("masking", "small", "minutes", "dense", "scaling", "truncation")

@@ -1,7 +1,6 @@
 """Images as an evaluation sees them: decoded, fitted to one size, in batches."""
 
 import contextlib
-import os
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -10,6 +9,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fastjepa.cores import usable_cores
 from fastjepa.data.crops import fit_to
 from fastjepa.data.decode_pillow import DecodeError
 from fastjepa.data.pixels import Pixels, UnlikeError
@@ -78,7 +78,7 @@ class EvalImages(Dataset):
         workers = self.workers
         if workers is None:
             here = len(self) < FEW_IMAGES or isinstance(self.source.read(int(self.rows[0])), np.ndarray)
-            workers = 0 if here else min(4, os.cpu_count() or 1)
+            workers = 0 if here else min(4, usable_cores())
         blocks = -(-len(self) // size)
         with contextlib.closing(Workers(_Blocks(self, size), range(blocks), Crew(workers))) as made:
             for block in watched(made, about, blocks):

@@ -5,6 +5,8 @@ import math
 import os
 import re
 import signal
+import warnings
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -101,6 +103,23 @@ def test_raw_pixels_separate_dark_from_bright(images: Path):
     assert linear_accuracy(train, test, 2).accuracy == 1.0
     centred = [Features(part.x - train.x.mean(), part.y) for part in (train, test)]
     assert knn_accuracy(*centred, 2).accuracy == 1.0
+
+
+@pytest.fixture
+def one_core() -> Iterator[None]:
+    """One core for this process, as a scheduler may give it on a larger machine."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    yield
+    os.sched_setaffinity(0, before)
+
+
+@pytest.mark.usefixtures("one_core")
+def test_an_evaluation_starts_no_more_processes_than_it_may_use_cores(images: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(evals_images, "FEW_IMAGES", 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns of processes that must share cores
+        assert len(raw_pixels(EvalImages(open_source(images), (16, 16), Pixels(1)), GREY).x) == 40
 
 
 @pytest.mark.parametrize("workers", [0, 2])

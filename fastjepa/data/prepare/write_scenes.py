@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fastjepa.cores import usable_cores
 from fastjepa.data.prepare.processes import counting_bar, map_in_processes
 from fastjepa.data.prepare.scenes import (
     COLOURS,
@@ -94,7 +95,7 @@ def _listing(folder: Path, split: str) -> Path:
 
 def _in_processes(doing: str, files: _SceneFiles, count: int, workers: int | None) -> list[dict]:
     """Write the files of `count` scenes behind a progress bar; return the entries of the scene file."""
-    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    workers = workers or usable_cores()
     chunks, written = [range(start, min(count, start + SCENES_A_TASK)) for start in range(0, count, SCENES_A_TASK)], []
     for kind in PIXEL_LABELS:
         (files.labels / kind / files.split).mkdir(parents=True)
