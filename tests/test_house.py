@@ -60,7 +60,8 @@ def body(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.stmt]:
 
 # The law of the house: an import goes down this list or stays in its folder.
 FOLDERS = ("errors", "cores", "files", "rng", "config", "ranks", "data", "masks", "loader", "model", "loss", "engine",
-           "checkpoint", "weights", "plan", "run", "evals", "monitoring", "train", "visualize", "report", "studies", "cli")  # fmt: skip
+           "checkpoint", "weights", "plan", "run", "evals", "monitoring", "train", "visualize", "report", "studies",
+           "cli")  # fmt: skip
 SHARED_NAMES = {"main", "register"}  # what every command and program has
 NO_NOUN = re.compile(r"(What|Of|By|Its|Those)\b")  # beginnings of a docstring that leave the noun out
 
