@@ -8,7 +8,6 @@ more things adds, or a cache that is too small for the larger values.
 """
 
 import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ from fastjepa.checkpoint.save import save_checkpoint
 from fastjepa.checkpoint.state import TrainState
 from fastjepa.cli.options import some_of
 from fastjepa.config.schema import Config
+from fastjepa.cores import usable_cores
 from fastjepa.errors import UserError
 from fastjepa.masks.check import check_masks
 from fastjepa.masks.draw import draw_masks
@@ -134,7 +134,7 @@ def step_bytes(config: Config) -> int:
 
 def on_ranks(config: Config, counts: Sequence[int], rounds: int, device: torch.device) -> Iterator[dict]:
     """Yield rows of DDP with one batch a rank: time grows where ranks share cores, and the state of a rank does not."""
-    cores = torch.cuda.device_count() if device.type == "cuda" else len(os.sched_getaffinity(0)) // torch.get_num_threads()
+    cores = torch.cuda.device_count() if device.type == "cuda" else usable_cores() // torch.get_num_threads()
     starts = {count: [] for count in counts}
     for _ in range(rounds):
         for count in counts:
