@@ -1,6 +1,7 @@
 """The MAE that I-JEPA is compared with: what it sees, what it is asked, what it costs, and that it resumes."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -177,3 +178,23 @@ def test_micro_batches_of_one_step_weigh_alike(cfg, images):
     drawn = [random_keep(4, cfg, torch.device("cpu")) for _ in range(2)]
     losses = [mae_loss(encoder, decoder, part, *hidden, cfg)[0] for part, hidden in zip(images.split(4), drawn, strict=True)]
     assert total.item() == pytest.approx(sum(losses).item() / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "fused"), [("bf16", False), ("fp32", True)])
+def test_on_a_cpu_in_bf16_the_decoder_attends_by_plain_products_with_the_gradients_of_the_fused_kernel(
+    images, monkeypatch, dtype, fused
+):
+    cfg = load_config(BASE_CONFIG, [*SMALL, f"runtime.dtype={dtype}"])
+
+    def gradients() -> tuple[torch.Tensor, bool]:
+        state, encoder, decoder = build_mae(cfg, torch.device("cpu"))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            mae_step(encoder, decoder, state, iter([images]), cfg)
+        ran = any("flash_attention" in event.key for event in profile.key_averages())
+        return torch.cat([p.grad.flatten() for part in (encoder, decoder) for p in part.parameters() if p.requires_grad]), ran
+
+    ours, ran = gradients()
+    monkeypatch.setattr(mae, "attention_of", lambda dtype, device: nullcontext())
+    plain, ran_without = gradients()
+    assert (ran, ran_without) == (fused, True)
+    assert (ours - plain).norm() < (0.02 if dtype == "bf16" else 1e-6) * plain.norm()
