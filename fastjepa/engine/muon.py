@@ -8,14 +8,14 @@ Ranks hold the same weights, gradients and momentum. Each makes the products of 
 what they found.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fastjepa.engine.adamw import ADAMW, parameter_groups
 from fastjepa.engine.precision import has_bf16
-from fastjepa.ranks.collectives import all_gather, rank_count, this_rank
+from fastjepa.ranks.collectives import all_gather_later, rank_count, this_rank
 
 STACKED_ELEMENTS = 2**26  # of the matrices whose products are one on a rank: 268 MB in fp32
 
@@ -71,31 +71,47 @@ class StackedMuon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Take a step with the gradients that are there."""
+        """Take a step with the gradients that are there. Ranks exchange the updates of a stack while they make the next."""
+        apply = None
         for group in self.param_groups:
-            members = [p for p in group["params"] if p.grad is not None]
-            for p in members:
-                if "momentum_buffer" not in self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            matrices = [piece for p in members for piece in zip(*self._parts(p, group["parts"]), strict=True)]
-            for stack in stacks_of_a_shape(matrices):
-                self._step_stack(group, *zip(*stack, strict=True))
+            for stack in self._stacks(group):
+                begun = self._begin_stack(group, *zip(*stack, strict=True))
+                if apply:
+                    apply()
+                apply = begun
+        if apply:
+            apply()
+
+    def _stacks(self, group: dict) -> Iterator[list[tuple[Tensor, ...]]]:
+        """Yield the matrices of a group that have gradients, in stacks, each with its gradient and its momentum."""
+        members = [p for p in group["params"] if p.grad is not None]
+        for p in members:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        yield from stacks_of_a_shape(piece for p in members for piece in zip(*self._parts(p, group["parts"]), strict=True))
 
     def _parts(self, p: Tensor, parts: int) -> tuple[tuple[Tensor, ...], ...]:
         """Return the matrices of a weight, of its gradient and of its momentum, as views."""
         return tuple(t.detach().view(parts, -1, p.shape[1]).unbind() for t in (p, p.grad, self.state[p]["momentum_buffer"]))
 
-    def _step_stack(self, group: dict, weights: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor]) -> None:
-        """Step matrices of one shape."""
+    def _begin_stack(
+        self, group: dict, weights: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor]
+    ) -> Callable[[], None]:
+        """Move the momentum of matrices of one shape, begin to make their updates, and return what steps the weights."""
         skipped = weights[0].new_zeros(()) if self.found_inf is None else self.found_inf
         taken, momentum = 1.0 - skipped, group["momentum"]
         grad = torch.stack(grads).masked_fill_(skipped.bool(), 0.0)  # (M, A, B)
         buffer = torch.stack(buffers).lerp_(grad, taken * (1 - momentum))
         torch._foreach_copy_(buffers, buffer.unbind())
-        update = orthogonalized_by_ranks(grad.lerp_(buffer, momentum), group).float()
-        size = 0.2 * max(update.shape[1:]) ** 0.5 * group["lr"]
-        torch._foreach_mul_(weights, 1.0 - taken * (group["lr"] * group["weight_decay"]))
-        torch._foreach_sub_(weights, update.mul_(taken * size).unbind())
+        made = orthogonalized_by_ranks(grad.lerp_(buffer, momentum), group)
+
+        def apply() -> None:
+            update = made().float()
+            size = 0.2 * max(update.shape[1:]) ** 0.5 * group["lr"]
+            torch._foreach_mul_(weights, 1.0 - taken * (group["lr"] * group["weight_decay"]))
+            torch._foreach_sub_(weights, update.mul_(taken * size).unbind())
+
+        return apply
 
 
 def stacks_of_a_shape(matrices: Iterable[tuple[Tensor, ...]]) -> Iterator[list[tuple[Tensor, ...]]]:
@@ -108,8 +124,8 @@ def stacks_of_a_shape(matrices: Iterable[tuple[Tensor, ...]]) -> Iterator[list[t
         yield from (found[start : start + most] for start in range(0, len(found), most))
 
 
-def orthogonalized_by_ranks(x: Tensor, group: dict) -> Tensor:
-    """Return `orthogonalized` of matrices (M, A, B) that every rank has; each rank makes an equal part of it.
+def orthogonalized_by_ranks(x: Tensor, group: dict) -> Callable[[], Tensor]:
+    """Return what waits for `orthogonalized` of matrices (M, A, B) that every rank has; each rank makes an equal part of it.
 
     Example: of 7 matrices on 4 ranks, ranks 0 to 2 make two each, rank 3 one, beside an empty place that is cut off.
     """
@@ -118,7 +134,8 @@ def orthogonalized_by_ranks(x: Tensor, group: dict) -> Tensor:
     found = x.new_zeros(part, *x.shape[1:], dtype=torch.bfloat16)
     if len(mine):
         found[: len(mine)] = orthogonalized(mine, group)
-    return all_gather(found)[: len(x)]
+    everyone = all_gather_later(found)
+    return lambda: everyone()[: len(x)]
 
 
 def orthogonalized(x: Tensor, group: dict) -> Tensor:

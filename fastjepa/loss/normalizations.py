@@ -83,8 +83,9 @@ class NoNormalization(LayerNormalization):
 class BatchNormalization(NoNormalization):
     """Targets standardised over the batch: every feature over the U rows of a step, of every rank."""
 
-    def normalized(self, rows: Tensor, number: int) -> Tensor:
-        return standardised_targets([rows.float()])[0]
+    def wanted(self, target: Target, averaged: bool) -> list[Tensor]:
+        layers = standardised_layers([[rows.float()] for rows in layers_of(target)])
+        return [rows for (rows,) in (standardised_layers([averages_of(layers)]) if averaged else layers)]
 
     def extra_bytes(self, size: LossSize) -> int:
         """Count the standardised targets as well: of a whole step, where it has several micro-batches."""
@@ -121,12 +122,24 @@ NORMALIZATIONS = {  # by loss.normalize
 }
 
 
-def standardised_targets(pieces: list[Tensor]) -> list[Tensor]:
-    """Return the pieces (U, D) with every feature at mean 0 and variance 1 over all rows of all pieces of all ranks, without
-    affine, eps 1e-5. Every rank must take part.
+def averages_of(layers: list[list[Tensor]]) -> list[Tensor]:
+    """Return the average of the layers for each of their pieces."""
+    return [sum(rows) / len(rows) for rows in zip(*layers, strict=True)]
+
+
+def standardised_layers(layers: list[list[Tensor]]) -> list[list[Tensor]]:
+    """Return the pieces (U, D) of each layer with every feature at mean 0 and variance 1 over all rows of the layer's pieces of
+    all ranks, without affine, eps 1e-5. Every rank must take part.
+
+    Layers have equal rows and widths, so that two exchanges serve all of them: of sums, with the rows, and of squares.
     """
-    rows = mean_over_ranks(pieces[0].new_full((), sum(map(len, pieces))))  # a rank's, in the mean: sums are taken as means too
-    mean = mean_over_ranks(sum(piece.sum(dim=0) for piece in pieces)) / rows
-    centred = [piece - mean for piece in pieces]
-    scale = torch.rsqrt(mean_over_ranks(sum(piece.square().sum(dim=0) for piece in centred)) / rows + 1e-5)
-    return [piece * scale for piece in centred]
+    rows = layers[0][0].new_full(layers[0][0].shape[1:], sum(map(len, layers[0])))  # (D,), all equal
+    *sums, rows = mean_over_ranks(torch.stack([*map(_sum_of_rows, layers), rows]))  # a rank's, in the mean
+    centred = [[piece - total / rows for piece in pieces] for pieces, total in zip(layers, sums, strict=True)]
+    squares = mean_over_ranks(torch.stack([_sum_of_rows([piece.square() for piece in pieces]) for pieces in centred]))
+    scales = torch.rsqrt(squares / rows + 1e-5)  # (L, D)
+    return [[piece * scale for piece in pieces] for pieces, scale in zip(centred, scales, strict=True)]
+
+
+def _sum_of_rows(pieces: list[Tensor]) -> Tensor:
+    return sum(piece.sum(dim=0) for piece in pieces)

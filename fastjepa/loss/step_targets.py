@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from torch import Tensor
 
 from fastjepa.loader.batch import Batch
-from fastjepa.loss.normalizations import Target, standardised_targets
+from fastjepa.loss.normalizations import Target, averages_of, standardised_layers
 from fastjepa.loss.targets import OutputTargets, TeacherTargets
 from fastjepa.model.vit import Encoder
 from fastjepa_kernels.target_loss import layers_of
@@ -29,9 +29,9 @@ class StepTargets:
         for batch in batches:
             self.shown = self.compute(batch)  # of the last, as it is: the features whose collapse is to be seen
             found.append([rows.float() for rows in layers_of(self.shown)])
-        layers = [standardised_targets(list(pieces)) for pieces in zip(*found, strict=True)]
+        layers = standardised_layers([list(pieces) for pieces in zip(*found, strict=True)])
         if self.averaged:
-            layers = [standardised_targets([sum(rows) / len(rows) for rows in zip(*layers, strict=True)])]
+            layers = standardised_layers([averages_of(layers)])
         self.ready = list(zip(*layers, strict=True))[::-1]
         return batches
 

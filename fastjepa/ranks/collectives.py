@@ -52,6 +52,22 @@ def all_gather(tensor: Tensor, into: Tensor | None = None) -> Tensor:
 
 
 @counted
+def all_gather_later(tensor: Tensor) -> Callable[[], Tensor]:
+    """Begin `all_gather`, and return what waits for it and returns what it has gathered."""
+    if not dist.is_initialized():
+        return tensor.detach
+    mine = tensor.detach().contiguous()
+    everyone = mine.new_empty(dist.get_world_size() * mine.shape[0], *mine.shape[1:])
+    work = ALL_GATHER(everyone, mine, async_op=True)
+
+    def gathered() -> Tensor:
+        work.wait()
+        return everyone
+
+    return gathered
+
+
+@counted
 def mean_over_ranks(tensor: Tensor) -> Tensor:
     """Return the mean over ranks, as a new tensor without gradient; the same values on one rank."""
     if not dist.is_initialized():

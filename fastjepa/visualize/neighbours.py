@@ -27,7 +27,7 @@ from fastjepa.errors import UserError
 from fastjepa.evals.images import EvalImages
 from fastjepa.evals.inputs import Split, Subject
 from fastjepa.evals.scoring import Z95, wilson_interval
-from fastjepa.loss.normalizations import standardised_targets
+from fastjepa.loss.normalizations import standardised_layers
 from fastjepa.masks.check import check_masks
 from fastjepa.masks.draw import draw_masks
 from fastjepa.masks.layouts import Masking
@@ -46,7 +46,7 @@ BLOCK_BATCH = 64  # images of one forward pass
 ROW_NORMALIZATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # by loss.normalize, (U, D) -> (U, D)
     "layer": lambda rows: layer_norm(rows, rows.shape[-1:]),
     "none": lambda rows: rows,
-    "batch": lambda rows: standardised_targets([rows])[0],
+    "batch": lambda rows: standardised_layers([[rows]])[0][0],
 }
 RIVAL_DRAWS = 1 << 34  # step of SPLIT_STREAM for query 0; fastjepa/evals/scoring.py lists the others
 

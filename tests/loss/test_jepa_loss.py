@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from fastjepa.errors import UserError
 from fastjepa.loss.jepa_loss import jepa_loss
-from fastjepa.loss.normalizations import NORMALIZATIONS, standardised_targets
+from fastjepa.loss.normalizations import NORMALIZATIONS, standardised_layers
 from fastjepa.loss.regularizers import (
     BatchRegularizer,
     covariance_penalty,
@@ -153,7 +153,7 @@ def standardise_together() -> None:
     place = join_world("cpu", timeout=240)
     rows = torch.randn(36, 6, generator=torch.Generator().manual_seed(0)) * 3 + 1
     mine = slice(0, 10) if place.rank == 0 else slice(10, 36)  # ranks have different numbers of targets
-    torch.testing.assert_close(standardised_targets([rows[mine]])[0], F.batch_norm(rows, None, None, training=True)[mine])
+    torch.testing.assert_close(standardised_layers([[rows[mine]]])[0][0], F.batch_norm(rows, None, None, training=True)[mine])
     leave_world()
 
 
