@@ -52,11 +52,11 @@ def test_a_step_that_takes_too_long_fails_and_the_rest_is_not_measured(tmp_path:
 
 
 STOPPED = """
-import sys, time
+import os, sys
 import gpu_check
 def measure(run, parts):
     run.keep([{"part": "step", "model": "vit_small", "ms": 2.5}], [])
-    run.step("endless", sys.executable, "-c", "import subprocess; subprocess.run(['sleep', '61.75'])")
+    run.step("endless", sys.executable, "-c", f"import subprocess; subprocess.run(['sleep', '61.{os.getpid()}'])")
 gpu_check.check_and_measure = measure
 gpu_check.main()
 """
@@ -72,14 +72,19 @@ def test_wherever_it_is_stopped_it_tells_what_was_measured(sent, tmp_path: Path)
     while "== endless" not in said[-1]:
         said.append(next(run.stdout))
     assert "| vit_small | 2.5 |" in "".join(said)  # told when it is measured
-    time.sleep(0.3)
+    started = ["pgrep", "-f", rf"sleep 61\.{run.pid}$"]  # by this run, not by another one of this test
+    until = time.monotonic() + 20
+    while subprocess.run(started, capture_output=True).returncode:
+        assert time.monotonic() < until
+        time.sleep(0.05)
     run.send_signal(sent)
     out, errors = run.communicate(timeout=20)
     assert run.returncode == 1 and f"stopped by {sent.name}" in errors
     assert "| vit_small | 2.5 |" in out and "1 measurements" in out
     report = json.loads(file.read_text())
     assert report["rows"] and report["not_measured"][-1] == {"what": "the rest", "reason": f"stopped by {sent.name}"}
-    assert subprocess.run(["pgrep", "-f", "sleep 61.75"], capture_output=True).returncode == 1
+    assert time.monotonic() < until
+    assert subprocess.run(started, capture_output=True).returncode == 1
 
 
 def test_a_row_of_a_card_stands_beside_its_prediction():
