@@ -9,6 +9,7 @@ what they found.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -72,14 +73,10 @@ class StackedMuon(torch.optim.Muon):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Take a step with the gradients that are there. Ranks exchange the updates of a stack while they make the next."""
-        apply = None
-        for group in self.param_groups:
-            for stack in self._stacks(group):
-                begun = self._begin_stack(group, *zip(*stack, strict=True))
-                if apply:
-                    apply()
-                apply = begun
-        if apply:
+        begun = (
+            self._begin_stack(group, *zip(*stack, strict=True)) for group in self.param_groups for stack in self._stacks(group)
+        )
+        for apply, _ in pairwise(chain(begun, [None])):  # a stack is applied when the next has begun
             apply()
 
     def _stacks(self, group: dict) -> Iterator[list[tuple[Tensor, ...]]]:
@@ -97,7 +94,7 @@ class StackedMuon(torch.optim.Muon):
     def _begin_stack(
         self, group: dict, weights: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor]
     ) -> Callable[[], None]:
-        """Move the momentum of matrices of one shape, begin to make their updates, and return what steps the weights."""
+        """Move the momentum of matrices of one shape, begin to exchange their updates, and return what steps the weights."""
         skipped = weights[0].new_zeros(()) if self.found_inf is None else self.found_inf
         taken, momentum = 1.0 - skipped, group["momentum"]
         grad = torch.stack(grads).masked_fill_(skipped.bool(), 0.0)  # (M, A, B)
@@ -125,7 +122,7 @@ def stacks_of_a_shape(matrices: Iterable[tuple[Tensor, ...]]) -> Iterator[list[t
 
 
 def orthogonalized_by_ranks(x: Tensor, group: dict) -> Callable[[], Tensor]:
-    """Return what waits for `orthogonalized` of matrices (M, A, B) that every rank has; each rank makes an equal part of it.
+    """Return a function that waits for `orthogonalized` of matrices (M, A, B), which every rank has; each makes an equal part.
 
     Example: of 7 matrices on 4 ranks, ranks 0 to 2 make two each, rank 3 one, beside an empty place that is cut off.
     """

@@ -4,6 +4,7 @@ Targets are the rows (U, D) of one layer, or those of each of several. Every lay
 wide as all of them is compared with each; one as wide as one of several with their average, normalised again.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -57,14 +58,16 @@ class LayerNormalization:
 class NoNormalization(LayerNormalization):
     """Targets as they are."""
 
-    def normalized(self, rows: Tensor, number: int) -> Tensor:
-        """Return the targets (U, D) of a layer in fp32, as they are predicted; number L is the average of all L."""
-        return rows.float()
+    def normalized(self, layers: Sequence[Tensor], first: int = 0) -> list[Tensor]:
+        """Return the targets (U, D) of layers in fp32, as they are predicted, numbered from `first`; number L is the average
+        of all L.
+        """
+        return [rows.float() for rows in layers]
 
     def wanted(self, target: Target, averaged: bool) -> list[Tensor]:
         """Return the targets (U, D) that are predicted: of each layer, or of their average alone."""
-        normal = [self.normalized(rows, number) for number, rows in enumerate(layers_of(target))]
-        return [self.normalized(sum(normal) / len(normal), len(normal))] if averaged else normal
+        normal = self.normalized(layers_of(target))
+        return self.normalized([sum(normal) / len(normal)], len(normal)) if averaged else normal
 
     def loss(self, prediction: Tensor, target: Target, blocks: Blocks, kind: str) -> Tensor:
         layers = self.wanted(target, predicts_average(prediction, layers_of(target)))
@@ -83,9 +86,8 @@ class NoNormalization(LayerNormalization):
 class BatchNormalization(NoNormalization):
     """Targets standardised over the batch: every feature over the U rows of a step, of every rank."""
 
-    def wanted(self, target: Target, averaged: bool) -> list[Tensor]:
-        layers = standardised_layers([[rows.float()] for rows in layers_of(target)])
-        return [rows for (rows,) in (standardised_layers([averages_of(layers)]) if averaged else layers)]
+    def normalized(self, layers: Sequence[Tensor], first: int = 0) -> list[Tensor]:
+        return [rows for (rows,) in standardised_layers([[rows.float()] for rows in layers])]
 
     def extra_bytes(self, size: LossSize) -> int:
         """Count the standardised targets as well: of a whole step, where it has several micro-batches."""
@@ -102,8 +104,8 @@ class RunningNormalization(NoNormalization):
         """Take the moments of a run; without them the object tells its bytes alone."""
         self.moments = moments
 
-    def normalized(self, rows: Tensor, number: int) -> Tensor:
-        return self.moments.standardised(rows.float(), number)
+    def normalized(self, layers: Sequence[Tensor], first: int = 0) -> list[Tensor]:
+        return [self.moments.standardised(rows.float(), number) for number, rows in enumerate(layers, first)]
 
     def extra_bytes(self, size: LossSize) -> int:
         """Count the standardised targets as well."""
@@ -122,19 +124,15 @@ NORMALIZATIONS = {  # by loss.normalize
 }
 
 
-def averages_of(layers: list[list[Tensor]]) -> list[Tensor]:
-    """Return the average of the layers for each of their pieces."""
-    return [sum(rows) / len(rows) for rows in zip(*layers, strict=True)]
-
-
 def standardised_layers(layers: list[list[Tensor]]) -> list[list[Tensor]]:
     """Return the pieces (U, D) of each layer with every feature at mean 0 and variance 1 over all rows of the layer's pieces of
     all ranks, without affine, eps 1e-5. Every rank must take part.
 
     Layers have equal rows and widths, so that two exchanges serve all of them: of sums, with the rows, and of squares.
+    Each is a mean over ranks, and so a quotient of two is that of the totals.
     """
     rows = layers[0][0].new_full(layers[0][0].shape[1:], sum(map(len, layers[0])))  # (D,), all equal
-    *sums, rows = mean_over_ranks(torch.stack([*map(_sum_of_rows, layers), rows]))  # a rank's, in the mean
+    *sums, rows = mean_over_ranks(torch.stack([*map(_sum_of_rows, layers), rows]))
     centred = [[piece - total / rows for piece in pieces] for pieces, total in zip(layers, sums, strict=True)]
     squares = mean_over_ranks(torch.stack([_sum_of_rows([piece.square() for piece in pieces]) for pieces in centred]))
     scales = torch.rsqrt(squares / rows + 1e-5)  # (L, D)

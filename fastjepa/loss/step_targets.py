@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from torch import Tensor
 
 from fastjepa.loader.batch import Batch
-from fastjepa.loss.normalizations import Target, averages_of, standardised_layers
+from fastjepa.loss.normalizations import Target, standardised_layers
 from fastjepa.loss.targets import OutputTargets, TeacherTargets
 from fastjepa.model.vit import Encoder
 from fastjepa_kernels.target_loss import layers_of
@@ -31,7 +31,7 @@ class StepTargets:
             found.append([rows.float() for rows in layers_of(self.shown)])
         layers = standardised_layers([list(pieces) for pieces in zip(*found, strict=True)])
         if self.averaged:
-            layers = standardised_layers([averages_of(layers)])
+            layers = standardised_layers([[sum(rows) / len(rows) for rows in zip(*layers, strict=True)]])
         self.ready = list(zip(*layers, strict=True))[::-1]
         return batches
 

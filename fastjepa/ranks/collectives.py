@@ -43,25 +43,25 @@ def all_gather(tensor: Tensor, into: Tensor | None = None) -> Tensor:
     `into` may be where it goes to; `tensor` may then be this rank's part of it, and only the others' are written: of
     4 ranks with n = 3, rank 1 has rows 3 to 5 of 12.
     """
-    if not dist.is_initialized():
-        return tensor.detach()
-    mine = tensor.detach().contiguous()
-    everyone = mine.new_empty(dist.get_world_size() * mine.shape[0], *mine.shape[1:]) if into is None else into
-    ALL_GATHER(everyone, mine)
-    return everyone
+    return _begin_gather(tensor, into, later=False)()
 
 
 @counted
 def all_gather_later(tensor: Tensor) -> Callable[[], Tensor]:
-    """Begin `all_gather`, and return what waits for it and returns what it has gathered."""
+    """Begin `all_gather`, and return a function that waits for it and returns what it has gathered."""
+    return _begin_gather(tensor, None, later=True)
+
+
+def _begin_gather(tensor: Tensor, into: Tensor | None, later: bool) -> Callable[[], Tensor]:
     if not dist.is_initialized():
         return tensor.detach
     mine = tensor.detach().contiguous()
-    everyone = mine.new_empty(dist.get_world_size() * mine.shape[0], *mine.shape[1:])
-    work = ALL_GATHER(everyone, mine, async_op=True)
+    everyone = mine.new_empty(dist.get_world_size() * mine.shape[0], *mine.shape[1:]) if into is None else into
+    work = ALL_GATHER(everyone, mine, async_op=later)
 
     def gathered() -> Tensor:
-        work.wait()
+        if later:
+            work.wait()
         return everyone
 
     return gathered

@@ -83,7 +83,6 @@ def test_wherever_it_is_stopped_it_tells_what_was_measured(sent, tmp_path: Path)
     assert "| vit_small | 2.5 |" in out and "1 measurements" in out
     report = json.loads(file.read_text())
     assert report["rows"] and report["not_measured"][-1] == {"what": "the rest", "reason": f"stopped by {sent.name}"}
-    assert time.monotonic() < until
     assert subprocess.run(started, capture_output=True).returncode == 1
 
 

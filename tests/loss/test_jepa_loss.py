@@ -19,6 +19,7 @@ from fastjepa.loss.regularizers import (
 from fastjepa.masks.pack import pack
 from fastjepa.masks.packed import Packed
 from fastjepa.model.projector import pool_sequences
+from fastjepa.ranks.collectives import reductions_begun
 from fastjepa.ranks.world import World, join_world, leave_world
 from tests.support import ranks
 
@@ -153,7 +154,11 @@ def standardise_together() -> None:
     place = join_world("cpu", timeout=240)
     rows = torch.randn(36, 6, generator=torch.Generator().manual_seed(0)) * 3 + 1
     mine = slice(0, 10) if place.rank == 0 else slice(10, 36)  # ranks have different numbers of targets
-    torch.testing.assert_close(standardised_layers([[rows[mine]]])[0][0], F.batch_norm(rows, None, None, training=True)[mine])
+    layers, before = (rows, rows.flip(1).exp()), reductions_begun()
+    found = standardised_layers([[layer[mine][:4], layer[mine][4:]] for layer in layers])  # of two micro-batches
+    assert reductions_begun() - before == 2  # however many layers there are
+    for pieces, layer in zip(found, layers, strict=True):
+        torch.testing.assert_close(torch.cat(pieces), F.batch_norm(layer, None, None, training=True)[mine])
     leave_world()
 
 

@@ -12,7 +12,15 @@ import torch.distributed as dist
 
 from fastjepa.errors import ConfigError, UserError
 from fastjepa.ranks import world
-from fastjepa.ranks.collectives import all_gather, barrier, max_over_ranks, mean_over_ranks, text_of_main, union_of_names
+from fastjepa.ranks.collectives import (
+    all_gather,
+    all_gather_later,
+    barrier,
+    max_over_ranks,
+    mean_over_ranks,
+    text_of_main,
+    union_of_names,
+)
 from fastjepa.ranks.meet import meet_ranks
 from fastjepa.ranks.world import World, group_backends, join_world, leave_world, wait_for_ranks
 from tests.support import ranks
@@ -30,6 +38,8 @@ def reductions() -> None:
     whole = torch.full((6,), -1.0)
     own = whole[3 * rank :][:3].fill_(rank)
     assert all_gather(own, into=whole) is whole and whole.tolist() == [0.0] * 3 + [1.0] * 3  # in place
+    first, second = (all_gather_later(torch.full((1,), float(rank + more))) for more in (0, 10))  # two under way
+    assert (second().tolist(), first().tolist()) == ([10.0, 11.0], [0.0, 1.0])
     mine = torch.tensor([1.0, 10.0]) * (rank + 1)
     assert mean_over_ranks(mine).tolist() == [1.5, 15.0]
     assert mine.tolist() == [1.0 * (rank + 1), 10.0 * (rank + 1)], "mean must not change its argument"
@@ -64,7 +74,7 @@ def test_a_launcher_with_one_rank_makes_no_process_group(monkeypatch):
 
 def test_reductions_of_one_process_are_identities():
     rows = torch.arange(6.0).view(3, 2)
-    assert torch.equal(all_gather(rows), rows)
+    assert torch.equal(all_gather(rows), rows) and torch.equal(all_gather_later(rows)(), rows)
     assert torch.equal(mean_over_ranks(rows), rows)
     assert text_of_main("run") == "run" and max_over_ranks(2) == 2
     assert union_of_names({"b", "a"}) == ["a", "b"]
