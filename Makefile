@@ -18,7 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE  # where it is set, each process would spend se
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(VENV)/demo.stamp ## install, get Fashion-MNIST, pretrain configs/demo.yaml, evaluate (about 11 minutes on 2 cores)
+demo: $(VENV)/demo.stamp ## install, get Fashion-MNIST, pretrain configs/demo.yaml, evaluate (4 to 11 minutes on 2 cores)
 	@echo "== Fashion-MNIST: fetching it unless it is already here"
 	@$(BIN)/fastjepa data get fashion-mnist
 	@echo "== Pretraining configs/demo.yaml into $(DEMO) (continues a run that was stopped)"
