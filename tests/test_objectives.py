@@ -59,7 +59,7 @@ def alike(ours: Path, theirs: Path, step: int) -> None:
         assert (found[name] - expected[name]).norm() <= 5e-3 * expected[name].norm() + 1e-6, name
 
 
-FAST = ("starved predictor", "over the batch", "rotary")  # of each way in which a step's pieces hang together one
+FAST = ("starved predictor", "over the batch")  # of each way in which a step's pieces hang together one
 
 
 @pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS])
@@ -148,11 +148,11 @@ def test_two_ranks_give_the_run_of_one_sharded_or_not(toy_config, tmp_path, name
     alike(tmp_path / "zero0", tmp_path / "one", 6)
 
 
-COMPILED = ["visible, starved and joint", "projected", "mean of layers", "running", "rotary", "teacher"]  # the first two: slow
+COMPILED = ["visible, starved and joint", "projected", "mean of layers", "running", "rotary", "teacher"]  # the first: slow
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if i < 2 else pytest.mark.long) for i, name in enumerate(COMPILED)]
+    "name", [pytest.param(name, marks=pytest.mark.long if i else pytest.mark.slow) for i, name in enumerate(COMPILED)]
 )
 def test_checkpointed_activations_give_the_same_bits_and_bf16_and_compile_the_same_run(toy_config, tmp_path, name):
     settings = ["--max-steps", 3, *settings_of(name, tmp_path)]

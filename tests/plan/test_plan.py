@@ -52,9 +52,9 @@ from tests.support.plans import PROJECTED, small
 
 STATES = ("parameters", "gradients", "moments", "master_weights", "ema", "target_copy")
 SHARDED = {0: (), 1: ("moments", "master_weights", "ema"), 2: ("gradients", "moments", "master_weights", "ema")}
-FEW = [(1, 0, "fp32"), (1, 3, "fp32"), *((2, stage, "fp32") for stage in ZERO_STAGES), (2, 1, "bf16")]
-SENT = [case for case in FEW if case[0] > 1 and case[1]]  # cases whose collectives are called from Python
-MANY = [pytest.param(case, marks=pytest.mark.slow) for case in [(4, 2, "fp32"), (4, 3, "bf16")]]
+DDP, FEW = (2, 0, "fp32"), [(2, 1, "bf16"), (2, 2, "fp32"), (2, 3, "fp32")]
+MORE = [pytest.param(case, marks=pytest.mark.slow) for case in [(2, 1, "fp32"), (4, 2, "fp32"), (4, 3, "bf16")]]
+ALONE = [pytest.param(case, marks=pytest.mark.slow) for case in [(1, 0, "fp32"), (1, 3, "fp32")]]
 
 
 # What ranks hold and send
@@ -134,7 +134,7 @@ def spy() -> dict[str, float]:
 
 
 @pytest.mark.xdist_group("plan")  # what is measured once serves both tests
-@pytest.mark.parametrize("case", FEW + MANY, ids=lambda case: f"{case[0]} ranks, ZeRO-{case[1]}, {case[2]}")
+@pytest.mark.parametrize("case", [DDP] + FEW + MORE + ALONE, ids=lambda case: f"{case[0]} ranks, ZeRO-{case[1]}, {case[2]}")
 def test_states_are_what_ranks_hold(case):
     """Every tensor of the process but the batch, positions and the reduction's bucket: the fullest rank's within 2 %."""
     count, stage, dtype = case
@@ -147,7 +147,7 @@ def test_states_are_what_ranks_hold(case):
 
 
 @pytest.mark.xdist_group("plan")  # what is measured once serves both tests
-@pytest.mark.parametrize("case", SENT + MANY, ids=lambda case: f"{case[0]} ranks, ZeRO-{case[1]}, {case[2]}")
+@pytest.mark.parametrize("case", FEW + MORE, ids=lambda case: f"{case[0]} ranks, ZeRO-{case[1]}, {case[2]}")
 def test_traffic_is_what_ranks_send(case):
     """Payloads of collectives, as a ring would carry them; DDP's (stage 0) are not called from Python."""
     count, stage, dtype = case

@@ -171,6 +171,7 @@ def raise_alone() -> None:
         sys.exit(3)
 
 
+@pytest.mark.slow
 def test_a_runtime_error_with_all_peers_alive_is_raised():
     told = sentences(raise_alone, (RANK_LOST, 3))
     assert "rank 1 (process " in told[0] and "RuntimeError: shapes do not agree" in told[0] and told[1] == ""
